@@ -1,0 +1,1 @@
+"""A sample plugin; its hook is in `torchdiffeq_hyper_sample.methods`."""

@@ -1,0 +1,62 @@
+"""Learned solvers for torchdiffeq: fast inference of Neural ODEs, unchanged code.
+
+Importing the package adds method names to torchdiffeq's `odeint`, `odeint_adjoint` and
+`odeint_event`; it changes no existing name.
+"""
+
+from torchdiffeq_hyper import _errors as errors
+from torchdiffeq_hyper import _plugins, hypernets
+from torchdiffeq_hyper._binding import attach, detach, using
+from torchdiffeq_hyper._domain import FitDomain
+from torchdiffeq_hyper._errors import HyperError, HyperWarning, MissingHypernetError
+from torchdiffeq_hyper._plugins import register_plugin, unregister_plugin
+from torchdiffeq_hyper._report import FitReport
+from torchdiffeq_hyper._types import StepInput
+from torchdiffeq_hyper.evaluation import evaluate
+from torchdiffeq_hyper.fitting import FitConfig, fit
+from torchdiffeq_hyper.hookspecs import hookimpl
+from torchdiffeq_hyper.hosts import torchdiffeq as _torchdiffeq
+from torchdiffeq_hyper.hosts.torchdiffeq import (
+    install,
+    override,
+    register_method,
+    uninstall,
+    unregister_method,
+)
+from torchdiffeq_hyper.hypernets import ConcatHypernet
+from torchdiffeq_hyper.hypersolver import HyperSolver
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConcatHypernet",
+    "FitConfig",
+    "FitDomain",
+    "FitReport",
+    "HyperError",
+    "HyperSolver",
+    "HyperWarning",
+    "MissingHypernetError",
+    "StepInput",
+    "attach",
+    "detach",
+    "errors",
+    "evaluate",
+    "fit",
+    "hookimpl",
+    "hypernets",
+    "install",
+    "override",
+    "register_method",
+    "register_plugin",
+    "uninstall",
+    "unregister_method",
+    "unregister_plugin",
+    "using",
+]
+
+_torchdiffeq.reserve_host_names()
+_plugins.load_builtin()
+_plugins.on_change(_torchdiffeq.follow_registry)
+_torchdiffeq.install()
+_plugins.load_entry_points()

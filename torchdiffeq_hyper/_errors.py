@@ -1,0 +1,133 @@
+"""The package's exceptions and warnings.
+
+Every error derives from `HyperError` and from the builtin a caller would expect.
+A message says what was wrong with the value got, what was expected, and a fix to
+paste; `explain` lays the three out.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class HyperError(Exception):
+    """Base of every error raised by this package."""
+
+
+class MissingHypernetError(HyperError, ValueError):
+    """A learned method was called and no fitted part was found for it."""
+
+
+class OptionError(HyperError, ValueError):
+    """An argument or option has an unknown name or an impossible value."""
+
+
+class StateTypeError(HyperError, TypeError):
+    """A state, time or output has a dtype, device or kind that cannot be used."""
+
+
+class StateShapeError(HyperError, ValueError):
+    """A state, derivative or correction has the wrong shape."""
+
+
+class BaseMismatchError(HyperError, ValueError):
+    """A net fitted for one base method was given to another."""
+
+
+class NonFiniteError(HyperError, ArithmeticError):
+    """A solve produced inf or nan; the text names the step and the time."""
+
+
+class NoiseFloorError(HyperError, ValueError):
+    """The residuals are smaller than the rounding and tolerance noise in them."""
+
+
+class NoisyFieldError(HyperError, ValueError):
+    """func answers differently twice at one point, so it has no solution to fit."""
+
+
+class CoupledSamplesError(HyperError, ValueError):
+    """A sample's derivative depends on the other samples of its batch."""
+
+
+class UnfinishedSolveError(HyperError, AssertionError):
+    """A solve could not reach the last point of t.
+
+    Attributes:
+        solution: what it reached, like the solution asked for; nan beyond.
+    """
+
+    def __init__(self, text: str, solution: Any) -> None:
+        super().__init__(text)
+        self.solution = solution
+
+
+class FitDivergedError(HyperError, ArithmeticError):
+    """A fit turned non-finite; the text names the iteration."""
+
+
+class FileFormatError(HyperError, ValueError):
+    """A file is truncated, of another kind, or of a newer format."""
+
+
+class FileWriteError(HyperError, OSError):
+    """A file could not be written; nothing half-written was left."""
+
+
+class MissingExtraError(HyperError, ImportError):
+    """An optional package is needed and not installed."""
+
+
+class DuplicateMethodError(HyperError, ValueError):
+    """A method name is taken; the text names both owners."""
+
+
+class UnknownMethodError(HyperError, ValueError):
+    """A method name is not known."""
+
+
+class HyperWarning(UserWarning):
+    """Base of every warning of this package."""
+
+
+class OutsideFitWarning(HyperWarning):
+    """A solver is used outside the direction or step sizes it was fitted for."""
+
+
+class AdjointWarning(HyperWarning):
+    """A hypernet that requires gradients is used through `odeint_adjoint`."""
+
+
+class OneCandidateWarning(HyperWarning):
+    """A fitted selector sends every sample to the same candidate."""
+
+
+class PluginWarning(HyperWarning):
+    """A plugin broke or clashed and was skipped."""
+
+
+def explain(problem: str, expected: str, fix: str) -> str:
+    """Lay out an error text: what was wrong, what was expected, a fix to paste.
+
+    >>> print(explain("steps is 0.", "an int of at least 1.", "steps=10"))
+    steps is 0.
+      expected: an int of at least 1.
+      fix:      steps=10
+    """
+    lines = fix.splitlines()
+    return "\n".join(
+        [problem, f"  expected: {expected}", f"  fix:      {lines[0]}"]
+        + [f"            {line}" for line in lines[1:]]
+    )
+
+
+def closest(name: object, known: Iterable[str]) -> str:
+    """Return the known name nearest to ``name``, or the first one.
+
+    >>> closest("stepsize", ["interp", "step_size"])
+    'step_size'
+    """
+    names = list(known)
+    return next(iter(difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)), names[0])

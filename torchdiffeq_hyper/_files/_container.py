@@ -1,0 +1,166 @@
+"""The package's files: safetensors with a JSON description in the header.
+
+Reading runs no code from a file; writing replaces the target in one step or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from torchdiffeq_hyper._errors import FileFormatError, FileWriteError, explain
+
+FORMAT_VERSION = 1
+_KEY = "torchdiffeq_hyper"
+
+
+def write(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    kind: str,
+    metadata: Mapping[str, Any],
+) -> None:
+    """Write tensors and their description to ``path``, replacing what is there.
+
+    The file appears complete or not at all; an old file stays until then. Tensors may
+    share memory, have any strides and lie on any device.
+
+    Args:
+        path: the file; its folder must exist.
+        tensors: by name.
+        kind: what the file holds, e.g. "hypersolver"; `read` asks for it.
+        metadata: JSON-ready values.
+
+    Raises:
+        FileWriteError: the file cannot be written; nothing half-written is left.
+    """
+    # Tied and strided weights are copied apart: the format knows neither.
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    header = {"format_version": FORMAT_VERSION, "kind": kind, **metadata}
+    data = to_bytes(copies, {_KEY: json.dumps(header)})
+    try:
+        _replace(Path(os.path.realpath(path)), data)
+    except OSError as error:
+        raise FileWriteError(
+            explain(
+                f"{os.fspath(path)!r} cannot be written: {error.strerror or error}.",
+                "a file name in an existing folder that you may write to.",
+                f"os.makedirs({str(Path(path).parent)!r}, exist_ok=True)",
+            )
+        ) from error
+
+
+def _replace(target: Path, data: bytes) -> None:
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what `write` wrote: tensors, on the CPU, and metadata.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileFormatError: truncated, of another kind, or of a newer format.
+    """
+    metadata = read_metadata(path)
+    if metadata["kind"] != kind:
+        raise FileFormatError(
+            explain(
+                f"{os.fspath(path)!r} holds a {metadata['kind']!r}.",
+                f"a file of kind {kind!r}.",
+                "the loader that belongs to the file's kind",
+            )
+        )
+    with _open(path) as file:
+        # Cloned: the file may be replaced while the tensors live.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    return tensors, metadata
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the description in a file of any kind, with its "kind" and "format_version".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileFormatError: truncated, not one of this package's files, or of a newer format.
+    """
+    with _open(path) as file:
+        text = (file.metadata() or {}).get(_KEY)
+    if text is None:
+        raise FileFormatError(
+            explain(
+                f"{os.fspath(path)!r} is a safetensors file of another program.",
+                "a file that `save` of this package wrote.",
+                "solver.save(path)   # weights alone: safetensors.torch.load_file(path)",
+            )
+        )
+    with damage_reported(path):
+        metadata = json.loads(text)
+        version, _ = int(metadata["format_version"]), str(metadata["kind"])
+    if version > FORMAT_VERSION:
+        raise FileFormatError(
+            explain(
+                f"{os.fspath(path)!r} has format {version}.",
+                f"a format up to {FORMAT_VERSION}, which is what this version knows.",
+                "pip install -U torchdiffeq_hyper",
+            )
+        )
+    return dict(metadata)
+
+
+@contextmanager
+def damage_reported(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Report what goes wrong with a file's metadata as a `FileFormatError`."""
+    try:
+        yield
+    except FileFormatError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise FileFormatError(
+            explain(
+                f"the description in {os.fspath(path)!r} cannot be used: "
+                f"{type(error).__name__}: {reason}",
+                "what `save` writes, and the plugins that were installed then.",
+                "install the plugin that adds the file's method, or fit and save again",
+            )
+        ) from error
+
+
+@contextmanager
+def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
+    try:
+        with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
+            yield file
+    except SafetensorError as error:
+        with Path(path).open("rb") as raw:
+            head = raw.read(9)
+        # Eight bytes of length, then JSON: all that tells a cut-off file from a foreign one.
+        if len(head) < 9 or head[8:] == b"{":
+            problem = f"{os.fspath(path)!r} is truncated or damaged: {error}"
+        else:
+            problem = f"{os.fspath(path)!r} is not a safetensors file."
+        raise FileFormatError(
+            explain(problem, "a complete file that `save` wrote.", "copy or save it again")
+        ) from error

@@ -1,0 +1,180 @@
+"""A hypernet as tensors and a JSON-ready description, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from torchdiffeq_hyper._errors import (
+    BaseMismatchError,
+    FileFormatError,
+    StateShapeError,
+    StateTypeError,
+    explain,
+)
+from torchdiffeq_hyper._types import Hypernet
+from torchdiffeq_hyper.hypernets import ConcatHypernet
+from torchdiffeq_hyper.hypernets._ready import ReadyHypernet
+from torchdiffeq_hyper.hypernets._select import KINDS, from_architecture
+
+
+def pack(hypernet: Hypernet) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a hypernet's tensors and its description.
+
+    Raises:
+        StateTypeError: it is a plain function, or has state that is no tensor.
+    """
+    if not isinstance(hypernet, nn.Module):
+        raise StateTypeError(
+            explain(
+                f"the hypernet is a {type(hypernet).__name__}, which has no weights to write.",
+                "an nn.Module.",
+                "class MyNet(torch.nn.Module):\n    def forward(self, step): ...",
+            )
+        )
+    module: nn.Module = getattr(hypernet, "_orig_mod", hypernet)  # in torch.compile's wrapper
+    tensors = module.state_dict()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or is_lazy(tensor):
+            raise StateTypeError(
+                explain(
+                    f"{name!r} in the hypernet's state_dict() is a {type(tensor).__name__}.",
+                    "tensors only: a file holds nothing else.",
+                    "keep the value in a buffer; run a net with lazy layers once before saving",
+                )
+            )
+    return tensors, _describe(module)
+
+
+def _describe(hypernet: nn.Module) -> dict[str, Any]:
+    if isinstance(hypernet, ReadyHypernet) and type(hypernet) is KINDS.get(hypernet.kind):
+        with torch.device("meta"):
+            rebuilt = from_architecture(hypernet.architecture)
+        # A ready net whose layers were exchanged is one no more.
+        if repr(rebuilt) == repr(hypernet):
+            return hypernet.architecture
+    kind = type(hypernet)
+    described = {"kind": "custom", "class": f"{kind.__module__}.{kind.__qualname__}"}
+    if isinstance(hypernet, ConcatHypernet):
+        return {**described, "inputs": list(hypernet.inputs)}
+    return described
+
+
+def match(
+    description: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    hypernet: nn.Module | None,
+    path: str,
+) -> nn.Module:
+    """Return the module that ``tensors`` can be loaded into, without loading them.
+
+    A ready net is rebuilt on the "meta" device: load with ``assign=True``.
+
+    Args:
+        description: as `pack` returned it.
+        tensors: as `pack` returned them.
+        hypernet: the instance to use, or None for a ready net.
+        path: the file, for messages.
+
+    Raises:
+        FileFormatError: a custom net without an instance, or a damaged description.
+        BaseMismatchError: the instance has other inputs or other weights.
+        StateShapeError: its weights have other shapes.
+        StateTypeError: its weights have other dtypes.
+    """
+    if hypernet is None:
+        if description.get("kind") == "custom":
+            _raise_custom(description, path)
+        with torch.device("meta"):
+            rebuilt = from_architecture(description)
+        try:
+            _check_names_and_shapes(rebuilt, tensors, path)
+        except (BaseMismatchError, StateShapeError) as error:
+            raise FileFormatError(
+                explain(
+                    f"the weights in {path!r} do not fit its own description.",
+                    "a file as `save` wrote it.",
+                    "fit and save again",
+                )
+            ) from error
+        return rebuilt
+    _check_description(description, hypernet, path)
+    _check_names_and_shapes(hypernet, tensors, path)
+    _check_dtypes(hypernet, tensors, path)
+    return hypernet
+
+
+def _raise_custom(description: Mapping[str, Any], path: str) -> None:
+    name = str(description.get("class", "MyNet"))
+    instance = name.rpartition(".")[2] + "()"
+    if "inputs" in description:
+        instance = f"tdh.ConcatHypernet(net, inputs={tuple(description['inputs'])!r})"
+    raise FileFormatError(
+        explain(
+            f"{path!r} holds the weights of a net of your own, a {name}, and no code.",
+            "an instance of that net to load them into.",
+            f"HyperSolver.load({path!r}, hypernet={instance})",
+        )
+    )
+
+
+def _check_description(description: Mapping[str, Any], hypernet: nn.Module, path: str) -> None:
+    own = _describe(hypernet)
+    for key in ("kind", *sorted({*description, *own} - {"kind", "class"})):
+        if own.get(key) != description.get(key):
+            raise BaseMismatchError(
+                explain(
+                    f"the net in {path!r} has {key} {description.get(key)!r}, the instance given "
+                    f"has {own.get(key)!r}.",
+                    "an instance built as the saved net was.",
+                    f"HyperSolver.load({path!r})"
+                    if description.get("kind") != "custom"
+                    else f"an instance with {key}={description.get(key)!r}",
+                )
+            )
+
+
+def _check_names_and_shapes(hypernet: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
+    own = hypernet.state_dict()
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or extra:
+        raise BaseMismatchError(
+            explain(
+                f"the weights in {path!r} are another net's: "
+                + "; ".join(
+                    f"{len(names)} {what}, e.g. {names[0]!r}"
+                    for names, what in ((extra, "only in the file"), (missing, "only in the net"))
+                    if names
+                )
+                + ".",
+                "an instance of the class that was saved, built with the same arguments.",
+                "print(hypernet.state_dict().keys())",
+            )
+        )
+    for name, tensor in own.items():
+        if not is_lazy(tensor) and tensor.shape != tensors[name].shape:
+            raise StateShapeError(
+                explain(
+                    f"{name!r} has shape {tuple(tensors[name].shape)} in {path!r}, "
+                    f"{tuple(tensor.shape)} in the net given.",
+                    "an instance built with the arguments of the saved one.",
+                    "the same numbers of channels, stages and hidden units",
+                )
+            )
+
+
+def _check_dtypes(hypernet: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
+    for name, tensor in hypernet.state_dict().items():
+        saved = tensors[name].dtype
+        if tensor.dtype != saved:
+            raise StateTypeError(
+                explain(
+                    f"{name!r} is {saved} in {path!r}, {tensor.dtype} in the net given.",
+                    "the dtype that was saved: loading would round, or seem to add digits.",
+                    f"hypernet.to({saved})",
+                )
+            )

@@ -1,0 +1,74 @@
+"""Time grids: how many steps, and where."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_hyper._errors import OptionError, StateShapeError, StateTypeError, explain
+
+Steps: TypeAlias = int | tuple[int, int] | None
+"""Equal steps between two time points, a (low, high) range of them, or None."""
+
+
+def check_steps(steps: Steps) -> Steps:
+    """Return ``steps``: None, an int of at least 1, or a (low, high) range of such.
+
+    Raises:
+        OptionError: it is none of these.
+    """
+    values = steps if isinstance(steps, tuple) else (steps, steps)
+    if steps is None:
+        return None
+    if (
+        len(values) != 2
+        or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in values)
+        or values[0] > values[1]  # type: ignore[operator]
+    ):
+        raise OptionError(
+            explain(
+                f"steps is {steps!r}.",
+                "an int of at least 1, or a range (low, high) of such.",
+                "steps=10   # or steps=(4, 16)",
+            )
+        )
+    return steps
+
+
+def equal_steps(t: Tensor, n_steps: int | None) -> Tensor:
+    """Return the time grid: ``n_steps`` equal steps between two points, else ``t``.
+
+    Exact at both ends, differentiable in ``t``, and free of branches on its values.
+    """
+    if len(t) != 2 or n_steps is None:
+        return t
+    weights = torch.arange(n_steps + 1, dtype=t.dtype, device=t.device) / n_steps
+    return torch.lerp(t[0], t[1], weights)
+
+
+def check_times(t: Tensor, y: Tensor) -> Tensor:
+    """Return ``t`` on the device of ``y``, after checking that it is a list of times.
+
+    Raises:
+        StateTypeError: not a floating-point tensor.
+        StateShapeError: not 1-D, or empty.
+    """
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        raise StateTypeError(
+            explain(
+                f"t is {t.dtype if isinstance(t, Tensor) else type(t).__name__}.",
+                "a 1-D floating-point tensor of times.",
+                "t = torch.tensor([0.0, 1.0])",
+            )
+        )
+    if t.dim() != 1 or len(t) == 0:
+        raise StateShapeError(
+            explain(
+                f"t has shape {tuple(t.shape)}.",
+                "one dimension and at least one point.",
+                "t = torch.tensor([0.0, 1.0])",
+            )
+        )
+    return t.to(y.device)

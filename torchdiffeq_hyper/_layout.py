@@ -1,0 +1,96 @@
+"""A state as one flat tensor, the way the host integrates tuples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_hyper._errors import StateTypeError, explain
+from torchdiffeq_hyper._types import State
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """How a state lies in one tensor: as it is, or parts behind each other.
+
+    Attributes:
+        shapes: the parts' shapes for a tuple state, None for one tensor.
+    """
+
+    shapes: tuple[tuple[int, ...], ...] | None
+
+    @classmethod
+    def of(cls, y: State) -> StateLayout:
+        """Return the layout of a state, after checking that it is one.
+
+        Raises:
+            StateTypeError: not a tensor or a tuple of tensors, or of integers.
+        """
+        if isinstance(y, Tensor):
+            layout = cls(None)
+            parts: Sequence[object] = (y,)
+        elif isinstance(y, tuple):
+            layout = cls(tuple(tuple(part.shape) for part in y if isinstance(part, Tensor)))
+            parts = y
+        else:
+            parts = ()
+        if not parts or not all(isinstance(part, Tensor) for part in parts):
+            raise StateTypeError(
+                explain(
+                    f"y0 is a {type(y).__name__}.",
+                    "a tensor, or a tuple of tensors.",
+                    "y0 = torch.as_tensor(y0)" if not isinstance(y, list) else "y0 = tuple(y0)",
+                )
+            )
+        for part in parts:
+            assert isinstance(part, Tensor)
+            check_dtype(part.dtype)
+        return layout
+
+    def split(self, flat: Tensor) -> State:
+        """Return the state lying in ``flat``; leading dimensions stay in front."""
+        if self.shapes is None:
+            return flat
+        parts, start = [], 0
+        for shape in self.shapes:
+            end = start + prod(shape)
+            parts.append(flat[..., start:end].reshape((*flat.shape[:-1], *shape)))
+            start = end
+        return tuple(parts)
+
+    def join(self, y: State) -> Tensor:
+        """Return the state as one tensor."""
+        if isinstance(y, Tensor):
+            return y
+        return torch.cat([part.reshape(-1) for part in y])
+
+    def bounds(self, part: int) -> tuple[int, int]:
+        """Return where a part of a tuple state starts and ends in the flat tensor."""
+        assert self.shapes is not None
+        start = sum(prod(shape) for shape in self.shapes[:part])
+        return start, start + prod(self.shapes[part])
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Refuse states of integers.
+
+    Raises:
+        StateTypeError: the dtype is neither floating nor complex.
+    """
+    if not (dtype.is_floating_point or dtype.is_complex):
+        raise StateTypeError(
+            explain(
+                f"y0 has dtype {dtype}: derivatives would be rounded to integers.",
+                "a floating-point (or complex) state.",
+                "y0 = y0.float()",
+            )
+        )
+
+
+def is_half(dtype: torch.dtype) -> bool:
+    """Return whether a dtype has too few digits to add up steps in."""
+    return dtype in (torch.float16, torch.bfloat16)

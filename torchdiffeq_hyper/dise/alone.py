@@ -1,0 +1,180 @@
+"""Every sample solved alone, so that no other can change its answer or its cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from torchdiffeq_hyper._errors import (
+    CoupledSamplesError,
+    NoisyFieldError,
+    NonFiniteError,
+    OptionError,
+    UnfinishedSolveError,
+    explain,
+)
+from torchdiffeq_hyper._per_sample import PerSampleDopri5
+from torchdiffeq_hyper._restrict import HOW_TO_RESTRICT
+from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper.dise.candidates import Candidate
+from torchdiffeq_hyper.dise.dispatch import GroupField, solve_group
+from torchdiffeq_hyper.dise.samples import concatenate, count, parts_of, take
+
+PROBES = 4
+"""Samples on which a solve of all samples together is held against solves alone."""
+
+_CONTROLS = {field.name for field in fields(PerSampleDopri5)}
+# How torchdiffeq's adaptive methods say that they cannot go on.
+_BROKEN = ("underflow in dt", "non-finite values in state", "max_num_steps exceeded")
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A batch whose samples are solved one by one.
+
+    Methods on a grid take the whole batch at once and ``dopri5`` goes by
+    ``dopri5_per_sample``; both are held against solves of a few samples alone, which
+    decide. All other methods, and those that fail or differ, go sample by sample.
+
+    Attributes:
+        func: the vector field of the batch.
+        y0: the states, samples along dim 0.
+        t: times.
+        rtol: relative tolerance of candidates that have none.
+        atol: absolute tolerance of candidates that have none.
+        bar: counts solved samples.
+    """
+
+    func: VectorField
+    y0: State
+    t: Tensor
+    rtol: Any
+    atol: Any
+    bar: tqdm[Any]
+
+    def solve(self, candidate: Candidate) -> tuple[State, Tensor]:
+        """Return a candidate's solution of every sample, and its calls of func (batch,).
+
+        A sample that the candidate cannot solve is nan, at the calls made until then.
+        """
+        batch = count(self.y0)
+        together = self._together(candidate)
+        if together is not None:
+            solution, nfe = together
+            probes = _probes(batch)
+            alone, calls = self._one_by_one(candidate, probes)
+            index = torch.tensor(probes, device=nfe.device)
+            if torch.equal(nfe[index], calls) and _are_close(take(solution, index, 1), alone):
+                self.bar.update(batch)
+                return together
+        return self._one_by_one(candidate, list(range(batch)), self.bar)
+
+    def _together(self, candidate: Candidate) -> tuple[State, Tensor] | None:
+        """Return the solution of all samples in one go, or None where that cannot be."""
+        func, y0, rtol, atol = self.func, self.y0, self.rtol, self.atol
+        known = _CONTROLS - ({"time"} if candidate.method == "dopri5" else set())
+        try:
+            if candidate.follows_grid:
+                field = GroupField(func, y0, None)
+                solution = solve_group(candidate, field, self.t, rtol=rtol, atol=atol)
+                nfe = torch.full((count(y0),), field.calls, device=parts_of(y0)[0].device)
+                return solution, nfe
+            if candidate.method in _BY_SAMPLE and candidate.options.keys() <= known:
+                rtol = rtol if candidate.rtol is None else candidate.rtol
+                atol = atol if candidate.atol is None else candidate.atol
+                solver = PerSampleDopri5(**candidate.options)
+                return solver.run(func, y0, self.t, rtol=rtol, atol=atol)
+        except (NonFiniteError, UnfinishedSolveError, OptionError):
+            pass  # sample by sample it shows which one fails, or whether func minds vmap only
+        return None
+
+    def _one_by_one(
+        self, candidate: Candidate, samples: list[int], bar: tqdm[Any] | None = None
+    ) -> tuple[State, Tensor]:
+        device = parts_of(self.y0)[0].device
+        solutions, nfe = [], []
+        for sample in samples:
+            field = GroupField(self.func, self.y0, torch.tensor([sample], device=device))
+            solutions.append(self._one(candidate, field))
+            nfe.append(field.calls)
+            if bar is not None:
+                bar.update()
+        return concatenate(solutions), torch.tensor(nfe, device=device)
+
+    def _one(self, candidate: Candidate, field: GroupField) -> State:
+        try:
+            return solve_group(candidate, field, self.t, rtol=self.rtol, atol=self.atol)
+        except (NonFiniteError, UnfinishedSolveError):
+            pass
+        except AssertionError as error:
+            if not str(error).startswith(_BROKEN):
+                raise
+        nothing = tuple(
+            part.new_full((len(self.t), 1, *part.shape[1:]), torch.nan)
+            for part in parts_of(self.y0)
+        )
+        return nothing if isinstance(self.y0, tuple) else nothing[0]
+
+
+_BY_SAMPLE = ("dopri5", "dopri5_per_sample")
+
+
+def check_independence(func: VectorField, y0: State, t0: Tensor) -> None:
+    """Refuse a field that makes a sample's derivative depend on the others of its batch.
+
+    Raises:
+        NoisyFieldError: func answers differently the second time.
+        StateShapeError: func returned another shape, or cannot take a sample alone.
+        CoupledSamplesError: a sample alone has another derivative than in the batch.
+    """
+    device = parts_of(y0)[0].device
+    whole = GroupField(func, y0, None)
+    together = _as_solution(whole(t0, y0))
+    if not _are_close(together, _as_solution(whole(t0, y0))):
+        raise NoisyFieldError(
+            explain(
+                f"func answers differently twice at t = {float(t0):.6g} and the same y: it draws "
+                "fresh noise (or changes) at each call.",
+                "the same answer at each call, so that an answer can be right or wrong.",
+                f"draw the noise once, before the solve, and keep it:\n{HOW_TO_RESTRICT}",
+            )
+        )
+    for sample in _probes(count(y0)):
+        index = torch.tensor([sample], device=device)
+        alone = _as_solution(GroupField(func, y0, index)(t0, take(y0, index)))
+        if not _are_close(take(together, index, 1), alone):
+            raise CoupledSamplesError(
+                explain(
+                    f"sample {sample} of y0 has another derivative in the batch than alone: func "
+                    "makes the samples depend on each other.",
+                    "a func of each sample by itself, so that samples can go different ways.",
+                    "func.eval()   # if batch norm in training mode couples the samples",
+                )
+            )
+
+
+def _as_solution(k: State) -> State:
+    return k.unsqueeze(0) if isinstance(k, Tensor) else tuple(part.unsqueeze(0) for part in k)
+
+
+def _probes(batch: int) -> list[int]:
+    probes: list[int] = torch.linspace(0, batch - 1, min(PROBES, batch)).long().unique().tolist()
+    return probes
+
+
+def _are_close(solution: State, other: State) -> bool:
+    """Return whether solutions differ by no more than other kernels' rounding would explain."""
+    for part, alone in zip(parts_of(solution), parts_of(other), strict=True):
+        slack = min(0.1, 10 * torch.finfo(part.dtype).eps ** 0.5)
+        if not torch.allclose(part, alone, rtol=slack, atol=slack * _size(alone), equal_nan=True):
+            return False
+    return True
+
+
+def _size(y: Tensor) -> float:
+    finite = y[torch.isfinite(y)].abs()
+    return float(finite.max()) if finite.numel() else 0.0

@@ -1,0 +1,204 @@
+"""Groups of samples, each solved by its candidate on the compacted sub-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_hyper import recording
+from torchdiffeq_hyper._errors import HyperError, OptionError, StateShapeError, explain
+from torchdiffeq_hyper._layout import is_half
+from torchdiffeq_hyper._restrict import HOW_TO_RESTRICT, can_restrict, restrict
+from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper.dise.candidates import Candidate
+from torchdiffeq_hyper.dise.samples import cast, concatenate, count, parts_of, take
+
+# What torch raises where shapes do not go together.
+_CLASHES = (RuntimeError, ValueError, IndexError, TypeError)
+
+
+class GroupField:
+    """The vector field of some samples of a batch: checked, counted, and cast for.
+
+    Args:
+        func: the field of the whole batch.
+        y0: the state of the whole batch, in the dtype that func takes.
+        index: the samples' positions; None for all.
+
+    Attributes:
+        base_func: the field of these samples; what is attached to it is found.
+        y0: the state of the whole batch.
+        index: the samples' positions; None for all.
+        calls: calls so far.
+    """
+
+    def __init__(self, func: VectorField, y0: State, index: Tensor | None) -> None:
+        self.base_func = func if index is None else restrict(func, index)
+        self.calls = 0
+        self.y0 = y0
+        self.index = index
+        self._func = func
+        dtype = parts_of(y0)[0].dtype
+        self._half = dtype if is_half(dtype) else None
+        if can_restrict(self.base_func):
+            self.restrict = lambda index: GroupField(self.base_func, y0, index)
+
+    def __call__(self, t: Tensor, y: State) -> State:
+        """Return the derivatives; those of half-precision states come and go in float32.
+
+        Raises:
+            StateShapeError: func returned another shape, or cannot take part of the batch.
+        """
+        self.calls += 1
+        state = y
+        if self._half is not None:
+            t, state = t.to(self._half), cast(y, self._half)
+        try:
+            k = self.base_func(t, state)
+        except HyperError:
+            raise
+        except _CLASHES as error:
+            if self._takes_the_whole(t):
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                clash = self._clash(f"fails ({reason})")
+                raise StateShapeError(clash) from error
+            raise
+        expected = [tuple(part.shape) for part in parts_of(y)]
+        got = [tuple(getattr(part, "shape", ())) for part in parts_of(k)]
+        if got != expected or isinstance(k, tuple) != isinstance(y, tuple):
+            clash = self._clash(f"returned shapes {got} for {expected}")
+            raise StateShapeError(clash)
+        wide = parts_of(y)[0].dtype
+        return cast(k, wide) if any(is_half(part.dtype) for part in parts_of(k)) else k
+
+    def _takes_the_whole(self, t: Tensor) -> bool:
+        """Return whether func fails on this part of the batch only."""
+        if self.index is None or can_restrict(self._func):
+            return False
+        try:
+            with torch.no_grad():
+                self._func(t, self.y0)
+        except Exception:  # noqa: BLE001 - then func fails for a reason of its own
+            return False
+        return True
+
+    def _clash(self, what: str) -> str:
+        if self.index is None:
+            return explain(
+                f"func {what}.",
+                "a derivative of the state's own shape.",
+                "check func(t[0], y0).shape == y0.shape",
+            )
+        return explain(
+            f"func {what}, part of a batch of {count(self.y0)}.",
+            "a derivative of the state's own shape for any part of the batch; a func that holds "
+            "something of every sample (noise, controls, conditioning) must say which part of it "
+            "belongs to which sample.",
+            f"{HOW_TO_RESTRICT}\n"
+            "or, if batch norm in training mode couples the samples: func.eval()",
+        )
+
+
+def solve_group(
+    candidate: Candidate, field: GroupField, t: Tensor, *, rtol: Any, atol: Any
+) -> State:
+    """Return a candidate's solution for the samples of a field.
+
+    Args:
+        candidate: the method.
+        field: the samples' field.
+        t: times.
+        rtol: relative tolerance where the candidate has none; see `Dise.solve`.
+        atol: absolute tolerance, the same way.
+    """
+    y0, index = field.y0, field.index
+    start = y0 if index is None else take(y0, index)
+    rtol, atol = (_restricted(tolerance, y0, index) for tolerance in (rtol, atol))
+    dtype = parts_of(y0)[0].dtype
+    if not is_half(dtype):
+        return candidate.solve(field, start, t, rtol=rtol, atol=atol)
+    start, t = cast(start, torch.float32), t.to(torch.promote_types(t.dtype, torch.float32))
+    return cast(candidate.solve(field, start, t, rtol=rtol, atol=atol), dtype)
+
+
+def dispatch(
+    candidates: Sequence[Candidate],
+    func: VectorField,
+    y0: State,
+    t: Tensor,
+    selection: Tensor,
+    *,
+    rtol: Any,
+    atol: Any,
+) -> State:
+    """Return the solution; a record that is being kept learns of the groups.
+
+    Args:
+        candidates: the methods.
+        func: the field of the whole batch.
+        y0: the state; its samples lie along dim 0.
+        t: times.
+        selection: for each sample, the position of its candidate.
+        rtol: relative tolerance where a candidate has none.
+        atol: absolute tolerance where a candidate has none.
+    """
+    batch, draft = count(y0), recording.running()
+    selection = _check_selection(selection, batch, len(candidates)).to(parts_of(y0)[0].device)
+    order = selection.argsort(stable=True)
+    groups = order.split(torch.bincount(selection, minlength=len(candidates)).tolist())
+    solutions, calls, sample_nfe = [], 0, torch.zeros_like(selection)
+    for candidate, group in zip(candidates, groups, strict=True):
+        if len(group) == 0:
+            continue
+        field = GroupField(func, y0, None if len(group) == batch else group)
+        solutions.append(solve_group(candidate, field, t, rtol=rtol, atol=atol))
+        calls += field.calls
+        recorders = recording.open_recorders()
+        if draft is not None and recorders:
+            # The group's own record tells its samples apart where they step on their own.
+            sample_nfe[group] = recorders[-1].solves[-1].sample_nfe
+    if draft is not None:
+        draft.nfe, draft.sample_nfe, draft.selection = calls, sample_nfe, selection
+    if len(solutions) == 1:
+        return solutions[0]
+    return take(concatenate(solutions), order.argsort(), dim=1)
+
+
+def _check_selection(selection: Tensor, batch: int, n_candidates: int) -> Tensor:
+    is_fitting = (
+        isinstance(selection, Tensor)
+        and selection.shape == (batch,)
+        and not selection.is_floating_point()
+        and not selection.is_complex()
+    )
+    if not is_fitting or bool(((selection < 0) | (selection >= n_candidates)).any()):
+        raise OptionError(
+            explain(
+                "selection is "
+                + (
+                    f"a {selection.dtype} tensor of shape {tuple(selection.shape)}."
+                    if isinstance(selection, Tensor)
+                    else f"a {type(selection).__name__}."
+                ),
+                f"for each of the {batch} samples, the position of its candidate, 0 to "
+                f"{n_candidates - 1}.",
+                "dise.dispatch(func, y0, t, dise.select(y0))",
+            )
+        )
+    return selection.long()
+
+
+def _restricted(tolerance: Any, y0: State, index: Tensor | None) -> Any:
+    """Return a tolerance for some samples: what has a batch dimension loses the others."""
+    if isinstance(tolerance, tuple | list):
+        pairs = zip(tolerance, parts_of(y0), strict=True)
+        parts = (_restricted(part, y, index) for part, y in pairs)
+        # The host wants what belongs to a part of a tuple state flat.
+        return tuple(part.flatten() if isinstance(part, Tensor) else part for part in parts)
+    if index is None or not isinstance(tolerance, Tensor) or not isinstance(y0, Tensor):
+        return tolerance
+    has_batch = tolerance.dim() == y0.dim() and len(tolerance) > 1
+    return tolerance.index_select(0, index) if has_batch else tolerance

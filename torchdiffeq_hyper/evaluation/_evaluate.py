@@ -1,0 +1,187 @@
+"""Measure methods against each other in one run."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import torch
+from tqdm import tqdm
+
+from torchdiffeq_hyper._errors import OptionError, OutsideFitWarning, explain
+from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper.evaluation._measure import (
+    Counted,
+    Errors,
+    buffers_kept,
+    count_macs,
+    describe_machine,
+    errors,
+    time_in_turn,
+)
+from torchdiffeq_hyper.evaluation._problem import Problem, unless_broken
+from torchdiffeq_hyper.evaluation._row import EvaluationRow
+from torchdiffeq_hyper.evaluation._table import EvaluationTable
+from torchdiffeq_hyper.evaluation._trials import Trial, expand
+from torchdiffeq_hyper.hypersolver import HyperSolver
+
+Metric: TypeAlias = Callable[[Any], Any]
+
+
+def evaluate(
+    func: VectorField,
+    y0: State,
+    t_span: tuple[float, float],
+    methods: Sequence[str | HyperSolver],
+    *,
+    steps: int | Sequence[int] | None = None,
+    tolerances: float | Sequence[float] = (1e-3,),
+    metric: Metric | None = None,
+    metric_name: str = "metric",
+    rtol: float | None = None,
+    atol: float | None = None,
+    repeats: int = 5,
+    progress: bool = True,
+) -> EvaluationTable:
+    """Measure methods against each other on one problem, all in one run.
+
+    Every method goes through torchdiffeq's `odeint` from ``t_span[0]`` to ``t_span[1]``,
+    without gradients. Errors are those of the final state against a dopri5 solution at
+    tight tolerances. A method that follows a grid takes exactly n equal steps for each n
+    in ``steps``, an adaptive one is run at each of ``tolerances``. Each row is solved
+    once to count calls of func and to get its error, once to count MACs, and then for
+    the clock: ``repeats`` rounds go through all rows in turn, a turn being one solve, or
+    20 ms of them. So the cost is about ``repeats + 2`` solves a row, and the reference.
+
+    ``func`` is used as it is: call ``func.eval()`` first if it has dropout or batch
+    norm. Its mode and buffers, and those of the hypernets, come back as they were. That
+    a solver is used outside its fitted range is not warned about: the table shows it.
+    A method that breaks off or ends in inf or nan gets a row with infinite errors.
+
+    Args:
+        func: called as ``func(t, y)``.
+        y0: tensor, or tuple of tensors; dimension 0 of each is the batch.
+        t_span: start and end; the end may be the earlier one (reverse time).
+        methods: names of torchdiffeq's, registered or published methods, and
+            `HyperSolver` objects. Learned methods given by name need a solver that is
+            attached to func, in scope, or published.
+        steps: numbers of steps; None runs every `HyperSolver` at its own.
+        tolerances: rtol = atol of the adaptive methods.
+        metric: ``metric(y_final) -> float``, e.g. an accuracy.
+        metric_name: its heading.
+        rtol: of the reference; default 1e-7, in float64 1e-10. Half-precision states
+            are integrated in float32, at 1e-3 (bfloat16: 1e-2).
+        atol: of the reference; same default.
+        repeats: timed rounds.
+        progress: show a progress bar.
+
+    Returns:
+        A table with a row a method and setting.
+
+    Raises:
+        OptionError: no methods, impossible ``steps``, ``tolerances``, ``t_span`` or
+            ``repeats``, or a grid method without ``steps``.
+        UnknownMethodError: no method has that name.
+        StateTypeError: ``y0`` is not a state, a method is neither name nor solver, or
+            func's answer is not built like the state.
+        StateShapeError: the batch is empty or differs between parts, or func's answer
+            has another shape.
+        NonFiniteError: the reference solution is not finite, or dopri5 cannot reach it.
+        MissingHypernetError: a learned method was given by name and nothing is bound.
+
+    Example:
+        >>> import torch, torchdiffeq_hyper as tdh
+        >>> func = lambda t, y: -y
+        >>> solver = tdh.HyperSolver("euler", lambda step: step.y / 2, steps=10)
+        >>> table = tdh.evaluate(func, torch.ones(4, 2), (0.0, 1.0), ["euler", "dopri5", solver],
+        ...                      steps=[10], progress=False)
+        >>> [(row.method, row.setting) for row in table.rows]
+        [('euler', '10'), ('dopri5', 'tol 0.001'), ('hypereuler', '10')]
+    """
+    problem = Problem.of(func, y0, t_span)
+    trials = expand(methods, steps, tolerances)
+    _check_repeats(repeats)
+    rtol = problem.default_tolerance if rtol is None else rtol
+    atol = problem.default_tolerance if atol is None else atol
+    with (
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        buffers_kept([func, *(trial.solver for trial in trials)]),
+        tqdm(total=1 + len(trials) * (2 + repeats), disable=not progress, unit="solve") as bar,
+    ):
+        warnings.simplefilter("ignore", OutsideFitWarning)
+        bar.set_description("reference")
+        reference = replace(problem, func=Counted(func)).reference(rtol, atol)
+        bar.update()
+        rows = [_measured(trial, problem, reference, metric, bar) for trial in trials]
+        rows = _timed(rows, trials, problem, repeats, bar)
+    start, end = problem.t.tolist()
+    measured = (
+        f"Batch {problem.batch}, {str(problem.dtype).removeprefix('torch.')}, "
+        f"t = {start:g} to {end:g}. Errors: against dopri5 at rtol {rtol:g}, atol {atol:g}. "
+        f"Times: median of {repeats} interleaved runs, {describe_machine(problem.t.device)}."
+    )
+    return EvaluationTable(tuple(rows), metric_name, measured)
+
+
+def _measured(
+    trial: Trial, problem: Problem, reference: State, metric: Metric | None, bar: Any
+) -> EvaluationRow:
+    """Return a trial's row, its time still open: calls and errors, then MACs."""
+    bar.set_description(trial.label)
+    counted = Counted(problem.func)
+    y = unless_broken(lambda: trial.solve(replace(problem, func=counted)))
+    bar.update()
+    off = Errors.infinite() if y is None else errors(y, reference)
+    macs = (math.nan, math.nan)
+    if y is not None:
+        macs = count_macs(trial.solve, problem, has_hypernet=trial.is_learned)
+    bar.update()
+    has_metric = metric is not None and math.isfinite(off.worst)
+    return EvaluationRow(
+        method=trial.label,
+        steps=trial.steps,
+        tolerance=trial.tolerance,
+        nfe=counted.calls,
+        macs_func=macs[0] / problem.batch,
+        macs_g=macs[1] / problem.batch,
+        ms=math.nan,
+        mape=off.mape,
+        relative_l2=off.relative_l2,
+        worst_relative_l2=off.worst,
+        metric=_number(metric(y)) if metric is not None and has_metric else None,
+        is_learned=trial.is_learned,
+    )
+
+
+def _timed(
+    rows: list[EvaluationRow], trials: list[Trial], problem: Problem, repeats: int, bar: Any
+) -> list[EvaluationRow]:
+    """Return the rows with their times; solves that broke off have none."""
+    bar.set_description("timing")
+    whole = [i for i, row in enumerate(rows) if not math.isnan(row.macs_func)]
+    bar.total -= repeats * (len(rows) - len(whole))
+    solves = [trials[i].solve for i in whole]
+    times = dict(zip(whole, time_in_turn(solves, problem, repeats, bar.update), strict=True))
+    return [replace(row, ms=times.get(i, math.nan)) for i, row in enumerate(rows)]
+
+
+def _check_repeats(repeats: int) -> None:
+    if not isinstance(repeats, int) or repeats < 1:
+        raise OptionError(explain(f"repeats is {repeats!r}.", "an int of at least 1.", "repeats=5"))
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OptionError(
+            explain(
+                f"metric returned {value!r}.",
+                "one number.",
+                "metric=lambda y: float((predict(y).argmax(1) == labels).float().mean())",
+            )
+        ) from error

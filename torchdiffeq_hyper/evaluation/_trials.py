@@ -1,0 +1,192 @@
+"""What `evaluate` runs: each method at each of its settings, through the host."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torchdiffeq import odeint
+
+from torchdiffeq_hyper import _registry
+from torchdiffeq_hyper._errors import (
+    OptionError,
+    StateTypeError,
+    UnknownMethodError,
+    closest,
+    explain,
+)
+from torchdiffeq_hyper._grid import check_steps, equal_steps
+from torchdiffeq_hyper._types import State
+from torchdiffeq_hyper.evaluation._problem import Problem, last
+from torchdiffeq_hyper.hypersolver import HyperSolver
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One method at one setting.
+
+    Attributes:
+        label: how tables call the method.
+        method: how the host calls it.
+        follows_grid: whether it takes ``steps``, else a ``tolerance``.
+        is_learned: whether it corrects a base with a hypernet.
+        solver: the fitted solver behind it, where it is known here.
+        steps: equal steps to take.
+        tolerance: rtol = atol.
+    """
+
+    label: str
+    method: str
+    follows_grid: bool
+    is_learned: bool
+    solver: HyperSolver | None = None
+    steps: int | None = None
+    tolerance: float | None = None
+
+    def solve(self, problem: Problem) -> State:
+        """Return the state at the end of the problem's span."""
+        options: dict[str, object] = {}
+        tolerances: dict[str, float] = {}
+        if self.steps is not None:
+            # Not step_size: the host rounds the number of steps up, often to one too many.
+            options["grid_constructor"] = lambda func, y0, t: equal_steps(t, self.steps)
+        if self.tolerance is not None:
+            tolerances = {"rtol": self.tolerance, "atol": self.tolerance}
+        if self.solver is not None:
+            options["solver"] = self.solver
+        func, y0, t = problem.func, problem.y0, problem.t
+        return last(odeint(func, y0, t, method=self.method, options=options, **tolerances))
+
+
+def expand(
+    methods: Sequence[str | HyperSolver],
+    steps: int | Sequence[int] | None,
+    tolerances: float | Sequence[float],
+) -> list[Trial]:
+    """Return the trials of `evaluate`, in the order of ``methods``.
+
+    Raises:
+        OptionError: impossible settings, or a method that follows a grid without steps.
+        UnknownMethodError: no method has that name.
+        StateTypeError: a method is neither a name nor a `HyperSolver`.
+    """
+    if isinstance(methods, str | HyperSolver) or len(methods) == 0:
+        got = "empty" if not isinstance(methods, str | HyperSolver) else "a single method"
+        raise OptionError(
+            explain(
+                f"methods is {got}.",
+                "a list of method names and HyperSolvers.",
+                'methods=["euler", "dopri5", solver]',
+            )
+        )
+    counts = _check_all_steps(steps)
+    limits = _check_tolerances(tolerances)
+    trials: list[Trial] = []
+    for method in methods:
+        first = _first_trial(method)
+        label = _distinct(first.label, {trial.label for trial in trials})
+        first = replace(first, label=label)
+        if first.follows_grid:
+            trials += [replace(first, steps=n) for n in counts or [_own_steps(first)]]
+        else:
+            trials += [replace(first, tolerance=limit) for limit in limits]
+    return trials
+
+
+def _first_trial(method: str | HyperSolver) -> Trial:
+    """Return a trial of a method, its settings still to be filled in."""
+    if isinstance(method, HyperSolver):
+        alpha = "" if method.alpha is None else f" (alpha {method.alpha:.3g})"
+        return Trial(
+            label=method.method + alpha,
+            method=method.method,
+            follows_grid=True,
+            is_learned=True,
+            solver=_unwarned(method),
+        )
+    if not isinstance(method, str):
+        raise StateTypeError(
+            explain(
+                f"a method is a {type(method).__name__}.",
+                "a method's name or a HyperSolver.",
+                'methods=["euler", tdh.HyperSolver("euler", net, steps=10)]',
+            )
+        )
+    entry = _registry.methods().get(method)
+    if entry is not None:
+        if isinstance(entry.fitted, HyperSolver):
+            return replace(_first_trial(entry.fitted), label=method)
+        follows_grid, is_learned = entry.follows_grid, entry.is_learned
+    else:
+        follows_grid, is_learned = _host_follows_grid(method), False
+    return Trial(label=method, method=method, follows_grid=follows_grid, is_learned=is_learned)
+
+
+def _host_follows_grid(method: str) -> bool:
+    hosts = _registry.host_methods()
+    if method not in hosts:
+        known = [*_registry.methods(), *hosts]
+        raise UnknownMethodError(
+            explain(
+                f"no method is called {method!r}.",
+                "one of " + ", ".join(f'"{name}"' for name in known) + ".",
+                f'methods=["{closest(method, known)}"]',
+            )
+        )
+    return hosts[method]
+
+
+def _unwarned(solver: HyperSolver) -> HyperSolver:
+    """Return the solver without its limits, so that its one warning is not used up here."""
+    if solver.domain is None:
+        return solver
+    twin = copy.copy(solver)
+    twin.domain = replace(solver.domain, dt_min=0.0, dt_max=math.inf, directions=(1, -1))
+    return twin
+
+
+def _own_steps(trial: Trial) -> int:
+    if trial.solver is not None and trial.solver.n_steps is not None:
+        return trial.solver.n_steps
+    raise OptionError(
+        explain(
+            f'"{trial.label}" follows a time grid, and steps is None.',
+            "the numbers of steps to measure it at.",
+            "steps=[2, 4, 8]",
+        )
+    )
+
+
+def _distinct(label: str, taken: set[str]) -> str:
+    names = (label if i == 1 else f"{label} #{i}" for i in range(1, len(taken) + 2))
+    return next(name for name in names if name not in taken)
+
+
+def _check_all_steps(steps: int | Sequence[int] | None) -> list[int]:
+    if steps is None:
+        return []
+    counts = [steps] if isinstance(steps, int) else list(steps)
+    if not counts or any(isinstance(n, tuple) or check_steps(n) is None for n in counts):
+        raise OptionError(
+            explain(
+                f"steps is {steps!r}.",
+                "numbers of steps, each an int of at least 1, or None.",
+                "steps=[2, 4, 8]",
+            )
+        )
+    return counts
+
+
+def _check_tolerances(tolerances: float | Sequence[float]) -> list[float]:
+    limits = [tolerances] if isinstance(tolerances, int | float) else list(tolerances)
+    if not limits or not all(math.isfinite(limit) and limit > 0 for limit in limits):
+        raise OptionError(
+            explain(
+                f"tolerances is {tolerances!r}.",
+                "finite numbers above 0.",
+                "tolerances=[1e-2, 1e-3]",
+            )
+        )
+    return limits

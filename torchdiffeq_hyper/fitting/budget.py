@@ -1,0 +1,90 @@
+"""The time a fit may take, and how many iterations end in it."""
+
+from __future__ import annotations
+
+import time
+
+FIRST_PHASE = 0.4
+"""Share of the time left that a phase followed by another may take."""
+LAST_PHASE = 0.97
+"""Share that the last phase may take; the rest is for measuring the result."""
+REFERENCES = 0.3
+"""Share of all time that new reference solutions may take."""
+EARLIEST = 4
+"""Timed iterations before the first estimate."""
+
+
+class Budget:
+    """Wall time, counted on over interruptions.
+
+    Args:
+        max_seconds: the time there is.
+    """
+
+    def __init__(self, max_seconds: float) -> None:
+        self.max_seconds = max_seconds
+        self._began = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time used."""
+        return time.perf_counter() - self._began
+
+    def is_over(self) -> bool:
+        """Return whether all the time is used."""
+        return self.seconds >= self.max_seconds
+
+    def resume(self, used: float) -> None:
+        """Count the time an interrupted run had used as well."""
+        self._began -= used
+
+    def affordable_batches(self, seconds_per_batch: float) -> int:
+        """Return how many batches may be given reference solutions, at least one."""
+        return max(1, int(REFERENCES * self.max_seconds / max(seconds_per_batch, 1e-6)))
+
+    def start_phase(self, wanted: int, *, is_last: bool) -> Pace:
+        """Return the pace of a phase that begins now."""
+        left = self.max_seconds - self.seconds
+        share = LAST_PHASE if is_last else FIRST_PHASE
+        return Pace(self, self.seconds + share * left, wanted)
+
+
+class Pace:
+    """How many iterations of a phase end in time.
+
+    The number is estimated anew ever more rarely, so that the annealing of the learning
+    rate comes to its end even where the machine's speed changes. As long as all that are
+    wanted end in time, it does not change, and the fit is repeatable.
+
+    Args:
+        budget: the clock.
+        deadline: when the phase must end, in its seconds.
+        wanted: iterations wanted.
+    """
+
+    def __init__(self, budget: Budget, deadline: float, wanted: int) -> None:
+        self._budget = budget
+        self._deadline = deadline
+        self._wanted = wanted
+        self._timed = -1
+        self._first = 0.0
+
+    def is_over(self) -> bool:
+        """Return whether the phase's time is up."""
+        return self._budget.seconds >= self._deadline
+
+    def plan(self, done: int, planned: int) -> int:
+        """Return the iterations to plan for; called after each iteration.
+
+        Args:
+            done: iterations done in this phase.
+            planned: what was planned so far.
+        """
+        self._timed += 1
+        now = self._budget.seconds
+        if self._timed == 0:  # the first one pays for what is set up once
+            self._first = now
+        if self._timed < EARLIEST or self._timed & (self._timed - 1):
+            return planned
+        each = (now - self._first) / self._timed
+        return min(self._wanted, done + int(max(0.0, self._deadline - now) / max(each, 1e-9)))

@@ -1,0 +1,28 @@
+"""Setting a ready net's scales from measured residuals."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from torchdiffeq_hyper.fitting.data import Batch
+from torchdiffeq_hyper.fitting.objectives import step_inputs
+from torchdiffeq_hyper.hypernets import ReadyHypernet, join_channels
+
+
+@torch.no_grad()
+def calibrate(net: nn.Module, batch: Batch) -> None:
+    """Calibrate a ready net that is still zero; leave every other net as it is.
+
+    Scales must not be changed under a net that was fitted before and is fitted on.
+    """
+    if not isinstance(net, ReadyHypernet):
+        return
+    inputs, residuals = [], []
+    for route, samples in enumerate(batch.routes):
+        for n, step in enumerate(step_inputs(batch, route)):
+            if join_channels(net(step)).any():
+                return
+            inputs.append(net.concat(step))
+            residuals.append(join_channels(batch.layout.split(samples.residual[n])))
+    net.calibrate(torch.cat(inputs), torch.cat(residuals))

@@ -1,0 +1,120 @@
+r"""What a fit minimises, and what it is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_hyper._errors import NonFiniteError
+from torchdiffeq_hyper._stepping import Correction
+from torchdiffeq_hyper._types import Hypernet, State, StepInput, VectorField
+from torchdiffeq_hyper.fitting.data import Batch
+from torchdiffeq_hyper.fitting.norms import sample_norms
+from torchdiffeq_hyper.hypersolver import HyperSolver
+
+QUANTILES = ("0.5", "0.9", "0.99", "max")
+
+
+def step_inputs(batch: Batch, route: int) -> Iterator[StepInput]:
+    """Yield what a hypernet is given at each step along a reference solution."""
+    samples, layout = batch.routes[route], batch.layout
+    start = layout.split(samples.y[0])
+    for n, dt in enumerate(samples.dt.unbind()):
+        stages = tuple(layout.split(stage[n]) for stage in samples.stages)
+        y = layout.split(samples.y[n])
+        yield StepInput(dt, samples.times[n], y, stages[0], stages, start)
+
+
+def residual_errors(
+    hypernet: Hypernet, order: int, batch: Batch, route: int, steps: Sequence[int]
+) -> Tensor:
+    r"""Return :math:`|R_n - g|_2` for some steps of a route, (len(steps), batch) ([H] eq. 5).
+
+    Costs one call of g a step and none of func.
+    """
+    samples, layout = batch.routes[route], batch.layout
+    correction = Correction(hypernet, order, layout, samples.y[0])
+    differences = []
+    for n in steps:
+        stages = tuple(stage[n] for stage in samples.stages)
+        out = correction.evaluate(samples.times[n], samples.dt[n], samples.y[n], stages)
+        differences.append(samples.residual[n] - layout.join(out))
+    return sample_norms(layout.split(torch.stack(differences)))
+
+
+def trajectory_errors(solver: HyperSolver, func: VectorField, batch: Batch, route: int) -> Tensor:
+    r"""Return :math:`|y(t_n) - y_n|_2` for n = 1, 2, ... of a route, (n, batch).
+
+    The y_n are the solver's own roll-out; costs what a solve costs.
+
+    Raises:
+        NonFiniteError: the roll-out ended in inf or nan.
+    """
+    samples = batch.routes[route]
+    solution = solver.solve(func, batch.start(route), samples.times)
+    return sample_norms(_difference(solution, batch.layout.split(samples.y)))
+
+
+def _difference(first: State, second: State) -> State:
+    """Return the difference of two solutions without their common start."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first[1:] - second[1:]
+    return tuple(a[1:] - b[1:] for a, b in zip(first, second, strict=True))
+
+
+@torch.no_grad()
+def mean_residual_error(
+    hypernet: Hypernet, order: int, batch: Batch, route: int | None = None
+) -> float:
+    """Return the mean of |R - g|_2 over samples, steps and routes (or on one)."""
+    errors = [
+        residual_errors(hypernet, order, batch, r, range(len(batch.routes[r].dt))).flatten()
+        for r in _routes(batch, route)
+    ]
+    return float(torch.cat(errors).mean())
+
+
+@torch.no_grad()
+def mean_trajectory_error(
+    solver: HyperSolver, func: VectorField, batch: Batch, route: int | None = None
+) -> float:
+    """Return the mean over samples and routes of sum_n |y(t_n) - y_n|_2; inf if it blew up."""
+    try:
+        errors = [
+            trajectory_errors(solver, func, batch, r).sum(0).mean() for r in _routes(batch, route)
+        ]
+    except NonFiniteError:
+        return float("inf")
+    return float(torch.stack(errors).mean())
+
+
+def _routes(batch: Batch, route: int | None) -> Sequence[int]:
+    return range(len(batch.routes)) if route is None else (route,)
+
+
+@torch.no_grad()
+def delta_quantiles(hypernet: Hypernet, order: int, batch: Batch) -> dict[str, float]:
+    """Return quantiles of |R - g|_2 over samples, steps and routes ([H] theorem 1)."""
+    errors = (
+        torch.cat(
+            [
+                residual_errors(hypernet, order, batch, r, range(len(batch.routes[r].dt))).flatten()
+                for r in _routes(batch, None)
+            ]
+        )
+        .sort()
+        .values
+    )
+    # By rank, not interpolated: torch.quantile refuses more than 2^24 values.
+    ranks = [min(int(float(q) * len(errors)), len(errors) - 1) for q in QUANTILES[:-1]]
+    values = [errors[rank] for rank in ranks] + [errors[-1]]
+    return {name: float(value) for name, value in zip(QUANTILES, values, strict=True)}
+
+
+def no_correction(step: StepInput) -> State:
+    """Return zero: the hypernet of the base alone."""
+    if isinstance(step.y, Tensor):
+        return torch.zeros_like(step.y)
+    return tuple(torch.zeros_like(part) for part in step.y)

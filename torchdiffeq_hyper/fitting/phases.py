@@ -1,0 +1,102 @@
+"""The phases of a fit: what is minimised in each."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from torchdiffeq_hyper._types import VectorField
+from torchdiffeq_hyper.fitting.data import Batch
+from torchdiffeq_hyper.fitting.objectives import (
+    mean_residual_error,
+    mean_trajectory_error,
+    no_correction,
+    residual_errors,
+    trajectory_errors,
+)
+from torchdiffeq_hyper.hypersolver import HyperSolver
+
+OBJECTIVES = ("combined", "residual", "trajectory")
+MOST_STEPS = 8
+"""Steps of a route that one iteration of the residual phase looks at."""
+
+
+class Phase(Protocol):
+    """One objective, to minimise and to judge by."""
+
+    name: str
+
+    def loss(self, batch: Batch, route: int) -> Tensor:
+        """Return the 0-d training loss."""
+        ...
+
+    def error(self, batch: Batch) -> float:
+        """Return the mean error over all routes, without gradient."""
+        ...
+
+    def base_error(self, batch: Batch, route: int | None = None) -> float:
+        """Return the same for the base alone, over all routes or on one."""
+        ...
+
+
+class ResidualPhase:
+    r"""Minimise mean_n :math:`|R_n - g|_2` ([H] eq. 5): calls of g only."""
+
+    name = "residual"
+
+    def __init__(self, net: nn.Module, order: int) -> None:
+        self._net = net
+        self._order = order
+
+    def loss(self, batch: Batch, route: int) -> Tensor:
+        """Return the mean over a few random steps, so that fine grids cost no more."""
+        n_steps = len(batch.routes[route].dt)
+        steps = torch.randperm(n_steps)[:MOST_STEPS].tolist()
+        return residual_errors(self._net, self._order, batch, route, steps).mean()
+
+    def error(self, batch: Batch) -> float:
+        """Return the mean of |R - g|_2."""
+        return mean_residual_error(self._net, self._order, batch)
+
+    def base_error(self, batch: Batch, route: int | None = None) -> float:
+        """Return the mean of |R|_2."""
+        return mean_residual_error(no_correction, self._order, batch, route)
+
+
+class TrajectoryPhase:
+    r"""Minimise :math:`\\sum_n |y(t_n) - y_n|_2` of the solver's own roll-out."""
+
+    name = "trajectory"
+
+    def __init__(self, solver: HyperSolver, func: VectorField) -> None:
+        self._solver = solver
+        self._base = HyperSolver(solver.base, no_correction, alpha=solver.alpha)
+        self._func = func
+
+    def loss(self, batch: Batch, route: int) -> Tensor:
+        """Return the mean over samples."""
+        return trajectory_errors(self._solver, self._func, batch, route).sum(0).mean()
+
+    def error(self, batch: Batch) -> float:
+        """Return the mean over samples; inf if a roll-out blew up."""
+        return mean_trajectory_error(self._solver, self._func, batch)
+
+    def base_error(self, batch: Batch, route: int | None = None) -> float:
+        """Return the same with no correction."""
+        return mean_trajectory_error(self._base, self._func, batch, route)
+
+
+def phases_of(
+    objective: str, solver: HyperSolver, func: VectorField
+) -> tuple[tuple[Phase, ...], Phase]:
+    """Return an objective's phases in order, and the one that judges."""
+    assert isinstance(solver.hypernet, nn.Module)
+    residual = ResidualPhase(solver.hypernet, solver.tableau.order)
+    trajectory = TrajectoryPhase(solver, func)
+    if objective == "residual":
+        return (residual,), residual
+    if objective == "trajectory":
+        return (trajectory,), trajectory
+    return (residual, trajectory), trajectory

@@ -1,0 +1,1 @@
+"""Adapters to the ODE libraries; nothing else knows their internals."""

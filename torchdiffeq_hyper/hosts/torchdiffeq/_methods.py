@@ -1,0 +1,174 @@
+"""Puts the registry's methods among torchdiffeq's, and takes them away again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torchdiffeq_hyper import _registry
+from torchdiffeq_hyper._binding import Fitted
+from torchdiffeq_hyper._errors import (
+    DuplicateMethodError,
+    StateTypeError,
+    UnknownMethodError,
+    explain,
+)
+from torchdiffeq_hyper.hosts.torchdiffeq import _patches
+from torchdiffeq_hyper.hosts.torchdiffeq._solver import HyperGridSolver
+from torchdiffeq_hyper.hosts.torchdiffeq._upstream import SOLVERS, FixedGridODESolver
+from torchdiffeq_hyper.hosts.torchdiffeq._whole import WholeProblemSolver
+from torchdiffeq_hyper.hypersolver import HyperSolver
+from torchdiffeq_hyper.tableaus import Tableau
+
+_PUBLISHED = "register_method"
+_installed: dict[str, Any] = {}
+_is_installed = False
+
+
+def install() -> None:
+    """Add the registered methods to torchdiffeq; importing the package does this.
+
+    Changes no existing name; calling it again does nothing.
+
+    Raises:
+        DuplicateMethodError: torchdiffeq has got a method of the same name meanwhile.
+
+    Example:
+        >>> import torchdiffeq_hyper as tdh
+        >>> tdh.install()
+    """
+    global _is_installed  # noqa: PLW0603 - the one switch of the process-wide dict SOLVERS
+    _is_installed = True
+    follow_registry()
+
+
+def uninstall() -> None:
+    """Remove everything that `install` added: torchdiffeq is as it was before the import.
+
+    Example:
+        >>> import torchdiffeq, torchdiffeq_hyper as tdh
+        >>> tdh.uninstall()
+        >>> tdh.install()
+    """
+    global _is_installed  # noqa: PLW0603 - the one switch of the process-wide dict SOLVERS
+    _is_installed = False
+    follow_registry()
+
+
+def follow_registry() -> None:
+    """Make torchdiffeq's dict hold what the registry holds, if installed."""
+    wanted = _registry.methods() if _is_installed else {}
+    for name in [name for name in _installed if name not in wanted]:
+        del _installed[name]
+        SOLVERS.pop(name, None)
+    for name, method in wanted.items():
+        if name in _installed:
+            continue
+        if name in SOLVERS:
+            raise DuplicateMethodError(
+                explain(
+                    f'method "{name}" of {method.owner} is already a method of torchdiffeq.',
+                    "a name that torchdiffeq does not have.",
+                    f'choose another name, e.g. "{name}-2"',
+                )
+            )
+        SOLVERS[name] = _installed[name] = solver_class(method)
+    _patches.follow()
+
+
+def reserve_host_names() -> None:
+    """Tell the registry which names torchdiffeq has of its own."""
+    own = {n: _patches.unpatched(cls) for n, cls in SOLVERS.items() if n not in _installed}
+    _registry.reserve(
+        {name: issubclass(cls, FixedGridODESolver) for name, cls in own.items()}, "torchdiffeq"
+    )
+
+
+def solver_class(method: _registry.Method, also_accepted: frozenset[str] = frozenset()) -> Any:
+    """Return the class that torchdiffeq is given for a method.
+
+    Args:
+        method: the registry's entry.
+        also_accepted: options to accept and ignore.
+    """
+    if isinstance(method.solver, _registry.WholeSolve):
+        fields = {"entry": method, "also_accepted": also_accepted, "__module__": __name__}
+        return type(method.solver.kind.__name__, (WholeProblemSolver,), fields)
+    if not isinstance(method.solver, Tableau):
+        return method.solver
+    name = "Hyper" + method.solver.name.capitalize()
+    if method.fitted is None and not also_accepted and method.name.startswith("hyper"):
+        name = "Hyper" + method.name.removeprefix("hyper").capitalize()
+    fields = {"entry": method, "order": method.order, "also_accepted": also_accepted}
+    return type(name, (HyperGridSolver,), {**fields, "__module__": __name__})
+
+
+def published(name: str, solver: Fitted, owner: str) -> _registry.Method:
+    """Return an entry that carries its fitted solver.
+
+    Raises:
+        StateTypeError: ``solver`` is not a fitted solver.
+    """
+    if not isinstance(solver, HyperSolver):
+        entry = _registry.methods().get(getattr(solver, "method", ""))
+        whole = None if entry is None else entry.solver
+        if entry is not None and isinstance(whole, _registry.WholeSolve):
+            return replace(entry, name=name, owner=owner, fitted=solver)
+        raise StateTypeError(
+            explain(
+                f"solver is a {type(solver).__name__}.",
+                "a fitted solver: a HyperSolver, or a Dise.",
+                'tdh.HyperSolver(base="euler", hypernet=g, steps=10)',
+            )
+        )
+    tableau = solver.tableau
+    return _registry.Method(
+        name, tableau, tableau.order, tableau.calls, follows_grid=True, owner=owner, fitted=solver
+    )
+
+
+def register_method(name: str, solver: Fitted) -> None:
+    """Publish a fitted solver under a method name of its own.
+
+    For callers that let a user pass only ``method``; they need neither options nor
+    access to func.
+
+    Args:
+        name: the method string; must be new.
+        solver: the fitted solver behind it.
+
+    Raises:
+        DuplicateMethodError: the name is taken; names both owners.
+        StateTypeError: ``solver`` is not a fitted solver.
+
+    Example:
+        >>> import torch, torchdiffeq_hyper as tdh
+        >>> from torchdiffeq import odeint
+        >>> tdh.register_method("decay-fast", tdh.HyperSolver("euler", lambda s: s.y / 2, steps=10))
+        >>> t = torch.tensor([0.0, 1.0])
+        >>> odeint(lambda t, y: -y, torch.ones(1), t, method="decay-fast")[-1]
+        tensor([0.3685])
+        >>> tdh.unregister_method("decay-fast")
+    """
+    reserve_host_names()
+    _registry.add(published(name, solver, _PUBLISHED))
+    follow_registry()
+
+
+def unregister_method(name: str) -> None:
+    """Take back a name that `register_method` published.
+
+    Raises:
+        UnknownMethodError: no such name was published.
+    """
+    method = _registry.methods().get(name)
+    if method is None or method.owner != _PUBLISHED:
+        raise UnknownMethodError(
+            explain(
+                f"{name!r} is not a published name.",
+                "a name given to tdh.register_method.",
+                f'tdh.register_method("{name}", solver) first',
+            )
+        )
+    _registry.remove(name)
+    follow_registry()

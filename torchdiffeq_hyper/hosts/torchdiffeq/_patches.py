@@ -1,0 +1,101 @@
+"""Stands in for torchdiffeq's methods while a scope is open, and for no longer.
+
+Two kinds of scope look at the calls: one replaces a method, the other watches all of
+them. They nest in any order; what a scope replaced is watched like any other method.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+from torchdiffeq_hyper.hosts.torchdiffeq._scopes import overrides
+from torchdiffeq_hyper.hosts.torchdiffeq._upstream import SOLVERS
+
+Build: TypeAlias = Callable[..., Any]
+"""``(func, y0, rtol, atol, **options) -> solver``: what a method name stands for."""
+Watch: TypeAlias = Callable[..., Any]
+"""``(method, build, func, y0, rtol, atol, **options) -> solver``."""
+
+_watch: contextvars.ContextVar[Watch | None] = contextvars.ContextVar("watch", default=None)
+
+_lock = threading.Lock()
+_replacing: Counter[str] = Counter()
+_watching = 0
+
+
+class _Dispatcher:
+    """Stands in `SOLVERS`; serves each context what its own scopes ask for."""
+
+    def __init__(self, method: str, original: Any) -> None:
+        self.method = method
+        self.original = original
+
+    def __call__(self, func: Any, y0: Any, rtol: Any, atol: Any, **options: Any) -> Any:
+        build = overrides.get().get(self.method, self.original)
+        watch = _watch.get()
+        if watch is None:
+            return build(func=func, y0=y0, rtol=rtol, atol=atol, **options)
+        return watch(self.method, build, func=func, y0=y0, rtol=rtol, atol=atol, **options)
+
+    def valid_callbacks(self) -> set[str]:
+        """Return the callbacks of the method itself, so that none is warned about."""
+        valid: set[str] = self.original.valid_callbacks()
+        return valid
+
+
+@contextmanager
+def replaced(method: str, build: Build) -> Iterator[None]:
+    """Have ``method`` served by ``build`` in this context, inside the block."""
+    token = overrides.set({**overrides.get(), method: build})
+    _count(method, 1)
+    try:
+        yield
+    finally:
+        _count(method, -1)
+        overrides.reset(token)
+
+
+@contextmanager
+def watched(watch: Watch) -> Iterator[None]:
+    """Have every method of this context built by ``watch``, inside the block."""
+    token = _watch.set(watch)
+    _count(None, 1)
+    try:
+        yield
+    finally:
+        _count(None, -1)
+        _watch.reset(token)
+
+
+def unpatched(solver: Any) -> Any:
+    """Return what `SOLVERS` holds when no scope is open."""
+    return solver.original if isinstance(solver, _Dispatcher) else solver
+
+
+def follow() -> None:
+    """Bring `SOLVERS` in line with the open scopes (after methods have come or gone)."""
+    with _lock:
+        _sync()
+
+
+def _count(method: str | None, change: int) -> None:
+    global _watching  # noqa: PLW0603 - SOLVERS is one dict for the whole process
+    with _lock:
+        if method is None:
+            _watching += change
+        else:
+            _replacing[method] += change
+        _sync()
+
+
+def _sync() -> None:
+    for method, solver in list(SOLVERS.items()):
+        if not (_watching or _replacing[method]):
+            SOLVERS[method] = unpatched(solver)
+        elif not isinstance(solver, _Dispatcher):
+            SOLVERS[method] = _Dispatcher(method, solver)

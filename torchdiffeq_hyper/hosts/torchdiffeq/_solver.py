@@ -1,0 +1,213 @@
+"""The learned fixed-grid solver that torchdiffeq is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_hyper._errors import OptionError, closest, explain
+from torchdiffeq_hyper._grid import equal_steps
+from torchdiffeq_hyper._layout import check_dtype, is_half
+from torchdiffeq_hyper._registry import Method
+from torchdiffeq_hyper._stepping import (
+    Correction,
+    Step,
+    check_derivative,
+    is_finite,
+    raise_non_finite,
+)
+from torchdiffeq_hyper.hosts.torchdiffeq import _bound
+from torchdiffeq_hyper.hosts.torchdiffeq._call import ForwardPlan, HostCall
+from torchdiffeq_hyper.hosts.torchdiffeq._upstream import FixedGridODESolver, Perturb
+from torchdiffeq_hyper.hypersolver import HyperSolver
+from torchdiffeq_hyper.tableaus import Edge, Tableau
+
+_GRID = ("step_size", "grid_constructor", "interp", "perturb")
+_BINDING = ("hypernet", "solver")
+_PERTURB = {Edge.INSIDE: Perturb.NONE, Edge.START: Perturb.NEXT, Edge.END: Perturb.PREV}
+
+
+class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
+    """A base of `tableaus` plus its fitted correction, on the host's own time grid.
+
+    The grid, the interpolation, the callbacks and the events are the host's; only the
+    step is ours. Subclasses, one a method, set the class attributes.
+    """
+
+    entry: ClassVar[Method]
+    also_accepted: ClassVar[frozenset[str]] = frozenset()
+    step_size: Any
+    grid_constructor: Callable[[Any, Tensor, Tensor], Tensor]
+
+    def __init__(self, func: Any, y0: Tensor, rtol: Any, atol: Any, **options: Any) -> None:
+        options.pop("norm", None)
+        options = self._check_options(options)
+        check_dtype(y0.dtype)
+        self._dtype = y0.dtype
+        if is_half(y0.dtype):
+            func, y0 = _InHalf(func, y0.dtype), y0.float()
+        grid = {name: options[name] for name in _GRID if name in options}
+        super().__init__(func=func, y0=y0, rtol=rtol, atol=atol, **grid)
+        self._call = HostCall.of(func.func if isinstance(func, _InHalf) else func)
+        self._has_grid_option = not {"step_size", "grid_constructor"}.isdisjoint(grid)
+        self._solver: HyperSolver | None = None
+        self._taken: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        if self._call.is_adjoint_backward:
+            self._step = self._uncorrected_step()
+        else:
+            self._step = self._corrected_step(options)
+
+    def _check_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        tableau = self.entry.solver
+        assert isinstance(tableau, Tableau)
+        known = [*_BINDING, *_GRID, *(["alpha"] if tableau.alpha is not None else [])]
+        for name in options:
+            if name in known or name in self.also_accepted:
+                continue
+            where = ' ("alpha" goes with method "hyper2")' if name == "alpha" else ""
+            raise OptionError(
+                explain(
+                    f'method "{self.entry.name}" has no option "{name}"{where}.',
+                    "one of " + ", ".join(f'"{option}"' for option in known) + ".",
+                    f'options={{"{closest(name, known)}": ...}}',
+                )
+            )
+        _check_values(options)
+        return {name: value for name, value in options.items() if name in known}
+
+    def _uncorrected_step(self) -> Step:
+        """Return the base alone, stepping as the forward solve did."""
+        plan = self._call.plan()
+        if plan is None:
+            assert isinstance(self.entry.solver, Tableau)
+            return Step(self.entry.solver, self._evaluate, None)
+        if not self._has_grid_option:
+            self.grid_constructor = lambda func, y0, t: plan.grid_between(t)
+        return Step(plan.tableau, self._evaluate, None)
+
+    def _corrected_step(self, options: dict[str, Any]) -> Step:
+        bound = _bound.find(self.entry, self._call.func, options)
+        if self._call.is_adjoint_forward:
+            _bound.warn_if_trained_through_adjoint(bound.hypernet)
+        part, self._solver = None, bound.solver
+        if bound.solver is not None:
+            n_steps = bound.solver.n_steps
+            if not self._has_grid_option:
+                self.grid_constructor = lambda func, y0, t: equal_steps(t, n_steps)
+            if bound.solver.domain is not None:
+                state = self._call.layout.split(self.y0)
+                part = bound.solver.domain.corrected_part(state)
+        correction = Correction(
+            bound.hypernet,
+            bound.tableau.order,
+            self._call.layout,
+            self.y0,
+            negated=self._call.negated,
+            part=part,
+        )
+        return Step(bound.tableau, self._evaluate, correction)
+
+    def _evaluate(self, t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
+        if self.perturb:
+            k: Tensor = self.func(t, y, perturb=_PERTURB[edge])
+        else:
+            k = self.func(t, y)
+        check_derivative(k, y)
+        return k.to(y.dtype) if is_half(k.dtype) else k
+
+    def _step_func(
+        self, func: Any, t0: Tensor, dt: Any, t1: Tensor, y0: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        dy, f0 = self._step.increment(t0, dt, t1, y0)
+        if self._taken is not None:
+            self._taken.append((t0, t1, dy))
+        return dy, f0
+
+    def integrate(self, t: Tensor) -> Tensor:
+        """Return the state at every point of ``t``, as the host's solvers do."""
+        if self.y0.numel() == 0:
+            empty: Tensor = self.y0.unsqueeze(0).expand(len(t), *self.y0.shape)
+            return empty.to(self._dtype, copy=True)
+        t = t.to(torch.promote_types(t.dtype, torch.float32))
+        grid: Tensor = self.grid_constructor(self.func, self.y0, t)
+        self.grid_constructor = lambda func, y0, t: grid
+        if self._solver is not None:
+            self._solver.warn_outside_fit(grid.diff(), self._call.sign)
+        if self._call.is_adjoint_forward:
+            self._call.leave_plan(ForwardPlan(self._step.tableau, grid=grid.detach()))
+        solution: Tensor = super().integrate(t)
+        if self._step.correction is not None and not is_finite(solution[-1]):
+            pairs = zip(grid[:-1], grid[1:], strict=True)
+            raise_non_finite(self._step, pairs, self.y0, self._call.sign)
+        return solution.to(self._dtype)
+
+    def integrate_until_event(
+        self, t0: Tensor, event_fn: Callable[..., Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the event's time and the states at start and event, as the host's do."""
+        if self.step_size is None:
+            self.step_size = self._fitted_step_size()
+        if self._call.is_adjoint_forward:
+            plan = ForwardPlan(self._step.tableau, step_size=float(self.step_size))
+            self._call.leave_plan(plan)
+        dtype = self._dtype
+        cast = (lambda t, y: event_fn(t, y.to(dtype))) if is_half(dtype) else event_fn
+        self._taken = []
+        event_time, solution = super().integrate_until_event(t0, cast)
+        # A state that is not a number ends the host's search as if it were the event.
+        if not is_finite(self._taken[-1][2]):
+            pairs = [(t0, t1) for t0, t1, _ in self._taken]
+            raise_non_finite(self._step, pairs, self.y0, self._call.sign)
+        return event_time, solution.to(dtype)
+
+    def _fitted_step_size(self) -> float:
+        solver = self._solver
+        if solver is None or solver.domain is None or solver.n_steps is None:
+            raise OptionError(
+                explain(
+                    "an event was asked for without a step size.",
+                    "step_size, or a solver that knows its fitted span and steps.",
+                    'options={"step_size": 0.1, ...}',
+                )
+            )
+        start, end = solver.domain.span
+        return abs(end - start) / solver.n_steps
+
+
+class _InHalf:
+    """A func of half-precision states, called on float32 ones."""
+
+    def __init__(self, func: Any, dtype: torch.dtype) -> None:
+        self.func = func
+        self._dtype = dtype
+
+    def __call__(self, t: Tensor, y: Tensor, **perturb: Any) -> Tensor:
+        k: Tensor = self.func(t, y.to(self._dtype), **perturb)
+        return k.to(y.dtype)
+
+    def callback_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
+        self.func.callback_step(t0, y0.to(self._dtype), dt)
+
+
+def _check_values(options: dict[str, Any]) -> None:
+    step_size = options.get("step_size")
+    if step_size is not None and not step_size > 0:
+        raise OptionError(
+            explain(
+                f"step_size is {step_size}.",
+                "a number above 0, also in reverse time.",
+                'options={"step_size": 0.1, ...}',
+            )
+        )
+    interp = options.get("interp", "linear")
+    if interp not in ("linear", "cubic"):
+        raise OptionError(
+            explain(
+                f"interp is {interp!r}.",
+                '"linear" or "cubic".',
+                'options={"interp": "cubic", ...}',
+            )
+        )

@@ -1,0 +1,97 @@
+"""Everything taken from torchdiffeq's internals (checked against 0.2.5).
+
+A change upstream breaks this file and no other.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+from torchdiffeq._impl.dopri5 import Dopri5Solver
+from torchdiffeq._impl.misc import (
+    Perturb,
+    _mixed_norm,
+    _PerturbFunc,
+    _ReverseFunc,
+    _rms_norm,
+    _TupleFunc,
+)
+from torchdiffeq._impl.misc import _PerturbFunc as PerturbFunc
+from torchdiffeq._impl.odeint import SOLVERS
+from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
+from torchdiffeq._impl.solvers import FixedGridODESolver
+
+__all__ = [
+    "SOLVERS",
+    "Dopri5Solver",
+    "FixedGridODESolver",
+    "Perturb",
+    "PerturbFunc",
+    "RKAdaptiveStepsizeODESolver",
+    "forward_func_of",
+    "is_default_norm",
+    "is_perturbed",
+    "is_reversed",
+    "options_of",
+    "tuple_shapes",
+    "unwrap",
+]
+
+
+def unwrap(func: Any) -> Any | None:
+    """Return what the host wrapped, or None when ``func`` is not one of its wrappers."""
+    if isinstance(func, _PerturbFunc | _ReverseFunc | _TupleFunc):
+        return func.base_func
+    return None
+
+
+def is_perturbed(func: Any) -> bool:
+    """Return whether this wrapper is the outermost one of an `odeint` call."""
+    return isinstance(func, _PerturbFunc)
+
+
+def is_reversed(func: Any) -> bool:
+    """Return whether this wrapper negates time and derivative."""
+    return isinstance(func, _ReverseFunc) and func.mul < 0
+
+
+def tuple_shapes(func: Any) -> tuple[tuple[int, ...], ...] | None:
+    """Return the parts' shapes where this wrapper flattens a tuple state."""
+    return tuple(map(tuple, func.shapes)) if isinstance(func, _TupleFunc) else None
+
+
+def forward_func_of(func: Any) -> Callable[..., Any] | None:
+    """Return the func of the forward solve behind `odeint_adjoint`'s backward dynamics.
+
+    None when ``func`` is not that local function of ``OdeintAdjointMethod.backward``.
+    """
+    if not isinstance(func, FunctionType) or func.__closure__ is None:
+        return None
+    if (func.__module__, func.__name__) != ("torchdiffeq._impl.adjoint", "augmented_dynamics"):
+        return None
+    closure = dict(zip(func.__code__.co_freevars, func.__closure__, strict=True))
+    found: Callable[..., Any] = closure["func"].cell_contents
+    return found
+
+
+def is_default_norm(norm: Any) -> bool:
+    """Return whether the host chose this norm because the user gave none."""
+    if norm is None or norm is _rms_norm:
+        return True
+    # Around the norm of a tuple state the host puts a function of its own.
+    wrapper = "_check_inputs.<locals>._norm"
+    if not isinstance(norm, FunctionType) or norm.__qualname__ != wrapper:
+        return False
+    return inspect.getclosurevars(norm).nonlocals.get("norm") is _mixed_norm
+
+
+def options_of(solver: Any) -> frozenset[str]:
+    """Return the option names that a solver class of the host accepts."""
+    names = {"norm"}
+    for cls in getattr(solver, "__mro__", ()):
+        if "__init__" in cls.__dict__:
+            names |= set(inspect.signature(cls.__init__).parameters)
+    return frozenset(names - {"self", "func", "y0", "rtol", "atol"})

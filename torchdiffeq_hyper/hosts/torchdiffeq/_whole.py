@@ -1,0 +1,113 @@
+"""Methods whose part solves the whole problem, as torchdiffeq calls them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_hyper import recording
+from torchdiffeq_hyper._errors import OptionError, closest, explain
+from torchdiffeq_hyper._registry import Method, WholeSolve
+from torchdiffeq_hyper._types import State
+from torchdiffeq_hyper.hosts.torchdiffeq import _bound
+from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
+from torchdiffeq_hyper.hosts.torchdiffeq._scopes import no_overrides
+from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
+    Dopri5Solver,
+    is_default_norm,
+    options_of,
+)
+
+
+class WholeProblemSolver:
+    """Gives the user's own problem (func, true time, parts of the state) to the method's part.
+
+    Backward solves of `odeint_adjoint` run the host's own dopri5. Subclasses, one a method,
+    set the class attributes.
+    """
+
+    entry: ClassVar[Method]
+    also_accepted: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, func: Any, y0: Tensor, rtol: Any, atol: Any, **options: Any) -> None:
+        self._call = HostCall.of(func)
+        self._backward: Any = None
+        if self._call.is_adjoint_backward:
+            known = options_of(Dopri5Solver)
+            options = {name: value for name, value in options.items() if name in known}
+            self._backward = Dopri5Solver(func=func, y0=y0, rtol=rtol, atol=atol, **options)
+            return
+        self._y0 = y0
+        self._rtol, self._atol = self._in_parts(rtol), self._in_parts(atol)
+        norm = options.pop("norm", None)
+        if not is_default_norm(norm):
+            options["norm"] = norm
+        self.part = _bound.find_part(self.entry, self._call.func, self._checked(options))
+
+    def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the options that the method has; refuse unknown ones."""
+        whole = self.entry.solver
+        assert isinstance(whole, WholeSolve)
+        known = [whole.option] if whole.option else list(inspect.signature(whole.kind).parameters)
+        for name in options:
+            if name not in known and name not in self.also_accepted:
+                raise OptionError(
+                    explain(
+                        f'method "{self.entry.name}" has no option "{name}".',
+                        "one of " + ", ".join(f'"{option}"' for option in known) + ".",
+                        f'options={{"{closest(name, known)}": ...}}',
+                    )
+                )
+        return {name: value for name, value in options.items() if name in known}
+
+    def _in_parts(self, tolerance: Any) -> Any:
+        """Return a tolerance for each part, where the host flattened them with the state."""
+        if isinstance(tolerance, Tensor) and tolerance.dim() and self._call.layout.shapes:
+            return self._call.layout.split(tolerance)
+        return tolerance
+
+    def integrate(self, t: Tensor) -> Tensor:
+        """Return the state at every point of ``t``, flat as the host wants it."""
+        if self._backward is not None:
+            backward: Tensor = self._backward.integrate(t)
+            return backward
+        layout, call = self._call.layout, self._call
+        # A part may call the very method that it stands in for.
+        with no_overrides():
+            solution: State = self.part.solve(
+                call.func,
+                layout.split(self._y0),
+                -t if call.negated else t,
+                rtol=self._rtol,
+                atol=self._atol,
+            )
+        draft = recording.running()
+        if draft is not None and draft.steps is not None and call.is_adjoint_forward:
+            draft.steps = replace(draft.steps, guard=recording.Guard(is_adjoint=True))
+        if isinstance(solution, Tensor):
+            return solution
+        return torch.cat([part.reshape(len(t), -1) for part in solution], dim=1)
+
+    def integrate_until_event(self, t0: Tensor, event_fn: Callable[..., Any]) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            OptionError: always: samples would stop at different times.
+        """
+        raise OptionError(
+            explain(
+                f'method "{self.entry.name}" does not look for events.',
+                "a method that takes the whole batch along, up to one event.",
+                'odeint_event(..., method="dopri5")',
+            )
+        )
+
+    @classmethod
+    def valid_callbacks(cls) -> set[str]:
+        """Return no names: the samples do not step together."""
+        return set()

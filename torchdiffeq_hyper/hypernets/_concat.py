@@ -1,0 +1,198 @@
+r"""The paper's hypernet layout: any net on the concatenation of a step's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchdiffeq_hyper._errors import (
+    OptionError,
+    StateShapeError,
+    StateTypeError,
+    closest,
+    explain,
+)
+from torchdiffeq_hyper._types import State, StepInput
+from torchdiffeq_hyper.hypernets._channels import join_channels, split_channels
+
+SCALARS = ("dt", "t")
+NAMES = ("y", "f0", "stages", "y0", *SCALARS)
+
+
+class ConcatHypernet(nn.Module):
+    r"""Feed any net the concatenation of a step's inputs along dim 1.
+
+    g(step) = net(cat(inputs)), the layout of [H] appendix B: state, derivative and step
+    size as channels. Works on states (batch, channels, \*spatial) with any number of
+    spatial dimensions; (batch,) and 0-d states become one channel and come back in
+    their shape. The parts of a tuple state are concatenated along dim 1 and the output
+    is split back (see `join_channels`, `split_channels`).
+
+    The concatenation is cast to the dtype of the net's parameters, so that a float32 net
+    serves a float64 state; its output then promotes. Costs one concatenation and one call
+    of ``net``.
+
+    Args:
+        net: maps (batch, channels of all inputs, \*spatial) to (batch, channels,
+            \*spatial).
+        inputs: names in the order of the channels: "y" the state, "f0" func(t, y),
+            "stages" all stage derivatives of the base in order (the first is f0), "y0"
+            the state at the solve's start, "dt" and "t" one constant channel each.
+
+    Raises:
+        OptionError: ``inputs`` is empty or holds an unknown name.
+        StateTypeError: ``net`` is not callable, or (when called) the state is complex.
+        StateShapeError: (when called) the net takes another number of channels, or the
+            parts of a tuple state cannot be concatenated.
+
+    Example:
+        >>> import torch
+        >>> import torchdiffeq_hyper as tdh
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3 + 3 + 1, 16, 3, padding=1),
+        ...     torch.nn.PReLU(),
+        ...     torch.nn.Conv2d(16, 3, 3, padding=1),
+        ... )
+        >>> solver = tdh.HyperSolver("euler", tdh.ConcatHypernet(net), steps=4)
+        >>> solver.solve(lambda t, y: -y, torch.ones(2, 3, 8, 8), torch.linspace(0, 1, 2)).shape
+        torch.Size([2, 2, 3, 8, 8])
+    """
+
+    def __init__(
+        self, net: Callable[[Tensor], Tensor], inputs: Sequence[str] = ("y", "f0", "dt")
+    ) -> None:
+        super().__init__()
+        self.inputs = check_inputs(inputs)
+        if not callable(net):
+            raise StateTypeError(
+                explain(
+                    f"net is a {type(net).__name__}.",
+                    "a module or function of one tensor (batch, channels, *spatial).",
+                    "tdh.ConcatHypernet(torch.nn.Sequential(...))",
+                )
+            )
+        self.net = net
+
+    def extra_repr(self) -> str:
+        """Return what ``repr`` shows besides the net."""
+        return f"inputs={self.inputs!r}"
+
+    def forward(self, step: StepInput) -> State:
+        """Return ``net(self.concat(step))`` as a state like ``step.y``."""
+        joined = self.concat(step)
+        out: Any
+        try:
+            out = self.net(joined)
+        except RuntimeError as error:
+            self._explain_channels(step, joined, error)
+            raise
+        return split_channels(out, step.y) if isinstance(out, Tensor) else out
+
+    def concat(self, step: StepInput) -> Tensor:
+        r"""Return the net's input: the named parts of ``step`` along dim 1.
+
+        Returns:
+            (batch, channels of all inputs, \*spatial), in the dtype of the net's
+            parameters (of the state, if it has none).
+
+        Raises:
+            StateTypeError: the state is complex.
+            StateShapeError: the parts of a tuple state cannot be concatenated.
+
+        Example:
+            >>> import torch
+            >>> import torchdiffeq_hyper as tdh
+            >>> y = torch.ones(3, 2)
+            >>> step = tdh.StepInput(torch.tensor(0.1), torch.tensor(0.0), y, -y, (-y,), y)
+            >>> tdh.ConcatHypernet(torch.nn.Linear(5, 2)).concat(step)[0]
+            tensor([ 1.0000,  1.0000, -1.0000, -1.0000,  0.1000])
+        """
+        y = join_channels(step.y)
+        check_real(y)
+        scalar = (y.shape[0], 1, *y.shape[2:])
+        columns: list[Tensor] = []
+        for name in self.inputs:
+            if name == "y":
+                columns.append(y)
+            elif name == "stages":
+                columns.extend(join_channels(stage) for stage in step.stages)
+            elif name in SCALARS:
+                columns.append(getattr(step, name).expand(scalar))
+            else:
+                columns.append(join_channels(getattr(step, name)))
+        joined = torch.cat(columns, dim=1)
+        return joined.to(_dtype_of(self.net) or y.dtype)
+
+    def _explain_channels(self, step: StepInput, joined: Tensor, error: RuntimeError) -> None:
+        """Raise a better error if the number of channels can be why the net failed."""
+        layers = self.net.modules() if isinstance(self.net, nn.Module) else ()
+        sized = ((layer, _channels_taken(layer)) for layer in layers)
+        layer, wanted = next((pair for pair in sized if pair[1]), (None, joined.shape[1]))
+        if wanted == joined.shape[1]:
+            return
+        per_state = join_channels(step.y).shape[1]
+        sizes = {"stages": len(step.stages) * per_state, **dict.fromkeys(SCALARS, 1)}
+        given = ", ".join(f'"{name}" {sizes.get(name, per_state)}' for name in self.inputs)
+        raise StateShapeError(
+            explain(
+                f"the net's first layer, a {type(layer).__name__}, takes {wanted} channels; "
+                f"the inputs have {joined.shape[1]} along dim 1: {given}.",
+                "as many input channels as the inputs have together.",
+                f"a first layer with {joined.shape[1]} input channels, or other inputs than "
+                f"{self.inputs}",
+            )
+        ) from error
+
+
+def _dtype_of(net: object) -> torch.dtype | None:
+    # Looked up at every call: the net may be cast or its weights replaced behind our back.
+    if isinstance(net, nn.Module):
+        for parameter in net.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+    return None
+
+
+def _channels_taken(layer: nn.Module) -> int:
+    """Return a layer's number of input channels, 0 if it does not say."""
+    taken = getattr(layer, "in_channels", getattr(layer, "in_features", 0))
+    return taken if isinstance(taken, int) else 0
+
+
+def check_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of a hypernet's inputs as a tuple.
+
+    Raises:
+        OptionError: none, a bare string, or an unknown name.
+    """
+    names = [inputs] if isinstance(inputs, str) else list(inputs)
+    unknown = [name for name in names if name not in NAMES]
+    if isinstance(inputs, str) or unknown or not names:
+        likely = [closest(name, NAMES) if name in unknown else name for name in names] or ["y"]
+        raise OptionError(
+            explain(
+                f"inputs is {inputs!r}" + (f": {unknown[0]!r} is unknown." if unknown else "."),
+                "a tuple of names out of " + ", ".join(f'"{name}"' for name in NAMES) + ".",
+                f"inputs={tuple(likely)!r}",
+            )
+        )
+    return tuple(names)
+
+
+def check_real(y: Tensor) -> None:
+    """Refuse a complex state.
+
+    Raises:
+        StateTypeError: it is complex.
+    """
+    if y.is_complex():
+        raise StateTypeError(
+            explain(
+                f"the state is complex ({y.dtype}), nets take real channels.",
+                "a real state, or a hypernet of your own that handles complex numbers.",
+                "a func on torch.view_as_real(y), real and imaginary parts being channels",
+            )
+        )

@@ -1,0 +1,249 @@
+r"""Ready hypernets: zero until fitted, conditioned by `calibrate`, described by JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from torchdiffeq_hyper._errors import OptionError, explain
+from torchdiffeq_hyper.hypernets._concat import SCALARS, ConcatHypernet, check_inputs
+from torchdiffeq_hyper.hypernets._scaled import CONVOLUTIONS, Scaled
+
+
+class ReadyHypernet(ConcatHypernet):
+    """Base of the ready nets: a `ConcatHypernet` that is zero until it is fitted.
+
+    The last layer starts at zero, so an unfitted hypersolver is its base method. The
+    input is normalised and the output scaled per channel by buffers that `calibrate`
+    sets; they start as the identity and are part of ``state_dict()``.
+
+    """
+
+    kind: ClassVar[str]
+    net: Scaled
+
+    def __init__(
+        self,
+        layers: nn.Sequential,
+        channels: int,
+        inputs: Sequence[str],
+        n_stages: int,
+        **arguments: Any,
+    ) -> None:
+        n_in = sum(channel_counts(channels, inputs, n_stages))
+        super().__init__(Scaled(layers, n_in, channels, arguments.get("n_spatial")), inputs)
+        self.channels = channels
+        self.n_stages = n_stages
+        self._arguments = arguments
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """JSON-ready description from which `from_architecture` rebuilds the net."""
+        return {
+            "kind": self.kind,
+            "channels": self.channels,
+            **self._arguments,
+            "inputs": list(self.inputs),
+            "n_stages": self.n_stages,
+        }
+
+    def calibrate(self, inputs: Tensor, residual: Tensor) -> None:
+        r"""Set the normalisation, so that the layers see and return numbers of order one.
+
+        Input channels are shifted to mean 0 and scaled to standard deviation 1; a
+        constant channel, such as dt with one step size, becomes 0. Output channels are
+        scaled by the root mean square of the residual. This changes what a fitted net
+        computes: call it before fitting.
+
+        Args:
+            inputs: (N, channels of all inputs, \*spatial), as `concat` returns it.
+            residual: (N, channels, \*spatial), the values to be learned; for tuple
+                states as `join_channels` returns them.
+
+        Raises:
+            StateShapeError: no samples, or another number of channels.
+
+        Example:
+            >>> import torch
+            >>> from torchdiffeq_hyper.hypernets import MLP
+            >>> g = MLP(channels=2)
+            >>> g.calibrate(torch.randn(100, 5), torch.full((100, 2), 30.0))
+            >>> g.net.output_scale
+            tensor([30., 30.])
+        """
+        counts = channel_counts(self.channels, self.inputs, self.n_stages)
+        steady: list[float] = []
+        for name, count in zip(self.inputs, counts, strict=True):
+            # Steps cut from one float32 grid differ in their last digits, yet are one size.
+            steady += [1e-3 if name == "dt" else 1e-5] * count
+        self.net.calibrate(inputs, residual, steady)
+
+
+class Linear(ReadyHypernet):
+    r"""One linear map of the input channels, the same at every point of space.
+
+    Costs channels_in * channels multiply-adds a point.
+
+    Args:
+        channels: channels of the state, all parts of a tuple state together.
+        inputs: see `ConcatHypernet`.
+        n_stages: stages of the base method; matters if ``inputs`` has "stages".
+
+    Raises:
+        OptionError: an argument is impossible.
+
+    Example:
+        >>> import torch
+        >>> import torchdiffeq_hyper as tdh
+        >>> solver = tdh.HyperSolver("euler", tdh.hypernets.Linear(channels=2), steps=2)
+        >>> y = solver.solve(lambda t, y: -y, torch.ones(1, 2), torch.tensor([0.0, 1.0]))
+        >>> y[-1].detach()  # unfitted: the base method
+        tensor([[0.2500, 0.2500]])
+    """
+
+    kind = "linear"
+
+    def __init__(
+        self, channels: int, *, inputs: Sequence[str] = ("y", "f0", "dt"), n_stages: int = 1
+    ) -> None:
+        n_in = sum(channel_counts(channels, inputs, n_stages))
+        super().__init__(nn.Sequential(nn.Linear(n_in, channels)), channels, inputs, n_stages)
+
+
+class MLP(ReadyHypernet):
+    r"""A perceptron with SiLU activations on the channels, the same at every point of space.
+
+    For states without spatial dimensions; where there are some, no points are coupled.
+
+    Args:
+        channels: channels of the state, all parts of a tuple state together.
+        hidden: widths of the hidden layers.
+        inputs: see `ConcatHypernet`.
+        n_stages: stages of the base method; matters if ``inputs`` has "stages".
+
+    Raises:
+        OptionError: an argument is impossible.
+
+    Example:
+        >>> from torchdiffeq_hyper.hypernets import MLP
+        >>> MLP(channels=2, hidden=(32,)).architecture["hidden"]
+        [32]
+    """
+
+    kind = "mlp"
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: Sequence[int] = (64, 64),
+        *,
+        inputs: Sequence[str] = ("y", "f0", "dt"),
+        n_stages: int = 1,
+    ) -> None:
+        widths = [sum(channel_counts(channels, inputs, n_stages))]
+        layers: list[nn.Module] = []
+        for width in check_widths(hidden):
+            # SiLU is smooth, and several times cheaper than tanh on CPUs.
+            layers += [nn.Linear(widths[-1], width), nn.SiLU()]
+            widths.append(width)
+        layers.append(nn.Linear(widths[-1], channels))
+        super().__init__(nn.Sequential(*layers), channels, inputs, n_stages, hidden=widths[1:])
+
+
+class Conv(ReadyHypernet):
+    r"""Two convolutions, k x k and 1 x 1, with a SiLU between.
+
+    For states (batch, channels, \*spatial) with 1 to 3 spatial dimensions; zero padding
+    keeps their size. Costs hidden * (k^n_spatial * channels_in + channels)
+    multiply-adds a point.
+
+    Args:
+        channels: channels of the state, all parts of a tuple state together.
+        hidden: channels between the two convolutions.
+        kernel_size: k, odd.
+        n_spatial: spatial dimensions of the state: 1, 2 or 3.
+        inputs: see `ConcatHypernet`.
+        n_stages: stages of the base method; matters if ``inputs`` has "stages".
+
+    Raises:
+        OptionError: an argument is impossible.
+        StateShapeError: (when called) the state has other spatial dimensions.
+
+    Example:
+        >>> from torchdiffeq_hyper.hypernets import Conv
+        >>> sorted(Conv(channels=12).architecture)
+        ['channels', 'hidden', 'inputs', 'kernel_size', 'kind', 'n_spatial', 'n_stages']
+    """
+
+    kind = "conv"
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: int = 32,
+        kernel_size: int = 3,
+        n_spatial: int = 2,
+        *,
+        inputs: Sequence[str] = ("y", "f0", "dt"),
+        n_stages: int = 1,
+    ) -> None:
+        n_in = sum(channel_counts(channels, inputs, n_stages))
+        check_count("hidden", hidden)
+        check_count("kernel_size", kernel_size)
+        if n_spatial not in CONVOLUTIONS or kernel_size % 2 == 0:
+            raise OptionError(
+                explain(
+                    f"kernel_size is {kernel_size!r} and n_spatial is {n_spatial!r}.",
+                    "an odd kernel_size (the state's size is kept) and 1, 2 or 3 for n_spatial.",
+                    "kernel_size=3, n_spatial=2",
+                )
+            )
+        convolution = CONVOLUTIONS[n_spatial]
+        layers = nn.Sequential(
+            convolution(n_in, hidden, kernel_size, padding=kernel_size // 2),
+            nn.SiLU(),
+            convolution(hidden, channels, 1),
+        )
+        own = {"hidden": hidden, "kernel_size": kernel_size, "n_spatial": n_spatial}
+        super().__init__(layers, channels, inputs, n_stages, **own)
+
+
+def channel_counts(channels: int, inputs: Sequence[str], n_stages: int) -> list[int]:
+    """Return the number of channels of each input.
+
+    Raises:
+        OptionError: an argument is impossible.
+    """
+    check_count("channels", channels)
+    check_count("n_stages", n_stages)
+    sizes = {"stages": n_stages * channels, **dict.fromkeys(SCALARS, 1)}
+    return [sizes.get(name, channels) for name in check_inputs(inputs)]
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse what is not an int of at least 1.
+
+    Raises:
+        OptionError: it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise OptionError(
+            explain(f"{name} is {value!r}.", "an int of at least 1.", "1, or a larger int")
+        )
+
+
+def check_widths(hidden: object) -> Sequence[int]:
+    """Return the widths of hidden layers.
+
+    Raises:
+        OptionError: not a sequence of ints of at least 1.
+    """
+    if not isinstance(hidden, Sequence) or isinstance(hidden, str):
+        raise OptionError(
+            explain(f"hidden is {hidden!r}.", "a sequence of ints.", f"hidden=({hidden},)")
+        )
+    for width in hidden:
+        check_count("a width in hidden", width)
+    return hidden

@@ -1,0 +1,115 @@
+"""Layers between a normalisation of their input and a scale of their output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from torchdiffeq_hyper._errors import StateShapeError, explain
+
+CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
+    1: nn.Conv1d,
+    2: nn.Conv2d,
+    3: nn.Conv3d,
+}
+
+
+class Scaled(nn.Module):
+    r"""``output_scale * layers(input_scale * x + input_shift)``, channel by channel.
+
+    The last layer starts at zero. The scales start as the identity; `calibrate` sets them.
+
+    Args:
+        layers: what lies between.
+        n_in: input channels.
+        n_out: output channels.
+        n_spatial: number of spatial dimensions that ``layers`` convolve over; None if
+            they act on the last dimension, which then is the channels' at every point.
+    """
+
+    input_scale: Tensor
+    input_shift: Tensor
+    output_scale: Tensor
+
+    def __init__(
+        self, layers: nn.Sequential, n_in: int, n_out: int, n_spatial: int | None = None
+    ) -> None:
+        super().__init__()
+        self.layers = layers
+        self.n_spatial = n_spatial
+        trailing = (1,) * (n_spatial or 0)
+        self.register_buffer("input_scale", torch.ones(n_in, *trailing))
+        self.register_buffer("input_shift", torch.zeros(n_in, *trailing))
+        self.register_buffer("output_scale", torch.ones(n_out, *trailing))
+        for parameter in layers[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        r"""Map (batch, n_in, \*spatial) to (batch, n_out, \*spatial)."""
+        if self.n_spatial is None:
+            if x.dim() == 2:
+                return self._evaluate(x)
+            return self._evaluate(x.movedim(1, -1)).movedim(-1, 1)
+        if x.dim() != self.n_spatial + 2:
+            # torch would take a missing dimension for an unbatched input.
+            raise StateShapeError(
+                explain(
+                    f"the hypernet convolves over n_spatial={self.n_spatial} dimensions, the "
+                    f"state has {x.dim() - 2} after (batch, channels).",
+                    f"a state of {self.n_spatial + 2} dimensions.",
+                    f"tdh.hypernets.Conv(..., n_spatial={x.dim() - 2})"
+                    if x.dim() - 2 in CONVOLUTIONS
+                    else "tdh.hypernets.MLP(...), which takes any number of dimensions",
+                )
+            )
+        return self._evaluate(x)
+
+    def _evaluate(self, x: Tensor) -> Tensor:
+        # One fused kernel in place of a subtraction and a division.
+        normalised = torch.addcmul(self.input_shift, x, self.input_scale)
+        out: Tensor = self.layers(normalised)
+        return out * self.output_scale
+
+    @torch.no_grad()
+    def calibrate(self, inputs: Tensor, residual: Tensor, steady: Sequence[float]) -> None:
+        """Set the scales from samples of the input and of the wanted output.
+
+        Args:
+            inputs: (N, n_in, ...).
+            residual: (N, n_out, ...).
+            steady: for each input channel, the standard deviation relative to the mean
+                below which it counts as constant.
+
+        Raises:
+            StateShapeError: no samples, or another number of channels.
+        """
+        _check_samples("inputs", inputs, self.input_scale)
+        _check_samples("residual", residual, self.output_scale)
+        variance, mean = torch.var_mean(inputs, _all_but_channels(inputs), correction=0)
+        size = mean.abs()
+        spread = variance.sqrt()
+        spread = torch.where(spread > mean.new_tensor(steady) * size, spread, size)
+        scale = torch.where(spread > 0, spread, 1.0).reciprocal()
+        self.input_scale.copy_(scale.view_as(self.input_scale))
+        self.input_shift.copy_((-mean * scale).view_as(self.input_shift))
+        size = residual.square().mean(_all_but_channels(residual)).sqrt()
+        # A channel that happens to be exact in these samples keeps some room in others.
+        size = torch.maximum(size, 1e-3 * size.max())
+        self.output_scale.copy_(torch.where(size > 0, size, 1.0).view_as(self.output_scale))
+
+
+def _all_but_channels(x: Tensor) -> list[int]:
+    return [dim for dim in range(x.dim()) if dim != 1]
+
+
+def _check_samples(name: str, given: Tensor, scale: Tensor) -> None:
+    if given.dim() < 2 or given.shape[1] != len(scale) or given.numel() == 0:
+        raise StateShapeError(
+            explain(
+                f"{name} has shape {tuple(given.shape)}.",
+                f"at least one sample, and {len(scale)} channels along dim 1.",
+                "hypernet.calibrate(hypernet.concat(step), join_channels(residual))",
+            )
+        )

@@ -1,0 +1,94 @@
+"""Choosing a ready hypernet: for a state and a base method, or from its description."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from torchdiffeq_hyper._errors import FileFormatError, HyperError, closest, explain
+from torchdiffeq_hyper._layout import StateLayout, is_half
+from torchdiffeq_hyper._types import State
+from torchdiffeq_hyper.hypernets._channels import join_channels
+from torchdiffeq_hyper.hypernets._concat import check_real
+from torchdiffeq_hyper.hypernets._ready import MLP, Conv, Linear, ReadyHypernet
+from torchdiffeq_hyper.hypernets._scaled import CONVOLUTIONS
+from torchdiffeq_hyper.tableaus import Tableau
+
+KINDS: dict[str, type[ReadyHypernet]] = {net.kind: net for net in (Linear, MLP, Conv)}
+
+
+def ready(
+    y0: State, tableau: Tableau, *, inputs: Sequence[str] = ("y", "stages", "dt", "t")
+) -> ReadyHypernet:
+    """Return a new ready net that fits a state and a base method.
+
+    States with 1 to 3 spatial dimensions get a `Conv` over these, all others an `MLP`.
+    The net is on the state's device and in its dtype (float32 for half-precision
+    states, which are stepped in float32), with random first layers.
+
+    Args:
+        y0: the state, with its batch dimension.
+        tableau: the base method, whose number of stages "stages" stands for.
+        inputs: see `ConcatHypernet`; without "t" for autonomous problems.
+
+    Raises:
+        StateTypeError: the state is of integers, or complex.
+        StateShapeError: the parts of a tuple state cannot be concatenated.
+        OptionError: ``inputs`` is empty or holds an unknown name.
+
+    Example:
+        >>> import torch
+        >>> from torchdiffeq_hyper import hypernets
+        >>> from torchdiffeq_hyper.tableaus import HEUN
+        >>> hypernets.ready(torch.zeros(8, 12, 7, 7), HEUN).architecture["kind"]
+        'conv'
+    """
+    StateLayout.of(y0)
+    joined = join_channels(y0)
+    check_real(joined)
+    channels, n_spatial = joined.shape[1], joined.dim() - 2
+    net: ReadyHypernet
+    if n_spatial in CONVOLUTIONS:
+        net = Conv(channels, n_spatial=n_spatial, inputs=inputs, n_stages=tableau.calls)
+    else:
+        net = MLP(channels, inputs=inputs, n_stages=tableau.calls)
+    return net.to(joined.device, torch.float32 if is_half(joined.dtype) else joined.dtype)
+
+
+def from_architecture(architecture: Mapping[str, Any]) -> ReadyHypernet:
+    """Rebuild a ready net, with new weights, from its ``architecture``.
+
+    Args:
+        architecture: the net's `ReadyHypernet.architecture`, also after a round trip
+            through JSON.
+
+    Raises:
+        FileFormatError: the kind is unknown, or an argument is impossible.
+
+    Example:
+        >>> from torchdiffeq_hyper.hypernets import Linear, from_architecture
+        >>> from_architecture(Linear(channels=2).architecture).channels
+        2
+    """
+    arguments = dict(architecture)
+    kind = arguments.pop("kind", None)
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise FileFormatError(
+            explain(
+                f"a hypernet of kind {kind!r} is not one of the ready nets of this version.",
+                "one of " + ", ".join(f'"{known}"' for known in KINDS) + ".",
+                f'"kind": "{closest(kind, KINDS)}"   # or: pip install -U torchdiffeq_hyper',
+            )
+        )
+    try:
+        return KINDS[kind](**arguments)
+    except (TypeError, HyperError) as error:
+        raise FileFormatError(
+            explain(
+                f"the description of a hypernet of kind {kind!r} is damaged: {error}",
+                "what the net's own `architecture` holds.",
+                "fit and save it again",
+            )
+        ) from error

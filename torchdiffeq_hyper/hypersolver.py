@@ -1,0 +1,250 @@
+r"""A hypersolver: a Runge-Kutta base plus dt^(p+1) times a small net."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchdiffeq_hyper import _registry
+from torchdiffeq_hyper._domain import FitDomain
+from torchdiffeq_hyper._errors import OutsideFitWarning, StateTypeError, explain
+from torchdiffeq_hyper._files import read_hypersolver, write_hypersolver
+from torchdiffeq_hyper._grid import Steps, check_steps, check_times, equal_steps
+from torchdiffeq_hyper._layout import StateLayout, is_half
+from torchdiffeq_hyper._report import FitReport
+from torchdiffeq_hyper._stepping import (
+    Correction,
+    Step,
+    check_derivative,
+    is_finite,
+    raise_non_finite,
+)
+from torchdiffeq_hyper._types import Hypernet, State, VectorField
+from torchdiffeq_hyper.tableaus import Edge, StageCall, Tableau
+
+
+class HyperSolver(nn.Module):
+    r"""An explicit Runge-Kutta base of order p with a learned correction.
+
+    .. math:: y_{n+1} = y_n + dt\,\psi(t_n, y_n) + dt^{p+1} g(dt, t_n, y_n, k_1..k_s)
+
+    ([H] eq. 4.) A step costs s calls of func, as the base does, and one of g, which
+    reuses the stages. The local error is O(delta dt^(p+1)) where g approximates the
+    base's residual within delta ([H] theorem 1).
+
+    Args:
+        base: "euler" (p = 1), "midpoint", "heun", "alpha" (2) or "rk4" (4).
+        hypernet: g, called with a `StepInput`, returning a correction like ``step.y``.
+        steps: equal steps to take between two time points; a (low, high) range takes
+            ``high``; None takes one step between consecutive points, as the host.
+        alpha: parameter of the base "alpha" (default 0.5, the midpoint method).
+        domain: what the solver was fitted for (`fit` fills it in).
+        report: what the fit measured (`fit` fills it in).
+
+    Raises:
+        OptionError: unknown base, ``alpha`` out of place, or impossible ``steps``.
+        StateTypeError: ``hypernet`` is not callable.
+
+    Example:
+        >>> import torch
+        >>> import torchdiffeq_hyper as tdh
+        >>> solver = tdh.HyperSolver("euler", lambda step: step.y / 2, steps=10)
+        >>> y = solver.solve(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]))
+        >>> y[-1]
+        tensor([0.3685])
+    """
+
+    def __init__(
+        self,
+        base: str,
+        hypernet: Hypernet,
+        steps: Steps = None,
+        *,
+        alpha: float | None = None,
+        domain: FitDomain | None = None,
+        report: FitReport | None = None,
+    ) -> None:
+        super().__init__()
+        self.tableau: Tableau = _registry.find_tableau(base, alpha)
+        if not callable(hypernet):
+            raise StateTypeError(
+                explain(
+                    f"hypernet is a {type(hypernet).__name__}.",
+                    "a callable g(step) -> correction like step.y.",
+                    "hypernet=tdh.ConcatHypernet(net)",
+                )
+            )
+        self.hypernet = hypernet
+        self.steps = check_steps(steps)
+        self.domain = domain
+        self.report = report
+        self._warned: set[str] = set()
+
+    @property
+    def base(self) -> str:
+        """Name of the base method."""
+        return self.tableau.name
+
+    @property
+    def alpha(self) -> float | None:
+        """Parameter of the base "alpha", None for the others."""
+        return self.tableau.alpha
+
+    @property
+    def method(self) -> str:
+        """The method string this solver answers to, e.g. "hypereuler"."""
+        return _registry.method_of(self.base).name
+
+    @property
+    def n_steps(self) -> int | None:
+        """Equal steps taken between two time points (the high end of a range)."""
+        return self.steps[1] if isinstance(self.steps, tuple) else self.steps
+
+    def forward(self, func: VectorField, y0: State, t: Tensor) -> State:
+        """Same as `solve`."""
+        return self.solve(func, y0, t)
+
+    def solve(self, func: VectorField, y0: State, t: Tensor) -> State:
+        """Solve dy/dt = func(t, y) from ``y0`` without a host.
+
+        Gives the numbers of ``odeint(func, y0, t, method=self.method)``. With two points
+        in ``t`` it takes ``steps`` equal steps, with more it takes one step between
+        consecutive points. It never branches on the values of ``t``, so it compiles to
+        one graph and exports.
+
+        Args:
+            func: called as ``func(t, y)`` with a 0-d ``t``; returns a state like ``y``.
+            y0: tensor of any shape, or tuple of tensors. Half precision is integrated
+                in float32 and cast for each call.
+            t: 1-D floating tensor, increasing or decreasing; its first entry belongs
+                to ``y0``.
+
+        Returns:
+            The state at every point of ``t``: like ``y0`` with ``len(t)`` in front.
+
+        Raises:
+            StateTypeError: integer state, or a net on another device.
+            StateShapeError: ``t`` is not 1-D, or func or g returned another shape.
+            NonFiniteError: the solve ended in inf or nan.
+
+        Example:
+            >>> import torch
+            >>> import torchdiffeq_hyper as tdh
+            >>> solver = tdh.HyperSolver("heun", lambda step: -step.y / 6, steps=4)
+            >>> solver.solve(lambda t, y: -y, torch.ones(2), torch.tensor([0.0, 1.0])).shape
+            torch.Size([2, 2])
+        """
+        layout = StateLayout.of(y0)
+        flat = layout.join(y0)
+        dtype = flat.dtype
+        grid = equal_steps(check_times(t, flat), self.n_steps)
+        n_points, n_grid = t.shape[0], grid.shape[0]
+        if flat.numel() == 0 or n_grid == 1:
+            return layout.split(flat.unsqueeze(0).expand(n_points, *flat.shape).clone())
+        if is_half(dtype):
+            flat, grid = flat.float(), grid.to(torch.promote_types(grid.dtype, torch.float32))
+        part = self.domain.corrected_part(y0) if self.domain is not None else None
+        correction = Correction(self.hypernet, self.tableau.order, layout, flat, part=part)
+        step = Step(self.tableau, _stage_call(func, layout, dtype), correction)
+        sizes = grid.diff()
+        self.warn_outside_fit(sizes)
+        times, powers = grid.unbind(), correction.power(sizes).unbind()
+        y, kept = flat, [flat]
+        for i, dt in enumerate(sizes.unbind()):
+            y = y + step.increment(times[i], dt, times[i + 1], y, powers[i])[0]
+            if n_points > 2:
+                kept.append(y)
+        if not is_finite(y):
+            raise_non_finite(step, zip(times[:-1], times[1:], strict=True), flat)
+        solution = torch.stack(kept if n_points > 2 else [flat, y])
+        return layout.split(solution.to(dtype))
+
+    def warn_outside_fit(self, dt: Tensor, sign: int = 1) -> None:
+        """Warn, once a kind, when signed step sizes lie outside the fit.
+
+        Args:
+            dt: 1-D tensor of step sizes.
+            sign: -1 where the host's time is negated.
+        """
+        if self.domain is None or torch.compiler.is_compiling() or len(self._warned) == 2:
+            return
+        try:
+            sizes = [sign * size for size in torch.stack(dt.detach().aminmax()).tolist()]
+        except RuntimeError:  # no values to look at: vmap, fake and meta tensors
+            return
+        for size in sizes:
+            kind = "direction" if (1 if size >= 0 else -1) not in self.domain.directions else "dt"
+            if kind in self._warned or self.domain.covers(size):
+                continue
+            self._warned.add(kind)
+            fitted = " and ".join("forward" if s > 0 else "reverse" for s in self.domain.directions)
+            warnings.warn(
+                f"dt = {size:.4g} is outside what this solver was fitted for: {fitted}, |dt| from "
+                f"{self.domain.dt_min:.4g} to {self.domain.dt_max:.4g}. The solve goes on; measure "
+                "it with tdh.evaluate, or fit with direction='both' or steps=(low, high).",
+                OutsideFitWarning,
+                stacklevel=4,
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the solver to one safetensors file; an old one stays until it is complete.
+
+        Raises:
+            StateTypeError, FileWriteError: a plain function as net; nothing could be written.
+        """
+        write_hypersolver(path, self)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], hypernet: nn.Module | None = None) -> HyperSolver:
+        """Read a solver that `save` wrote; runs no code from the file.
+
+        It comes frozen (``solver.requires_grad_()`` thaws it), in evaluation mode, in its
+        original dtype and, unless an instance is given, on the CPU.
+
+        Args:
+            path: the file.
+            hypernet: instance to load into, if not a ready net; untouched if loading fails.
+
+        Raises:
+            FileNotFoundError, FileFormatError: no file; truncated, other kind, newer format.
+            BaseMismatchError, StateShapeError, StateTypeError: the instance is another net.
+        """
+        arguments, net, weights = read_hypersolver(path, hypernet)
+        solver = cls(hypernet=net, **arguments)
+        net.load_state_dict(weights, assign=hypernet is None)
+        return solver.eval().requires_grad_(requires_grad=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without the tableau's closures."""
+        state = self.__dict__.copy()
+        state["tableau"] = (self.base, self.alpha)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Find the tableau again by its name."""
+        base, alpha = state.pop("tableau")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.tableau = _registry.find_tableau(base, alpha)
+
+
+def _stage_call(func: VectorField, layout: StateLayout, dtype: torch.dtype) -> StageCall:
+    """Return func on the flat state; called in ``dtype``, answered in the state's."""
+    t_dtype = dtype.to_real() if dtype.is_complex else dtype
+    # Half-precision states are stepped in float32; func still sees its own dtype.
+    is_stepped_in_float32 = is_half(dtype)
+
+    def call(t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
+        if t.dtype != t_dtype:
+            t = t.to(t_dtype)
+        if layout.shapes is None and not is_stepped_in_float32:
+            k: Tensor = func(t, y)
+        else:
+            k = layout.join(func(t, layout.split(y.to(dtype))))
+        check_derivative(k, y)
+        return k.to(y.dtype) if is_half(k.dtype) else k  # under autocast too
+
+    return call

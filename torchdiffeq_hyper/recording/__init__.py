@@ -1,0 +1,47 @@
+"""Records of solves: calls of func, time, and the steps' own error estimates."""
+
+from torchdiffeq_hyper.recording._errors import (
+    AdjointGradientError,
+    FreedGraphError,
+    NothingRecordedError,
+)
+from torchdiffeq_hyper.recording._guard import Guard, mark
+from torchdiffeq_hyper.recording._norms import part_norms, select
+from torchdiffeq_hyper.recording._recorder import (
+    Draft,
+    Recorder,
+    add,
+    no_steps,
+    open_recorders,
+    opened,
+    running,
+)
+from torchdiffeq_hyper.recording._solve import (
+    MaxStepsError,
+    Partial,
+    SampledStep,
+    Solve,
+    Steps,
+)
+
+__all__ = [
+    "AdjointGradientError",
+    "Draft",
+    "FreedGraphError",
+    "Guard",
+    "MaxStepsError",
+    "NothingRecordedError",
+    "Partial",
+    "Recorder",
+    "SampledStep",
+    "Solve",
+    "Steps",
+    "add",
+    "mark",
+    "no_steps",
+    "open_recorders",
+    "opened",
+    "part_norms",
+    "running",
+    "select",
+]

@@ -1,0 +1,205 @@
+"""What a record holds: solves, and their steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_hyper._errors import HyperError, OptionError, explain
+from torchdiffeq_hyper._layout import StateLayout
+from torchdiffeq_hyper._types import State
+from torchdiffeq_hyper.recording._errors import NothingRecordedError
+from torchdiffeq_hyper.recording._guard import Guard
+from torchdiffeq_hyper.recording._norms import select
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """The attempted steps of one adaptive solve, in their order.
+
+    Times are those of the true problem: in reverse time ``dt`` is negative. Methods that
+    give every sample its own steps have (n_steps, batch) in all fields, NaN-padded.
+
+    Attributes:
+        t0: (n_steps,) where each step starts; the solver's time dtype, no gradient.
+        dt: (n_steps,) its signed size; no gradient.
+        ratio: (n_steps,) the solver's error ratio, accepted up to 1; no gradient.
+        is_accepted: (n_steps,) bool.
+        part_errors: for each part of the state (one for a tensor), see `error`.
+        layout: the state's parts.
+        part_slopes: norms of the differences of the last two stages' derivatives and of
+            their states, for each part; None where not recorded, see `stiffness_of`.
+        guard: knows whether the numbers can be differentiated.
+    """
+
+    t0: Tensor
+    dt: Tensor
+    ratio: Tensor
+    is_accepted: Tensor
+    part_errors: tuple[Tensor, ...]
+    layout: StateLayout = field(default_factory=lambda: StateLayout(None))
+    part_slopes: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+    guard: Guard = field(default_factory=Guard)
+
+    @property
+    def error(self) -> Tensor:
+        """(n_steps, batch): L2 norms of the unscaled embedded errors, see `error_of`."""
+        return self.error_of()
+
+    def error_of(self, part: int | None = None) -> Tensor:
+        """Return (n_steps, batch) L2 norms of the embedded errors over non-batch dimensions.
+
+        The errors are those of the solver before it scales them by its tolerances, in the
+        state's units. With the graph of the solve kept, those of accepted steps carry
+        gradient to y0 and func's parameters (``dt`` as a factor is detached); those of
+        rejected steps carry none.
+
+        Args:
+            part: one part of a tuple state (a 0-d part counts as a batch of 1). None takes
+                all parts together, which must share their leading dimension; 0-d parts
+                belong to no sample and are left out (unless all are 0-d: one sample).
+
+        Raises:
+            OptionError: there is no such part.
+            StateShapeError: all parts are asked for and their batches differ.
+        """
+        return self.guard.protect(select(self.part_errors, self.layout, part))
+
+    def stiffness_of(self, part: int | None = None) -> Tensor:
+        """Return (n_steps, batch) estimates of how much func stretches, in 1/time.
+
+        |k_s - k_{s-1}| / |g_s - g_{s-1}| of the last two stages, which lie at the same
+        time: k their derivatives, g their states (0 where the states coincide).
+
+        Raises:
+            OptionError: it was not recorded, or the method has no such stages.
+        """
+        if self.part_slopes is None:
+            raise OptionError(
+                explain(
+                    "no stiffness was recorded.",
+                    "a scope that asks for it, and a method whose last two stages end the step.",
+                    'with tdh.record(stiffness=True): odeint(..., method="dopri5")',
+                )
+            )
+        rise, run = (select(norms, self.layout, part) for norms in self.part_slopes)
+        is_zero = run == 0
+        return self.guard.protect(torch.where(is_zero, 0.0, rise / torch.where(is_zero, 1.0, run)))
+
+    def accepted(self, values: Tensor) -> Tensor:
+        """Return the entries of ``values``, (n_steps, batch), that belong to accepted steps."""
+        return values[self.is_accepted]
+
+
+class SampledStep(NamedTuple):
+    """One accepted step, drawn at random, with what it takes to redo it.
+
+    Attributes:
+        func: the user's vector field.
+        t0: 0-d tensor, the true time at the step's start.
+        dt: 0-d tensor, its signed size.
+        y: the state at its start, detached.
+        nodes: positions of the stages after the first within the step, (s - 1,).
+        weights: how the derivatives so far make each of these stages' states.
+        error_weights: how the derivatives make the embedded error, (s,).
+    """
+
+    func: Any
+    t0: Tensor
+    dt: Tensor
+    y: State
+    nodes: Tensor
+    weights: list[Tensor]
+    error_weights: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Solve:
+    """One recorded solve.
+
+    Attributes:
+        method: the method string it was called with.
+        nfe: calls of func.
+        sample_nfe: (batch,) int64: how many of them each sample took part in.
+        selection: (batch,) int64: the candidate that solved each sample; None but for dise.
+        wall_s: seconds it took, everything included.
+        steps: its attempted steps; none for methods without error estimates.
+        is_adaptive: whether the method has error estimates.
+        sampled_step: an accepted step drawn at random; None where there is none.
+    """
+
+    method: str
+    nfe: int
+    sample_nfe: Tensor
+    selection: Tensor | None
+    wall_s: float
+    steps: Steps
+    is_adaptive: bool
+    sampled_step: SampledStep | None = None
+
+    @property
+    def n_accepted(self) -> int:
+        """Number of accepted steps (of all samples, where each has its own)."""
+        return int(self.steps.is_accepted.sum())
+
+    @property
+    def n_rejected(self) -> int:
+        """Number of rejected steps (of all samples, where each has its own)."""
+        return int((~self.steps.is_accepted & ~self.steps.dt.isnan()).sum())
+
+    def error_penalty(self, part: int | None = None) -> Tensor:
+        """Return this solve's share of `Recorder.error_penalty`, a 0-d tensor.
+
+        Raises:
+            NothingRecordedError: the method has no error estimates.
+            FreedGraphError: a backward pass has freed the graph.
+        """
+        return self.sum_accepted(self.steps.error_of(part))
+
+    def sum_accepted(self, values: Tensor) -> Tensor:
+        """Return the sum over accepted steps and samples of ``values``, (n_steps, batch).
+
+        Raises:
+            NothingRecordedError: the method has no error estimates.
+            FreedGraphError: a backward pass has freed the graph.
+        """
+        if not self.is_adaptive:
+            raise NothingRecordedError(
+                explain(
+                    f'method "{self.method}" has no error estimates.',
+                    'an adaptive method: "dopri5", "dopri8", "bosh3", ...',
+                    'method="dopri5"',
+                )
+            )
+        if torch.is_grad_enabled() and not self.steps.guard.is_adjoint:
+            self.steps.guard.check()
+        return self.steps.accepted(values).sum()
+
+
+class Partial(NamedTuple):
+    """How far a solve came.
+
+    Attributes:
+        t: (n,) the times reached: those asked for, then the end of the last accepted step.
+        y: the state at each of them, (n, *shape), or a tuple of such.
+        solve: the record up to there.
+    """
+
+    t: Tensor
+    y: State
+    solve: Solve
+
+
+class MaxStepsError(HyperError, AssertionError):
+    """A recorded solve took its ``max_num_steps`` without arriving.
+
+    Attributes:
+        partial: how far it came.
+    """
+
+    def __init__(self, message: str, partial: Partial) -> None:
+        super().__init__(message)
+        self.partial = partial

@@ -1,0 +1,247 @@
+"""func with the integrals of its own size and slope carried in the state."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchdiffeq_hyper._errors import OptionError, StateShapeError, explain
+from torchdiffeq_hyper._layout import StateLayout
+from torchdiffeq_hyper._restrict import restrict
+from torchdiffeq_hyper._types import State, VectorField
+
+Parts = tuple[Tensor, ...]
+
+
+class Energies(NamedTuple):
+    """The integrals along a solution, for each sample.
+
+    Attributes:
+        kinetic: (len(t), batch), the integral of |f|^2 from t[0] on; None if not carried.
+        jacobian: (len(t), batch), the integral of |e^T df/dy|^2; None if not carried.
+    """
+
+    kinetic: Tensor | None
+    jacobian: Tensor | None
+
+
+class EnergyField(nn.Module):
+    r"""A vector field that carries its kinetic energy and Jacobian norm in the state.
+
+    Beside y it integrates, for each sample,
+
+        K = int |f(t, y)|^2 dt,        J = int |e^T df/dy|^2 dt,
+
+    the two terms of RNODE, which make trajectories straight (Finlay, Jacobsen, Nurbekyan
+    and Oberman, How to train your neural ODE: the world of Jacobian and kinetic
+    regularization, ICML 2020, arXiv 2002.02798). e is Gaussian noise drawn once a solve:
+    J is an unbiased estimate of the integral of the squared Frobenius norm (samples must
+    not influence each other through func). The paper divides both by the number of
+    dimensions; here they are sums.
+
+    Works with any method, `odeint_adjoint` and tuple states; adaptive methods control the
+    integrals' errors too. Both are 0 or above in reverse time as well. A step costs the
+    calls of func that it has; J adds one vector-Jacobian product to each. A solver
+    attached to ``func`` serves this field too.
+
+    Args:
+        func: ``func(t, y)``.
+        kinetic: whether to carry K.
+        jacobian: whether to carry J.
+        part: the part of a tuple state that counts; None for all that have dimensions,
+            which then share their leading one, the batch.
+
+    Raises:
+        OptionError: neither integral is asked for.
+
+    Example:
+        >>> import torch, torchdiffeq_hyper as tdh
+        >>> from torchdiffeq import odeint
+        >>> field = tdh.regularizers.EnergyField(lambda t, y: 2 * torch.ones_like(y))
+        >>> y0 = torch.zeros(3, 5)
+        >>> solution = odeint(field, field.start(y0), torch.tensor([0.0, 1.0]))
+        >>> y, energies = field.finish(solution)
+        >>> y.shape, energies.kinetic[-1]
+        (torch.Size([2, 3, 5]), tensor([20., 20., 20.]))
+    """
+
+    def __init__(
+        self,
+        func: VectorField,
+        *,
+        kinetic: bool = True,
+        jacobian: bool = True,
+        part: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not (kinetic or jacobian):
+            raise OptionError(
+                explain(
+                    "neither kinetic nor jacobian is asked for.",
+                    "at least one of the two.",
+                    "EnergyField(func, kinetic=True, jacobian=False)",
+                )
+            )
+        # The name under which look-ups of attached solvers find the field inside.
+        self.base_func = func
+        self.kinetic = kinetic
+        self.jacobian = jacobian
+        self.part = part
+        self._noise: Parts | None = None
+        self._is_tuple: bool | None = None
+
+    def start(
+        self,
+        y0: State,
+        *,
+        noise: State | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Parts:
+        """Return the state to solve from: the parts of ``y0``, then zeros for the integrals.
+
+        Args:
+            y0: tensor (batch, ...) or tuple of tensors.
+            noise: e, like the part(s) that count; drawn if not given.
+            generator: draws the noise; torch's own by default.
+
+        Raises:
+            OptionError: there is no such part.
+            StateShapeError: the parts that count have no common batch, or the noise
+                has another shape.
+            StateTypeError: not floating-point tensors.
+        """
+        StateLayout.of(y0)
+        self._is_tuple = isinstance(y0, tuple)
+        parts = _parts(y0)
+        counted = self._counted(parts)
+        sizes = {part.shape[:1] for part in counted}
+        if len(sizes) != 1 or not next(iter(sizes)):
+            raise StateShapeError(
+                explain(
+                    f"y0 has shapes {[tuple(part.shape) for part in parts]}.",
+                    "a leading batch dimension, shared by the parts that count.",
+                    "EnergyField(func, part=0)",
+                )
+            )
+        if self.jacobian:
+            drawn = (
+                torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=generator)
+                for p in counted
+            )
+            self._noise = tuple(drawn) if noise is None else _parts(noise)
+            self._check_noise(counted)
+        zeros = counted[0].detach().abs().new_zeros(len(counted[0]))
+        return (*parts, *[zeros] * (self.kinetic + self.jacobian))
+
+    def forward(self, t: Tensor, state: Parts) -> Parts:
+        """Return the derivatives of the state and of the integrals.
+
+        Raises:
+            StateShapeError: the state is not one that `start` returned.
+        """
+        parts = state[: len(state) - self.kinetic - self.jacobian]
+        if self._is_tuple is None or not parts:
+            raise StateShapeError(
+                explain(
+                    "the state carries no integrals.",
+                    "the state that start returned.",
+                    "odeint(field, field.start(y0), t)",
+                )
+            )
+        if not self.jacobian:
+            k = _parts(self.base_func(t, parts if self._is_tuple else parts[0]))
+            return (*k, _squares(self._counted(k)))
+        self._check_noise(self._counted(parts))
+        k, slopes = self._differentiate(t, parts)
+        energy = (_squares(self._counted(k)),) if self.kinetic else ()
+        return (*k, *energy, _squares(slopes))
+
+    def _differentiate(self, t: Tensor, parts: Parts) -> tuple[Parts, Parts]:
+        """Return func's answer and e^T df/dy, with gradients where the caller has them on."""
+        assert self._noise is not None
+        has_grad = torch.is_grad_enabled()
+        with torch.enable_grad():
+            parts = tuple(p if p.requires_grad else p.detach().requires_grad_() for p in parts)
+            k = _parts(self.base_func(t, parts if self._is_tuple else parts[0]))
+            y = self._counted(parts)
+            outputs = [
+                (f, e)
+                for f, e in zip(self._counted(k), self._noise, strict=True)
+                if f.requires_grad
+            ]
+            slopes: Parts = tuple(torch.zeros_like(part) for part in y)
+            if outputs:
+                slopes = torch.autograd.grad(
+                    [f for f, _ in outputs],
+                    y,
+                    [e for _, e in outputs],
+                    create_graph=has_grad,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+        return (k, slopes) if has_grad else (tuple(f.detach() for f in k), slopes)
+
+    def finish(self, solution: Parts) -> tuple[State, Energies]:
+        """Return the solution without the integrals, and the integrals.
+
+        Args:
+            solution: what `odeint` returned for the state of `start`.
+        """
+        n_parts = len(solution) - self.kinetic - self.jacobian
+        # In reverse time dt is negative, and what was integrated is not.
+        integrals = iter([integral.abs() for integral in solution[n_parts:]])
+        energies = Energies(
+            kinetic=next(integrals) if self.kinetic else None,
+            jacobian=next(integrals) if self.jacobian else None,
+        )
+        return (solution[:n_parts] if self._is_tuple else solution[0]), energies
+
+    def restrict(self, index: Tensor) -> EnergyField:
+        """Return the field of the samples at ``index``, with their noise."""
+        restricted = EnergyField(
+            restrict(self.base_func, index),
+            kinetic=self.kinetic,
+            jacobian=self.jacobian,
+            part=self.part,
+        )
+        restricted._is_tuple = self._is_tuple
+        if self._noise is not None:
+            restricted._noise = tuple(e[index.to(e.device)] for e in self._noise)
+        return restricted
+
+    def _counted(self, parts: Parts) -> Parts:
+        if self.part is None:
+            return tuple(part for part in parts if part.dim())
+        if not 0 <= self.part < len(parts):
+            raise OptionError(
+                explain(
+                    f"part is {self.part!r}.",
+                    f"None, or an index of one of the state's {len(parts)} parts.",
+                    "EnergyField(func, part=0)",
+                )
+            )
+        return (parts[self.part],)
+
+    def _check_noise(self, counted: Parts) -> None:
+        noise = self._noise or ()
+        expected, got = ([tuple(p.shape) for p in parts] for parts in (counted, noise))
+        if expected != got:
+            raise StateShapeError(
+                explain(
+                    f"the noise has shapes {got}, the parts that count {expected}.",
+                    "noise drawn for this very state.",
+                    "odeint(field, field.start(y0), t)   # start before every solve",
+                )
+            )
+
+
+def _parts(y: Any) -> Parts:
+    return (y,) if isinstance(y, Tensor) else tuple(y)
+
+
+def _squares(parts: Parts) -> Tensor:
+    """Return, for each sample, the sum of squares of all its entries in all parts."""
+    sums = [part.abs().square().reshape(len(part), -1).sum(1) for part in parts]
+    return torch.stack(sums).sum(0)

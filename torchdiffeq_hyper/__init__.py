@@ -5,20 +5,30 @@ Importing the package adds method names to torchdiffeq's `odeint`, `odeint_adjoi
 """
 
 from torchdiffeq_hyper import _errors as errors
-from torchdiffeq_hyper import _plugins, hypernets
+from torchdiffeq_hyper import _plugins, dise, hypernets, regularizers
 from torchdiffeq_hyper._binding import attach, detach, using
 from torchdiffeq_hyper._domain import FitDomain
 from torchdiffeq_hyper._errors import HyperError, HyperWarning, MissingHypernetError
 from torchdiffeq_hyper._plugins import register_plugin, unregister_plugin
 from torchdiffeq_hyper._report import FitReport
 from torchdiffeq_hyper._types import StepInput
+from torchdiffeq_hyper.dise import (
+    Candidate,
+    ClassificationCost,
+    Conditioned,
+    Dise,
+    RegressionCost,
+    SelectorConfig,
+)
 from torchdiffeq_hyper.evaluation import evaluate
 from torchdiffeq_hyper.fitting import FitConfig, fit
 from torchdiffeq_hyper.hookspecs import hookimpl
 from torchdiffeq_hyper.hosts import torchdiffeq as _torchdiffeq
 from torchdiffeq_hyper.hosts.torchdiffeq import (
     install,
+    odeint_with_errors,
     override,
+    record,
     register_method,
     uninstall,
     unregister_method,
@@ -29,7 +39,11 @@ from torchdiffeq_hyper.hypersolver import HyperSolver
 __version__ = "0.1.0"
 
 __all__ = [
+    "Candidate",
+    "ClassificationCost",
     "ConcatHypernet",
+    "Conditioned",
+    "Dise",
     "FitConfig",
     "FitDomain",
     "FitReport",
@@ -37,18 +51,24 @@ __all__ = [
     "HyperSolver",
     "HyperWarning",
     "MissingHypernetError",
+    "RegressionCost",
+    "SelectorConfig",
     "StepInput",
     "attach",
     "detach",
+    "dise",
     "errors",
     "evaluate",
     "fit",
     "hookimpl",
     "hypernets",
     "install",
+    "odeint_with_errors",
     "override",
+    "record",
     "register_method",
     "register_plugin",
+    "regularizers",
     "uninstall",
     "unregister_method",
     "unregister_plugin",

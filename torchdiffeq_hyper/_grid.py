@@ -44,8 +44,8 @@ def equal_steps(t: Tensor, n_steps: int | None) -> Tensor:
     """
     if len(t) != 2 or n_steps is None:
         return t
-    weights = torch.arange(n_steps + 1, dtype=t.dtype, device=t.device) / n_steps
-    return torch.lerp(t[0], t[1], weights)
+    start, end = t.unbind()
+    return torch.lerp(start, end, torch.linspace(0, 1, n_steps + 1, dtype=t.dtype, device=t.device))
 
 
 def check_times(t: Tensor, y: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ the hypernet, so that g sees the true problem.
 
 from __future__ import annotations
 
+import cmath
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NoReturn
@@ -58,7 +59,11 @@ class Correction:
 
     def power(self, dt: Tensor) -> Tensor:
         """Return dt^(p+1), with the true sign of dt."""
-        return torch.pow(-dt if self._negated else dt, self._power)
+        dt = -dt if self._negated else dt
+        power = dt
+        for _ in range(self._power - 1):  # cheaper than torch.pow, and its gradient too
+            power = power * dt
+        return power
 
     def evaluate(self, t: Tensor, dt: Tensor, y: Tensor, stages: tuple[Tensor, ...]) -> State:
         """Return g's output for one step, checked."""
@@ -216,7 +221,8 @@ def is_finite(y: Tensor) -> bool:
     if y.is_cuda and torch.cuda.is_current_stream_capturing():
         return True
     try:
-        return bool(torch.isfinite(y.detach()).all())
+        # A finite sum proves every term finite, at half the cost of looking at each.
+        return cmath.isfinite(y.detach().sum().item()) or bool(torch.isfinite(y.detach()).all())
     except RuntimeError:  # no values to look at: vmap, fake and meta tensors
         return True
 

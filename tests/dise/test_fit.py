@@ -23,10 +23,12 @@ from torchdiffeq_hyper.dise import (
     Candidate,
     ClassificationCost,
     Dise,
+    Labels,
     RegressionCost,
     SelectorConfig,
     selectors,
 )
+from torchdiffeq_hyper.dise.advice import one_candidate
 
 T = torch.tensor([0.0, 1.0])
 QUICK = SelectorConfig(iterations=200, lr=1e-2)
@@ -164,6 +166,16 @@ def test_labels_can_be_used_again(fitted: Dise) -> None:
     assert torch.equal(again.predicted_costs(Y0), fitted.predicted_costs(Y0))
     with pytest.raises(OptionError, match="labels are of 240 samples and 3 candidates"):
         Dise(_candidates()[:2]).fit(whirl, Y0, T, cost=COST, labels=labels, progress=False)
+
+
+def test_a_middling_candidate_for_all_may_be_moved_either_way() -> None:
+    right = torch.tensor([[True, True, True], [False, False, True], [False, True, True]])
+    nfe = torch.tensor([[4, 8, 40]]).expand(3, 3)
+    labels = Labels(("cheap", "middling", "dear"), nfe, right, torch.ones(3, 3))
+    text = one_candidate(labels, 1, 0.3, 1e3)
+    assert "'middling'" in text
+    assert "penalty M down from 1000 (towards the largest NFE, 40)" in text
+    assert "penalty M up (penalty=10000)" in text
 
 
 class _Constant(nn.Module):

@@ -189,6 +189,30 @@ def test_labels_of_another_length_are_refused_before_any_solve() -> None:
         _labels(None, Y0, cost)
 
 
+def test_func_gets_its_time_in_the_states_dtype() -> None:
+    net = nn.Linear(3, 2)
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return net(torch.cat([y, t * torch.ones(len(y), 1, dtype=t.dtype)], dim=1))
+
+    candidates = [Candidate("rk4"), Candidate("dopri5", rtol=1e-3, atol=1e-3)]
+    assert T.dtype == torch.float64
+    assert _labels(func, Y0.float(), candidates=candidates).nfe.shape == (6, 2)
+
+
+def test_methods_that_couple_samples_are_solved_sample_by_sample() -> None:
+    # The implicit method iterates until all samples have converged.
+    candidate = Candidate("implicit_adams", steps=10, rtol=1e-4, atol=1e-4)
+    y0 = torch.tensor([[0.01, 0.0], [3.0, 1.0], [0.0, 0.02], [5.0, -5.0]]).double()
+    alone = _calls(candidate, _bent, y0, T)
+    assert len(set(alone)) > 1, "samples that all take the same calls prove nothing"
+    assert _labels(_bent, y0, candidates=[candidate]).nfe[:, 0].tolist() == alone
+
+
+def _bent(t: Tensor, y: Tensor) -> Tensor:
+    return torch.cos(t) * torch.sin(y) - 0.1 * y * y.abs()
+
+
 def test_an_empty_batch_is_refused() -> None:
     with pytest.raises(OptionError, match="empty batch"):
         _labels(spiral, Y0[:0])

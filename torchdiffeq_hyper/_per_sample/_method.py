@@ -29,10 +29,10 @@ class PerSampleDopri5(StepControl):
 
     Attributes:
         time: how func meets samples at different times. "vmap" (default): through
-            `torch.func.vmap`, with a batch of 1 and a 0-d t for each sample; fails for
-            funcs that branch on values, draw random numbers, or call autograd or numpy.
-            "vector": t of shape (batch,) in one call, for funcs written for that. "loop":
-            one call a sample, for all others; slow.
+            `torch.func.vmap`, with a batch of 1 and a 0-d t for each sample; cannot take
+            funcs that branch on values, draw random numbers, update buffers, or call
+            autograd or numpy. "vector": t of shape (batch,) in one call; cannot take funcs
+            that expect a 0-d t. "loop": one call a sample; takes any func, and is slow.
 
     Raises:
         OptionError: a value is impossible; the text names it.

@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._errors import (
     OneCandidateWarning,
-    OptionError,
     StateTypeError,
     explain,
 )
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.dise import storage
-from torchdiffeq_hyper.dise._dispatcher import Dispatcher
+from torchdiffeq_hyper.dise._analysed import Analysed
 from torchdiffeq_hyper.dise.advice import one_candidate
 from torchdiffeq_hyper.dise.candidates import Candidate
 from torchdiffeq_hyper.dise.config import SelectorConfig
 from torchdiffeq_hyper.dise.costs import Cost
-from torchdiffeq_hyper.dise.labels import Labels, collect
+from torchdiffeq_hyper.dise.labels import Labels
 from torchdiffeq_hyper.dise.report import DiseReport
 from torchdiffeq_hyper.dise.samples import count, parts_of
-from torchdiffeq_hyper.dise.selectors import ready
-from torchdiffeq_hyper.dise.sweep import sweep
-from torchdiffeq_hyper.dise.tradeoff import Oracle, TradeOff
 from torchdiffeq_hyper.dise.training import Split, train
-from torchdiffeq_hyper.fitting.guard import own_random_state
 
 
-class Dise(Dispatcher):
+class Dise(Analysed):
     r"""Sends every sample to the candidate that a selector net predicts to be cheapest.
 
     .. math:: j(x) = \arg\min_j v_j(y_0(x))
@@ -156,114 +150,6 @@ class Dise(Dispatcher):
             text = one_candidate(labels, int(selection[0]), cost.alpha, cost.penalty)
             warnings.warn(text, OneCandidateWarning, stacklevel=2)
         return self
-
-    def suggest(
-        self,
-        func: VectorField,
-        y0: State,
-        t: Tensor,
-        *,
-        cost: Cost,
-        alphas: Iterable[float] = (0.1, 0.3, 1.0),
-        penalties: Iterable[float] | None = None,
-        config: SelectorConfig | None = None,
-        labels: Labels | None = None,
-        rtol: Any = 1e-7,
-        atol: Any = 1e-9,
-        progress: bool = True,
-    ) -> TradeOff:
-        """Fit a selector at every alpha and M; return right answers against calls of func.
-
-        Samples are solved once for all settings. The object itself is not changed.
-
-        Args:
-            func: see `fit`.
-            y0: see `fit`.
-            t: see `fit`.
-            cost: see `fit`; its own alpha and M do not matter.
-            alphas: values of alpha.
-            penalties: values of M; None takes 1.5, 10 and 100 times the dearest right answer.
-            config: see `fit`.
-            labels: see `fit`.
-            rtol: see `fit`.
-            atol: see `fit`.
-            progress: whether to show bars.
-
-        Raises:
-            OptionError: a value is not above 0, or an M is too small.
-        """
-        config = config or SelectorConfig()
-        Split.of(count(y0), config, parts_of(y0)[0].device)
-        labels = self._labels(func, y0, t, cost, labels, rtol=rtol, atol=atol, progress=progress)
-
-        def new_selector() -> nn.Module:
-            if isinstance(self.selector, nn.Module):
-                return copy.deepcopy(self.selector)
-            return self._new_selector(y0, config)
-
-        return sweep(
-            labels,
-            y0,
-            new_selector,
-            config,
-            alphas=alphas,
-            penalties=penalties,
-            progress=progress,
-        )
-
-    def oracle(
-        self,
-        func: VectorField,
-        y0: State,
-        t: Tensor,
-        *,
-        cost: Cost,
-        rtol: Any = 1e-7,
-        atol: Any = 1e-9,
-        progress: bool = False,
-    ) -> Oracle:
-        """Return for each sample the right candidate with the fewest calls of func.
-
-        What a perfect selector would do with these candidates; needs no selector.
-
-        Args:
-            func: see `fit`.
-            y0: see `fit`; one sample is enough.
-            t: see `fit`.
-            cost: see `fit`.
-            rtol: see `fit`.
-            atol: see `fit`.
-            progress: whether to show a bar.
-        """
-        labels = self._labels(func, y0, t, cost, None, rtol=rtol, atol=atol, progress=progress)
-        return Oracle(labels, labels.oracle())
-
-    def _labels(
-        self,
-        func: VectorField,
-        y0: State,
-        t: Tensor,
-        cost: Cost,
-        labels: Labels | None,
-        **how: Any,
-    ) -> Labels:
-        """Return ``labels`` if they belong to these samples, or measure them if None."""
-        if labels is None:
-            return collect(self.candidates, func, y0, t, cost, **how)
-        if labels.nfe.shape != (count(y0), len(self.candidates)):
-            raise OptionError(
-                explain(
-                    f"labels are of {labels.nfe.shape[0]} samples and {labels.nfe.shape[1]} "
-                    "candidates.",
-                    f"those of these {count(y0)} samples and {len(self.candidates)} candidates.",
-                    "labels=dise.suggest(func, y0, t, cost=cost).labels",
-                )
-            )
-        return labels
-
-    def _new_selector(self, y0: State, config: SelectorConfig) -> nn.Module:
-        with own_random_state(config.seed):
-            return ready(y0, len(self.candidates))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write candidates, selector and report to one safetensors file.

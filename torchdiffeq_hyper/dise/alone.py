@@ -131,7 +131,10 @@ def check_independence(func: VectorField, y0: State, t0: Tensor) -> None:
         StateShapeError: func returned another shape, or cannot take a sample alone.
         CoupledSamplesError: a sample alone has another derivative than in the batch.
     """
-    device = parts_of(y0)[0].device
+    first = parts_of(y0)[0]
+    device = first.device
+    # As the host does: a func may concatenate its time with its state.
+    t0 = t0.to(first.abs().dtype)
     whole = GroupField(func, y0, None)
     together = _as_solution(whole(t0, y0))
     if not _are_close(together, _as_solution(whole(t0, y0))):

@@ -156,10 +156,9 @@ def dispatch(
         field = GroupField(func, y0, None if len(group) == batch else group)
         solutions.append(solve_group(candidate, field, t, rtol=rtol, atol=atol))
         calls += field.calls
-        recorders = recording.open_recorders()
-        if draft is not None and recorders:
+        if draft is not None and draft.recorders:
             # The group's own record tells its samples apart where they step on their own.
-            sample_nfe[group] = recorders[-1].solves[-1].sample_nfe
+            sample_nfe[group] = draft.recorders[-1].solves[-1].sample_nfe
     if draft is not None:
         draft.nfe, draft.sample_nfe, draft.selection = calls, sample_nfe, selection
     if len(solutions) == 1:

@@ -125,7 +125,7 @@ def collect(
     total = batch * len(candidates)
     with (
         left_as_found(func),
-        left_as_found(getattr(cost, "predict", None)),
+        left_as_found(getattr(cost, "predict", None) or getattr(cost, "error", None)),
         torch.no_grad(),
         tqdm(total=total, disable=not progress, unit="solve", desc="solving alone") as bar,
     ):

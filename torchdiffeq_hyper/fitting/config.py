@@ -57,7 +57,7 @@ class FitConfig:
     atol: float | None = None
     method: str = "dopri5"
     validation: float = 0.15
-    patience: int = 20
+    patience: int = 40
     seed: int = 0
     checkpoint: str | os.PathLike[str] | None = None
 

@@ -13,7 +13,7 @@ from torchdiffeq_hyper._report import LossPoint
 from torchdiffeq_hyper.fitting.budget import Budget
 from torchdiffeq_hyper.fitting.checkpoint import FitState
 from torchdiffeq_hyper.fitting.config import FitConfig
-from torchdiffeq_hyper.fitting.data import Data
+from torchdiffeq_hyper.fitting.data import Batch, Data
 from torchdiffeq_hyper.fitting.field import OutOfTimeError
 from torchdiffeq_hyper.fitting.guard import random_state, set_random_state
 from torchdiffeq_hyper.fitting.phases import Phase
@@ -141,29 +141,33 @@ class Loop:
         try:
             loss = phase.loss(batch, route)
         except NonFiniteError as error:
-            raise self._diverged(phase, "the roll-out") from error
+            raise self._diverged(phase, "the roll-out", batch, route) from error
         # Relative to the base's error, so that rates, clipping and the balance between
         # routes do not depend on the problem's units.
         (loss / scales[route]).backward()
         norm = clip_grad_norm_(self._parameters, STEEPEST)
         for name, value in (("the loss", loss), ("the gradient", norm)):
             if not math.isfinite(float(value.detach())):
-                raise self._diverged(phase, name)
+                raise self._diverged(phase, name, batch, route)
         optimizer.step()
         return float(loss.detach())
 
-    def _diverged(self, phase: Phase, what: str) -> FitDivergedError:
-        hint = (
-            "more steps: the base itself may be unstable at these, or\n"
-            if phase.name == "trajectory"
-            else ""
-        )
+    def _diverged(self, phase: Phase, what: str, batch: Batch, route: int) -> FitDivergedError:
+        where = f"at iteration {self._state.iteration} ({phase.name} phase)"
+        if math.isfinite(phase.base_error(batch, route)):
+            return FitDivergedError(
+                explain(
+                    f"{what} turned non-finite {where}.",
+                    "finite losses and gradients.",
+                    f"FitConfig(lr={self._config.lr / 10:g})",
+                )
+            )
         return FitDivergedError(
             explain(
-                f"{what} turned non-finite at iteration {self._state.iteration} "
-                f"({phase.name} phase).",
-                "finite losses and gradients.",
-                f"{hint}FitConfig(lr={self._config.lr / 10:g})",
+                f"{what} turned non-finite {where}; so does the base alone on these samples: it is "
+                "unstable at these step sizes.",
+                "a base that stays finite on all samples.",
+                'more steps, or no roll-outs: objective="residual"',
             )
         )
 

@@ -111,8 +111,7 @@ def published(name: str, solver: Fitted, owner: str) -> _registry.Method:
     """
     if not isinstance(solver, HyperSolver):
         entry = _registry.methods().get(getattr(solver, "method", ""))
-        whole = None if entry is None else entry.solver
-        if entry is not None and isinstance(whole, _registry.WholeSolve):
+        if entry is not None and isinstance(entry.solver, _registry.WholeSolve):
             return replace(entry, name=name, owner=owner, fitted=solver)
         raise StateTypeError(
             explain(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torchdiffeq import odeint
 from tqdm import tqdm
+
+import torchdiffeq_hyper as tdh
 
 CHANNELS = 12
 
@@ -69,8 +72,17 @@ class Classifier(nn.Module):
         return out
 
 
-def train(digits: Digits, epochs: int, seed: int = 0) -> Classifier:
-    """Train a classifier with dopri5; shows progress."""
+def train(
+    digits: Digits, epochs: int, seed: int = 0, error_weight: float = 0.0
+) -> Classifier:
+    """Train a classifier with dopri5; shows progress.
+
+    Args:
+        digits: the data.
+        epochs: passes over the training images.
+        seed: seeds the weights and the order of the images.
+        error_weight: weight of dopri5's error estimates in the loss; 0 leaves them out.
+    """
     torch.manual_seed(seed)
     model = Classifier()
     batch = 128
@@ -82,8 +94,11 @@ def train(digits: Digits, epochs: int, seed: int = 0) -> Classifier:
         order = torch.randperm(len(digits.train_images))
         for index in order[: n_batches * batch].chunk(n_batches):
             optimizer.zero_grad()
-            logits = model(digits.train_images[index])
+            with tdh.record() if error_weight else nullcontext() as recorded:
+                logits = model(digits.train_images[index])
             loss = nn.functional.cross_entropy(logits, digits.train_labels[index])
+            if recorded is not None:
+                loss = loss + error_weight / batch * recorded.error_penalty()
             loss.backward()
             optimizer.step()
             schedule.step()

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._errors import (
@@ -24,8 +25,8 @@ from torchdiffeq_hyper.dise.config import SelectorConfig
 from torchdiffeq_hyper.dise.costs import Cost
 from torchdiffeq_hyper.dise.labels import Labels
 from torchdiffeq_hyper.dise.report import DiseReport
-from torchdiffeq_hyper.dise.samples import count, parts_of
-from torchdiffeq_hyper.dise.training import Split, train
+from torchdiffeq_hyper.dise.samples import count, parts_of, take
+from torchdiffeq_hyper.dise.training import Split, predict, train
 
 
 class Dise(Analysed):
@@ -121,9 +122,6 @@ class Dise(Analysed):
         start = time.perf_counter()
         config = config or SelectorConfig()
         split = Split.of(count(y0), config, parts_of(y0)[0].device)
-        labels = self._labels(func, y0, t, cost, labels, rtol=rtol, atol=atol, progress=progress)
-        costs = labels.costs(cost.alpha, cost.penalty)
-        label_seconds = time.perf_counter() - start
         selector = self._new_selector(y0, config) if self.selector is None else self.selector
         if not isinstance(selector, nn.Module):
             raise StateTypeError(
@@ -133,6 +131,11 @@ class Dise(Analysed):
                     "tdh.Dise(candidates)   # fit makes a ready selector",
                 )
             )
+        with torch.no_grad():  # before the long part
+            predict(selector.eval(), take(y0, split.held_out[:1]), len(self.candidates))
+        labels = self._labels(func, y0, t, cost, labels, rtol=rtol, atol=atol, progress=progress)
+        costs = labels.costs(cost.alpha, cost.penalty)
+        label_seconds = time.perf_counter() - start
         self.unit, losses = train(selector, y0, costs, split, config, progress=progress)
         self.selector = selector
         selection = self.select(y0)

@@ -36,6 +36,15 @@ class Batch:
     dtype: torch.dtype
     routes: tuple[Samples, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the batch takes."""
+        return sum(
+            part.nbytes
+            for samples in self.routes
+            for part in (samples.y, samples.residual, *samples.stages)
+        )
+
     def start(self, route: int) -> State:
         """Return the state where a route starts, as func takes it."""
         return self.layout.split(self.routes[route].y[0].to(self.dtype))
@@ -90,11 +99,6 @@ class Data:
     def n_routes(self) -> int:
         """Number of routes."""
         return len(self._plan.routes)
-
-    @property
-    def n_measured(self) -> int:
-        """Number of distinct training batches measured so far."""
-        return len(self._measured)
 
     def limit(self, most: int) -> None:
         """Start over after ``most`` distinct training batches."""

@@ -81,8 +81,24 @@ def _out_of_time(budget: Budget) -> OutOfTimeError:
     )
 
 
+def check_start(y0: Tensor) -> None:
+    """Refuse starts that are not finite.
+
+    Raises:
+        NonFiniteError: one is not.
+    """
+    if not is_finite(y0):
+        raise NonFiniteError(
+            explain(
+                "y0 holds inf or nan.",
+                "finite starts.",
+                "y0 = y0[torch.isfinite(y0).flatten(1).all(1)]",
+            )
+        )
+
+
 @torch.no_grad()
-def check_field(field: Field, span: tuple[float, float], y0: Tensor) -> None:
+def check_field(field: Field, span: tuple[float, float], y0: Tensor) -> tuple[Tensor, Tensor]:
     """Refuse a field that has no solution to fit, before one is looked for.
 
     Args:
@@ -90,20 +106,20 @@ def check_field(field: Field, span: tuple[float, float], y0: Tensor) -> None:
         span: start and end.
         y0: flat state at the start.
 
+    Returns:
+        The field at the start and a little later, like ``y0``.
+
     Raises:
         StateShapeError: func returned another shape.
         NonFiniteError: y0 or func's answer holds inf or nan.
         NoisyFieldError: func answers differently the second time.
     """
-    if not is_finite(y0):
-        raise NonFiniteError(
-            explain("y0 holds inf or nan.", "finite starts.", "y0[torch.isfinite(y0).all(-1)]")
-        )
+    check_start(y0)
     start = torch.tensor(span[0], dtype=wide_dtype(y0.device), device=y0.device)
     k = _answer(field, start, y0)
     # Noise may vanish at the start, e.g. at y = 0: look a step further, too.
     little = (span[1] - span[0]) / 10
-    _answer(field, start + little, y0 + little * k)
+    return k, _answer(field, start + little, y0 + little * k)
 
 
 def _answer(field: Field, t: Tensor, y: Tensor) -> Tensor:

@@ -82,9 +82,10 @@ class Loop:
             self._net.load_state_dict(state.best)
 
     def _run_phase(self, phase: Phase) -> None:
-        state, optimizer = self._state, self._begin_phase()
+        state = self._state
         wanted = self._iterations[state.phase]
         is_last = state.phase == len(self._phases) - 1
+        optimizer = self._begin_phase(wanted, is_last=is_last)
         pace = self._budget.start_phase(wanted, is_last=is_last)
         scales = [
             _usable(phase.base_error(self._data.held_out, route))
@@ -108,7 +109,7 @@ class Loop:
             self._validate(phase, optimizer)
         state.stopped = self._reason(wanted)
 
-    def _begin_phase(self) -> optim.Optimizer:
+    def _begin_phase(self, wanted: int, *, is_last: bool) -> optim.Optimizer:
         """Return the phase's optimizer: new, or as it was when the fit was interrupted."""
         state = self._state
         optimizer = optim.AdamW(
@@ -117,8 +118,10 @@ class Loop:
         if len(state.planned) > state.phase:
             if state.optimizer is not None:
                 optimizer.load_state_dict(state.optimizer)
+            if is_last:  # a fit that its clock had cut short goes on if it has more time now
+                state.planned[-1] = wanted
             return optimizer
-        state.planned.append(self._iterations[state.phase])
+        state.planned.append(wanted)
         state.phase_start, state.since_best, state.optimizer = state.iteration, 0, None
         return optimizer
 
@@ -200,9 +203,9 @@ class Loop:
 
     def _reason(self, wanted: int) -> str:
         state = self._state
-        if state.since_best >= self._config.patience:
-            return "patience"
-        return "iterations" if state.iteration - state.phase_start >= wanted else "max_seconds"
+        if state.iteration - state.phase_start >= wanted:
+            return "iterations"
+        return "patience" if state.since_best >= self._config.patience else "max_seconds"
 
 
 def snapshot(net: nn.Module) -> dict[str, Tensor]:

@@ -27,9 +27,10 @@ def measure_noise(
 ) -> float:
     """Return the mean noise in |R|_2, after checking that |R|_2 stands above it.
 
-    The residuals are compared with those of a solution that is ten times tighter, lands
-    on twice as many points (so that even a fixed-step method takes other steps) and is
-    rounded to the dtype in which a solver keeps its state.
+    The residuals are compared with those of a solution that is ten times tighter and
+    lands on twice as many points, so that even a fixed-step method takes other steps. To
+    the difference comes what a solver cannot help: half a unit in the last place of the
+    state that it keeps, over dt^(p+1).
 
     Args:
         field: the vector field, for states like ``y0``.
@@ -46,15 +47,18 @@ def measure_noise(
     tight = 10.0 if tolerances.rtol / 10 >= TIGHTEST else 0.1
     solution = solve_reference(field, flat, plan.times, tolerances)
     finer = solve_reference(field, flat, _refined(plan.times), tolerances.tightened(tight))[::2]
-    rounded = finer.to(state_dtype(flat.dtype)).to(finer.dtype)
+    half_unit = torch.finfo(state_dtype(flat.dtype)).eps / 2
     noises = []
     for route in plan.routes:
         first, second = (
-            measure_residuals(field, tableau, route, states).residual
-            for states in (solution, rounded)
+            measure_residuals(field, tableau, route, states) for states in (solution, finer)
         )
-        noise = float(sample_norms(layout.split(first - second)).mean())
-        size = float(sample_norms(layout.split(first)).mean())
+        rounding = half_unit * first.y[1:] / first.dt[0] ** (tableau.order + 1)
+        size, noise, rounding_noise = (
+            float(sample_norms(layout.split(values)).mean())
+            for values in (first.residual, first.residual - second.residual, rounding)
+        )
+        noise += rounding_noise
         if noise > HIGHEST * size or size == 0:
             _refuse(tableau, route, size, noise, f"{flat.dtype}, reference by {tolerances}")
         noises.append(noise)
@@ -65,10 +69,11 @@ def _refuse(tableau: Tableau, route: Route, size: float, noise: float, reference
     fewer = max(1, route.n_steps // 2)
     raise NoiseFloorError(
         explain(
-            f"{tableau.name} at {route.n_steps} steps is exact as far as can be told: its "
-            f"mean residual |R| is {size:.3g}, of which {noise:.3g} is noise ({reference}).",
-            f"noise below {HIGHEST:g} of the residual: nothing else could be learned.",
-            f'the base as it is: odeint(func, y0, t, method="{tableau.name}")\n'
+            f"{tableau.name} at {route.n_steps} steps is already exact to this dtype, as far as "
+            f"can be told: its mean residual |R| is {size:.3g}, the noise in it {noise:.3g} "
+            f"({reference}).",
+            f"noise below {HIGHEST:g} of |R|: nothing else could be learned.",
+            "the base as it is, without a correction\n"
             f"or fewer steps: steps={fewer}\n"
             "or, if the digits matter: func.double() and y0.double()\n"
             "or, if the reference is the loose part: "

@@ -12,7 +12,7 @@ from torchdiffeq import odeint
 from torchdiffeq_hyper._errors import NonFiniteError, OptionError, explain
 from torchdiffeq_hyper._layout import is_half
 from torchdiffeq_hyper.fitting.config import FitConfig
-from torchdiffeq_hyper.fitting.field import Field, state_dtype, wide_dtype
+from torchdiffeq_hyper.fitting.field import Field, check_start, state_dtype, wide_dtype
 from torchdiffeq_hyper.fitting.routes import Route
 from torchdiffeq_hyper.tableaus import Tableau
 
@@ -69,9 +69,10 @@ def solve_reference(field: Field, y0: Tensor, times: Tensor, tolerances: Toleran
         (m, *y0.shape) states.
 
     Raises:
-        NonFiniteError: the solution leaves the finite range.
+        NonFiniteError: ``y0`` is not finite, or the solution leaves the finite range.
         OptionError: the host does not know the method.
     """
+    check_start(y0)
     wide = wide_dtype(y0.device)
     t = times.to(device=y0.device, dtype=wide)
     options = {"step_t": t} if tolerances.method in LANDING_METHODS else None

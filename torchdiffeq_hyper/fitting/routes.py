@@ -112,7 +112,8 @@ def check_span(t_span: object) -> tuple[float, float]:
         OptionError: not two distinct finite numbers.
     """
     try:
-        start, end = (float(t) for t in t_span)  # type: ignore[attr-defined]
+        times = t_span.tolist() if isinstance(t_span, Tensor) else t_span
+        start, end = (float(t) for t in times)  # type: ignore[attr-defined]
         usable = math.isfinite(start) and math.isfinite(end) and start != end
     except (TypeError, ValueError, RuntimeError):
         usable = False

@@ -36,6 +36,8 @@ from torchdiffeq_hyper.tableaus import Tableau
 
 PROBES = 8
 """Samples the noise is measured on."""
+MOST_BYTES = 2**30
+"""Memory that the reference solutions kept may take."""
 RESIDUAL_SHARE = 0.25
 """Share of the iterations of a combined fit that its residual phase takes."""
 
@@ -122,8 +124,8 @@ def _fit_net(
     progress.say("reference solutions")
     y0 = StateLayout.of(batches.held_out).join(batches.held_out)
     field = Field(problem.func, batches.held_out, budget)
-    check_field(field, problem.span, y0)
-    store = Store(problem.config.checkpoint, _signature(problem, net, field, y0))
+    answers = check_field(field, problem.span, y0)
+    store = Store(problem.config.checkpoint, _signature(problem, net, (y0, *answers)))
     state = store.read()
     if state is not None:
         budget.resume(state.seconds)
@@ -159,7 +161,8 @@ def _fit_net(
     ).run()
     report = _report(problem, net, data, state, budget)
     state.report = report.to_dict()
-    store.write(state)
+    if state.stopped != "max_seconds":  # else the next call goes on, should it have more time
+        store.write(state)
     return report
 
 
@@ -182,18 +185,18 @@ def _start(net: nn.Module, data: Data, judge: Phase, noise: float, budget: Budge
         best_error=judge.error(data.held_out),
         base_error=judge.base_error(data.held_out),
         noise=noise,
-        most_batches=budget.affordable_batches(data.seconds - held_out_seconds),
+        most_batches=min(
+            budget.affordable_batches(data.seconds - held_out_seconds),
+            max(1, MOST_BYTES // data[0].nbytes),
+        ),
     )
 
 
-def _signature(problem: Problem, net: nn.Module, field: Field, y0: Tensor) -> dict[str, Any]:
+def _signature(problem: Problem, net: nn.Module, probes: tuple[Tensor, ...]) -> dict[str, Any]:
     """Return what tells this fit from others."""
     config = asdict(problem.config)
     for name in ("max_seconds", "checkpoint"):
         del config[name]
-    t0, t1 = (torch.tensor(t, dtype=torch.float64, device=y0.device) for t in problem.span)
-    with torch.no_grad():
-        sizes = [float(x.double().norm()) for x in (y0, field(t0, y0), field(t1, y0))]
     return {
         "base": problem.tableau.name,
         "alpha": problem.tableau.alpha,
@@ -201,10 +204,10 @@ def _signature(problem: Problem, net: nn.Module, field: Field, y0: Tensor) -> di
         "steps": str(problem.steps),
         "direction": problem.direction,
         "objective": problem.objective,
-        "dtype": str(y0.dtype),
-        "y0 or func (norms of held-out y0, func at both ends)": sizes,
-        "hypernet": {name: list(value.shape) for name, value in net.state_dict().items()},
+        "dtype": str(probes[0].dtype),
         **config,
+        "size of y0 and func(t, y0)": [float(probe.norm()) for probe in probes],
+        "hypernet": {name: list(value.shape) for name, value in net.state_dict().items()},
     }
 
 

@@ -61,7 +61,13 @@ class Classifier(nn.Module):
         super().__init__()
         self.encode = nn.ZeroPad3d((0, 0, 0, 0, 0, CHANNELS - 1))
         self.field = Field()
-        self.decode = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(CHANNELS * 16, 10))
+        self.decode = nn.Sequential(
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(CHANNELS * 16, 128),
+            nn.ReLU(),
+            nn.Linear(128, 10),
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (batch, 10)."""
@@ -72,9 +78,7 @@ class Classifier(nn.Module):
         return out
 
 
-def train(
-    digits: Digits, epochs: int, seed: int = 0, error_weight: float = 0.0
-) -> Classifier:
+def train(digits: Digits, epochs: int, seed: int = 0, error_weight: float = 0.0) -> Classifier:
     """Train a classifier with dopri5; shows progress.
 
     Args:

@@ -47,9 +47,16 @@ def register_plugin(plugin: object, name: str | None = None) -> None:
         >>> tdh.unregister_plugin("my-plugin")
     """
     owner = name or str(getattr(plugin, "__name__", type(plugin).__name__))
-    with _registry.rollback_on_error():
-        _collect(plugin, owner)
-    _notify()
+    _notify()  # a host may have got methods of its own meanwhile
+    try:
+        with _registry.rollback_on_error():
+            _collect(plugin, owner)
+            _notify()
+    except BaseException:
+        if _manager.get_plugin(owner) is plugin:
+            _manager.unregister(plugin)
+        _notify()
+        raise
 
 
 def unregister_plugin(name: str) -> None:

@@ -76,12 +76,14 @@ _host_owner: dict[str, str] = {}
 
 
 def reserve(follows_grid: Mapping[str, bool], owner: str) -> None:
-    """Note a host's own methods, so that no entry can take their names.
+    """Note a host's own methods as they are now, so that no entry can take their names.
 
     Args:
         follows_grid: for each name, whether the method steps along a time grid.
         owner: the host's name, for messages.
     """
+    for name in [name for name, host in _host_owner.items() if host == owner]:
+        del _host_methods[name], _host_owner[name]
     _host_methods.update(follows_grid)
     _host_owner.update(dict.fromkeys(follows_grid, owner))
 
@@ -181,7 +183,7 @@ def method_of(base: str) -> Method:
         for m in _methods.values()
         if isinstance(m.solver, Tableau) and m.fitted is None
     }
-    if base not in learned:
+    if not isinstance(base, str) or base not in learned:
         raise OptionError(
             explain(
                 f"base is {base!r}.",

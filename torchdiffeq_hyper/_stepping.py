@@ -145,11 +145,20 @@ def check_hypernet_device(hypernet: Hypernet, y: Tensor) -> None:
 
 
 def check_derivative(k: Tensor, y: Tensor) -> None:
-    """Refuse a derivative that would broadcast against the state.
+    """Refuse a derivative that is none, or would broadcast against the state.
 
     Raises:
+        StateTypeError: it is not a tensor.
         StateShapeError: the shapes differ.
     """
+    if not isinstance(k, Tensor):
+        raise StateTypeError(
+            explain(
+                f"func returned a {type(k).__name__}.",
+                "a tensor of the state's shape (for a tuple state, a tuple of them).",
+                "return torch.as_tensor(derivative)",
+            )
+        )
     if k.shape != y.shape:
         raise StateShapeError(
             explain(

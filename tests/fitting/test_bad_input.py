@@ -108,6 +108,12 @@ def test_a_noisy_func_is_refused_with_the_remedy(noisy: Any, y0: Tensor) -> None
         fit(noisy, y0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_noise_is_seen_in_every_precision(dtype: torch.dtype) -> None:
+    with pytest.raises(NoisyFieldError):
+        fit(lambda t, y: -y + 0.3 * torch.randn_like(y), Y0.to(dtype))
+
+
 def test_dropout_left_on_in_a_closure_is_noise() -> None:
     dropout = nn.Dropout(0.3)
     with pytest.raises(NoisyFieldError):

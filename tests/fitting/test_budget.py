@@ -100,6 +100,16 @@ def test_a_fit_short_of_time_ends_annealed_and_says_why(clock: Clock) -> None:
     assert report.validation < report.base_validation / 3
 
 
+def test_without_an_iteration_the_result_is_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget_module.Pace, "is_over", lambda self: True)
+    report = fit().report
+    assert report is not None
+    assert report.iterations == 0
+    assert report.stopped == "max_seconds"
+    assert report.validation == report.base_validation
+    assert "larger max_seconds" in report.notes[0]
+
+
 def test_references_that_take_all_the_time_are_reported(clock: Clock) -> None:
     clock.tick = 0.1
     with pytest.raises(OptionError, match="max_seconds = 1 was over"):

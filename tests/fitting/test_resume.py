@@ -204,6 +204,19 @@ def test_a_checkpoint_that_cannot_be_written_is_reported_before_the_work(tmp_pat
     assert func.calls == 4
 
 
+def test_a_failed_write_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(content: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(FileWriteError, match="cannot be written"):
+        fit(config=replace(CONFIG, checkpoint=tmp_path / "fit.pt"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_target_that_is_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "fit.pt").mkdir()
     with pytest.raises((FileFormatError, FileWriteError)):

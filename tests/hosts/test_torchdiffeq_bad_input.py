@@ -129,6 +129,12 @@ def test_net_on_another_device_is_refused() -> None:
         _solve(lambda step: step.y.to("meta"))
 
 
+@pytest.mark.parametrize("answer", [None, 1.0])
+def test_func_that_returns_no_tensor_is_refused(answer: Any) -> None:
+    with pytest.raises(StateTypeError, match="func returned a"):
+        tdh.HyperSolver("heun", zero).solve(lambda t, y: answer, Y0, T)
+
+
 @pytest.mark.parametrize("shape", [(3, 1), (2,), ()])
 def test_func_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     def func(t: Tensor, y: Tensor) -> Tensor:
@@ -209,6 +215,8 @@ def test_event_without_a_step_size_needs_a_fitted_span() -> None:
     solver = tdh.HyperSolver("euler", zero, steps=10, domain=_domain())
     event_t, _ = odeint_event(damped_wave, Y0, start, options={"solver": solver}, **call)
     assert float(event_t) == pytest.approx(0.35, abs=1e-4)
+    with pytest.warns(OutsideFitWarning, match=r"dt = 0\.3"):
+        odeint_event(damped_wave, Y0, start, options={"solver": solver, "step_size": 0.3}, **call)
 
 
 def test_use_outside_the_fitted_step_sizes_and_direction_warns_once_and_works() -> None:

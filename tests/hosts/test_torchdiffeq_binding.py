@@ -336,3 +336,53 @@ def test_uninstall_leaves_the_host_as_it_was_and_install_comes_back() -> None:
     tdh.install()
     assert {name for name in SOLVERS if name.startswith("hyper")} == set(ours)
     assert _mark(options={"solver": _constant(1.0)}) == 1.0
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+@pytest.mark.parametrize("method", ["euler", "rk4", "bosh3"])
+def test_any_overridden_name_runs_dopri5_backward_and_is_given_back(
+    method: str, is_open: bool
+) -> None:
+    func, t = MLPField(), torch.tensor([0.0, 1.0]).double()
+    original = SOLVERS[method]
+    solver = tdh.HyperSolver("rk4", zero, steps=20)
+    y0 = torch.ones(3, 2).double().requires_grad_()
+    (expected,) = torch.autograd.grad(odeint(func, y0, t)[-1].sum(), y0)
+    with tdh.override(method, solver):
+        y = odeint_adjoint(func, y0, t, method=method)
+        if is_open:
+            y[-1].sum().backward()
+    if not is_open:
+        y[-1].sum().backward()
+    assert y0.grad is not None
+    assert torch.allclose(y0.grad, expected, rtol=1e-5)
+    del y
+    gc.collect()
+    assert SOLVERS[method] is original
+
+
+def test_override_leaves_an_option_that_means_something_else_to_the_method() -> None:
+    with tdh.override("scipy_solver", _constant(1.0)):
+        assert _mark(method="scipy_solver", options={"solver": "RK45"}) == 1.0
+
+
+def test_solver_option_that_is_none_of_ours_is_refused_even_if_falsy() -> None:
+    with tdh.using(_constant(1.0)), pytest.raises(StateTypeError, match="HyperSolver"):
+        _mark(options={"solver": 0})
+
+
+def test_late_clash_in_a_plugin_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plugin:
+        @tdh.hookimpl
+        def register_solvers(self, register: Any) -> None:
+            register("late", SOLVERS["euler"], order=1, calls_per_step=1)
+
+    monkeypatch.setitem(SOLVERS, "late", lambda **call: None)
+    with pytest.raises(DuplicateMethodError, match="late"):
+        tdh.register_plugin(Plugin(), name="late-plugin")
+    tdh.register_method("fine", _constant(1.0))
+    tdh.unregister_method("fine")
+    monkeypatch.undo()
+    tdh.register_plugin(Plugin(), name="late-plugin")
+    tdh.unregister_plugin("late-plugin")
+    assert "late" not in SOLVERS

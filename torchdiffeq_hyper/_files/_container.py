@@ -150,6 +150,12 @@ def damage_reported(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
+    if Path(path).is_dir():
+        raise FileFormatError(
+            explain(
+                f"{os.fspath(path)!r} is a folder.", "a file that `save` wrote.", "name the file"
+            )
+        )
     try:
         with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
             yield file

@@ -89,6 +89,7 @@ def evaluate(
             func's answer is not built like the state.
         StateShapeError: the batch is empty or differs between parts, or func's answer
             has another shape.
+        NoisyFieldError: func answers differently twice at one point.
         NonFiniteError: the reference solution is not finite, or dopri5 cannot reach it.
         MissingHypernetError: a learned method was given by name and nothing is bound.
 

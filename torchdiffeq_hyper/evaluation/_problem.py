@@ -14,6 +14,7 @@ from torchdiffeq import odeint
 from torchdiffeq_hyper._errors import NonFiniteError, OptionError, StateShapeError, explain
 from torchdiffeq_hyper._layout import StateLayout, is_half
 from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper.fitting.field import check_repeatable
 
 # In float32, tighter than 1e-7 gains nothing over rounding; in half precision every answer
 # of func is rounded to about 1e-3 (float16) or 1e-2 (bfloat16).
@@ -80,9 +81,13 @@ class Problem:
         """Return dopri5's final state; half precision is integrated in float32.
 
         Raises:
+            NoisyFieldError: func answers differently twice at one point.
             NonFiniteError: it is not finite, or dopri5 breaks off on the way to it.
         """
         func, y0 = self.func, self.y0
+        # An adaptive solve of a noisy field may never end.
+        first, second = (torch.cat([p.flatten() for p in parts(func(self.t[0], y0))]) for _ in "ab")
+        check_repeatable(first, second, self.dtype, float(self.t[0]))
         if is_half(self.dtype):
             func, y0 = self._answering_in_float32, _cast(y0, torch.float32)
 

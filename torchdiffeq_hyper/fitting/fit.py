@@ -15,9 +15,10 @@ from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.fitting.config import FitConfig
 from torchdiffeq_hyper.fitting.guard import left_as_found, own_random_state
 from torchdiffeq_hyper.fitting.phases import OBJECTIVES
+from torchdiffeq_hyper.fitting.problem import Problem
 from torchdiffeq_hyper.fitting.progress import Progress
 from torchdiffeq_hyper.fitting.routes import Plan, check_choice, check_span
-from torchdiffeq_hyper.fitting.session import Problem, run
+from torchdiffeq_hyper.fitting.session import run
 from torchdiffeq_hyper.hypersolver import HyperSolver
 
 
@@ -37,8 +38,9 @@ def fit(
 ) -> HyperSolver:
     r"""Fit the correction g of a hypersolver to a vector field, in about two minutes.
 
-    Reference solutions are computed once a batch, at tight tolerances and in float64.
-    They show the residuals ([H] eq. 5)
+    Reference solutions are computed once a batch, at tight tolerances and in float64, for
+    as many batches as fit into 1 GiB and 30 % of the time. They show the residuals
+    ([H] eq. 5)
 
     .. math:: R_n = (y(t_{n+1}) - y(t_n) - dt\,\psi(t_n, y(t_n))) / dt^{p+1}
 

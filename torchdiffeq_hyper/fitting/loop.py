@@ -147,7 +147,7 @@ class Loop:
             raise self._diverged(phase, "the roll-out", batch, route) from error
         # Relative to the base's error, so that rates, clipping and the balance between
         # routes do not depend on the problem's units.
-        (loss / scales[route]).backward()
+        (loss / scales[route]).backward(inputs=self._parameters)
         norm = clip_grad_norm_(self._parameters, STEEPEST)
         for name, value in (("the loss", loss), ("the gradient", norm)):
             if not math.isfinite(float(value.detach())):

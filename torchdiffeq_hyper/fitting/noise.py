@@ -50,9 +50,8 @@ def measure_noise(
     half_unit = torch.finfo(state_dtype(flat.dtype)).eps / 2
     noises = []
     for route in plan.routes:
-        first, second = (
-            measure_residuals(field, tableau, route, states) for states in (solution, finer)
-        )
+        first = measure_residuals(field, tableau, route, solution)
+        second = measure_residuals(field, tableau, route, finer)
         rounding = half_unit * first.y[1:] / first.dt[0] ** (tableau.order + 1)
         size, noise, rounding_noise = (
             float(sample_norms(layout.split(values)).mean())

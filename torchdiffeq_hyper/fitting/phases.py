@@ -66,7 +66,7 @@ class ResidualPhase:
 
 
 class TrajectoryPhase:
-    r"""Minimise :math:`\\sum_n |y(t_n) - y_n|_2` of the solver's own roll-out."""
+    r"""Minimise :math:`\sum_n |y(t_n) - y_n|_2` of the solver's own roll-out."""
 
     name = "trajectory"
 

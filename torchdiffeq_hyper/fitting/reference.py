@@ -3,6 +3,8 @@ r"""Reference solutions and the residuals they show ([H] eq. 5)."""
 from __future__ import annotations
 
 import contextvars
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +78,7 @@ def solve_reference(field: Field, y0: Tensor, times: Tensor, tolerances: Toleran
     wide = wide_dtype(y0.device)
     t = times.to(device=y0.device, dtype=wide)
     options = {"step_t": t} if tolerances.method in LANDING_METHODS else None
-    try:
+    with _explained(tolerances.method):
         solution: Tensor = contextvars.Context().run(
             odeint,
             field,
@@ -87,11 +89,20 @@ def solve_reference(field: Field, y0: Tensor, times: Tensor, tolerances: Toleran
             method=tolerances.method,
             options=options,
         )
+    _check_finite(solution, times)
+    return solution
+
+
+@contextmanager
+def _explained(method: str) -> Iterator[None]:
+    """Explain the host's own errors."""
+    try:
+        yield
     except AssertionError as error:
         raise NonFiniteError(
             explain(
                 f"the reference solution broke down: {error}.",
-                f"a solution that {tolerances.method} can follow over the whole span.",
+                f"a solution that {method} can follow over the whole span.",
                 "a shorter t_span, or looser tolerances: FitConfig(rtol=1e-4)",
             )
         ) from error
@@ -100,13 +111,11 @@ def solve_reference(field: Field, y0: Tensor, times: Tensor, tolerances: Toleran
             raise
         raise OptionError(
             explain(
-                f"method is {tolerances.method!r}: {error}",
+                f"method is {method!r}: {error}",
                 "a method of torchdiffeq that controls its error.",
                 'FitConfig(method="dopri5")',
             )
         ) from error
-    _check_finite(solution, times)
-    return solution
 
 
 def _check_finite(solution: Tensor, times: Tensor) -> None:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper import _registry
-from torchdiffeq_hyper._domain import FitDomain
-from torchdiffeq_hyper._grid import Steps
 from torchdiffeq_hyper._layout import StateLayout
 from torchdiffeq_hyper._report import FitReport
-from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper._types import State
 from torchdiffeq_hyper.fitting.batches import Batches, n_samples, select
 from torchdiffeq_hyper.fitting.budget import Budget
 from torchdiffeq_hyper.fitting.calibration import calibrate
 from torchdiffeq_hyper.fitting.checkpoint import FitState, Store
-from torchdiffeq_hyper.fitting.config import FitConfig
 from torchdiffeq_hyper.fitting.data import Data
 from torchdiffeq_hyper.fitting.field import Field, check_field
 from torchdiffeq_hyper.fitting.guard import frozen_or_restored
@@ -27,78 +23,16 @@ from torchdiffeq_hyper.fitting.loop import Loop, snapshot
 from torchdiffeq_hyper.fitting.noise import measure_noise
 from torchdiffeq_hyper.fitting.objectives import delta_quantiles, no_correction
 from torchdiffeq_hyper.fitting.phases import Phase, phases_of
+from torchdiffeq_hyper.fitting.problem import Problem
 from torchdiffeq_hyper.fitting.progress import Progress
 from torchdiffeq_hyper.fitting.reference import Tolerances
-from torchdiffeq_hyper.fitting.routes import Plan, step_counts
 from torchdiffeq_hyper.hypernets import ready
 from torchdiffeq_hyper.hypersolver import HyperSolver
-from torchdiffeq_hyper.tableaus import Tableau
 
 PROBES = 8
 """Samples the noise is measured on."""
 MOST_BYTES = 2**30
 """Memory that the reference solutions kept may take."""
-RESIDUAL_SHARE = 0.25
-"""Share of the iterations of a combined fit that its residual phase takes."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The checked arguments of a fit, apart from data and net.
-
-    Attributes:
-        func: the vector field.
-        span: start and end.
-        steps: as the user gave them.
-        plan: times and routes.
-        tableau: the base.
-        direction: "forward", "reverse" or "both".
-        objective: "combined", "residual" or "trajectory".
-        config: lengths, rates, tolerances.
-    """
-
-    func: VectorField
-    span: tuple[float, float]
-    steps: Steps
-    plan: Plan
-    tableau: Tableau
-    direction: str
-    objective: str
-    config: FitConfig
-
-    @property
-    def method(self) -> str:
-        """The method string of the solver to be fitted."""
-        return _registry.method_of(self.tableau.name).name
-
-    @property
-    def iterations(self) -> list[int]:
-        """Iterations of each phase."""
-        total = self.config.iterations
-        if self.objective != "combined":
-            return [total]
-        first = max(1, round(RESIDUAL_SHARE * total))
-        return [first, total - first]
-
-    def solver(self, net: nn.Module, steps: Steps = None, **filled: Any) -> HyperSolver:
-        """Return a solver with this base."""
-        base, alpha = self.tableau.name, self.tableau.alpha
-        return HyperSolver(base, net, steps, alpha=alpha, **filled)
-
-    def domain(self, y0: State) -> FitDomain:
-        """Return what the solver is fitted for."""
-        parts = y0 if isinstance(y0, tuple) else (y0,)
-        width = abs(self.span[1] - self.span[0])
-        counts = step_counts(self.steps)
-        return FitDomain(
-            span=self.span,
-            dt_min=width / counts[-1],
-            dt_max=width / counts[0],
-            directions=self.plan.signs,
-            shapes=tuple(tuple(part.shape[1:]) for part in parts),
-            is_tuple=isinstance(y0, tuple),
-            dtype=str(StateLayout.of(y0).join(y0).dtype).removeprefix("torch."),
-        )
 
 
 def run(
@@ -134,14 +68,7 @@ def _fit_net(
             return FitReport.from_dict(state.report)
     tolerances = Tolerances.of(problem.config, y0.dtype)
     noise = _noise(problem, batches, tolerances, budget) if state is None else state.noise
-    data = Data(
-        problem.func,
-        batches,
-        tableau=problem.tableau,
-        plan=problem.plan,
-        tolerances=tolerances,
-        budget=budget,
-    )
+    data = _measure(problem, batches, tolerances, budget)
     phases, judge = phases_of(problem.objective, problem.solver(net), problem.func)
     if state is None:
         state = _start(net, data, judge, noise, budget)
@@ -164,6 +91,18 @@ def _fit_net(
     if state.stopped != "max_seconds":  # else the next call goes on, should it have more time
         store.write(state)
     return report
+
+
+def _measure(problem: Problem, batches: Batches, tolerances: Tolerances, budget: Budget) -> Data:
+    """Return the data with the held-out batch measured."""
+    return Data(
+        problem.func,
+        batches,
+        tableau=problem.tableau,
+        plan=problem.plan,
+        tolerances=tolerances,
+        budget=budget,
+    )
 
 
 def _noise(problem: Problem, batches: Batches, tolerances: Tolerances, budget: Budget) -> float:

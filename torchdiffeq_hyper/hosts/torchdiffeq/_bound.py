@@ -64,7 +64,9 @@ def find(method: _registry.Method, func: Any, options: dict[str, Any]) -> Bound:
         )
     if net is not None:
         return Bound(_check_hypernet(net, method), tableau, None)
-    found = solver or _binding.find_bound(func, method.name) or method.fitted
+    found = solver
+    if found is None:
+        found = _binding.find_bound(func, method.name) or method.fitted
     if found is None:
         raise MissingHypernetError(_how_to_bind(method.name, tableau.name))
     solver = _checked_solver(found, method, tableau)

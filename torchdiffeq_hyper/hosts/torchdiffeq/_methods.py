@@ -57,6 +57,7 @@ def uninstall() -> None:
 
 def follow_registry() -> None:
     """Make torchdiffeq's dict hold what the registry holds, if installed."""
+    reserve_host_names()
     wanted = _registry.methods() if _is_installed else {}
     for name in [name for name in _installed if name not in wanted]:
         del _installed[name]
@@ -80,7 +81,11 @@ def reserve_host_names() -> None:
     """Tell the registry which names torchdiffeq has of its own."""
     own = {n: _patches.unpatched(cls) for n, cls in SOLVERS.items() if n not in _installed}
     _registry.reserve(
-        {name: issubclass(cls, FixedGridODESolver) for name, cls in own.items()}, "torchdiffeq"
+        {
+            name: isinstance(cls, type) and issubclass(cls, FixedGridODESolver)
+            for name, cls in own.items()
+        },
+        "torchdiffeq",
     )
 
 

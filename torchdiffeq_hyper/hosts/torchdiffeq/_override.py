@@ -11,11 +11,7 @@ from torchdiffeq_hyper._errors import UnknownMethodError, closest, explain
 from torchdiffeq_hyper.hosts.torchdiffeq import _patches
 from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
 from torchdiffeq_hyper.hosts.torchdiffeq._methods import published, solver_class
-from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
-    SOLVERS,
-    Dopri5Solver,
-    options_of,
-)
+from torchdiffeq_hyper.hosts.torchdiffeq._upstream import SOLVERS, options_of
 
 
 @contextmanager
@@ -55,10 +51,9 @@ def override(method: str, solver: FittedT) -> Iterator[FittedT]:
     served = solver_class(published(method, solver, "override"), options_of(original))
 
     def build(func: Any, y0: Any, rtol: Any, atol: Any, **options: Any) -> Any:
-        if HostCall.of(func).is_adjoint_backward:
-            valid = options_of(Dopri5Solver)
-            options = {name: value for name, value in options.items() if name in valid}
-            return Dopri5Solver(func=func, y0=y0, rtol=rtol, atol=atol, **options)
+        call = HostCall.of(func)
+        if call.is_adjoint_forward:
+            _patches.serve_backward(method, call.carrier)
         return served(func=func, y0=y0, rtol=rtol, atol=atol, **options)
 
     with _patches.replaced(method, build):

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextvars
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
 from torchdiffeq_hyper.hosts.torchdiffeq._scopes import overrides
-from torchdiffeq_hyper.hosts.torchdiffeq._upstream import SOLVERS
+from torchdiffeq_hyper.hosts.torchdiffeq._upstream import SOLVERS, Dopri5Solver, options_of
 
 Build: TypeAlias = Callable[..., Any]
 """``(func, y0, rtol, atol, **options) -> solver``: what a method name stands for."""
@@ -23,7 +25,10 @@ Watch: TypeAlias = Callable[..., Any]
 
 _watch: contextvars.ContextVar[Watch | None] = contextvars.ContextVar("watch", default=None)
 
-_lock = threading.Lock()
+_SERVED = "_torchdiffeq_hyper_served_backward"
+
+# Reentrant: a graph may die, and give its method back, while the lock is held.
+_lock = threading.RLock()
 _replacing: Counter[str] = Counter()
 _watching = 0
 
@@ -37,6 +42,9 @@ class _Dispatcher:
 
     def __call__(self, func: Any, y0: Any, rtol: Any, atol: Any, **options: Any) -> Any:
         build = overrides.get().get(self.method, self.original)
+        call = HostCall.of(func)
+        if call.is_adjoint_backward and self.method in _served_backward(call.carrier):
+            build = _host_dopri5
         watch = _watch.get()
         if watch is None:
             return build(func=func, y0=y0, rtol=rtol, atol=atol, **options)
@@ -70,6 +78,33 @@ def watched(watch: Watch) -> Iterator[None]:
     finally:
         _count(None, -1)
         _watch.reset(token)
+
+
+def serve_backward(method: str, carrier: Any) -> None:
+    """Have the backward solves of one `odeint_adjoint` call run the host's own dopri5.
+
+    They may come after the scope has closed, or on a thread that never saw it. So the
+    method stays patched for as long as the call's graph lives; nobody else notices.
+
+    Args:
+        method: the overridden name.
+        carrier: an object that lives as long as the call.
+    """
+    carrier.__dict__[_SERVED] = _served_backward(carrier) | {method}
+    _count(method, 1)
+    weakref.finalize(carrier, _count, method, -1)
+
+
+def _served_backward(carrier: Any) -> frozenset[str]:
+    served: frozenset[str] = getattr(carrier, "__dict__", {}).get(_SERVED, frozenset())
+    return served
+
+
+def _host_dopri5(func: Any, y0: Any, rtol: Any, atol: Any, **options: Any) -> Any:
+    """Build the host's dopri5, leaving out options that belong to another method."""
+    valid = options_of(Dopri5Solver)
+    options = {name: value for name, value in options.items() if name in valid}
+    return Dopri5Solver(func=func, y0=y0, rtol=rtol, atol=atol, **options)
 
 
 def unpatched(solver: Any) -> Any:

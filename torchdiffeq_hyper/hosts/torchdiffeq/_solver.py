@@ -76,7 +76,13 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
                 )
             )
         _check_values(options)
-        return {name: value for name, value in options.items() if name in known}
+        # Under `override` a name of ours may mean something else to the overridden method.
+        foreign = self.also_accepted.intersection(_BINDING)
+        return {
+            name: value
+            for name, value in options.items()
+            if name in known and name not in foreign
+        }
 
     def _uncorrected_step(self) -> Step:
         """Return the base alone, stepping as the forward solve did."""
@@ -150,6 +156,9 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         """Return the event's time and the states at start and event, as the host's do."""
         if self.step_size is None:
             self.step_size = self._fitted_step_size()
+        if self._solver is not None:
+            size = torch.as_tensor(self.step_size, dtype=t0.dtype).reshape(1)
+            self._solver.warn_outside_fit(size, self._call.sign)
         if self._call.is_adjoint_forward:
             plan = ForwardPlan(self._step.tableau, step_size=float(self.step_size))
             self._call.leave_plan(plan)
@@ -194,10 +203,12 @@ class _InHalf:
 
 def _check_values(options: dict[str, Any]) -> None:
     step_size = options.get("step_size")
-    if step_size is not None and not step_size > 0:
+    if step_size is not None and not (
+        isinstance(step_size, int | float | Tensor) and step_size > 0
+    ):
         raise OptionError(
             explain(
-                f"step_size is {step_size}.",
+                f"step_size is {step_size!r}.",
                 "a number above 0, also in reverse time.",
                 'options={"step_size": 0.1, ...}',
             )

@@ -1,0 +1,80 @@
+"""The checked arguments of a fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from torchdiffeq_hyper import _registry
+from torchdiffeq_hyper._domain import FitDomain
+from torchdiffeq_hyper._grid import Steps
+from torchdiffeq_hyper._layout import StateLayout
+from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper.fitting.config import FitConfig
+from torchdiffeq_hyper.fitting.routes import Plan, step_counts
+from torchdiffeq_hyper.hypersolver import HyperSolver
+from torchdiffeq_hyper.tableaus import Tableau
+
+RESIDUAL_SHARE = 0.25
+"""Share of the iterations of a combined fit that its residual phase takes."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The checked arguments of a fit, apart from data and net.
+
+    Attributes:
+        func: the vector field.
+        span: start and end.
+        steps: as the user gave them.
+        plan: times and routes.
+        tableau: the base.
+        direction: "forward", "reverse" or "both".
+        objective: "combined", "residual" or "trajectory".
+        config: lengths, rates, tolerances.
+    """
+
+    func: VectorField
+    span: tuple[float, float]
+    steps: Steps
+    plan: Plan
+    tableau: Tableau
+    direction: str
+    objective: str
+    config: FitConfig
+
+    @property
+    def method(self) -> str:
+        """The method string of the solver to be fitted."""
+        return _registry.method_of(self.tableau.name).name
+
+    @property
+    def iterations(self) -> list[int]:
+        """Iterations of each phase."""
+        total = self.config.iterations
+        if self.objective != "combined":
+            return [total]
+        first = max(1, round(RESIDUAL_SHARE * total))
+        return [first, total - first]
+
+    def solver(self, net: nn.Module, steps: Steps = None, **filled: Any) -> HyperSolver:
+        """Return a solver with this base."""
+        base, alpha = self.tableau.name, self.tableau.alpha
+        return HyperSolver(base, net, steps, alpha=alpha, **filled)
+
+    def domain(self, y0: State) -> FitDomain:
+        """Return what the solver is fitted for."""
+        parts = y0 if isinstance(y0, tuple) else (y0,)
+        width = abs(self.span[1] - self.span[0])
+        counts = step_counts(self.steps)
+        return FitDomain(
+            span=self.span,
+            dt_min=width / counts[-1],
+            dt_max=width / counts[0],
+            directions=self.plan.signs,
+            shapes=tuple(tuple(part.shape[1:]) for part in parts),
+            is_tuple=isinstance(y0, tuple),
+            dtype=str(StateLayout.of(y0).join(y0).dtype).removeprefix("torch."),
+        )

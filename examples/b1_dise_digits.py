@@ -25,13 +25,13 @@ from torchdiffeq import odeint
 import torchdiffeq_hyper as tdh
 
 T = torch.tensor([0.0, 1.0])
-TOLERANCE = {"rtol": 1e-3, "atol": 1e-3}
+TOLERANCE = 1e-3
 ERROR_WEIGHT = 60.0
 CANDIDATES = (
     tdh.Candidate("euler", steps=2),
     tdh.Candidate("midpoint", steps=2),
     tdh.Candidate("rk4", steps=2),
-    tdh.Candidate("dopri5", **TOLERANCE),
+    tdh.Candidate("dopri5", rtol=TOLERANCE, atol=TOLERANCE),
 )
 NAMES = ("euler, 2 steps", "midpoint, 2 steps", "rk4, 2 steps", "dopri5")
 
@@ -49,15 +49,23 @@ def measure(model: Classifier, digits: Digits, dise: tdh.Dise | None = None) -> 
     """Classify the test images with dopri5, or as a selector decides."""
     y0 = model.encode(digits.test_images)
     method, options = ("dopri5", None) if dise is None else ("dise", {"dise": dise})
+
+    def solve() -> Tensor:
+        solution = odeint(
+            model.field, y0, T, method=method, options=options, rtol=TOLERANCE, atol=TOLERANCE
+        )
+        y: Tensor = solution[-1]
+        return y
+
     with torch.no_grad():
         with tdh.record() as recorded:
-            y = odeint(model.field, y0, T, method=method, options=options, **TOLERANCE)[-1]
+            y = solve()
         start = time.perf_counter()
-        odeint(model.field, y0, T, method=method, options=options, **TOLERANCE)
+        solve()
         ms = 1e3 * (time.perf_counter() - start)
         right = model.decode(y).argmax(1) == digits.test_labels
-    solve = recorded.solves[-1]
-    nfe = float(solve.nfe) if dise is None else float(solve.sample_nfe.double().mean())
+    solved = recorded.solves[-1]
+    nfe = float(solved.nfe) if dise is None else float(solved.sample_nfe.double().mean())
     return Result(float(right.double().mean()), nfe, ms)
 
 
@@ -67,7 +75,7 @@ def fit_selector(model: Classifier, digits: Digits, seed: int) -> tdh.Dise:
     config = tdh.SelectorConfig(seed=seed)
     with torch.no_grad():
         y0 = model.encode(digits.train_images)
-    return tdh.Dise(CANDIDATES).fit(model.field, y0, T, cost=cost, config=config, **TOLERANCE)
+    return tdh.Dise(CANDIDATES).fit(model.field, y0, T, cost=cost, config=config)
 
 
 def row(name: str, results: list[Result]) -> str:

@@ -118,13 +118,24 @@ def main() -> None:
     digits = load_digits()
     epochs, seeds = (1, (0,)) if arguments.quick else (20, (0, 1, 2))
 
-    names = ("dopri5", "dopri5, error-regularised", "DISE, error-regularised")
+    names = (
+        "dopri5",
+        "dopri5, error-regularised",
+        f"{NAMES[0]}, error-regularised",
+        "DISE, error-regularised",
+    )
     results: dict[str, list[Result]] = {name: [] for name in names}
     for seed in seeds:
         plain = train(digits, epochs, seed)
         model = train(digits, epochs, seed, error_weight=ERROR_WEIGHT)
         dise = fit_selector(model, digits, seed)
-        solved = (measure(plain, digits), measure(model, digits), measure(model, digits, dise))
+        euler = tdh.Dise(CANDIDATES[:1], lambda y0: torch.zeros(len(y0), 1))
+        solved = (
+            measure(plain, digits),
+            measure(model, digits),
+            measure(model, digits, euler),
+            measure(model, digits, dise),
+        )
         for name, result in zip(names, solved, strict=True):
             results[name].append(result)
 

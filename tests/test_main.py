@@ -129,7 +129,7 @@ def write_without_base(path: Path) -> None:
         (write_other_kind, "something-else"),
         (write_without_base, "description"),
         (lambda path: None, "No such file"),
-        (Path.mkdir, "cannot be read"),
+        (Path.mkdir, "is a folder"),
     ],
     ids=["foreign", "truncated", "kind", "description", "missing", "folder"],
 )

@@ -407,3 +407,13 @@ def test_tolerances_of_another_shape_are_refused(name: str, value: Any) -> None:
     solve: Callable[..., Any] = PerSampleDopri5().solve
     with pytest.raises(HyperError, match=name):
         solve(damped_wave, torch.ones(2, 2), FORWARD.float(), **{name: value})
+
+
+def test_a_wrong_broadcast_that_vanishes_at_both_ends_is_refused() -> None:
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return torch.sin(2 * torch.pi * t) * y  # t (2,) meets the last dimension of y (2, 2)
+
+    solver = PerSampleDopri5(time="vector")
+    y0 = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
+    with pytest.raises(OptionError, match='"vector"'):
+        solver.solve(func, y0, torch.tensor([0.0, 1.0]))

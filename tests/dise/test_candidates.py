@@ -73,6 +73,8 @@ def test_no_candidates_and_duplicates_and_other_things_are_refused() -> None:
         Dise([Candidate("rk4"), Candidate("euler", steps=2), Candidate("euler", steps=2)])
     with pytest.raises(OptionError, match="candidates 0 and 1 are the same"):
         Dise([Candidate(SOLVER), Candidate(SOLVER)])
+    with pytest.raises(OptionError, match="candidates 0 and 1 are the same"):
+        Dise([Candidate("euler"), Candidate("euler", steps=1)])
     for wrong in (["euler"], "euler", Candidate("euler"), None):
         with pytest.raises(StateTypeError, match=r"list of tdh\.Candidate"):
             Dise(wrong)  # type: ignore[arg-type]
@@ -84,7 +86,8 @@ def test_candidates_that_differ_in_anything_are_not_the_same() -> None:
     other = tdh.HyperSolver("euler", zero, steps=5)
     different = [
         Candidate("euler"),
-        Candidate("euler", steps=1),
+        Candidate("euler", steps=2),
+        Candidate("euler", options={"step_size": 0.1}),
         Candidate("euler", options={"perturb": True}),
         Candidate(SOLVER),
         Candidate(other),
@@ -126,3 +129,26 @@ def test_copies_of_a_dise_move_and_copy_the_hypersolvers_with_it() -> None:
     assert twin.candidates[0].solver is twin.solvers[0]
     assert {p.dtype for p in twin.candidates[0].solver.parameters()} == {torch.float64}
     assert {p.dtype for p in dise.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("method", "option"), [("dopri5", "max_stepp"), ("rk4", "step_sise")])
+def test_options_that_the_host_does_not_know_are_refused(method: str, option: str) -> None:
+    dise = Dise([Candidate(method, options={option: 0.1})], lambda y0: y0[:, :1])
+    y0, t = torch.ones(2, 2), torch.tensor([0.0, 1.0])
+    with pytest.raises(OptionError, match=option):
+        dise.solve(spiral, y0, t)
+    cost = tdh.RegressionCost(lambda y, i: y.norm(dim=1), 1.0, 0.5, 1e4)
+    with pytest.raises(OptionError, match=option):
+        dise.oracle(spiral, y0, t, cost=cost)
+
+
+@pytest.mark.parametrize("name", ["rtol", "atol"])
+def test_tolerances_of_parts_are_refused_for_a_state_without_parts(name: str) -> None:
+    dise = Dise([Candidate("dopri5")], lambda y0: y0[:, :1])
+    y0, t = torch.ones(2, 2), torch.tensor([0.0, 1.0])
+    with pytest.raises(OptionError, match="2 entries"):
+        dise.solve(spiral, y0, t, **{name: (1e-3, 1e-4)})
+    with pytest.raises(OptionError, match=r"3 entries(?s:.*)one a part: 2"):
+        Dise([Candidate("dopri5")], lambda y0: y0[0][:, :1]).solve(
+            lambda t, y: y, (y0, y0), t, **{name: (1e-3,) * 3}
+        )

@@ -38,7 +38,7 @@ def test_classification_costs_are_calls_or_the_penalty_to_the_power_alpha() -> N
 
 def test_regression_costs_are_calls_times_the_error_to_the_power_alpha() -> None:
     target = torch.tensor([[2.0, 1.0], [0.0, 0.5], [0.0, 0.0]])
-    cost = RegressionCost(lambda y, i: (y[-1] - target[i]).abs().amax(1), 0.5, 0.5, 100.0)
+    cost = RegressionCost(lambda y, i: (y - target[i]).abs().amax(1), 0.5, 0.5, 100.0)
     verdict = cost.judge(SOLUTION, INDEX)
     assert verdict.is_right.tolist() == [True, True, False]
     labels = Labels(
@@ -48,13 +48,15 @@ def test_regression_costs_are_calls_times_the_error_to_the_power_alpha() -> None
     torch.testing.assert_close(labels.costs(0.5, 100.0), expected)
 
 
-def test_an_error_of_the_final_state_alone_is_given_that() -> None:
-    target = torch.zeros(3, 2)
-    whole = RegressionCost(lambda y, i: (y[-1] - target[i]).abs().amax(1), 5.0, 0.5, 100.0)
-    final = RegressionCost(lambda y, i: (y - target[i]).abs().amax(1), 5.0, 0.5, 100.0)
-    asserting = RegressionCost(lambda y, i: y.mv(torch.ones(2)), 5.0, 0.5, 100.0)
-    assert torch.equal(whole.judge(SOLUTION, INDEX).weight, final.judge(SOLUTION, INDEX).weight)
-    assert asserting.judge(SOLUTION, INDEX).weight.tolist() == [3.0, 1.0, 4.0]
+def test_an_error_is_given_the_final_state_where_there_are_as_many_times_as_samples() -> None:
+    solution = torch.cat([SOLUTION, 2 * LOGITS[None]])
+    cost = RegressionCost(lambda y, i: y[..., 0], 10.0, 0.5, 100.0)
+    assert cost.judge(solution, INDEX).weight.tolist() == [4.0, 0.0, 6.0]
+
+
+def test_where_an_error_looks_is_the_end_or_all_times() -> None:
+    with pytest.raises(OptionError, match="at is 'start'"):
+        RegressionCost(lambda y, i: y, 1.0, 0.5, 100.0, at="start")  # type: ignore[arg-type]
 
 
 def test_an_error_over_all_times_sees_all_times() -> None:
@@ -64,12 +66,12 @@ def test_an_error_over_all_times_sees_all_times() -> None:
         shapes.append((tuple(y.shape), index.tolist()))
         return y.abs().amax(dim=(0, 2))
 
-    RegressionCost(error, 1.0, 0.5, 100.0).judge(SOLUTION, INDEX)
+    RegressionCost(error, 1.0, 0.5, 100.0, at="all").judge(SOLUTION, INDEX)
     assert shapes == [((2, 3, 2), [0, 1, 2])]
 
 
 def test_an_error_that_is_nan_is_not_right() -> None:
-    cost = RegressionCost(lambda y, i: y[-1, :, 0] * torch.nan, 1.0, 0.5, 100.0)
+    cost = RegressionCost(lambda y, i: y[:, 0] * torch.nan, 1.0, 0.5, 100.0)
     assert not cost.judge(SOLUTION, INDEX).is_right.any()
 
 
@@ -122,15 +124,26 @@ def test_logits_and_errors_of_a_wrong_shape_are_refused() -> None:
     with pytest.raises(StateShapeError, match=r"Gamma of shape \(batch,\)"):
         RegressionCost(lambda y, i: y.mean(), 0.1, 0.3, 1000.0).judge(SOLUTION, INDEX)
     with pytest.raises(OptionError, match="error returned -"):
-        RegressionCost(lambda y, i: -y[-1, :, 0], 0.1, 0.3, 1000.0).judge(SOLUTION, INDEX)
+        RegressionCost(lambda y, i: -y[:, 0], 0.1, 0.3, 1000.0).judge(SOLUTION, INDEX)
 
 
-def test_an_error_that_fails_fails_with_its_own_error() -> None:
+def test_fewer_than_two_classes_and_labels_of_other_classes_are_refused() -> None:
+    one = ClassificationCost(lambda y: y[:, :1], torch.zeros(3).long(), 0.3, 1000.0)
+    with pytest.raises(StateShapeError, match="1 class"):
+        one.judge(SOLUTION, INDEX)
+    for wrong in (-1, 2):
+        cost = ClassificationCost(lambda y: y, torch.tensor([0, 1, wrong]), 0.3, 1000.0)
+        with pytest.raises(OptionError, match="knows 2 classes"):
+            cost.judge(SOLUTION, INDEX)
+
+
+@pytest.mark.parametrize("at", ["end", "all"])
+def test_an_error_that_fails_fails_with_its_own_error(at: Any) -> None:
     def broken(y: Tensor, index: Tensor) -> Tensor:
-        raise ValueError("at all times" if y.dim() == 3 else "at the end")
+        raise ValueError({2: "end", 3: "all"}[y.dim()])
 
-    with pytest.raises(ValueError, match="at all times"):
-        RegressionCost(broken, 0.1, 0.3, 1000.0).judge(SOLUTION, INDEX)
+    with pytest.raises(ValueError, match=at):
+        RegressionCost(broken, 0.1, 0.3, 1000.0, at=at).judge(SOLUTION, INDEX)
 
 
 def test_the_oracle_takes_the_fewest_calls_among_right_answers() -> None:

@@ -51,7 +51,7 @@ END = odeint(whirl, Y0, T, rtol=1e-6, atol=1e-6)[-1]
 
 def _error(y: Tensor, index: Tensor) -> Tensor:
     """Return 1 where the end is near enough, else 2: then a cost is a number of calls."""
-    return 1.0 + ((y[-1] - END[index]).norm(dim=1) > 0.1)
+    return 1.0 + ((y - END[index]).norm(dim=1) > 0.1)
 
 
 COST = RegressionCost(_error, threshold=1.0, alpha=0.5, penalty=200.0)
@@ -139,7 +139,7 @@ def test_image_states_get_a_residual_convolutional_selector() -> None:
     y0 = torch.randn(24, 3, 6, 6)
     reference = odeint(_Image(), y0, T)[-1]
     cost = RegressionCost(
-        lambda y, i: (y[-1] - reference[i]).flatten(1).abs().amax(1), 2e-3, 0.5, 100.0
+        lambda y, i: (y - reference[i]).flatten(1).abs().amax(1), 2e-3, 0.5, 100.0
     )
     dise = Dise([Candidate("rk4", steps=2), Candidate("rk4", steps=6)])
     with warnings.catch_warnings():
@@ -289,6 +289,16 @@ def test_a_selector_that_turns_non_finite_is_refused() -> None:
 def test_a_function_cannot_be_fitted() -> None:
     with pytest.raises(StateTypeError, match="nothing to fit"):
         _fitted(selector=lambda y0: y0)
+
+
+def test_a_parameterless_module_is_refused_before_anything_is_solved() -> None:
+    def unreachable(t: Tensor, y: Tensor) -> Tensor:
+        raise AssertionError
+
+    dise = Dise([Candidate("euler"), Candidate("rk4")], nn.Identity())
+    for method in (dise.fit, dise.suggest):
+        with pytest.raises(StateTypeError, match="nothing to fit"):
+            method(unreachable, Y0, T, cost=COST, progress=False)
 
 
 @pytest.mark.parametrize(

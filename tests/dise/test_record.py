@@ -8,6 +8,7 @@ from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
 
 from stubs import MLPField, spiral
+from torchdiffeq_hyper._per_sample import PerSampleDopri5
 from torchdiffeq_hyper.dise import Candidate, Dise
 from torchdiffeq_hyper.hosts.torchdiffeq import record
 from torchdiffeq_hyper.recording import AdjointGradientError
@@ -99,3 +100,39 @@ def test_under_the_adjoint_the_penalty_says_why_it_has_no_gradient() -> None:
     assert penalty > 0
     with pytest.raises(AdjointGradientError):
         penalty.backward()
+
+
+@pytest.mark.parametrize("method", ["dopri5", "euler", "dopri5_per_sample"])
+def test_a_solve_without_a_host_inside_func_leaves_the_outer_record_alone(method: str) -> None:
+    dise = Dise([Candidate("rk4"), Candidate("euler")], lambda y0: _dealt(y0)[:, :2])
+    inner = PerSampleDopri5(time="loop")
+    span = torch.tensor([0.0, 0.1], dtype=torch.float64)
+    calls = []
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        calls.append(len(y))
+        return -dise.solve(spiral, y, span)[-1] - inner.solve(spiral, y, span, **TOLERANCES)[-1]
+
+    options = {"time": "loop"} if method == "dopri5_per_sample" else None
+    with record() as rec:
+        odeint(func, Y0, T, method=method, options=options, **TOLERANCES)
+    solve = rec.solves[-1]
+    assert solve.method == method
+    assert solve.nfe == len(calls)
+    assert int(solve.sample_nfe.sum()) == sum(calls)
+    assert solve.selection is None
+
+
+def test_a_dise_inside_the_func_of_the_same_dise_leaves_the_outer_record_alone() -> None:
+    dise = Dise([Candidate("rk4"), Candidate("euler")], lambda y0: _dealt(y0)[:, :2])
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return (
+            -dise.dispatch(spiral, y, T[:2], torch.zeros(len(y)).long())[-1]
+            + dise.solve(spiral, y[:1], T[:2])[-1]
+        )
+
+    with record() as rec:
+        odeint(func, Y0[:2], T, method="dise", options={"dise": dise})
+    assert rec.solves[-1].nfe == 8 + 2
+    assert rec.solves[-1].sample_nfe.tolist() == [8, 2]

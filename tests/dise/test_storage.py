@@ -85,7 +85,7 @@ def test_a_dise_comes_back_with_its_hypersolvers(path: Path) -> None:
 
 def test_the_report_and_the_unit_come_back(path: Path) -> None:
     end = odeint(spiral, Y0, T)[-1]
-    cost = RegressionCost(lambda y, i: 1.0 + ((y[-1] - end[i]).norm(dim=1) > 1), 1, 0.5, 1e3)
+    cost = RegressionCost(lambda y, i: 1.0 + ((y - end[i]).norm(dim=1) > 1), 1, 0.5, 1e3)
     dise = Dise([Candidate("euler", steps=1), Candidate("rk4", steps=2)])
     dise.fit(
         spiral, Y0, T, cost=cost, config=SelectorConfig(iterations=200, lr=1e-2), progress=False

@@ -96,6 +96,7 @@ class PerSampleDopri5(StepControl):
         atol: Tolerance,
     ) -> tuple[State, Tensor]:
         """Return the solution, and how often func was evaluated for each sample (batch,)."""
+        draft = recording.take_over(self)
         layout = RowLayout.of(y0)
         rows = layout.join(y0)
         t = check_times(t, rows)
@@ -119,7 +120,6 @@ class PerSampleDopri5(StepControl):
         if self.time == "vector":
             check_times_alone(field, times, rows)
         limits = layout.tolerance("rtol", rtol, rows), layout.tolerance("atol", atol, rows)
-        draft = recording.running()
         log = None if draft is None else StepLog(len(rows), layout, sign)
         solved = Loop(field, self, limits, times, log).run(rows)
         if draft is not None and log is not None:

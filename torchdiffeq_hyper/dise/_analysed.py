@@ -18,7 +18,7 @@ from torchdiffeq_hyper.dise.samples import count, parts_of
 from torchdiffeq_hyper.dise.selectors import ready
 from torchdiffeq_hyper.dise.sweep import sweep
 from torchdiffeq_hyper.dise.tradeoff import Oracle, TradeOff
-from torchdiffeq_hyper.dise.training import Split
+from torchdiffeq_hyper.dise.training import Split, check_fittable
 from torchdiffeq_hyper.fitting.guard import own_random_state
 
 
@@ -59,9 +59,12 @@ class Analysed(Dispatcher):
 
         Raises:
             OptionError: a value is not above 0, or an M is too small.
+            StateTypeError: the selector is a module without parameters.
         """
         config = config or SelectorConfig()
         Split.of(count(y0), config, parts_of(y0)[0].device)
+        if isinstance(self.selector, nn.Module):
+            check_fittable(self.selector)
         labels = self._labels(func, y0, t, cost, labels, rtol=rtol, atol=atol, progress=progress)
 
         def new_selector() -> nn.Module:

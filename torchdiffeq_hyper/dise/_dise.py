@@ -11,11 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._errors import (
-    OneCandidateWarning,
-    StateTypeError,
-    explain,
-)
+from torchdiffeq_hyper._errors import OneCandidateWarning
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.dise import storage
 from torchdiffeq_hyper.dise._analysed import Analysed
@@ -26,7 +22,7 @@ from torchdiffeq_hyper.dise.costs import Cost
 from torchdiffeq_hyper.dise.labels import Labels
 from torchdiffeq_hyper.dise.report import DiseReport
 from torchdiffeq_hyper.dise.samples import count, parts_of, take
-from torchdiffeq_hyper.dise.training import Split, predict, train
+from torchdiffeq_hyper.dise.training import Split, check_fittable, predict, train
 
 
 class Dise(Analysed):
@@ -123,14 +119,7 @@ class Dise(Analysed):
         config = config or SelectorConfig()
         split = Split.of(count(y0), config, parts_of(y0)[0].device)
         selector = self._new_selector(y0, config) if self.selector is None else self.selector
-        if not isinstance(selector, nn.Module):
-            raise StateTypeError(
-                explain(
-                    f"the selector is a {type(selector).__name__}, which has nothing to fit.",
-                    "an nn.Module.",
-                    "tdh.Dise(candidates)   # fit makes a ready selector",
-                )
-            )
+        selector = check_fittable(selector)
         with torch.no_grad():  # before the long part
             predict(selector.eval(), take(y0, split.held_out[:1]), len(self.candidates))
         labels = self._labels(func, y0, t, cost, labels, rtol=rtol, atol=atol, progress=progress)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._errors import MissingHypernetError, StateTypeError, explain
 from torchdiffeq_hyper._grid import check_times
 from torchdiffeq_hyper._types import State, VectorField
@@ -87,9 +88,12 @@ class Dispatcher(nn.Module):
                 of the batch.
             NonFiniteError: v predicted inf or nan.
         """
+        draft = recording.take_over(self)
+        t = check_times(t, parts_of(y0)[0])
         if count(y0) == 0:
-            return _repeated(y0, len(check_times(t, parts_of(y0)[0])))
-        return self.dispatch(func, y0, t, self.select(y0), rtol=rtol, atol=atol)
+            return _repeated(y0, len(t))
+        chosen = self.select(y0)
+        return dispatch(self.candidates, func, y0, t, chosen, rtol=rtol, atol=atol, draft=draft)
 
     def dispatch(
         self,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -84,9 +87,21 @@ class Candidate:
             given += [] if value is None else [f"{name} {value:g}"]
         return ", ".join(given + [f"{name} {value}" for name, value in self.options.items()])
 
+    @property
+    def steps_taken(self) -> int | None:
+        """Steps between two points of t: one, where a host's method on a grid is not told."""
+        is_hosts = self.follows_grid and self.method in _registry.host_methods()
+        return 1 if self.steps is None and is_hosts and not self._own_grid else self.steps
+
+    @property
+    def _own_grid(self) -> set[str]:
+        return {"step_size", "grid_constructor"} & self.options.keys()
+
     def is_same(self, other: Candidate) -> bool:
         """Return whether both would solve a problem the same way."""
-        mine, theirs = ((c.method, c.steps, c.rtol, c.atol, set(c.options)) for c in (self, other))
+        mine, theirs = (
+            (c.method, c.steps_taken, c.rtol, c.atol, set(c.options)) for c in (self, other)
+        )
         if mine != theirs or self.solver is not other.solver:
             return False
         pairs = [(value, other.options[name]) for name, value in self.options.items()]
@@ -102,6 +117,9 @@ class Candidate:
             t: times, increasing or decreasing.
             rtol: relative tolerance where the candidate has none.
             atol: absolute tolerance where the candidate has none.
+
+        Raises:
+            OptionError: the method has none of one of the options.
         """
         options = dict(self.options)
         if self.steps is not None:
@@ -109,20 +127,21 @@ class Candidate:
             options["grid_constructor"] = lambda func, y0, t: _refined(t, self.steps or 1)
         if self.solver is not None:
             options["solver"] = self.solver
-        solution: State = odeint(
-            func,
-            y0,
-            t,
-            rtol=rtol if self.rtol is None else self.rtol,
-            atol=atol if self.atol is None else self.atol,
-            method=self.method,
-            options=options,
-        )
+        with _unknown_options_refused(self):
+            solution: State = odeint(
+                func,
+                y0,
+                t,
+                rtol=rtol if self.rtol is None else self.rtol,
+                atol=atol if self.atol is None else self.atol,
+                method=self.method,
+                options=options,
+            )
         return solution
 
     def _check_steps(self) -> None:
         steps = self.steps
-        taken = {"step_size", "grid_constructor"} & self.options.keys()
+        taken = self._own_grid
         if steps is None:
             return
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
@@ -185,6 +204,29 @@ def check_candidates(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
                     )
                 )
     return tuple(candidates)
+
+
+@contextmanager
+def _unknown_options_refused(candidate: Candidate) -> Iterator[None]:
+    """Turn the host's warning about options that it ignores into an error."""
+    if not candidate.options:
+        yield
+        return
+    ignored = ".*Unexpected arguments"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=ignored, category=UserWarning)
+        try:
+            yield
+        except UserWarning as warning:
+            if not re.match(ignored, str(warning)):
+                raise
+            raise OptionError(
+                explain(
+                    f"{candidate!r} has an option that torchdiffeq does not know ({warning}).",
+                    f'options of method "{candidate.method}".',
+                    f'tdh.Candidate("{candidate.method}")   # check the spelling of its options',
+                )
+            ) from warning
 
 
 def _refuse_kind(value: object, example: str) -> NoReturn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -115,7 +115,9 @@ class ClassificationCost:
         """Return which samples are classified rightly from their final states.
 
         Raises:
-            StateShapeError: ``predict`` returned another shape than (batch, classes).
+            StateShapeError: ``predict`` returned another shape than (batch, classes), or
+                fewer than two classes.
+            OptionError: a label is none of the classes.
         """
         logits = self.predict(last(solution))
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(index):
@@ -127,7 +129,25 @@ class ClassificationCost:
                     "predict=lambda y: classifier(y.flatten(1))",
                 )
             )
-        is_right = logits.argmax(dim=1) == self.labels.to(logits.device)[index]
+        classes, labels = logits.shape[1], self.labels.to(logits.device)[index]
+        if classes < 2:
+            raise StateShapeError(
+                explain(
+                    f"predict returned {classes} class: every answer would be the same.",
+                    "logits of at least two classes.",
+                    "predict=lambda y: torch.cat([-score(y), score(y)], dim=1)",
+                )
+            )
+        if bool(((labels < 0) | (labels >= classes)).any()):
+            raise OptionError(
+                explain(
+                    f"labels lie in {int(labels.min())} to {int(labels.max())}, and predict "
+                    f"knows {classes} classes.",
+                    f"labels in 0 to {classes - 1}.",
+                    "labels = labels - labels.min()   # if they are counted from 1",
+                )
+            )
+        is_right = logits.argmax(dim=1) == labels
         return Verdict(is_right, torch.ones(len(index), device=logits.device))
 
 
@@ -139,23 +159,25 @@ class RegressionCost:
     with :math:`\Delta` the calls of func for the sample, solved alone ([D] eq. 5).
 
     Args:
-        error: called as ``error(y, index)`` with the solution ``y`` at all points of t,
-            (len(t), batch, ...), and the samples' positions ``index`` (batch,); returns
-            Gamma (batch,), at least 0. A function that only makes sense of the final
-            state (that returns another shape for all of them, or fails) is given y(t[-1]).
+        error: called as ``error(y, index)`` with the state ``y`` at t[-1], (batch, ...),
+            and the samples' positions ``index`` (batch,); returns Gamma (batch,), at
+            least 0.
         threshold: beta, the largest error that counts as right.
         alpha: above 0; the larger, the less calls matter beside right answers.
         penalty: M, what a wrong answer costs; more than any right one.
+        at: "end" gives ``error`` the final state, "all" the solution at all points of t,
+            (len(t), batch, ...).
 
     Raises:
-        OptionError: ``threshold``, ``alpha`` or ``penalty`` is not a finite number above 0.
+        OptionError: ``threshold``, ``alpha`` or ``penalty`` is not a finite number above 0,
+            or ``at`` is something else.
         StateTypeError: ``error`` is not callable.
 
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
         >>> target = torch.tensor([1.0, 2.0])
         >>> cost = tdh.RegressionCost(
-        ...     lambda y, index: (y[-1] - target[index]).abs(), 0.5, alpha=0.5, penalty=100.0
+        ...     lambda y, index: (y - target[index]).abs(), 0.5, alpha=0.5, penalty=100.0
         ... )
         >>> cost.judge(torch.tensor([[0.0, 0.0], [1.1, 1.1]]), torch.arange(2)).is_right
         tensor([ True, False])
@@ -167,10 +189,15 @@ class RegressionCost:
         threshold: float,
         alpha: float,
         penalty: float,
+        *,
+        at: Literal["end", "all"] = "end",
     ) -> None:
-        _check_callable("error", error, "error=lambda y, index: (y[-1] - x[index]).norm(dim=1)")
+        _check_callable("error", error, "error=lambda y, index: (y - x[index]).norm(dim=1)")
+        if at not in ("end", "all"):
+            raise OptionError(explain(f"at is {at!r}.", '"end" or "all".', 'at="end"'))
         _check_positive("threshold", threshold, "threshold=0.1")
         self.error = error
+        self.at = at
         self.threshold = float(threshold)
         self.alpha, self.penalty = check_settings(alpha, penalty)
 
@@ -183,44 +210,27 @@ class RegressionCost:
         Raises:
             StateShapeError: ``error`` returned another shape than (batch,).
         """
-        problem: Exception | None = None
-        got: Any = None
-        try:
-            got = self.error(solution, index)
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as failure:
-            problem = failure
-        if not _is_one_a_sample(got, index):
-            whole, got = got, self._error_at_end(solution, index, problem)
-            if not _is_one_a_sample(got, index):
-                shapes = [tuple(getattr(value, "shape", ())) for value in (whole, got)]
-                raise StateShapeError(
-                    explain(
-                        f"error returned shape {shapes[0]} for the solution at all times and "
-                        f"{shapes[1]} for the final state, of {len(index)} samples.",
-                        "Gamma of shape (batch,).",
-                        "error=lambda y, index: (y[-1] - x[index]).flatten(1).norm(dim=1)",
-                    )
-                ) from problem
-        gamma: Tensor = got
+        gamma = self.error(last(solution) if self.at == "end" else solution, index)
+        if not isinstance(gamma, Tensor) or gamma.shape != index.shape:
+            got = tuple(gamma.shape) if isinstance(gamma, Tensor) else type(gamma).__name__
+            raise StateShapeError(
+                explain(
+                    f'error returned {got} for {len(index)} samples (at="{self.at}").',
+                    "Gamma of shape (batch,).",
+                    "error=lambda y, index: (y - x[index]).flatten(1).norm(dim=1)   # y(t[-1])\n"
+                    'at="all"   # if error takes y at all points of t, (len(t), batch, ...)',
+                )
+            )
         if bool((gamma < 0).any()):
             raise OptionError(
                 explain(
                     f"error returned {float(gamma.min()):.3g}.",
                     "errors of at least 0.",
-                    "error=lambda y, index: (y[-1] - x[index]).abs().flatten(1).mean(dim=1)",
+                    "error=lambda y, index: (y - x[index]).abs().flatten(1).mean(dim=1)",
                 )
             )
         is_right = gamma <= self.threshold
         return Verdict(is_right, torch.where(is_right, gamma, 0.0))
-
-    def _error_at_end(self, solution: State, index: Tensor, problem: Exception | None) -> Any:
-        try:
-            return self.error(last(solution), index)
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as failure:
-            # What it says of all times is the error to report: that is what it is asked for.
-            if problem is not None:
-                raise problem from failure
-            return None
 
 
 def check_settings(alpha: float, penalty: float) -> tuple[float, float]:
@@ -243,7 +253,3 @@ def _check_positive(name: str, value: Any, fix: str) -> None:
 def _check_callable(name: str, value: Any, fix: str) -> None:
     if not callable(value):
         raise StateTypeError(explain(f"{name} is a {type(value).__name__}.", "a callable.", fix))
-
-
-def _is_one_a_sample(value: Any, index: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == index.shape

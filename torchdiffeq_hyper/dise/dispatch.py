@@ -133,8 +133,9 @@ def dispatch(
     *,
     rtol: Any,
     atol: Any,
+    draft: recording.Draft | None = None,
 ) -> State:
-    """Return the solution; a record that is being kept learns of the groups.
+    """Return the solution.
 
     Args:
         candidates: the methods.
@@ -144,8 +145,9 @@ def dispatch(
         selection: for each sample, the position of its candidate.
         rtol: relative tolerance where a candidate has none.
         atol: absolute tolerance where a candidate has none.
+        draft: the record of this solve, which learns of the groups; None if none is kept.
     """
-    batch, draft = count(y0), recording.running()
+    batch = count(y0)
     selection = _check_selection(selection, batch, len(candidates)).to(parts_of(y0)[0].device)
     order = selection.argsort(stable=True)
     groups = order.split(torch.bincount(selection, minlength=len(candidates)).tolist())
@@ -193,6 +195,17 @@ def _check_selection(selection: Tensor, batch: int, n_candidates: int) -> Tensor
 def _restricted(tolerance: Any, y0: State, index: Tensor | None) -> Any:
     """Return a tolerance for some samples: what has a batch dimension loses the others."""
     if isinstance(tolerance, tuple | list):
+        n_parts = len(y0) if isinstance(y0, tuple) else 0
+        if len(tolerance) != n_parts:
+            raise OptionError(
+                explain(
+                    f"rtol or atol has {len(tolerance)} entries.",
+                    f"a number, or one a part: {n_parts}."
+                    if n_parts
+                    else "a number or a tensor: the state is one tensor.",
+                    "rtol=1e-3, atol=1e-3",
+                )
+            )
         pairs = zip(tolerance, parts_of(y0), strict=True)
         parts = (_restricted(part, y, index) for part, y in pairs)
         # The host wants what belongs to a part of a tuple state flat.

@@ -26,7 +26,9 @@ class Labels:
 
     Attributes:
         names: the candidates, as tables call them.
-        nfe: calls of func for each sample solved alone.
+        nfe: calls of func for each sample solved alone. In float32 that of an adaptive
+            method may be a step off: samples are measured together where that agrees, and
+            rounding can tip whether a step is accepted.
         is_right: whether the answer is good enough.
         weight: what a call counts for in a right answer (1; for regression, the error).
     """

@@ -117,6 +117,23 @@ def predict(selector: Callable[[State], Tensor], y0: State, n_candidates: int) -
     return out
 
 
+def check_fittable(selector: object) -> nn.Module:
+    """Return a selector that has something to fit.
+
+    Raises:
+        StateTypeError: it is no module, or has no parameters.
+    """
+    if isinstance(selector, nn.Module) and any(True for _ in selector.parameters()):
+        return selector
+    raise StateTypeError(
+        explain(
+            f"the selector is a {type(selector).__name__}, which has nothing to fit.",
+            "an nn.Module with parameters.",
+            "tdh.Dise(candidates)   # fit makes a ready selector",
+        )
+    )
+
+
 def train(
     selector: nn.Module,
     y0: State,

@@ -11,10 +11,12 @@ from torchdiffeq_hyper.recording._recorder import (
     Draft,
     Recorder,
     add,
+    handed_over,
     no_steps,
     open_recorders,
     opened,
     running,
+    take_over,
 )
 from torchdiffeq_hyper.recording._solve import (
     MaxStepsError,
@@ -37,6 +39,7 @@ __all__ = [
     "Solve",
     "Steps",
     "add",
+    "handed_over",
     "mark",
     "no_steps",
     "open_recorders",
@@ -44,4 +47,5 @@ __all__ = [
     "part_norms",
     "running",
     "select",
+    "take_over",
 ]

@@ -83,6 +83,9 @@ def add(terms: Iterator[Tensor]) -> Tensor:
 
 _open: contextvars.ContextVar[tuple[Recorder, ...]] = contextvars.ContextVar("open", default=())
 _running: contextvars.ContextVar[Draft | None] = contextvars.ContextVar("running", default=None)
+_handed: contextvars.ContextVar[tuple[Draft, object] | None] = contextvars.ContextVar(
+    "handed", default=None
+)
 
 
 def open_recorders() -> tuple[Recorder, ...]:
@@ -101,12 +104,33 @@ def opened(recorder: Recorder) -> Iterator[Recorder]:
 
 
 def running() -> Draft | None:
-    """Return the draft of the solve that runs in this context, None if it is not recorded.
+    """Return the draft of the solve that runs in this context, None if it is not recorded."""
+    return _running.get()
+
+
+@contextmanager
+def handed_over(part: object) -> Iterator[Draft | None]:
+    """Leave the running draft to the part that solves the whole problem inside the block."""
+    draft = running()
+    token = _handed.set(None if draft is None else (draft, part))
+    try:
+        yield draft
+    finally:
+        _handed.reset(token)
+
+
+def take_over(part: object) -> Draft | None:
+    """Return the draft that a host left to this part, once; None if there is none.
 
     For methods that know more of themselves than their calls of func: they set the
     draft's ``nfe``, ``sample_nfe``, ``selection`` or ``steps``, and what they set is kept.
+    They ask before they call func, which may run solves of its own by the same part.
     """
-    return _running.get()
+    handed = _handed.get()
+    if handed is None or handed[1] is not part:
+        return None
+    _handed.set(None)
+    return handed[0]
 
 
 class Draft:

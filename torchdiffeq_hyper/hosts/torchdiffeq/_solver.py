@@ -21,7 +21,11 @@ from torchdiffeq_hyper._stepping import (
 )
 from torchdiffeq_hyper.hosts.torchdiffeq import _bound
 from torchdiffeq_hyper.hosts.torchdiffeq._call import ForwardPlan, HostCall
-from torchdiffeq_hyper.hosts.torchdiffeq._upstream import FixedGridODESolver, Perturb
+from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
+    FixedGridODESolver,
+    Perturb,
+    unperturbed,
+)
 from torchdiffeq_hyper.hypersolver import HyperSolver
 from torchdiffeq_hyper.tableaus import Edge, Tableau
 
@@ -52,6 +56,8 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         grid = {name: options[name] for name in _GRID if name in options}
         super().__init__(func=func, y0=y0, rtol=rtol, atol=atol, **grid)
         self._call = HostCall.of(func.func if isinstance(func, _InHalf) else func)
+        # The host's outermost wrapper only casts t, at the cost of several small kernels.
+        self._direct = None if self.perturb else unperturbed(self.func)
         self._has_grid_option = not {"step_size", "grid_constructor"}.isdisjoint(grid)
         self._solver: HyperSolver | None = None
         self._taken: list[tuple[Tensor, Tensor, Tensor]] | None = None
@@ -79,9 +85,7 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         # Under `override` a name of ours may mean something else to the overridden method.
         foreign = self.also_accepted.intersection(_BINDING)
         return {
-            name: value
-            for name, value in options.items()
-            if name in known and name not in foreign
+            name: value for name, value in options.items() if name in known and name not in foreign
         }
 
     def _uncorrected_step(self) -> Step:
@@ -117,10 +121,12 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         return Step(bound.tableau, self._evaluate, correction)
 
     def _evaluate(self, t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
-        if self.perturb:
-            k: Tensor = self.func(t, y, perturb=_PERTURB[edge])
+        if self._direct is None:
+            k: Tensor = self.func(t, y, perturb=_PERTURB[edge] if self.perturb else Perturb.NONE)
         else:
-            k = self.func(t, y)
+            if t.dtype != y.dtype:
+                t = t.to(y.dtype.to_real() if y.dtype.is_complex else y.dtype)
+            k = self._direct(t, y)
         check_derivative(k, y)
         return k.to(y.dtype) if is_half(k.dtype) else k
 

@@ -37,6 +37,7 @@ __all__ = [
     "is_reversed",
     "options_of",
     "tuple_shapes",
+    "unperturbed",
     "unwrap",
 ]
 
@@ -51,6 +52,13 @@ def unwrap(func: Any) -> Any | None:
 def is_perturbed(func: Any) -> bool:
     """Return whether this wrapper is the outermost one of an `odeint` call."""
     return isinstance(func, _PerturbFunc)
+
+
+def unperturbed(func: Any) -> Callable[..., Any] | None:
+    """Return what the outermost wrapper calls with t cast to the state's dtype, else None."""
+    # Not its subclasses, which do more than cast.
+    inner: Callable[..., Any] | None = func.base_func if type(func) is _PerturbFunc else None
+    return inner
 
 
 def is_reversed(func: Any) -> bool:

@@ -78,7 +78,7 @@ class WholeProblemSolver:
             return backward
         layout, call = self._call.layout, self._call
         # A part may call the very method that it stands in for.
-        with no_overrides():
+        with no_overrides(), recording.handed_over(self.part) as draft:
             solution: State = self.part.solve(
                 call.func,
                 layout.split(self._y0),
@@ -86,7 +86,6 @@ class WholeProblemSolver:
                 rtol=self._rtol,
                 atol=self._atol,
             )
-        draft = recording.running()
         if draft is not None and draft.steps is not None and call.is_adjoint_forward:
             draft.steps = replace(draft.steps, guard=recording.Guard(is_adjoint=True))
         if isinstance(solution, Tensor):

@@ -16,7 +16,7 @@ import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import Counted, MLPField
 from torchdiffeq_hyper import _registry
-from torchdiffeq_hyper._errors import (
+from torchdiffeq_hyper.errors import (
     FileWriteError,
     MissingHypernetError,
     NonFiniteError,

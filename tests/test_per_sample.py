@@ -12,14 +12,14 @@ from torchdiffeq import odeint, odeint_adjoint, odeint_event
 
 from stubs import MLPField, damped_wave, spiral
 from torchdiffeq_hyper import _restrict
-from torchdiffeq_hyper._errors import (
+from torchdiffeq_hyper._per_sample import PerSampleDopri5
+from torchdiffeq_hyper.errors import (
     HyperError,
     NonFiniteError,
     OptionError,
     StateShapeError,
     UnfinishedSolveError,
 )
-from torchdiffeq_hyper._per_sample import PerSampleDopri5
 
 METHOD = "dopri5_per_sample"
 FORWARD = torch.tensor([0.0, 0.3, 0.31, 2.0, 5.0], dtype=torch.float64)

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from torchdiffeq_hyper import plotting
-from torchdiffeq_hyper._errors import FileWriteError, MissingExtraError, OptionError
+from torchdiffeq_hyper.errors import FileWriteError, MissingExtraError, OptionError
 from torchdiffeq_hyper.evaluation import EvaluationRow, EvaluationTable
 
 

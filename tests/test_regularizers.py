@@ -14,7 +14,7 @@ from torchdiffeq import odeint, odeint_adjoint
 import torchdiffeq_hyper as tdh
 from stubs import Counted, MLPField, coupled, coupled_start, spiral
 from torchdiffeq_hyper import regularizers
-from torchdiffeq_hyper._errors import OptionError, StateShapeError
+from torchdiffeq_hyper.errors import OptionError, StateShapeError
 from torchdiffeq_hyper.hosts.torchdiffeq import odeint_with_errors, record
 from torchdiffeq_hyper.recording import (
     AdjointGradientError,

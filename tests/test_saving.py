@@ -19,15 +19,15 @@ from torch import Tensor, nn
 import torchdiffeq_hyper as tdh
 from stubs import coupled, coupled_start, damped_wave
 from torchdiffeq_hyper import _files
-from torchdiffeq_hyper._errors import (
+from torchdiffeq_hyper._files._container import FORMAT_VERSION
+from torchdiffeq_hyper._report import LossPoint
+from torchdiffeq_hyper.errors import (
     BaseMismatchError,
     FileFormatError,
     FileWriteError,
     StateShapeError,
     StateTypeError,
 )
-from torchdiffeq_hyper._files._container import FORMAT_VERSION
-from torchdiffeq_hyper._report import LossPoint
 from torchdiffeq_hyper.hypernets import MLP, ConcatHypernet, Conv, Linear, ready
 from torchdiffeq_hyper.tableaus import HEUN
 

@@ -4,11 +4,9 @@ Importing the package adds method names to torchdiffeq's `odeint`, `odeint_adjoi
 `odeint_event`; it changes no existing name.
 """
 
-from torchdiffeq_hyper import _errors as errors
-from torchdiffeq_hyper import _plugins, dise, hypernets, regularizers
+from torchdiffeq_hyper import _plugins, dise, errors, hypernets, regularizers
 from torchdiffeq_hyper._binding import attach, detach, using
 from torchdiffeq_hyper._domain import FitDomain
-from torchdiffeq_hyper._errors import HyperError, HyperWarning, MissingHypernetError
 from torchdiffeq_hyper._plugins import register_plugin, unregister_plugin
 from torchdiffeq_hyper._report import FitReport
 from torchdiffeq_hyper._types import StepInput
@@ -20,6 +18,7 @@ from torchdiffeq_hyper.dise import (
     RegressionCost,
     SelectorConfig,
 )
+from torchdiffeq_hyper.errors import HyperError, HyperWarning, MissingHypernetError
 from torchdiffeq_hyper.evaluation import evaluate
 from torchdiffeq_hyper.fitting import FitConfig, fit
 from torchdiffeq_hyper.hookspecs import hookimpl

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from torchdiffeq_hyper import _files, _registry
 from torchdiffeq_hyper._domain import FitDomain
-from torchdiffeq_hyper._errors import HyperError
 from torchdiffeq_hyper._files._container import damage_reported
 from torchdiffeq_hyper._report import FitReport
+from torchdiffeq_hyper.errors import HyperError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,8 +14,8 @@ from functools import partial
 from types import MethodType
 from typing import Protocol, TypeAlias, TypeVar
 
-from torchdiffeq_hyper._errors import OptionError, StateTypeError, explain
 from torchdiffeq_hyper._types import VectorField
+from torchdiffeq_hyper.errors import OptionError, StateTypeError, explain
 
 
 class Fitted(Protocol):

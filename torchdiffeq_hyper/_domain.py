@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from torchdiffeq_hyper._errors import StateShapeError, StateTypeError, explain
 from torchdiffeq_hyper._types import State
+from torchdiffeq_hyper.errors import StateShapeError, StateTypeError, explain
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._errors import OptionError, StateShapeError, StateTypeError, explain
+from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, explain
 
 Steps: TypeAlias = int | tuple[int, int] | None
 """Equal steps between two time points, a (low, high) range of them, or None."""

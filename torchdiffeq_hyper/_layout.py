@@ -9,8 +9,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._errors import StateTypeError, explain
 from torchdiffeq_hyper._types import State
+from torchdiffeq_hyper.errors import StateTypeError, explain
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import pluggy
 
 from torchdiffeq_hyper import _builtin, _registry, hookspecs
-from torchdiffeq_hyper._errors import OptionError, PluginWarning, explain
+from torchdiffeq_hyper.errors import OptionError, PluginWarning, explain
 from torchdiffeq_hyper.tableaus import Tableau
 
 _manager = pluggy.PluginManager(hookspecs.PROJECT)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torchdiffeq_hyper._errors import (
+from torchdiffeq_hyper.errors import (
     DuplicateMethodError,
     OptionError,
     UnknownMethodError,

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._errors import StateShapeError, StateTypeError, explain
 from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper.errors import StateShapeError, StateTypeError, explain
 
 HOW_TO_RESTRICT = (
     "tdh.Conditioned(func, noise)   # calls func(t, y, noise), with the rows of its samples\n"

@@ -15,9 +15,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._errors import NonFiniteError, StateShapeError, StateTypeError, explain
 from torchdiffeq_hyper._layout import StateLayout
 from torchdiffeq_hyper._types import Hypernet, State, StepInput
+from torchdiffeq_hyper.errors import NonFiniteError, StateShapeError, StateTypeError, explain
 from torchdiffeq_hyper.tableaus import StageCall, Tableau
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from torchdiffeq_hyper import _registry
 from torchdiffeq_hyper._domain import FitDomain
-from torchdiffeq_hyper._errors import OutsideFitWarning, StateTypeError, explain
 from torchdiffeq_hyper._files import read_hypersolver, write_hypersolver
 from torchdiffeq_hyper._grid import Steps, check_steps, check_times, equal_steps
 from torchdiffeq_hyper._layout import StateLayout, is_half
@@ -24,6 +23,7 @@ from torchdiffeq_hyper._stepping import (
     raise_non_finite,
 )
 from torchdiffeq_hyper._types import Hypernet, State, VectorField
+from torchdiffeq_hyper.errors import OutsideFitWarning, StateTypeError, explain
 from torchdiffeq_hyper.tableaus import Edge, StageCall, Tableau
 
 

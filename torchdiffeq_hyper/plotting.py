@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torchdiffeq_hyper._errors import FileWriteError, MissingExtraError, OptionError, explain
+from torchdiffeq_hyper.errors import FileWriteError, MissingExtraError, OptionError, explain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from torchdiffeq_hyper._errors import OptionError, explain
+from torchdiffeq_hyper.errors import OptionError, explain
 
 
 class Edge(Enum):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._errors import OptionError, StateShapeError, StateTypeError
 from torchdiffeq_hyper.dise import ClassificationCost, Labels, RegressionCost
+from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError
 
 INDEX = torch.arange(3)
 LOGITS = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 1.0]])

@@ -11,14 +11,6 @@ import torch
 from torch import Tensor, nn
 from torchdiffeq import odeint
 
-from torchdiffeq_hyper._errors import (
-    FitDivergedError,
-    NonFiniteError,
-    OneCandidateWarning,
-    OptionError,
-    StateShapeError,
-    StateTypeError,
-)
 from torchdiffeq_hyper.dise import (
     Candidate,
     ClassificationCost,
@@ -29,6 +21,14 @@ from torchdiffeq_hyper.dise import (
     selectors,
 )
 from torchdiffeq_hyper.dise.advice import one_candidate
+from torchdiffeq_hyper.errors import (
+    FitDivergedError,
+    NonFiniteError,
+    OneCandidateWarning,
+    OptionError,
+    StateShapeError,
+    StateTypeError,
+)
 
 T = torch.tensor([0.0, 1.0])
 QUICK = SelectorConfig(iterations=200, lr=1e-2)

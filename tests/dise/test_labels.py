@@ -11,13 +11,13 @@ from torchdiffeq import odeint
 
 import torchdiffeq_hyper as tdh
 from stubs import MLPField, spiral
-from torchdiffeq_hyper._errors import (
+from torchdiffeq_hyper.dise import Candidate, ClassificationCost, Dise, Labels, RegressionCost
+from torchdiffeq_hyper.errors import (
     CoupledSamplesError,
     NoisyFieldError,
     OptionError,
     StateShapeError,
 )
-from torchdiffeq_hyper.dise import Candidate, ClassificationCost, Dise, Labels, RegressionCost
 
 T = torch.tensor([0.0, 1.0], dtype=torch.float64)
 Y0 = torch.linspace(-3.0, 3.0, 12, dtype=torch.float64).reshape(6, 2)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._errors import FileFormatError, OptionError
 from torchdiffeq_hyper.dise import selectors
+from torchdiffeq_hyper.errors import FileFormatError, OptionError
 
 STATES = [
     (torch.randn(5), "mlp"),

@@ -12,14 +12,14 @@ from torchdiffeq import odeint
 
 import torchdiffeq_hyper as tdh
 from stubs import spiral
-from torchdiffeq_hyper._errors import (
+from torchdiffeq_hyper.dise import Candidate, Dise, RegressionCost, SelectorConfig, selectors
+from torchdiffeq_hyper.errors import (
     BaseMismatchError,
     FileFormatError,
     FileWriteError,
     MissingHypernetError,
     StateTypeError,
 )
-from torchdiffeq_hyper.dise import Candidate, Dise, RegressionCost, SelectorConfig, selectors
 
 Y0 = torch.linspace(-2.0, 2.0, 24).reshape(12, 2)
 T = torch.tensor([0.0, 1.0])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import torchdiffeq_hyper as tdh
 from stubs import damped_wave
-from torchdiffeq_hyper._errors import (
+from torchdiffeq_hyper.errors import (
     FitDivergedError,
     NoiseFloorError,
     NoisyFieldError,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchdiffeq_hyper import FitConfig
-from torchdiffeq_hyper._errors import OptionError, StateShapeError, StateTypeError
+from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError
 from torchdiffeq_hyper.fitting.batches import Batches
 
 DATA = torch.arange(40.0).reshape(20, 2)

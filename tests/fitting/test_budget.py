@@ -11,7 +11,7 @@ import torch
 
 import torchdiffeq_hyper as tdh
 from stubs import damped_wave
-from torchdiffeq_hyper._errors import OptionError
+from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.fitting import budget as budget_module
 from torchdiffeq_hyper.fitting.budget import Budget
 

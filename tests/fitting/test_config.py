@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from torchdiffeq_hyper import FitConfig
-from torchdiffeq_hyper._errors import OptionError
+from torchdiffeq_hyper.errors import OptionError
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import torchdiffeq_hyper as tdh
-from torchdiffeq_hyper._errors import StateShapeError
+from torchdiffeq_hyper.errors import StateShapeError
 from torchdiffeq_hyper.fitting.guard import left_as_found
 
 QUICK = tdh.FitConfig(iterations=8, pretrain_iterations=2, swap_every=2, batch_size=8)

@@ -13,7 +13,7 @@ from torchdiffeq import odeint, odeint_event
 import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import coupled, coupled_start, damped_wave
-from torchdiffeq_hyper._errors import (
+from torchdiffeq_hyper.errors import (
     BaseMismatchError,
     NonFiniteError,
     OptionError,

@@ -18,7 +18,7 @@ import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import MLPField, damped_wave
 from torchdiffeq_hyper import _binding
-from torchdiffeq_hyper._errors import (
+from torchdiffeq_hyper.errors import (
     DuplicateMethodError,
     OptionError,
     StateTypeError,

@@ -14,14 +14,14 @@ import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import MLPField, damped_wave, spiral
 from torchdiffeq_hyper import _registry
-from torchdiffeq_hyper._errors import (
+from torchdiffeq_hyper.dise import Candidate, Conditioned, Dise
+from torchdiffeq_hyper.errors import (
     HyperError,
     NonFiniteError,
     OptionError,
     StateShapeError,
     StateTypeError,
 )
-from torchdiffeq_hyper.dise import Candidate, Conditioned, Dise
 
 T = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
 

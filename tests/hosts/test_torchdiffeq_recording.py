@@ -19,7 +19,7 @@ from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
 import torchdiffeq_hyper as tdh
 from stubs import Counted, MLPField, coupled, coupled_start, damped_wave, spiral
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._errors import HyperError, StateTypeError
+from torchdiffeq_hyper.errors import HyperError, StateTypeError
 from torchdiffeq_hyper.hosts.torchdiffeq import odeint_with_errors, record
 
 ADAPTIVE = [

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from torchdiffeq_hyper._errors import FileFormatError, FileWriteError, explain
+from torchdiffeq_hyper.errors import FileFormatError, FileWriteError, explain
 
 FORMAT_VERSION = 1
 _KEY = "torchdiffeq_hyper"

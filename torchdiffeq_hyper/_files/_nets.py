@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from torchdiffeq_hyper._errors import (
+from torchdiffeq_hyper._types import Hypernet
+from torchdiffeq_hyper.errors import (
     BaseMismatchError,
     FileFormatError,
     StateShapeError,
     StateTypeError,
     explain,
 )
-from torchdiffeq_hyper._types import Hypernet
 from torchdiffeq_hyper.hypernets import ConcatHypernet
 from torchdiffeq_hyper.hypernets._ready import ReadyHypernet
 from torchdiffeq_hyper.hypernets._select import KINDS, from_architecture

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._errors import OptionError, explain
 from torchdiffeq_hyper._per_sample._dopri5 import ORDER, Field
+from torchdiffeq_hyper.errors import OptionError, explain
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._errors import HyperError, OptionError, StateShapeError, explain
 from torchdiffeq_hyper._layout import is_half
 from torchdiffeq_hyper._per_sample._rows import RowLayout
 from torchdiffeq_hyper._restrict import HOW_TO_RESTRICT, can_restrict, restrict
 from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper.errors import HyperError, OptionError, StateShapeError, explain
 
 TIME_MODES = {
     "vmap": "func is vectorised by torch.func.vmap: a 0-d t and a batch of 1 for each sample",

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._errors import OptionError, closest, explain
 from torchdiffeq_hyper._grid import check_times
 from torchdiffeq_hyper._layout import is_half
 from torchdiffeq_hyper._per_sample._control import StepControl
@@ -17,6 +16,7 @@ from torchdiffeq_hyper._per_sample._rows import RowLayout, Tolerance
 from torchdiffeq_hyper._per_sample._solve import Loop
 from torchdiffeq_hyper._per_sample._step_log import StepLog
 from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper.errors import OptionError, closest, explain
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._errors import StateShapeError, StateTypeError, explain
 from torchdiffeq_hyper._layout import StateLayout
 from torchdiffeq_hyper._types import State
+from torchdiffeq_hyper.errors import StateShapeError, StateTypeError, explain
 
 Tolerance: TypeAlias = float | Tensor | Sequence[float | Tensor]
 """A number, a tensor that broadcasts against y0, or for tuple states one of these a part."""

@@ -8,11 +8,11 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._errors import NonFiniteError, UnfinishedSolveError, explain
 from torchdiffeq_hyper._per_sample._control import StepControl, first_step
 from torchdiffeq_hyper._per_sample._dopri5 import Attempt, attempt, interpolate
 from torchdiffeq_hyper._per_sample._field import SampleField
 from torchdiffeq_hyper._per_sample._step_log import StepLog
+from torchdiffeq_hyper.errors import NonFiniteError, UnfinishedSolveError, explain
 
 
 class _Active(NamedTuple):

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._errors import OptionError, explain
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.dise._dispatcher import Dispatcher
 from torchdiffeq_hyper.dise.config import SelectorConfig
@@ -19,6 +18,7 @@ from torchdiffeq_hyper.dise.selectors import ready
 from torchdiffeq_hyper.dise.sweep import sweep
 from torchdiffeq_hyper.dise.tradeoff import Oracle, TradeOff
 from torchdiffeq_hyper.dise.training import Split, check_fittable
+from torchdiffeq_hyper.errors import OptionError, explain
 from torchdiffeq_hyper.fitting.guard import own_random_state
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._errors import OneCandidateWarning
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.dise import storage
 from torchdiffeq_hyper.dise._analysed import Analysed
@@ -23,6 +22,7 @@ from torchdiffeq_hyper.dise.labels import Labels
 from torchdiffeq_hyper.dise.report import DiseReport
 from torchdiffeq_hyper.dise.samples import count, parts_of, take
 from torchdiffeq_hyper.dise.training import Split, check_fittable, predict, train
+from torchdiffeq_hyper.errors import OneCandidateWarning
 
 
 class Dise(Analysed):

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdiffeq_hyper._errors import (
+from torchdiffeq_hyper._per_sample import PerSampleDopri5
+from torchdiffeq_hyper._restrict import HOW_TO_RESTRICT
+from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper.dise.candidates import Candidate
+from torchdiffeq_hyper.dise.dispatch import GroupField, solve_group
+from torchdiffeq_hyper.dise.samples import concatenate, count, parts_of, take
+from torchdiffeq_hyper.errors import (
     CoupledSamplesError,
     NoisyFieldError,
     NonFiniteError,
@@ -17,12 +23,6 @@ from torchdiffeq_hyper._errors import (
     UnfinishedSolveError,
     explain,
 )
-from torchdiffeq_hyper._per_sample import PerSampleDopri5
-from torchdiffeq_hyper._restrict import HOW_TO_RESTRICT
-from torchdiffeq_hyper._types import State, VectorField
-from torchdiffeq_hyper.dise.candidates import Candidate
-from torchdiffeq_hyper.dise.dispatch import GroupField, solve_group
-from torchdiffeq_hyper.dise.samples import concatenate, count, parts_of, take
 
 PROBES = 4
 """Samples on which a solve of all samples together is held against solves alone."""

@@ -14,14 +14,14 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from torchdiffeq_hyper import _registry
-from torchdiffeq_hyper._errors import (
+from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper.errors import (
     OptionError,
     StateTypeError,
     UnknownMethodError,
     closest,
     explain,
 )
-from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.hypersolver import HyperSolver
 
 # Methods on a grid that read no tolerance (the implicit ones iterate until they meet theirs).

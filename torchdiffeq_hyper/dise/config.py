@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from torchdiffeq_hyper._errors import OptionError, explain
+from torchdiffeq_hyper.errors import OptionError, explain
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._errors import OptionError, StateShapeError, StateTypeError, explain
 from torchdiffeq_hyper._types import State
 from torchdiffeq_hyper.dise.samples import last
+from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, explain
 
 
 class Verdict(NamedTuple):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._errors import HyperError, OptionError, StateShapeError, explain
 from torchdiffeq_hyper._layout import is_half
 from torchdiffeq_hyper._restrict import HOW_TO_RESTRICT, can_restrict, restrict
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.dise.candidates import Candidate
 from torchdiffeq_hyper.dise.samples import cast, concatenate, count, parts_of, take
+from torchdiffeq_hyper.errors import HyperError, OptionError, StateShapeError, explain
 
 # What torch raises where shapes do not go together.
 _CLASHES = (RuntimeError, ValueError, IndexError, TypeError)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdiffeq_hyper._errors import OptionError, explain
 from torchdiffeq_hyper._grid import check_times
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.dise.alone import Alone, check_independence
 from torchdiffeq_hyper.dise.candidates import Candidate
 from torchdiffeq_hyper.dise.costs import Cost
 from torchdiffeq_hyper.dise.samples import are_finite, count, parts_of
+from torchdiffeq_hyper.errors import OptionError, explain
 from torchdiffeq_hyper.fitting.guard import left_as_found
 
 

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper import _files
-from torchdiffeq_hyper._errors import (
+from torchdiffeq_hyper.dise.candidates import Candidate
+from torchdiffeq_hyper.dise.report import DiseReport
+from torchdiffeq_hyper.dise.selectors import ReadySelector, from_architecture
+from torchdiffeq_hyper.dise.training import Scale
+from torchdiffeq_hyper.errors import (
     BaseMismatchError,
     FileFormatError,
     MissingHypernetError,
     StateTypeError,
     explain,
 )
-from torchdiffeq_hyper.dise.candidates import Candidate
-from torchdiffeq_hyper.dise.report import DiseReport
-from torchdiffeq_hyper.dise.selectors import ReadySelector, from_architecture
-from torchdiffeq_hyper.dise.training import Scale
 from torchdiffeq_hyper.hypersolver import HyperSolver
 
 KIND = "dise"

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torchdiffeq_hyper._errors import (
+from torchdiffeq_hyper._types import State
+from torchdiffeq_hyper.dise.config import SelectorConfig
+from torchdiffeq_hyper.dise.samples import count, take
+from torchdiffeq_hyper.dise.selectors import ReadySelector
+from torchdiffeq_hyper.errors import (
     FitDivergedError,
     NonFiniteError,
     OptionError,
@@ -19,10 +23,6 @@ from torchdiffeq_hyper._errors import (
     StateTypeError,
     explain,
 )
-from torchdiffeq_hyper._types import State
-from torchdiffeq_hyper.dise.config import SelectorConfig
-from torchdiffeq_hyper.dise.samples import count, take
-from torchdiffeq_hyper.dise.selectors import ReadySelector
 from torchdiffeq_hyper.fitting.guard import frozen_or_restored, own_random_state
 
 VALIDATIONS = 50

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from tqdm import tqdm
 
-from torchdiffeq_hyper._errors import OptionError, OutsideFitWarning, explain
 from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper.errors import OptionError, OutsideFitWarning, explain
 from torchdiffeq_hyper.evaluation._measure import (
     Counted,
     Errors,

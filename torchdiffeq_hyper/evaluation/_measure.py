@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from torchdiffeq_hyper._errors import StateTypeError, explain
 from torchdiffeq_hyper._stepping import check_derivative
 from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper.errors import StateTypeError, explain
 from torchdiffeq_hyper.evaluation._problem import Problem, parts
 
 _TURN_SECONDS = 0.02

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from torchdiffeq_hyper._errors import NonFiniteError, OptionError, StateShapeError, explain
 from torchdiffeq_hyper._layout import StateLayout, is_half
 from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper.errors import NonFiniteError, OptionError, StateShapeError, explain
 from torchdiffeq_hyper.fitting.field import check_repeatable
 
 # In float32, tighter than 1e-7 gains nothing over rounding; in half precision every answer

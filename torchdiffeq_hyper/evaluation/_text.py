@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from torchdiffeq_hyper._errors import FileWriteError, explain
+from torchdiffeq_hyper.errors import FileWriteError, explain
 from torchdiffeq_hyper.evaluation._row import EvaluationRow
 
 

@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from torchdiffeq import odeint
 
 from torchdiffeq_hyper import _registry
-from torchdiffeq_hyper._errors import (
+from torchdiffeq_hyper._grid import check_steps, equal_steps
+from torchdiffeq_hyper._types import State
+from torchdiffeq_hyper.errors import (
     OptionError,
     StateTypeError,
     UnknownMethodError,
     closest,
     explain,
 )
-from torchdiffeq_hyper._grid import check_steps, equal_steps
-from torchdiffeq_hyper._types import State
 from torchdiffeq_hyper.evaluation._problem import Problem, last
 from torchdiffeq_hyper.hypersolver import HyperSolver
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._errors import OptionError, StateShapeError, StateTypeError, explain
 from torchdiffeq_hyper._layout import StateLayout
 from torchdiffeq_hyper._types import State
+from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, explain
 from torchdiffeq_hyper.fitting.config import FitConfig
 
 MOST_HELD_OUT = 2

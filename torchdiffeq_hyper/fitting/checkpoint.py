@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._errors import FileFormatError, FileWriteError, OptionError, explain
 from torchdiffeq_hyper._report import LossPoint
+from torchdiffeq_hyper.errors import FileFormatError, FileWriteError, OptionError, explain
 
 FORMAT = "torchdiffeq_hyper fit 1"
 

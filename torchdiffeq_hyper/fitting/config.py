@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torchdiffeq_hyper._errors import OptionError, explain
+from torchdiffeq_hyper.errors import OptionError, explain
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ import contextvars
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._errors import NoisyFieldError, NonFiniteError, OptionError, explain
 from torchdiffeq_hyper._layout import StateLayout, is_half
 from torchdiffeq_hyper._stepping import check_derivative, is_finite
 from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper.errors import NoisyFieldError, NonFiniteError, OptionError, explain
 from torchdiffeq_hyper.fitting.budget import Budget
 from torchdiffeq_hyper.tableaus import Edge
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper import _registry
-from torchdiffeq_hyper._errors import StateTypeError, explain
 from torchdiffeq_hyper._grid import Steps
 from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper.errors import StateTypeError, explain
 from torchdiffeq_hyper.fitting.config import FitConfig
 from torchdiffeq_hyper.fitting.guard import left_as_found, own_random_state
 from torchdiffeq_hyper.fitting.phases import OBJECTIVES

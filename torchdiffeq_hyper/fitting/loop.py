@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn, optim
 from torch.nn.utils import clip_grad_norm_
 
-from torchdiffeq_hyper._errors import FitDivergedError, NonFiniteError, explain
 from torchdiffeq_hyper._report import LossPoint
+from torchdiffeq_hyper.errors import FitDivergedError, NonFiniteError, explain
 from torchdiffeq_hyper.fitting.budget import Budget
 from torchdiffeq_hyper.fitting.checkpoint import FitState
 from torchdiffeq_hyper.fitting.config import FitConfig

@@ -7,9 +7,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._errors import NoiseFloorError, explain
 from torchdiffeq_hyper._layout import StateLayout
 from torchdiffeq_hyper._types import State
+from torchdiffeq_hyper.errors import NoiseFloorError, explain
 from torchdiffeq_hyper.fitting.field import Field, state_dtype
 from torchdiffeq_hyper.fitting.norms import sample_norms
 from torchdiffeq_hyper.fitting.reference import Tolerances, measure_residuals, solve_reference

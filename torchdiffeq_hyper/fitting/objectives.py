@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._errors import NonFiniteError
 from torchdiffeq_hyper._stepping import Correction
 from torchdiffeq_hyper._types import Hypernet, State, StepInput, VectorField
+from torchdiffeq_hyper.errors import NonFiniteError
 from torchdiffeq_hyper.fitting.data import Batch
 from torchdiffeq_hyper.fitting.norms import sample_norms
 from torchdiffeq_hyper.hypersolver import HyperSolver

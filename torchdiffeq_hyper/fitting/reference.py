@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from torchdiffeq_hyper._errors import NonFiniteError, OptionError, explain
 from torchdiffeq_hyper._layout import is_half
+from torchdiffeq_hyper.errors import NonFiniteError, OptionError, explain
 from torchdiffeq_hyper.fitting.config import FitConfig
 from torchdiffeq_hyper.fitting.field import Field, check_start, state_dtype, wide_dtype
 from torchdiffeq_hyper.fitting.routes import Route

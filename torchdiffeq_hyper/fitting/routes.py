@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._errors import OptionError, closest, explain
 from torchdiffeq_hyper._grid import Steps, check_steps, equal_steps
+from torchdiffeq_hyper.errors import OptionError, closest, explain
 
 DIRECTIONS = ("forward", "reverse", "both")
 MOST_STEP_COUNTS = 4

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, cat, split
 
-from torchdiffeq_hyper._errors import StateShapeError, explain
 from torchdiffeq_hyper._types import State
+from torchdiffeq_hyper.errors import StateShapeError, explain
 
 
 def join_channels(state: State) -> Tensor:

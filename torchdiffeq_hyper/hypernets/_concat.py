@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._errors import (
+from torchdiffeq_hyper._types import State, StepInput
+from torchdiffeq_hyper.errors import (
     OptionError,
     StateShapeError,
     StateTypeError,
     closest,
     explain,
 )
-from torchdiffeq_hyper._types import State, StepInput
 from torchdiffeq_hyper.hypernets._channels import join_channels, split_channels
 
 SCALARS = ("dt", "t")

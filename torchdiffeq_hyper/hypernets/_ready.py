@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._errors import OptionError, explain
+from torchdiffeq_hyper.errors import OptionError, explain
 from torchdiffeq_hyper.hypernets._concat import SCALARS, ConcatHypernet, check_inputs
 from torchdiffeq_hyper.hypernets._scaled import CONVOLUTIONS, Scaled
 

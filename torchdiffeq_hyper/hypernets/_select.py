@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from torchdiffeq_hyper._errors import FileFormatError, HyperError, closest, explain
 from torchdiffeq_hyper._layout import StateLayout, is_half
 from torchdiffeq_hyper._types import State
+from torchdiffeq_hyper.errors import FileFormatError, HyperError, closest, explain
 from torchdiffeq_hyper.hypernets._channels import join_channels
 from torchdiffeq_hyper.hypernets._concat import check_real
 from torchdiffeq_hyper.hypernets._ready import MLP, Conv, Linear, ReadyHypernet

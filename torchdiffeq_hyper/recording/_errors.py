@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchdiffeq_hyper._errors import HyperError
+from torchdiffeq_hyper.errors import HyperError
 
 
 class NothingRecordedError(HyperError, ValueError):

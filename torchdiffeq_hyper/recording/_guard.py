@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._errors import explain
+from torchdiffeq_hyper.errors import explain
 from torchdiffeq_hyper.recording._errors import AdjointGradientError, FreedGraphError
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._errors import OptionError, StateShapeError, explain
 from torchdiffeq_hyper._layout import StateLayout
 from torchdiffeq_hyper._types import State
+from torchdiffeq_hyper.errors import OptionError, StateShapeError, explain
 
 
 def part_norms(layout: StateLayout, flat: Tensor) -> tuple[Tensor, ...]:

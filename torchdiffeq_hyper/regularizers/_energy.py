@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._errors import OptionError, StateShapeError, explain
 from torchdiffeq_hyper._layout import StateLayout
 from torchdiffeq_hyper._restrict import restrict
 from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper.errors import OptionError, StateShapeError, explain
 
 Parts = tuple[Tensor, ...]
 

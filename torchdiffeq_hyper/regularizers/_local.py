@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._errors import explain
 from torchdiffeq_hyper._layout import StateLayout
+from torchdiffeq_hyper.errors import explain
 from torchdiffeq_hyper.recording import NothingRecordedError, SampledStep
 from torchdiffeq_hyper.regularizers._steps import Record, solves_of
 

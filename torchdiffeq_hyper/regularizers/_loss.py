@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._errors import OptionError, closest, explain
+from torchdiffeq_hyper.errors import OptionError, closest, explain
 from torchdiffeq_hyper.regularizers._local import local_error_penalty
 from torchdiffeq_hyper.regularizers._steps import (
     Record,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._errors import OptionError, explain
+from torchdiffeq_hyper.errors import OptionError, explain
 
 Weights = nn.Module | Iterable[Tensor]
 """A module, or its parameters."""

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from torchdiffeq_hyper._errors import FileFormatError, HyperError, closest, explain
 from torchdiffeq_hyper._layout import is_half
 from torchdiffeq_hyper._types import State
 from torchdiffeq_hyper.dise.samples import parts_of
 from torchdiffeq_hyper.dise.selectors._base import CONVOLUTIONS, ReadySelector
 from torchdiffeq_hyper.dise.selectors._perceptrons import MLP, TanhMLP, flattened
 from torchdiffeq_hyper.dise.selectors._residual import ResidualConv
+from torchdiffeq_hyper.errors import FileFormatError, HyperError, closest, explain
 
 _KINDS: dict[str, type[ReadySelector]] = {net.kind: net for net in (MLP, TanhMLP, ResidualConv)}
 

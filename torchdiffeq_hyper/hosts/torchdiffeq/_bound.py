@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from torchdiffeq_hyper import _binding, _registry
-from torchdiffeq_hyper._errors import (
+from torchdiffeq_hyper._types import Hypernet
+from torchdiffeq_hyper.errors import (
     AdjointWarning,
     BaseMismatchError,
     MissingHypernetError,
@@ -19,7 +20,6 @@ from torchdiffeq_hyper._errors import (
     StateTypeError,
     explain,
 )
-from torchdiffeq_hyper._types import Hypernet
 from torchdiffeq_hyper.hypersolver import HyperSolver
 from torchdiffeq_hyper.tableaus import Tableau, second_order
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torchdiffeq_hyper import _registry
 from torchdiffeq_hyper._binding import Fitted
-from torchdiffeq_hyper._errors import (
+from torchdiffeq_hyper.errors import (
     DuplicateMethodError,
     StateTypeError,
     UnknownMethodError,

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torchdiffeq_hyper._binding import FittedT
-from torchdiffeq_hyper._errors import UnknownMethodError, closest, explain
+from torchdiffeq_hyper.errors import UnknownMethodError, closest, explain
 from torchdiffeq_hyper.hosts.torchdiffeq import _patches
 from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
 from torchdiffeq_hyper.hosts.torchdiffeq._methods import published, solver_class

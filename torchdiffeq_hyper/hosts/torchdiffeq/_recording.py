@@ -12,9 +12,9 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._errors import StateTypeError, explain
 from torchdiffeq_hyper._layout import is_half
 from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper.errors import StateTypeError, explain
 from torchdiffeq_hyper.hosts.torchdiffeq import _patches
 from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
 from torchdiffeq_hyper.hosts.torchdiffeq._step_log import StepLog, WatchedFunc

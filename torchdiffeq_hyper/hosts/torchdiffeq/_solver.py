@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._errors import OptionError, closest, explain
 from torchdiffeq_hyper._grid import equal_steps
 from torchdiffeq_hyper._layout import check_dtype, is_half
 from torchdiffeq_hyper._registry import Method
@@ -19,6 +18,7 @@ from torchdiffeq_hyper._stepping import (
     is_finite,
     raise_non_finite,
 )
+from torchdiffeq_hyper.errors import OptionError, closest, explain
 from torchdiffeq_hyper.hosts.torchdiffeq import _bound
 from torchdiffeq_hyper.hosts.torchdiffeq._call import ForwardPlan, HostCall
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (

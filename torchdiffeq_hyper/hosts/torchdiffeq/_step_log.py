@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._errors import explain
+from torchdiffeq_hyper.errors import explain
 from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import Perturb, PerturbFunc
 

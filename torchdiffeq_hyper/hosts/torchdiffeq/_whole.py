@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._errors import OptionError, closest, explain
 from torchdiffeq_hyper._registry import Method, WholeSolve
 from torchdiffeq_hyper._types import State
+from torchdiffeq_hyper.errors import OptionError, closest, explain
 from torchdiffeq_hyper.hosts.torchdiffeq import _bound
 from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
 from torchdiffeq_hyper.hosts.torchdiffeq._scopes import no_overrides

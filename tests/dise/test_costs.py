@@ -54,6 +54,20 @@ def test_an_error_is_given_the_final_state_where_there_are_as_many_times_as_samp
     assert cost.judge(solution, INDEX).weight.tolist() == [4.0, 0.0, 6.0]
 
 
+@pytest.mark.parametrize("n_times", [1, 2, 3, 4])
+def test_both_kinds_of_error_are_understood_whatever_the_number_of_times(n_times: int) -> None:
+    solution = torch.randn(n_times, 3, 2)
+    target = torch.randn(3, 2)
+    expected = (solution[-1] - target).norm(dim=1)
+    for error in (
+        lambda y, i: (y - target[i]).flatten(1).norm(dim=1),
+        lambda y, i: (y[-1] - target[i]).flatten(1).norm(dim=1),
+    ):
+        # Given the final state, y[-1] would be one sample: all times must come first.
+        cost = RegressionCost(error, 100.0, 0.5, 1e4)
+        torch.testing.assert_close(cost.judge(solution, INDEX).weight, expected)
+
+
 def test_where_an_error_looks_is_the_end_or_all_times() -> None:
     with pytest.raises(OptionError, match="at is 'start'"):
         RegressionCost(lambda y, i: y, 1.0, 0.5, 100.0, at="start")  # type: ignore[arg-type]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -15,6 +13,7 @@ from torchdiffeq import odeint
 
 from torchdiffeq_hyper import _registry
 from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper.dise.host_options import unknown_options_refused
 from torchdiffeq_hyper.errors import (
     OptionError,
     StateTypeError,
@@ -127,7 +126,7 @@ class Candidate:
             options["grid_constructor"] = lambda func, y0, t: _refined(t, self.steps or 1)
         if self.solver is not None:
             options["solver"] = self.solver
-        with _unknown_options_refused(self):
+        with unknown_options_refused(repr(self), self.method) if self.options else nullcontext():
             solution: State = odeint(
                 func,
                 y0,
@@ -204,29 +203,6 @@ def check_candidates(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
                     )
                 )
     return tuple(candidates)
-
-
-@contextmanager
-def _unknown_options_refused(candidate: Candidate) -> Iterator[None]:
-    """Turn the host's warning about options that it ignores into an error."""
-    if not candidate.options:
-        yield
-        return
-    ignored = ".*Unexpected arguments"
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=ignored, category=UserWarning)
-        try:
-            yield
-        except UserWarning as warning:
-            if not re.match(ignored, str(warning)):
-                raise
-            raise OptionError(
-                explain(
-                    f"{candidate!r} has an option that torchdiffeq does not know ({warning}).",
-                    f'options of method "{candidate.method}".',
-                    f'tdh.Candidate("{candidate.method}")   # check the spelling of its options',
-                )
-            ) from warning
 
 
 def _refuse_kind(value: object, example: str) -> NoReturn:

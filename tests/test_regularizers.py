@@ -350,13 +350,19 @@ def test_a_field_of_some_samples_keeps_their_noise() -> None:
 
 
 def test_a_solver_attached_to_the_field_inside_serves_the_wrapper() -> None:
-    func = MLPField()
-    tdh.attach(func, tdh.HyperSolver("heun", lambda step: step.y, steps=3))
+    func, seen = MLPField(), []
+
+    def net(step: tdh.StepInput) -> Any:
+        seen.append(step)
+        return step.y
+
+    tdh.attach(func, tdh.HyperSolver("heun", net, steps=3))
     field = EnergyField(func, jacobian=False)
     try:
         odeint(field, field.start(_start(3, 2)), torch.tensor([0.0, 1.0]), method="hyperheun")
     finally:
         tdh.detach(func)
+    assert len(seen) == 3
 
 
 def test_energy_fields_say_what_is_wrong() -> None:

@@ -34,8 +34,11 @@ clean:
 	$(INSTALL) --editable ".[examples]"
 	touch $@
 
+# torchdyn asks for torchvision, whose wheel must match torch's build, and for notebooks:
+# neither is used here, so it and torchcfm, which asks for it, come without what they ask.
 # The sample plugin is installed as a third party's would be: the tests meet its
 # methods in the registry.
 .venv/dev.stamp: pyproject.toml constraints.txt tests/sample_plugin/pyproject.toml | .venv/bin/python
 	$(INSTALL) --editable ".[dev]" --editable tests/sample_plugin
+	$(INSTALL) --no-deps torchdyn torchcfm
 	touch $@

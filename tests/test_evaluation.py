@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +224,7 @@ def test_metric_that_is_no_number_is_refused() -> None:
 
 def test_methods_are_timed_in_turn_and_the_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, order = [0.0], []
-    monkeypatch.setattr(_measure.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
     def solve(name: str, seconds: list[float]) -> Any:
         def run(problem: Any) -> Any:
@@ -241,7 +242,7 @@ def test_methods_are_timed_in_turn_and_the_median_counts(monkeypatch: pytest.Mon
 
 def test_short_solves_are_repeated_within_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, runs = [0.0], []
-    monkeypatch.setattr(_measure.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
     def solve(problem: Any) -> Any:
         runs.append(problem)
@@ -469,3 +470,19 @@ def test_a_single_method_outside_a_list_is_refused() -> None:
 def test_one_number_of_steps_and_one_tolerance_need_no_list() -> None:
     rows = evaluate(methods=["euler", "dopri5"], steps=3, tolerances=1e-2).rows
     assert [(row.steps, row.tolerance) for row in rows] == [(3, None), (None, 1e-2)]
+
+
+def test_field_that_takes_gradients_through_a_module_is_counted_and_timed() -> None:
+    net = nn.Linear(2, 2).requires_grad_(requires_grad=False)
+
+    def flow(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = state[0].detach().requires_grad_()
+            u = t * net(x)
+            (column,) = torch.autograd.grad(u[:, 0].sum(), x)
+        return u.detach(), column[:, 0]
+
+    start = (torch.ones(4, 2), torch.zeros(4))
+    table = tdh.evaluate(flow, start, (0.0, 1.0), ["euler"], steps=2, repeats=1, progress=False)
+    # Two calls, each a product with the 2 x 2 weights and one with its transpose.
+    assert table.rows[0].macs_func == 2 * 2 * 4

@@ -22,10 +22,12 @@ from torchdiffeq_hyper.errors import (
 )
 from torchdiffeq_hyper.hypernets import (
     MLP,
+    Bottleneck,
     ConcatHypernet,
     Conv,
     Linear,
     ReadyHypernet,
+    families,
     from_architecture,
     join_channels,
     ready,
@@ -339,6 +341,7 @@ def test_unfitted_solver_is_its_base_bitwise(shape: tuple[int, ...], base: str) 
         MLP(3, hidden=(8, 7), inputs=("y", "stages", "t"), n_stages=4),
         Conv(2, hidden=5, kernel_size=1, n_spatial=1),
         Conv(2, n_spatial=3, inputs=("y0", "dt")),
+        Bottleneck(2, hidden=5, kernel_size=5, n_spatial=1),
     ],
     ids=lambda net: net.kind,
 )
@@ -385,6 +388,9 @@ def test_damaged_architecture_is_refused(architecture: dict[str, Any]) -> None:
         (Conv, {"channels": 2, "kernel_size": 4}),
         (Conv, {"channels": 2, "kernel_size": "3"}),
         (Conv, {"channels": 2, "n_spatial": 4}),
+        (Bottleneck, {"channels": 2, "hidden": 0}),
+        (Bottleneck, {"channels": 2, "kernel_size": 2}),
+        (Bottleneck, {"channels": 2, "n_spatial": 0}),
     ],
 )
 def test_impossible_arguments_are_refused(make: type, arguments: dict[str, Any]) -> None:
@@ -413,6 +419,42 @@ def test_convolution_refuses_a_state_that_torch_would_take_as_unbatched(n_in: in
 def test_convolution_points_to_the_mlp_for_more_dimensions_than_torch_has() -> None:
     with pytest.raises(StateShapeError, match=r"hypernets\.MLP"):
         Conv(2, n_spatial=3)(step_at(torch.ones(1, 2, 2, 2, 2, 2)))
+
+
+@pytest.mark.parametrize("n_spatial", [1, 2, 3])
+@pytest.mark.parametrize("make", [Bottleneck, Conv])
+def test_scales_folded_into_the_weights_give_the_numbers_of_scales_applied(
+    make: Any, n_spatial: int
+) -> None:
+    g = randomised(make(2, kernel_size=1 if make is Conv else 3, n_spatial=n_spatial)).double()
+    x = torch.randn(3, 5, *(4,) * n_spatial, dtype=torch.float64)
+    net = g.net
+    applied = net.layers(net.input_scale * x + net.input_shift) * net.output_scale
+    torch.testing.assert_close(net(x), applied)
+
+
+def test_folded_scales_follow_a_calibration_and_pass_gradients() -> None:
+    g = Bottleneck(2)
+    inputs, residual = torch.randn(16, 5, 4, 4) * 7 + 3, torch.randn(16, 2, 4, 4) * 1e-3
+    g.calibrate(inputs, residual)
+    with torch.no_grad():
+        for parameter in g.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
+    net = g.net
+    applied = net.layers(net.input_scale * inputs + net.input_shift) * net.output_scale
+    torch.testing.assert_close(net(inputs), applied)
+    net(inputs).sum().backward()
+    assert all(parameter.grad is not None for parameter in g.parameters())
+
+
+def test_a_bottleneck_sees_as_far_as_its_kernel() -> None:
+    g, y = randomised(Bottleneck(2, kernel_size=5)), torch.zeros(1, 2, 9, 9)
+    moved = y.clone()
+    moved[0, 0, 4, 4] = 1.0
+    far = (g(step_at(moved)) - g(step_at(y)))[0, 0] != 0
+    rows = far.any(dim=1).nonzero().flatten().tolist()
+    # step_at adds numbers to y alike everywhere, so that only the moved point differs.
+    assert rows == [2, 3, 4, 5, 6]
 
 
 # Calibration
@@ -569,3 +611,15 @@ def test_ready_net_has_the_dtype_that_steps_are_made_in(
 def test_no_ready_net_for_integers_or_complex_numbers(dtype: torch.dtype) -> None:
     with pytest.raises(StateTypeError):
         ready(torch.ones(3, 2, dtype=dtype), EULER)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), *SHAPES])
+def test_families_fit_the_state_and_grow_with_the_width(shape: tuple[int, ...]) -> None:
+    y = torch.randn(shape, dtype=torch.float64)
+    for family in families(y, HEUN):
+        sizes = [sum(p.numel() for p in net.parameters()) for net in family]
+        assert sizes == sorted(set(sizes))
+        for net in family:
+            out = net(step_at(y, n_stages=2))
+            assert torch.equal(out, torch.zeros_like(y))
+            assert out.dtype == y.dtype

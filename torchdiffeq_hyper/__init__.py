@@ -1,7 +1,8 @@
 """Learned solvers for torchdiffeq: fast inference of Neural ODEs, unchanged code.
 
 Importing the package adds method names to torchdiffeq's `odeint`, `odeint_adjoint` and
-`odeint_event`; it changes no existing name.
+`odeint_event`, and to torchdyn's solvers once torchdyn is imported; it changes no existing
+name.
 """
 
 from torchdiffeq_hyper import _plugins, dise, errors, hypernets, regularizers
@@ -10,6 +11,7 @@ from torchdiffeq_hyper._domain import FitDomain
 from torchdiffeq_hyper._plugins import register_plugin, unregister_plugin
 from torchdiffeq_hyper._report import FitReport
 from torchdiffeq_hyper._types import StepInput
+from torchdiffeq_hyper.bespoke import BespokeSolver
 from torchdiffeq_hyper.dise import (
     Candidate,
     ClassificationCost,
@@ -22,14 +24,14 @@ from torchdiffeq_hyper.errors import HyperError, HyperWarning, MissingHypernetEr
 from torchdiffeq_hyper.evaluation import evaluate
 from torchdiffeq_hyper.fitting import FitConfig, fit
 from torchdiffeq_hyper.hookspecs import hookimpl
+from torchdiffeq_hyper.hosts import install, uninstall
 from torchdiffeq_hyper.hosts import torchdiffeq as _torchdiffeq
+from torchdiffeq_hyper.hosts import torchdyn as _torchdyn
 from torchdiffeq_hyper.hosts.torchdiffeq import (
-    install,
     odeint_with_errors,
     override,
     record,
     register_method,
-    uninstall,
     unregister_method,
 )
 from torchdiffeq_hyper.hypernets import ConcatHypernet
@@ -38,6 +40,7 @@ from torchdiffeq_hyper.hypersolver import HyperSolver
 __version__ = "0.1.0"
 
 __all__ = [
+    "BespokeSolver",
     "Candidate",
     "ClassificationCost",
     "ConcatHypernet",
@@ -77,5 +80,6 @@ __all__ = [
 _torchdiffeq.reserve_host_names()
 _plugins.load_builtin()
 _plugins.on_change(_torchdiffeq.follow_registry)
-_torchdiffeq.install()
+_plugins.on_change(_torchdyn.follow_registry)
+install()
 _plugins.load_entry_points()

@@ -68,7 +68,8 @@ def _yes(value: bool) -> str:  # noqa: FBT001 - the value is what is shown
 
 def _describe(path: str) -> str:
     """Return what a saved solver's file says, one fact a line; needs no net's class."""
-    tensors, metadata = _files.read(path, "hypersolver")
+    kind = str(_files.read_metadata(path)["kind"])
+    tensors, metadata = _files.read(path, kind if kind == "bns" else "hypersolver")
     with damage_reported(path):
         facts = _facts(tensors, metadata)
     width = max(map(len, facts))
@@ -80,16 +81,19 @@ def _describe(path: str) -> str:
 
 
 def _facts(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[str, str]:
-    method = _registry.method_of(metadata["base"])
-    alpha, steps, net = metadata["alpha"], metadata["steps"], dict(metadata["hypernet"])
+    is_bespoke = metadata["base"] == "bns"
+    method = _registry.find("bns") if is_bespoke else _registry.method_of(metadata["base"])
+    alpha, steps, net = metadata["alpha"], metadata["steps"], dict(metadata["hypernet"] or {})
     low, high = steps if isinstance(steps, list) else (steps, steps)
     weights = sum(tensor.numel() for tensor in tensors.values())
-    kind = net.pop("kind")
+    kind = net.pop("kind", "none")
     facts = {
         "base": metadata["base"] + ("" if alpha is None else f", alpha {alpha:g}"),
         "method": f"{method.name}, order {method.order}, calls per step {method.calls_per_step}",
         "steps": "as the caller's time grid" if low is None else _range(low, high),
-        "hypernet": f"{kind}: " + ", ".join(f"{key} {value}" for key, value in net.items()),
+        "hypernet": f"{kind}: {', '.join(f'{key} {value}' for key, value in net.items())}"
+        if net
+        else kind,
         "weights": f"{weights:,} numbers in {len(tensors)} tensors",
     }
     if metadata["domain"] is not None:

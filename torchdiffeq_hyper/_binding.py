@@ -42,7 +42,7 @@ def attach(func: VectorField, solver: FittedT) -> FittedT:
     ``func`` itself is not changed: its parameters, state_dict, mode, copies and pickles
     know nothing of the solver. One solver a method string; a new one replaces the old.
     A bound method stands for its instance, so ``attach(model.forward, s)`` serves
-    ``odeint(model, ...)`` too.
+    ``odeint(model, ...)`` too; torchdyn's `NeuralODE` stands for the field that it solves.
 
     Args:
         func: any callable, hashable or not. Kept alive only if it allows no weak reference.
@@ -164,7 +164,11 @@ def check_fitted(solver: FittedT) -> FittedT:
 
 
 def _owner(func: object) -> object:
-    return func.__self__ if isinstance(func, MethodType) else func
+    if isinstance(func, MethodType):
+        return func.__self__
+    # A problem of torchdyn's, such as a NeuralODE, stands for the field that it solves.
+    field = getattr(func, "vf", None)
+    return field if callable(field) and callable(getattr(func, "odeint", None)) else func
 
 
 def _unwrap(func: object) -> Iterator[object]:

@@ -47,6 +47,26 @@ class FitDomain:
             1 + slack
         )
 
+    def outside(self, dt: Tensor, sign: int = 1) -> dict[str, str]:
+        """Return what to warn of for step sizes ``sign * dt``: texts by "direction" or "dt"."""
+        try:
+            sizes = [sign * size for size in dt.tolist()]
+        except RuntimeError:  # no values to look at: vmap, fake and meta tensors
+            return {}
+        texts: dict[str, str] = {}
+        for size in (min(sizes), max(sizes)):
+            if self.covers(size):
+                continue
+            fitted = " and ".join("forward" if sign > 0 else "reverse" for sign in self.directions)
+            kind = "dt" if (1 if size >= 0 else -1) in self.directions else "direction"
+            texts.setdefault(
+                kind,
+                f"dt = {size:.4g} is outside what this solver was fitted for: {fitted}, |dt| from "
+                f"{self.dt_min:.4g} to {self.dt_max:.4g}. The solve goes on; measure it with "
+                "tdh.evaluate, or fit with direction='both' or steps=(low, high).",
+            )
+        return texts
+
     def corrected_part(self, y0: State) -> int | None:
         """Return which part of a tuple state a tensor-fitted solver corrects.
 

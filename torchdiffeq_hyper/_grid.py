@@ -48,6 +48,14 @@ def equal_steps(t: Tensor, n_steps: int | None) -> Tensor:
     return torch.lerp(start, end, torch.linspace(0, 1, n_steps + 1, dtype=t.dtype, device=t.device))
 
 
+def step_sizes(grid: Tensor, *, are_equal: bool) -> Tensor:
+    """Return the differences of a grid's times, (n - 1,)."""
+    if are_equal and torch.compiler.is_compiling():
+        # Equal to the last digit too, so that one fused kernel serves all steps.
+        return ((grid[-1] - grid[0]) / (len(grid) - 1)).expand(len(grid) - 1)
+    return grid[1:] - grid[:-1]
+
+
 def check_times(t: Tensor, y: Tensor) -> Tensor:
     """Return ``t`` on the device of ``y``, after checking that it is a list of times.
 

@@ -31,13 +31,9 @@ class StateLayout:
             StateTypeError: not a tensor or a tuple of tensors, or of integers.
         """
         if isinstance(y, Tensor):
-            layout = cls(None)
-            parts: Sequence[object] = (y,)
-        elif isinstance(y, tuple):
-            layout = cls(tuple(tuple(part.shape) for part in y if isinstance(part, Tensor)))
-            parts = y
-        else:
-            parts = ()
+            check_dtype(y.dtype)
+            return _TENSOR
+        parts: Sequence[object] = y if isinstance(y, tuple) else ()
         if not parts or not all(isinstance(part, Tensor) for part in parts):
             raise StateTypeError(
                 explain(
@@ -46,10 +42,12 @@ class StateLayout:
                     "y0 = torch.as_tensor(y0)" if not isinstance(y, list) else "y0 = tuple(y0)",
                 )
             )
+        shapes = []
         for part in parts:
             assert isinstance(part, Tensor)
             check_dtype(part.dtype)
-        return layout
+            shapes.append(tuple(part.shape))
+        return cls(tuple(shapes))
 
     def split(self, flat: Tensor) -> State:
         """Return the state lying in ``flat``; leading dimensions stay in front."""
@@ -73,6 +71,9 @@ class StateLayout:
         assert self.shapes is not None
         start = sum(prod(shape) for shape in self.shapes[:part])
         return start, start + prod(self.shapes[part])
+
+
+_TENSOR = StateLayout(None)
 
 
 def check_dtype(dtype: torch.dtype) -> None:

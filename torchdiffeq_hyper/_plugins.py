@@ -47,15 +47,15 @@ def register_plugin(plugin: object, name: str | None = None) -> None:
         >>> tdh.unregister_plugin("my-plugin")
     """
     owner = name or str(getattr(plugin, "__name__", type(plugin).__name__))
-    _notify()  # a host may have got methods of its own meanwhile
+    notify()  # a host may have got methods of its own meanwhile
     try:
         with _registry.rollback_on_error():
             _collect(plugin, owner)
-            _notify()
+            notify()
     except BaseException:
         if _manager.get_plugin(owner) is plugin:
             _manager.unregister(plugin)
-        _notify()
+        notify()
         raise
 
 
@@ -77,7 +77,7 @@ def unregister_plugin(name: str) -> None:
     for method in _registry.methods().values():
         if method.owner == name:
             _registry.remove(method.name)
-    _notify()
+    notify()
 
 
 def _collect(plugin: object, owner: str) -> None:
@@ -150,15 +150,13 @@ def load_entry_points() -> None:
     """Register installed plugins; one that breaks or clashes is warned about and skipped."""
     for entry_point in metadata.entry_points(group=hookspecs.PROJECT):
         try:
-            with _registry.rollback_on_error():
-                _collect(entry_point.load(), entry_point.name)
+            register_plugin(entry_point.load(), entry_point.name)
         except Exception as error:  # noqa: BLE001 - a plugin may raise anything
             warnings.warn(
                 f"the plugin {entry_point.name!r} ({entry_point.value}) is skipped: {error}",
                 PluginWarning,
                 stacklevel=2,
             )
-    _notify()
 
 
 _listeners: list[Callable[[], None]] = []
@@ -169,6 +167,7 @@ def on_change(listener: Callable[[], None]) -> None:
     _listeners.append(listener)
 
 
-def _notify() -> None:
+def notify() -> None:
+    """Tell all listeners that methods have come or gone."""
     for listener in _listeners:
         listener()

@@ -68,6 +68,14 @@ class FitDivergedError(HyperError, ArithmeticError):
     """A fit turned non-finite; the text names the iteration."""
 
 
+class RankError(HyperError, RuntimeError):
+    """Another process of a distributed fit failed, or went another way."""
+
+
+class ExportError(HyperError, RuntimeError):
+    """A solve does what `torch.export` cannot write down."""
+
+
 class FileFormatError(HyperError, ValueError):
     """A file is truncated, of another kind, or of a newer format."""
 
@@ -98,6 +106,10 @@ class OutsideFitWarning(HyperWarning):
 
 class AdjointWarning(HyperWarning):
     """A hypernet that requires gradients is used through `odeint_adjoint`."""
+
+
+class HostWarning(HyperWarning):
+    """The host itself goes wrong here, whatever the solver; the text says where and how."""
 
 
 class OneCandidateWarning(HyperWarning):

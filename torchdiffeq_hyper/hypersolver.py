@@ -10,21 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper import _registry
+from torchdiffeq_hyper._checks import check_hypernet
 from torchdiffeq_hyper._domain import FitDomain
-from torchdiffeq_hyper._files import read_hypersolver, write_hypersolver
-from torchdiffeq_hyper._grid import Steps, check_steps, check_times, equal_steps
+from torchdiffeq_hyper._export import export_solve
+from torchdiffeq_hyper._files import read_hypersolver, read_metadata, write_hypersolver
+from torchdiffeq_hyper._finite import is_finite, raise_non_finite
+from torchdiffeq_hyper._grid import Steps, check_steps, check_times, equal_steps, step_sizes
 from torchdiffeq_hyper._layout import StateLayout, is_half
 from torchdiffeq_hyper._report import FitReport
-from torchdiffeq_hyper._stepping import (
-    Correction,
-    Step,
-    check_derivative,
-    is_finite,
-    raise_non_finite,
-)
+from torchdiffeq_hyper._stepping import Correction, Step, integrate, stage_call
 from torchdiffeq_hyper._types import Hypernet, State, VectorField
-from torchdiffeq_hyper.errors import OutsideFitWarning, StateTypeError, explain
-from torchdiffeq_hyper.tableaus import Edge, StageCall, Tableau
+from torchdiffeq_hyper.errors import OutsideFitWarning
+from torchdiffeq_hyper.tableaus import Tableau
+
+_owner_of: dict[str, type[HyperSolver]] = {}
 
 
 class HyperSolver(nn.Module):
@@ -50,8 +49,7 @@ class HyperSolver(nn.Module):
         StateTypeError: ``hypernet`` is not callable.
 
     Example:
-        >>> import torch
-        >>> import torchdiffeq_hyper as tdh
+        >>> import torch, torchdiffeq_hyper as tdh
         >>> solver = tdh.HyperSolver("euler", lambda step: step.y / 2, steps=10)
         >>> y = solver.solve(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]))
         >>> y[-1]
@@ -70,19 +68,18 @@ class HyperSolver(nn.Module):
     ) -> None:
         super().__init__()
         self.tableau: Tableau = _registry.find_tableau(base, alpha)
-        if not callable(hypernet):
-            raise StateTypeError(
-                explain(
-                    f"hypernet is a {type(hypernet).__name__}.",
-                    "a callable g(step) -> correction like step.y.",
-                    "hypernet=tdh.ConcatHypernet(net)",
-                )
-            )
+        check_hypernet(hypernet)
         self.hypernet = hypernet
         self.steps = check_steps(steps)
         self.domain = domain
         self.report = report
         self._warned: set[str] = set()
+
+    def __init_subclass__(cls, *, kind: str | None = None, **kwargs: Any) -> None:
+        """Let `load` hand files of a kind of their own to the subclass that writes them."""
+        super().__init_subclass__(**kwargs)
+        if kind is not None:
+            _owner_of[kind] = cls
 
     @property
     def base(self) -> str:
@@ -113,15 +110,15 @@ class HyperSolver(nn.Module):
 
         Gives the numbers of ``odeint(func, y0, t, method=self.method)``. With two points
         in ``t`` it takes ``steps`` equal steps, with more it takes one step between
-        consecutive points. It never branches on the values of ``t``, so it compiles to
-        one graph and exports.
+        consecutive points. It never branches on values, so that
+        ``torch.compile(solver.solve, fullgraph=True)`` makes one graph of it; without
+        gradients, two points keep no state between.
 
         Args:
             func: called as ``func(t, y)`` with a 0-d ``t``; returns a state like ``y``.
             y0: tensor of any shape, or tuple of tensors. Half precision is integrated
                 in float32 and cast for each call.
-            t: 1-D floating tensor, increasing or decreasing; its first entry belongs
-                to ``y0``.
+            t: 1-D floating tensor, increasing or decreasing, from the time of ``y0`` on.
 
         Returns:
             The state at every point of ``t``: like ``y0`` with ``len(t)`` in front.
@@ -132,8 +129,7 @@ class HyperSolver(nn.Module):
             NonFiniteError: the solve ended in inf or nan.
 
         Example:
-            >>> import torch
-            >>> import torchdiffeq_hyper as tdh
+            >>> import torch, torchdiffeq_hyper as tdh
             >>> solver = tdh.HyperSolver("heun", lambda step: -step.y / 6, steps=4)
             >>> solver.solve(lambda t, y: -y, torch.ones(2), torch.tensor([0.0, 1.0])).shape
             torch.Size([2, 2])
@@ -142,26 +138,20 @@ class HyperSolver(nn.Module):
         flat = layout.join(y0)
         dtype = flat.dtype
         grid = equal_steps(check_times(t, flat), self.n_steps)
-        n_points, n_grid = t.shape[0], grid.shape[0]
-        if flat.numel() == 0 or n_grid == 1:
+        n_points = len(t)
+        if flat.numel() == 0 or len(grid) == 1:
             return layout.split(flat.unsqueeze(0).expand(n_points, *flat.shape).clone())
         if is_half(dtype):
             flat, grid = flat.float(), grid.to(torch.promote_types(grid.dtype, torch.float32))
-        part = self.domain.corrected_part(y0) if self.domain is not None else None
+        part = None if self.domain is None else self.domain.corrected_part(y0)
         correction = Correction(self.hypernet, self.tableau.order, layout, flat, part=part)
-        step = Step(self.tableau, _stage_call(func, layout, dtype), correction)
-        sizes = grid.diff()
+        step = Step(self.tableau, stage_call(func, layout, dtype), correction)
+        sizes = step_sizes(grid, are_equal=n_points == 2)
         self.warn_outside_fit(sizes)
-        times, powers = grid.unbind(), correction.power(sizes).unbind()
-        y, kept = flat, [flat]
-        for i, dt in enumerate(sizes.unbind()):
-            y = y + step.increment(times[i], dt, times[i + 1], y, powers[i])[0]
-            if n_points > 2:
-                kept.append(y)
-        if not is_finite(y):
-            raise_non_finite(step, zip(times[:-1], times[1:], strict=True), flat)
-        solution = torch.stack(kept if n_points > 2 else [flat, y])
-        return layout.split(solution.to(dtype))
+        states = integrate(step, grid, sizes, flat, ends_only=n_points == 2)
+        if not is_finite(states[-1]):
+            raise_non_finite(step, zip(grid[:-1], grid[1:], strict=True), flat)
+        return layout.split(torch.stack(states).to(dtype))
 
     def warn_outside_fit(self, dt: Tensor, sign: int = 1) -> None:
         """Warn, once a kind, when signed step sizes lie outside the fit.
@@ -172,23 +162,10 @@ class HyperSolver(nn.Module):
         """
         if self.domain is None or torch.compiler.is_compiling() or len(self._warned) == 2:
             return
-        try:
-            sizes = [sign * size for size in torch.stack(dt.detach().aminmax()).tolist()]
-        except RuntimeError:  # no values to look at: vmap, fake and meta tensors
-            return
-        for size in sizes:
-            kind = "direction" if (1 if size >= 0 else -1) not in self.domain.directions else "dt"
-            if kind in self._warned or self.domain.covers(size):
-                continue
-            self._warned.add(kind)
-            fitted = " and ".join("forward" if s > 0 else "reverse" for s in self.domain.directions)
-            warnings.warn(
-                f"dt = {size:.4g} is outside what this solver was fitted for: {fitted}, |dt| from "
-                f"{self.domain.dt_min:.4g} to {self.domain.dt_max:.4g}. The solve goes on; measure "
-                "it with tdh.evaluate, or fit with direction='both' or steps=(low, high).",
-                OutsideFitWarning,
-                stacklevel=4,
-            )
+        for kind, text in self.domain.outside(dt, sign).items():
+            if kind not in self._warned:
+                self._warned.add(kind)
+                warnings.warn(text, OutsideFitWarning, stacklevel=4)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the solver to one safetensors file; an old one stays until it is complete.
@@ -197,6 +174,46 @@ class HyperSolver(nn.Module):
             StateTypeError, FileWriteError: a plain function as net; nothing could be written.
         """
         write_hypersolver(path, self)
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        func: VectorField,
+        y0: State,
+        t: Tensor,
+        *,
+        dynamic_batch: bool = True,
+    ) -> None:
+        """Write ``solve`` with func and weights to one file that runs without this package.
+
+        ``torch.export.load(path).module()(y0, t)`` gives the numbers of ``solve(func, y0, t)``
+        for every start and time of the shapes exported, in either direction, without its
+        warnings and its check for inf and nan. func and net stay in the mode (train, eval)
+        they are in; every step is written out.
+
+        Args:
+            path: the file, by custom ``*.pt2``; an old one stays until it is complete.
+            func: called as ``func(t, y)``, of tensor operations alone.
+            y0: example of a state, for shapes, dtype and device.
+            t: example of times, for their number and dtype.
+            dynamic_batch: take any size of dim 0; of a tuple, in all parts that have the
+                first one's size there.
+
+        Raises:
+            ExportError: func or g branches on values, or fixes the batch size.
+            FileWriteError: the file cannot be written.
+
+        Example:
+            >>> import tempfile, torch, torchdiffeq_hyper as tdh
+            >>> solver = tdh.HyperSolver("euler", lambda step: step.y / 2, steps=2)
+            >>> t = torch.tensor([0.0, 1.0])
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     solver.export(f"{folder}/decay.pt2", lambda t, y: -y, torch.ones(3, 1), t)
+            ...     solve = torch.export.load(f"{folder}/decay.pt2").module()
+            >>> solve(torch.ones(8, 1), t).shape
+            torch.Size([2, 8, 1])
+        """
+        export_solve(path, self.solve, (func, self), (y0, t), dynamic_batch=dynamic_batch)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], hypernet: nn.Module | None = None) -> HyperSolver:
@@ -213,6 +230,9 @@ class HyperSolver(nn.Module):
             FileNotFoundError, FileFormatError: no file; truncated, other kind, newer format.
             BaseMismatchError, StateShapeError, StateTypeError: the instance is another net.
         """
+        owner = _owner_of.get(str(read_metadata(path)["kind"]))
+        if cls is HyperSolver and owner is not None:
+            return owner.load(path, hypernet)
         arguments, net, weights = read_hypersolver(path, hypernet)
         solver = cls(hypernet=net, **arguments)
         net.load_state_dict(weights, assign=hypernet is None)
@@ -229,22 +249,3 @@ class HyperSolver(nn.Module):
         base, alpha = state.pop("tableau")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.tableau = _registry.find_tableau(base, alpha)
-
-
-def _stage_call(func: VectorField, layout: StateLayout, dtype: torch.dtype) -> StageCall:
-    """Return func on the flat state; called in ``dtype``, answered in the state's."""
-    t_dtype = dtype.to_real() if dtype.is_complex else dtype
-    # Half-precision states are stepped in float32; func still sees its own dtype.
-    is_stepped_in_float32 = is_half(dtype)
-
-    def call(t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
-        if t.dtype != t_dtype:
-            t = t.to(t_dtype)
-        if layout.shapes is None and not is_stepped_in_float32:
-            k: Tensor = func(t, y)
-        else:
-            k = layout.join(func(t, layout.split(y.to(dtype))))
-        check_derivative(k, y)
-        return k.to(y.dtype) if is_half(k.dtype) else k  # under autocast too
-
-    return call

@@ -50,7 +50,15 @@ def write(
         for name, tensor in tensors.items()
     }
     header = {"format_version": FORMAT_VERSION, "kind": kind, **metadata}
-    data = to_bytes(copies, {_KEY: json.dumps(header)})
+    write_bytes(path, to_bytes(copies, {_KEY: json.dumps(header)}))
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write ``data`` to ``path``, replacing what is there in one step or not at all.
+
+    Raises:
+        FileWriteError: the file cannot be written; nothing half-written is left.
+    """
     try:
         _replace(Path(os.path.realpath(path)), data)
     except OSError as error:

@@ -95,7 +95,8 @@ class Dise(Analysed):
         touched. `report` tells what was gained, on held-out samples.
 
         Args:
-            func: the vector field.
+            func: the vector field; or a torchdyn `NeuralODE`, whose field is taken with its
+                data control.
             y0: starts like those that the selector will meet, at least two.
             t: the times that it will meet.
             cost: a `ClassificationCost` or a `RegressionCost` for these samples.

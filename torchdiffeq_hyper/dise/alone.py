@@ -78,7 +78,7 @@ class Alone:
         func, y0, rtol, atol = self.func, self.y0, self.rtol, self.atol
         known = _CONTROLS - ({"time"} if candidate.method == "dopri5" else set())
         try:
-            if candidate.follows_grid:
+            if candidate.follows_grid or candidate.solver is not None:
                 field = GroupField(func, y0, None)
                 solution = solve_group(candidate, field, self.t, rtol=rtol, atol=atol)
                 nfe = torch.full((count(y0),), field.calls, device=parts_of(y0)[0].device)

@@ -148,6 +148,8 @@ class Candidate:
         elif not self.follows_grid:
             problem = f'"{self.method}" chooses its own steps, and steps is {steps}.'
             fix = f'tdh.Candidate("{self.method}", rtol=1e-3, atol=1e-3)'
+            if self.solver is not None:
+                fix = "tdh.Candidate(solver)"
         elif taken:
             problem = f"both steps and the option {taken.pop()!r} are given."
             fix = f'tdh.Candidate("{self.method}", steps={steps})'
@@ -160,6 +162,7 @@ class Candidate:
     def _check_tolerances(self) -> None:
         entry = _registry.methods().get(self.method)
         ignores = self.method in _EXPLICIT or (entry is not None and entry.is_learned)
+        ignores |= self.solver is not None
         for name in ("rtol", "atol"):
             value = getattr(self, name)
             if value is None:
@@ -170,6 +173,8 @@ class Candidate:
             elif ignores:
                 problem = f'"{self.method}" has no error estimate to hold against {name}.'
                 fix = f'tdh.Candidate("{self.method}", steps=4)'
+                if self.solver is not None:
+                    fix = "tdh.Candidate(solver)"
             else:
                 continue
             raise OptionError(

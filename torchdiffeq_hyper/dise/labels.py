@@ -18,6 +18,7 @@ from torchdiffeq_hyper.dise.costs import Cost
 from torchdiffeq_hyper.dise.samples import are_finite, count, parts_of
 from torchdiffeq_hyper.errors import OptionError, explain
 from torchdiffeq_hyper.fitting.guard import left_as_found
+from torchdiffeq_hyper.fitting.neural_ode import attributes_kept, given, vector_field
 
 
 @dataclass(frozen=True)
@@ -123,16 +124,18 @@ def collect(
     cost.check(batch)
     t = check_times(t, parts_of(y0)[0])
     index = torch.arange(batch, device=t.device)
+    field = given(vector_field(func), y0)
     columns = []
     total = batch * len(candidates)
     with (
         left_as_found(func),
+        attributes_kept(field),
         left_as_found(getattr(cost, "predict", None) or getattr(cost, "error", None)),
         torch.no_grad(),
         tqdm(total=total, disable=not progress, unit="solve", desc="solving alone") as bar,
     ):
-        check_independence(func, y0, t[0])
-        alone = Alone(func, y0, t, rtol, atol, bar)
+        check_independence(field, y0, t[0])
+        alone = Alone(field, y0, t, rtol, atol, bar)
         for candidate in candidates:
             solution, nfe = alone.solve(candidate)
             is_right, weight = cost.judge(solution, index)

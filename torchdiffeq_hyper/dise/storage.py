@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper import _files
+from torchdiffeq_hyper.bespoke import BespokeSolver
 from torchdiffeq_hyper.dise.candidates import Candidate
 from torchdiffeq_hyper.dise.report import DiseReport
 from torchdiffeq_hyper.dise.selectors import ReadySelector, from_architecture
@@ -104,7 +105,10 @@ def _describe(candidate: Candidate, position: int) -> tuple[dict[str, Any], dict
         ) from error
     if candidate.solver is None:
         return {"method": candidate.method, **settings}, {}
-    tensors, solver = _files.describe_hypersolver(candidate.solver)
+    if isinstance(candidate.solver, BespokeSolver):
+        tensors, solver = _files.describe_bespoke(candidate.solver)
+    else:
+        tensors, solver = _files.describe_hypersolver(candidate.solver)
     return {"method": candidate.method, **settings, "solver": solver}, tensors
 
 
@@ -120,7 +124,8 @@ def _rebuild(
         described = settings.get("solver")
         if described is None:
             return Candidate(str(settings["method"]), **given)
-        kind = described["hypernet"]["kind"]
+        net_described = described["hypernet"]
+        kind = "none" if net_described is None else net_described["kind"]
     if kind == "custom" and hypernet is None:
         raise FileFormatError(
             explain(
@@ -131,10 +136,18 @@ def _rebuild(
             )
         )
     weights = _under(f"candidates.{position}", tensors)
-    arguments, net = _files.rebuild_hypersolver(described, weights, hypernet, path)
-    with _files.damage_reported(path):
-        solver = HyperSolver(hypernet=net, **arguments)
-    net.load_state_dict(weights, assign=hypernet is None)
+    solver: HyperSolver
+    net: nn.Module | None
+    if described["base"] == "bns":
+        arguments, net, weights = _files.rebuild_bespoke(described, weights, hypernet, path)
+        with _files.damage_reported(path):
+            solver = BespokeSolver(hypernet=net, **arguments)
+    else:
+        arguments, net = _files.rebuild_hypersolver(described, weights, hypernet, path)
+        with _files.damage_reported(path):
+            solver = HyperSolver(hypernet=net, **arguments)
+    if net is not None:
+        net.load_state_dict(weights, assign=hypernet is None)
     return Candidate(solver, **given)
 
 

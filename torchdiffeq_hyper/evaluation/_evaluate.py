@@ -26,6 +26,7 @@ from torchdiffeq_hyper.evaluation._problem import Problem, unless_broken
 from torchdiffeq_hyper.evaluation._row import EvaluationRow
 from torchdiffeq_hyper.evaluation._table import EvaluationTable
 from torchdiffeq_hyper.evaluation._trials import Trial, expand
+from torchdiffeq_hyper.fitting.neural_ode import attributes_kept, check_call, given, vector_field
 from torchdiffeq_hyper.hypersolver import HyperSolver
 
 Metric: TypeAlias = Callable[[Any], Any]
@@ -62,7 +63,7 @@ def evaluate(
     A method that breaks off or ends in inf or nan gets a row with infinite errors.
 
     Args:
-        func: called as ``func(t, y)``.
+        func: called as ``func(t, y)``; or a torchdyn `NeuralODE`, whose field is taken.
         y0: tensor, or tuple of tensors; dimension 0 of each is the batch.
         t_span: start and end; the end may be the earlier one (reverse time).
         methods: names of torchdiffeq's, registered or published methods, and
@@ -102,7 +103,8 @@ def evaluate(
         >>> [(row.method, row.setting) for row in table.rows]
         [('euler', '10'), ('dopri5', 'tol 0.001'), ('hypereuler', '10')]
     """
-    problem = Problem.of(func, y0, t_span)
+    field = given(check_call(vector_field(func)), y0)
+    problem = Problem.of(field, y0, t_span)
     trials = expand(methods, steps, tolerances)
     _check_repeats(repeats)
     rtol = problem.default_tolerance if rtol is None else rtol
@@ -111,11 +113,12 @@ def evaluate(
         torch.no_grad(),
         warnings.catch_warnings(),
         buffers_kept([func, *(trial.solver for trial in trials)]),
+        attributes_kept(field),
         tqdm(total=1 + len(trials) * (2 + repeats), disable=not progress, unit="solve") as bar,
     ):
         warnings.simplefilter("ignore", OutsideFitWarning)
         bar.set_description("reference")
-        reference = replace(problem, func=Counted(func)).reference(rtol, atol)
+        reference = replace(problem, func=Counted(field)).reference(rtol, atol)
         bar.update()
         rows = [_measured(trial, problem, reference, metric, bar) for trial in trials]
         rows = _timed(rows, trials, problem, repeats, bar)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -16,14 +14,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from torchdiffeq_hyper._stepping import check_derivative
+from torchdiffeq_hyper._checks import check_derivative
+from torchdiffeq_hyper._flops import FlopCounter
+from torchdiffeq_hyper._timing import median_seconds
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.errors import StateTypeError, explain
 from torchdiffeq_hyper.evaluation._problem import Problem, parts
-
-_TURN_SECONDS = 0.02
 
 
 class Counted:
@@ -44,7 +41,7 @@ class Counted:
         """Return ``func(t, y)``, checked to be like ``y``."""
         self.calls += 1
         if self._counts_flops:
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounter() as counter:
                 k: State = self.base_func(t, y)
             self.flops += counter.get_total_flops()
         else:
@@ -79,7 +76,7 @@ def count_macs(
     """
     counted = Counted(problem.func, counts_flops=True)
     # The counter makes every operation slow, and adaptive solvers have many of their own.
-    with FlopCounterMode(display=False) if has_hypernet else nullcontext() as counter:
+    with FlopCounter() if has_hypernet else nullcontext() as counter:
         solve(replace(problem, func=counted))
     outside = 0 if counter is None else counter.get_total_flops() - counted.flops
     return counted.flops / 2, outside / 2
@@ -97,26 +94,8 @@ def time_in_turn(
     solve is run many times within its turn, so that what ran before it does not count.
     ``tick`` is called after each turn, outside the measured time.
     """
-    times: list[list[float]] = [[] for _ in solves]
-    for _ in range(repeats):
-        for solve, seconds in zip(solves, times, strict=True):
-            seconds.append(_time_turn(partial(solve, problem), problem.t.device))
-            tick()
-    return [1000 * statistics.median(seconds) for seconds in times]
-
-
-def _time_turn(solve: Callable[[], State], device: torch.device) -> float:
-    _synchronize(device)
-    runs, elapsed, start = 0, 0.0, time.perf_counter()
-    while elapsed < _TURN_SECONDS:
-        solve()
-        _synchronize(device)
-        runs, elapsed = runs + 1, time.perf_counter() - start
-    return elapsed / runs
-
-
-def _synchronize(device: torch.device) -> None:
-    getattr(torch, device.type).synchronize()
+    runs = [partial(solve, problem) for solve in solves]
+    return [1000 * each for each in median_seconds(runs, problem.t.device, repeats, tick)]
 
 
 class Errors(NamedTuple):

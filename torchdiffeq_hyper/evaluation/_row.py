@@ -48,5 +48,7 @@ class EvaluationRow:
 
     @property
     def setting(self) -> str:
-        """The number of steps, or the tolerance, as text."""
+        """The number of steps, or the tolerance, as text; "own" where the fit has chosen."""
+        if self.steps is None and self.tolerance is None:
+            return "own"
         return str(self.steps) if self.steps is not None else f"tol {self.tolerance:g}"

@@ -12,6 +12,7 @@ from torchdiffeq import odeint
 from torchdiffeq_hyper import _registry
 from torchdiffeq_hyper._grid import check_steps, equal_steps
 from torchdiffeq_hyper._types import State
+from torchdiffeq_hyper.bespoke import BespokeSolver
 from torchdiffeq_hyper.errors import (
     OptionError,
     StateTypeError,
@@ -31,9 +32,9 @@ class Trial:
         label: how tables call the method.
         method: how the host calls it.
         follows_grid: whether it takes ``steps``, else a ``tolerance``.
-        is_learned: whether it corrects a base with a hypernet.
+        is_learned: whether it is a fitted `HyperSolver`.
         solver: the fitted solver behind it, where it is known here.
-        steps: equal steps to take.
+        steps: equal steps to take; for "bns" its calls of func, where known.
         tolerance: rtol = atol.
     """
 
@@ -49,7 +50,7 @@ class Trial:
         """Return the state at the end of the problem's span."""
         options: dict[str, object] = {}
         tolerances: dict[str, float] = {}
-        if self.steps is not None:
+        if self.steps is not None and self.follows_grid:
             # Not step_size: the host rounds the number of steps up, often to one too many.
             options["grid_constructor"] = lambda func, y0, t: equal_steps(t, self.steps)
         if self.tolerance is not None:
@@ -90,6 +91,8 @@ def expand(
         first = replace(first, label=label)
         if first.follows_grid:
             trials += [replace(first, steps=n) for n in counts or [_own_steps(first)]]
+        elif first.is_learned:  # all its steps belong to the fit
+            trials.append(first)
         else:
             trials += [replace(first, tolerance=limit) for limit in limits]
     return trials
@@ -97,6 +100,15 @@ def expand(
 
 def _first_trial(method: str | HyperSolver) -> Trial:
     """Return a trial of a method, its settings still to be filled in."""
+    if isinstance(method, BespokeSolver):
+        return Trial(
+            label=method.method,
+            method=method.method,
+            follows_grid=False,
+            is_learned=True,
+            solver=method,
+            steps=method.n_steps,
+        )
     if isinstance(method, HyperSolver):
         alpha = "" if method.alpha is None else f" (alpha {method.alpha:.3g})"
         return Trial(
@@ -119,6 +131,8 @@ def _first_trial(method: str | HyperSolver) -> Trial:
         if isinstance(entry.fitted, HyperSolver):
             return replace(_first_trial(entry.fitted), label=method)
         follows_grid, is_learned = entry.follows_grid, entry.is_learned
+        if isinstance(entry.solver, _registry.WholeSolve):
+            is_learned = issubclass(entry.solver.kind, HyperSolver)
     else:
         follows_grid, is_learned = _host_follows_grid(method), False
     return Trial(label=method, method=method, follows_grid=follows_grid, is_learned=is_learned)

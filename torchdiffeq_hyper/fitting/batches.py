@@ -36,7 +36,7 @@ class Batches:
         self._most: int | None = None
         generator = torch.Generator().manual_seed(config.seed)
         if isinstance(y0, Tensor | tuple):
-            state = _checked(y0)
+            state = checked_batch(y0)
             rest, held = _split(state, config, generator)
             self._source: Iterator[object] = _chunks(state, rest, config.batch_size)
             self._pulled = [_first(self._source)]
@@ -63,12 +63,18 @@ class Batches:
             batch = next(self._source, None)
             if batch is None:
                 return number % len(self._pulled)
-            self._pulled.append(_like(_checked(batch), self._pulled[0]))
+            self._pulled.append(_like(checked_batch(batch), self._pulled[0]))
         return number
 
 
-def _checked(batch: object) -> State:
-    """Return a batch as a detached state, after checking that it is one."""
+def checked_batch(batch: object) -> State:
+    """Return a batch as a detached state, after checking that it is one.
+
+    Raises:
+        OptionError: it is empty.
+        StateTypeError: it is not a real floating-point state.
+        StateShapeError: parts of a tuple state differ in their number of samples.
+    """
     state = _unwrapped(batch)
     layout = StateLayout.of(state)  # refuses what is not a state
     parts = state if isinstance(state, tuple) else (state,)
@@ -135,7 +141,7 @@ def _iterate(y0: object) -> Iterator[object]:
 
 def _first(source: Iterator[object]) -> State:
     for batch in source:
-        return _checked(batch)
+        return checked_batch(batch)
     raise OptionError(
         explain("y0 yields no batch.", "at least one batch.", "y0 = [torch.randn(256, 2)]")
     )
@@ -143,8 +149,19 @@ def _first(source: Iterator[object]) -> State:
 
 def _like(batch: State, first: State) -> State:
     """Return a batch on the device and in the dtype of the first one."""
-    parts, models = _parts(batch), _parts(first)
-    shapes, expected = ([tuple(p.shape[1:]) for p in ps] for ps in (parts, models))
+    check_like(batch, first)
+    pairs = zip(parts_of(batch), parts_of(first), strict=True)
+    moved = tuple(part.to(model) for part, model in pairs)
+    return moved if isinstance(batch, tuple) else moved[0]
+
+
+def check_like(batch: State, first: State) -> State:
+    """Return a batch after checking that it is built as the first one.
+
+    Raises:
+        StateShapeError: it has other trailing shapes.
+    """
+    shapes, expected = ([tuple(p.shape[1:]) for p in parts_of(s)] for s in (batch, first))
     if shapes != expected or isinstance(batch, tuple) != isinstance(first, tuple):
         raise StateShapeError(
             explain(
@@ -153,8 +170,7 @@ def _like(batch: State, first: State) -> State:
                 "batches that differ in their number of samples only",
             )
         )
-    moved = tuple(part.to(model) for part, model in zip(parts, models, strict=True))
-    return moved if isinstance(batch, tuple) else moved[0]
+    return batch
 
 
 def _split(state: State, config: FitConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -182,14 +198,15 @@ def _chunks(state: State, positions: Tensor, size: int) -> Iterator[State]:
 
 def n_samples(state: State) -> int:
     """Return the number of samples of a state."""
-    return _parts(state)[0].shape[0]
+    return parts_of(state)[0].shape[0]
 
 
 def select(state: State, index: Tensor) -> State:
     """Return some samples of a state."""
-    parts = tuple(part[index.to(part.device)] for part in _parts(state))
+    parts = tuple(part[index.to(part.device)] for part in parts_of(state))
     return parts if isinstance(state, tuple) else parts[0]
 
 
-def _parts(state: State) -> Sequence[Tensor]:
+def parts_of(state: State) -> Sequence[Tensor]:
+    """Return the tensors of a state."""
     return state if isinstance(state, tuple) else (state,)

@@ -23,12 +23,12 @@ class Budget:
 
     def __init__(self, max_seconds: float) -> None:
         self.max_seconds = max_seconds
-        self._began = time.perf_counter()
+        self._began = self._now()
 
     @property
     def seconds(self) -> float:
         """Wall time used."""
-        return time.perf_counter() - self._began
+        return self._now() - self._began
 
     def is_over(self) -> bool:
         """Return whether all the time is used."""
@@ -47,6 +47,9 @@ class Budget:
         left = self.max_seconds - self.seconds
         share = LAST_PHASE if is_last else FIRST_PHASE
         return Pace(self, self.seconds + share * left, wanted)
+
+    def _now(self) -> float:
+        return time.perf_counter()
 
 
 class Pace:

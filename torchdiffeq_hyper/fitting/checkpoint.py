@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ class FitState:
         phase: number of the current phase.
         phase_start: iterations done before it.
         iteration: iterations done.
-        since_best: validations since the best one.
+        phase_best: smallest held-out error of the current phase.
+        since_best: validations since that one.
+        landing: iterations after which the current phase ends, once it has stopped gaining.
         planned: iterations planned for each phase begun so far.
         history: the validations.
         noise: noise floor.
@@ -39,6 +42,7 @@ class FitState:
         seconds: wall time used.
         stopped: why the last phase ended, "" before.
         report: the finished fit's report, None while it runs.
+        choice: the net that was chosen ("architecture") and why ("note"), None if it was given.
     """
 
     net: dict[str, Tensor]
@@ -52,12 +56,15 @@ class FitState:
     phase: int = 0
     phase_start: int = 0
     iteration: int = 0
+    phase_best: float = math.inf
     since_best: int = 0
+    landing: int | None = None
     planned: list[int] = field(default_factory=list)
     history: list[LossPoint] = field(default_factory=list)
     seconds: float = 0.0
     stopped: str = ""
     report: dict[str, Any] | None = None
+    choice: dict[str, Any] | None = None
 
 
 class Store:
@@ -125,16 +132,44 @@ class Store:
         return state
 
     def _check(self, path: Path, found: Mapping[str, Any]) -> None:
-        for name, wanted in self._signature.items():
-            if not _agree(found.get(name), wanted):
-                raise OptionError(
-                    explain(
-                        f"the checkpoint {str(path)!r} belongs to another fit: {name} is "
-                        f"{found.get(name)!r} there and {wanted!r} here.",
-                        "the same call as the one that was interrupted.",
-                        _remedy(path),
-                    )
+        name = _difference(found, self._signature)
+        if name is not None:
+            raise OptionError(
+                explain(
+                    f"the checkpoint {str(path)!r} belongs to another fit: {name} is "
+                    f"{found.get(name)!r} there and {self._signature[name]!r} here.",
+                    "the same call as the one that was interrupted.",
+                    _remedy(path),
                 )
+            )
+
+
+def check_same_call(signatures: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse processes that fit different things.
+
+    Args:
+        signatures: what tells a fit from others, in the order of ranks.
+
+    Raises:
+        OptionError: two differ.
+    """
+    first = signatures[0]
+    for rank, other in enumerate(signatures):
+        name = _difference(other, first)
+        if name is not None:
+            raise OptionError(
+                explain(
+                    f"process {rank} of this fit makes another call than process 0: {name} is "
+                    f"{other.get(name)!r} there and {first[name]!r} in process 0.",
+                    "the same arguments in every process, y0 among them: fit shares it out itself.",
+                    "torch.manual_seed(0)   # before y0 is drawn; and no DistributedSampler",
+                )
+            )
+
+
+def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """Return the name of the first entry of ``wanted`` that is another one in ``found``."""
+    return next((key for key, value in wanted.items() if not _agree(found.get(key), value)), None)
 
 
 def _remedy(path: Path) -> str:

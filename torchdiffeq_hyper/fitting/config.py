@@ -33,9 +33,11 @@ class FitConfig:
         method: torchdiffeq method of the reference solutions, best one that controls its error.
         validation: fraction of the samples that is held out, at most two batches of them;
             with an iterable, of the first batch.
-        patience: validations without improvement that end a phase. A phase has about 40, so
-            that the default lets it run: errors fall most while the rate is annealed.
+        patience: validations without improvement, of about 40 in a phase, after which the
+            phase lands: it anneals within a quarter of the iterations done, and ends.
         seed: seeds the split, the batches and the net's start. Global state is not touched.
+        hypernet_budget: what ``hypernet="auto"`` may cost: multiply-adds of one call, as a
+            share of func's in one step of the base.
         checkpoint: file to write the fit's state to at each validation. The same call again
             goes on from there, to bitwise the same result for tensor data (iterables are
             pulled anew); once the fit is finished, it returns the result.
@@ -60,8 +62,9 @@ class FitConfig:
     atol: float | None = None
     method: str = "dopri5"
     validation: float = 0.15
-    patience: int = 40
+    patience: int = 15
     seed: int = 0
+    hypernet_budget: float = 0.1
     checkpoint: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
@@ -70,7 +73,7 @@ class FitConfig:
             self._require(name, lambda n: _is_int(n) and n >= 1, "an int of at least 1", "100")
         for name in ("pretrain_iterations", "seed"):
             self._require(name, lambda n: _is_int(n) and n >= 0, "an int of at least 0", "0")
-        for name, example in (("max_seconds", "120.0"), ("lr", "1e-2")):
+        for name, example in (("max_seconds", "120.0"), ("lr", "1e-2"), ("hypernet_budget", "0.1")):
             self._require(name, lambda x: _is_real(x) and x > 0, "a finite number above 0", example)
         self._require(
             "weight_decay",

@@ -6,12 +6,14 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from torchdiffeq_hyper._layout import StateLayout
 from torchdiffeq_hyper._types import State, VectorField
-from torchdiffeq_hyper.fitting.batches import Batches
+from torchdiffeq_hyper.fitting.batches import Batches, n_samples, select
 from torchdiffeq_hyper.fitting.budget import Budget
-from torchdiffeq_hyper.fitting.field import Field
+from torchdiffeq_hyper.fitting.distributed import Team
+from torchdiffeq_hyper.fitting.field import Field, OutOfTimeError
 from torchdiffeq_hyper.fitting.reference import (
     Samples,
     Tolerances,
@@ -30,11 +32,15 @@ class Batch:
         layout: how a state of this batch lies flat.
         dtype: the data's dtype.
         routes: what was measured, one entry a route.
+        y0: the starts, at the first time of the span.
+        weight: share of the samples of the whole batch, of which this may be a part.
     """
 
     layout: StateLayout
     dtype: torch.dtype
     routes: tuple[Samples, ...]
+    y0: State
+    weight: float = 1.0
 
     @property
     def nbytes(self) -> int:
@@ -49,6 +55,32 @@ class Batch:
         """Return the state where a route starts, as func takes it."""
         return self.layout.split(self.routes[route].y[0].to(self.dtype))
 
+    def part_of(self, team: Team) -> Batch:
+        """Return the samples that are this process's share."""
+        if team.size == 1:
+            return self
+        index, weight = team.share(n_samples(self.y0))
+        positions = torch.arange(n_samples(self.y0))[index]
+        y0 = select(self.y0, positions)
+
+        def cut(flat: Tensor) -> Tensor:
+            state = self.layout.split(flat)
+            if isinstance(state, Tensor):
+                return state[:, index].clone()
+            return torch.cat([part[:, index].reshape(len(part), -1) for part in state], dim=1)
+
+        routes = tuple(
+            Samples(
+                times=samples.times,
+                dt=samples.dt,
+                y=cut(samples.y),
+                stages=tuple(map(cut, samples.stages)),
+                residual=cut(samples.residual),
+            )
+            for samples in self.routes
+        )
+        return Batch(StateLayout.of(y0), self.dtype, routes, y0, weight)
+
 
 class Data:
     """The training batches by number and the held-out batch, each measured once.
@@ -60,6 +92,7 @@ class Data:
         plan: times and routes.
         tolerances: of the reference solutions.
         budget: the time there is.
+        team: the processes that share the work.
 
     Attributes:
         held_out: the batch that is not fitted on.
@@ -76,6 +109,7 @@ class Data:
         plan: Plan,
         tolerances: Tolerances,
         budget: Budget,
+        team: Team,
     ) -> None:
         self._func = func
         self._batches = batches
@@ -83,17 +117,32 @@ class Data:
         self._plan = plan
         self._tolerances = tolerances
         self._budget = budget
+        self._team = team
         self._measured: dict[int, Batch] = {}
+        self._first: Batch | None = None
         self.calls = 0
         self.seconds = 0.0
         self.held_out = self._measure(batches.held_out)
 
     def __getitem__(self, number: int) -> Batch:
-        """Return a training batch."""
+        """Return this process's share of a training batch."""
         position = self._batches.position(number)
         if position not in self._measured:
-            self._measured[position] = self._measure(self._batches[position])
+            self._measure_from(position)
         return self._measured[position]
+
+    @property
+    def first(self) -> Batch:
+        """The whole first training batch, however many processes share it."""
+        if self._first is None:
+            self._measure_from(0)
+        assert self._first is not None
+        return self._first
+
+    @property
+    def n_measured(self) -> int:
+        """Number of training batches measured."""
+        return len(self._measured)
 
     @property
     def n_routes(self) -> int:
@@ -104,14 +153,51 @@ class Data:
         """Start over after ``most`` distinct training batches."""
         self._batches.limit(most)
 
+    def _measure_from(self, position: int) -> None:
+        """Measure a training batch; more processes measure the ones after it, one each.
+
+        So every reference is that of the whole batch, to the last bit, whoever solved it.
+        """
+        following = [self._batches.position(position + n) for n in range(self._team.size)]
+        new = [p for p in dict.fromkeys(following) if p not in self._measured]
+        mine = new[self._team.rank] if self._team.rank < len(new) else None
+        before = self.calls
+        batch: Batch | OutOfTimeError | None
+        try:
+            batch = None if mine is None else self._measure(self._batches[mine])
+        except OutOfTimeError as error:  # the others hear of it: all end the phase alike
+            batch = error
+        device = self.held_out.routes[0].y.device
+        gathered = self._team.gather((batch, self.calls - before), device)
+        self.calls = before + sum(calls for _, calls in gathered)
+        for found, _ in gathered:
+            if isinstance(found, OutOfTimeError):
+                raise found
+        for place, (found, _) in zip(new, gathered, strict=False):
+            assert isinstance(found, Batch)
+            if place == 0:
+                self._first = found
+            self._measured[place] = found.part_of(self._team)
+
     def _measure(self, y0: State) -> Batch:
         began = time.perf_counter()
         field = Field(self._func, y0, self._budget)
-        layout = StateLayout.of(y0)
-        solution = solve_reference(field, layout.join(y0), self._plan.times, self._tolerances)
-        routes = tuple(
-            measure_residuals(field, self._tableau, route, solution) for route in self._plan.routes
-        )
+        batch = measure_batch(field, y0, self._tableau, self._plan, self._tolerances)
         self.calls += field.calls
         self.seconds += time.perf_counter() - began
-        return Batch(layout, field.dtype, routes)
+        return batch
+
+
+def measure_batch(
+    field: Field, y0: State, tableau: Tableau, plan: Plan, tolerances: Tolerances
+) -> Batch:
+    """Return a batch of starts with their reference solution and residuals.
+
+    Raises:
+        NonFiniteError: a start or the solution is not finite.
+        OutOfTimeError: the time of ``field`` ended.
+    """
+    layout = StateLayout.of(y0)
+    solution = solve_reference(field, layout.join(y0), plan.times, tolerances)
+    routes = tuple(measure_residuals(field, tableau, route, solution) for route in plan.routes)
+    return Batch(layout, field.dtype, routes, y0)

@@ -7,11 +7,13 @@ import contextvars
 import torch
 from torch import Tensor
 
+from torchdiffeq_hyper._checks import check_derivative
+from torchdiffeq_hyper._finite import is_finite
 from torchdiffeq_hyper._layout import StateLayout, is_half
-from torchdiffeq_hyper._stepping import check_derivative, is_finite
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.errors import NoisyFieldError, NonFiniteError, OptionError, explain
 from torchdiffeq_hyper.fitting.budget import Budget
+from torchdiffeq_hyper.fitting.neural_ode import given
 from torchdiffeq_hyper.tableaus import Edge
 
 
@@ -43,7 +45,7 @@ class Field:
     """
 
     def __init__(self, func: VectorField, y0: State, budget: Budget) -> None:
-        self._func = func
+        self._func = given(func, y0)
         self._budget = budget
         self._layout = StateLayout.of(y0)
         self.dtype = self._layout.join(y0).dtype

@@ -8,16 +8,17 @@ from contextlib import ExitStack, closing
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper import _registry
 from torchdiffeq_hyper._grid import Steps
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.errors import StateTypeError, explain
+from torchdiffeq_hyper.fitting.auto import check_auto
+from torchdiffeq_hyper.fitting.bespoke import BespokeProblem, run_bespoke
 from torchdiffeq_hyper.fitting.config import FitConfig
+from torchdiffeq_hyper.fitting.distributed import Team
 from torchdiffeq_hyper.fitting.guard import left_as_found, own_random_state
-from torchdiffeq_hyper.fitting.phases import OBJECTIVES
+from torchdiffeq_hyper.fitting.neural_ode import attributes_kept, check_shareable
 from torchdiffeq_hyper.fitting.problem import Problem
 from torchdiffeq_hyper.fitting.progress import Progress
-from torchdiffeq_hyper.fitting.routes import Plan, check_choice, check_span
 from torchdiffeq_hyper.fitting.session import run
 from torchdiffeq_hyper.hypersolver import HyperSolver
 
@@ -29,7 +30,7 @@ def fit(
     *,
     base: str,
     steps: Steps,
-    hypernet: nn.Module | None = None,
+    hypernet: nn.Module | str | None = None,
     alpha: float | None = None,
     objective: str = "combined",
     direction: str = "forward",
@@ -49,22 +50,43 @@ def fit(
     solver's own roll-out, with gradients through func. A part of the samples is held out;
     the state with the smallest held-out error is returned, be it the unfitted one.
 
+    With base="bns" the weights and times of a `BespokeSolver` are fitted instead ([B]).
+    They start as the classical method that has the smallest held-out error with as many
+    calls of func, and damped Gauss-Newton steps minimise the mean of
+    :math:`|y(T) - y_n|_2 / |y(T)|_2` at the span's end T; the held-out error is the same
+    mean. A step costs about n^3/6 calls of func on a few samples, and no gradient of func.
+    The fit ends when ten steps bring no gain. ``hypernet=None`` means no correction; one
+    that is given is fitted after the weights. The span, one direction and one number of
+    calls belong to the result.
+
     func is fitted in evaluation mode. Its modules come back as found (mode,
     ``requires_grad``, gradients, buffers), on errors, too: func itself, the instance of a
     bound method, what a `functools.partial` holds. What a closure hides is neither put in
     evaluation mode nor restored: call ``model.eval()`` yourself there. The global random
     state is not touched.
 
+    Where ``torch.distributed.init_process_group`` was called (under torchrun, say), all
+    its processes must call `fit`, with the same arguments. Each takes its share of every
+    batch (an iterable yields the same whole batches everywhere), rank 0 shows, writes the
+    checkpoint and decides by its clock, and all return the same solver, that of a single
+    process but for rounding: losses are means over samples, and each batch's reference
+    is solved by one process. An error in one is raised in all. Samples must not depend
+    on each other, in func nor in the hypernet.
+
     Args:
-        func: the vector field ``func(t, y)``, the same answer at each call.
+        func: the vector field ``func(t, y)``, the same answer at each call; or a torchdyn
+            `NeuralODE`, whose field is taken with its order, data control and losses.
         y0: states at ``t_span[0]``, with the samples along dim 0: a tensor, a tuple of
             tensors (one tuple state), or an iterable of batches, pulled once and lazily.
             A batch that is a list counts as its elements' state, as `DataLoader` yields.
             Fit on starts like those the solver will meet, better hundreds than dozens.
         t_span: start and end, in the time unit of func; decreasing is fine.
-        base: "euler", "midpoint", "heun", "alpha" or "rk4".
+        base: "euler", "midpoint", "heun", "alpha", "rk4", or "bns".
         steps: equal steps over the span; a (low, high) range fits one net for all of them.
-        hypernet: a net g(step) to be trained in place, None for a ready one.
+            For "bns", its number of calls of func.
+        hypernet: a net g(step) to be trained in place, None for a ready one, or "auto" for
+            the ready one that leaves the smallest held-out residual at a cost of at most
+            ``config.hypernet_budget`` of func's; ``report.notes`` say which and why.
         alpha: parameter of the base "alpha" (default 0.5).
         objective: "residual", "trajectory", or "combined": the one, then the other.
         direction: "forward" along ``t_span``, "reverse" along the same trajectories from
@@ -87,6 +109,7 @@ def fit(
         FitDivergedError: loss or gradient turned non-finite; ``hypernet`` is as before.
         FileFormatError: the checkpoint is damaged.
         FileWriteError: the checkpoint cannot be written.
+        RankError: another process failed, or makes another call.
 
     Example:
         >>> import torch
@@ -104,38 +127,52 @@ def fit(
         >>> solver.report.validation < solver.report.base_validation / 5
         True
     """
-    span = check_span(t_span)
-    problem = Problem(
-        func=_check_func(func),
-        span=span,
+    team = Team.current()
+    kind = BespokeProblem if base == "bns" else Problem
+    problem = kind.of(
+        func,
+        t_span,
+        base=base,
         steps=steps,
-        plan=Plan.of(span, steps, direction),
-        tableau=_registry.find_tableau(base, alpha),
+        alpha=alpha,
+        objective=objective,
         direction=direction,
-        objective=check_choice("objective", objective, OBJECTIVES),
-        config=FitConfig() if config is None else config,
+        config=config,
+        team=team,
     )
-    _check_hypernet(hypernet)
+    check_shareable(problem.func, team.size)
+    if isinstance(hypernet, str):
+        check_auto(hypernet, base)
+    else:
+        check_hypernet(hypernet)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # noqa: FBT003
         stack.enter_context(torch.enable_grad())
         stack.enter_context(own_random_state(problem.config.seed))
         stack.enter_context(left_as_found(func))
+        stack.enter_context(attributes_kept(problem.func))
+        stack.enter_context(team.together())
         bar = stack.enter_context(
-            closing(Progress(f"fit {problem.method}", problem.config.iterations, shown=progress))
+            closing(
+                Progress(
+                    f"fit {problem.method}",
+                    problem.config.iterations,
+                    shown=progress and team.is_first,
+                )
+            )
         )
+        if isinstance(problem, BespokeProblem):
+            assert not isinstance(hypernet, str)
+            return run_bespoke(problem, y0, hypernet, bar)
         return run(problem, y0, hypernet, bar)
 
 
-def _check_func(func: VectorField) -> VectorField:
-    if not callable(func):
-        raise StateTypeError(
-            explain(f"func is a {type(func).__name__}.", "a callable func(t, y).", "func=model")
-        )
-    return func
+def check_hypernet(hypernet: object) -> None:
+    """Refuse what cannot be trained.
 
-
-def _check_hypernet(hypernet: object) -> None:
+    Raises:
+        StateTypeError: neither None nor a module with a parameter that requires a gradient.
+    """
     if hypernet is None:
         return
     if not isinstance(hypernet, nn.Module):

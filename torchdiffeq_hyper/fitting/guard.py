@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class ModuleState:
@@ -55,7 +58,7 @@ def left_as_found(func: object) -> Iterator[None]:
     Modules are found in func itself, in the object of a bound method and in what a
     `functools.partial` holds. What a closure or another object hides is not.
     """
-    modules = _modules_in(func)
+    modules = modules_in(func)
     states = [ModuleState(module) for module in modules]
     try:
         for module in modules:
@@ -67,23 +70,24 @@ def left_as_found(func: object) -> Iterator[None]:
             state.restore()
 
 
-def _modules_in(func: object) -> list[nn.Module]:
+def modules_in(func: object) -> list[nn.Module]:
+    """Return the modules in func, in the object of a bound method or held by a partial."""
     if isinstance(func, nn.Module):
         return [func]
     if isinstance(func, MethodType):
-        return _modules_in(func.__self__)
+        return modules_in(func.__self__)
     if isinstance(func, partial):
         held = (func.func, *func.args, *func.keywords.values())
-        return [module for part in held for module in _modules_in(part)]
+        return [module for part in held for module in modules_in(part)]
     return []
 
 
 @contextmanager
-def frozen_or_restored(hypernet: nn.Module) -> Iterator[None]:
+def frozen_or_restored(hypernet: Module) -> Iterator[Module]:
     """Train a net in place: frozen in evaluation mode at the end, as before on any error."""
     before = ModuleState(hypernet, values=True)
     try:
-        yield
+        yield hypernet
     except BaseException:
         before.restore()
         raise

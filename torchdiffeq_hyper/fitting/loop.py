@@ -10,10 +10,12 @@ from torch.nn.utils import clip_grad_norm_
 
 from torchdiffeq_hyper._report import LossPoint
 from torchdiffeq_hyper.errors import FitDivergedError, NonFiniteError, explain
-from torchdiffeq_hyper.fitting.budget import Budget
+from torchdiffeq_hyper.fitting.annealing import annealed
+from torchdiffeq_hyper.fitting.budget import Budget, Pace
 from torchdiffeq_hyper.fitting.checkpoint import FitState
 from torchdiffeq_hyper.fitting.config import FitConfig
 from torchdiffeq_hyper.fitting.data import Batch, Data
+from torchdiffeq_hyper.fitting.distributed import Team
 from torchdiffeq_hyper.fitting.field import OutOfTimeError
 from torchdiffeq_hyper.fitting.guard import random_state, set_random_state
 from torchdiffeq_hyper.fitting.phases import Phase
@@ -21,8 +23,8 @@ from torchdiffeq_hyper.fitting.progress import Progress
 
 VALIDATIONS = 40
 """Validations in a phase."""
-LOWEST_RATE = 0.01
-"""What the learning rate is annealed to, as a share of its start."""
+LANDING = 0.25
+"""What a phase that has stopped gaining adds to end annealed, as a share of its iterations."""
 STEEPEST = 1.0
 """Norm at which gradients are clipped, for losses relative to the base's."""
 
@@ -36,6 +38,7 @@ class Loop:
         judge: the phase whose error selects the best state.
         net: the hypernet.
         data: the batches.
+        team: the processes that share them.
         config: rates and numbers.
         state: where to start; updated in place.
         budget: the time there is.
@@ -51,6 +54,7 @@ class Loop:
         judge: Phase,
         net: nn.Module,
         data: Data,
+        team: Team,
         config: FitConfig,
         state: FitState,
         budget: Budget,
@@ -62,6 +66,7 @@ class Loop:
         self._judge = judge
         self._net = net
         self._data = data
+        self._team = team
         self._config = config
         self._state = state
         self._budget = budget
@@ -87,12 +92,14 @@ class Loop:
         is_last = state.phase == len(self._phases) - 1
         optimizer = self._begin_phase(wanted, is_last=is_last)
         pace = self._budget.start_phase(wanted, is_last=is_last)
-        scales = [
-            _usable(phase.base_error(self._data.held_out, route))
-            for route in range(self._data.n_routes)
-        ]
+        scales = self._team.from_first(
+            lambda: [
+                usable_scale(phase.base_error(self._data.held_out, route))
+                for route in range(self._data.n_routes)
+            ]
+        )
         while state.iteration - state.phase_start < state.planned[-1]:
-            if state.since_best >= self._config.patience or pace.is_over():
+            if pace.is_over():
                 break
             self._anneal(optimizer)
             try:
@@ -101,7 +108,7 @@ class Loop:
                 break
             state.iteration += 1
             done = state.iteration - state.phase_start
-            state.planned[-1] = max(done, pace.plan(done, state.planned[-1]))
+            state.planned[-1] = max(done, self._plan(pace, done))
             self._show(phase)
             if done % self._every() == 0 or done >= state.planned[-1]:
                 self._validate(phase, optimizer)
@@ -119,19 +126,19 @@ class Loop:
             if state.optimizer is not None:
                 optimizer.load_state_dict(state.optimizer)
             if is_last:  # a fit that its clock had cut short goes on if it has more time now
-                state.planned[-1] = wanted
+                state.planned[-1] = min(wanted, state.landing or wanted)
             return optimizer
         state.planned.append(wanted)
         state.phase_start, state.since_best, state.optimizer = state.iteration, 0, None
+        state.phase_best, state.landing = math.inf, None
         return optimizer
 
     def _anneal(self, optimizer: optim.Optimizer) -> None:
         """Set the learning rate: half a cosine over the phase."""
         state = self._state
         share = (state.iteration - state.phase_start) / state.planned[-1]
-        factor = LOWEST_RATE + (1 - LOWEST_RATE) * (1 + math.cos(math.pi * share)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = self._config.lr * factor
+            group["lr"] = self._config.lr * annealed(share)
 
     def _iterate(self, phase: Phase, scales: Sequence[float], optimizer: optim.Optimizer) -> float:
         """Do one iteration and return its loss."""
@@ -148,6 +155,7 @@ class Loop:
         # Relative to the base's error, so that rates, clipping and the balance between
         # routes do not depend on the problem's units.
         (loss / scales[route]).backward(inputs=self._parameters)
+        loss = self._team.average(loss, self._parameters, batch.weight)
         norm = clip_grad_norm_(self._parameters, STEEPEST)
         for name, value in (("the loss", loss), ("the gradient", norm)):
             if not math.isfinite(float(value.detach())):
@@ -174,6 +182,23 @@ class Loop:
             )
         )
 
+    def _plan(self, pace: Pace, done: int) -> int:
+        """Return the iterations to plan for, given the time and where the phase lands."""
+        planned = pace.plan(done, self._state.planned[-1])
+        return planned if self._state.landing is None else min(planned, self._state.landing)
+
+    def _land(self) -> None:
+        """Let a phase whose error has stopped falling anneal and end soon.
+
+        Not at once: while the rate is high the error only jumps about its level, and falls
+        once more when the rate does.
+        """
+        state = self._state
+        if state.landing is None and state.since_best >= self._config.patience:
+            done = state.iteration - state.phase_start
+            state.landing = done + math.ceil(LANDING * done)
+            state.planned[-1] = min(state.planned[-1], state.landing)
+
     def _every(self) -> int:
         return max(1, self._state.planned[-1] // VALIDATIONS)
 
@@ -181,15 +206,18 @@ class Loop:
         """Measure the held-out error, keep the best state, save."""
         state = self._state
         self._net.eval()
-        error = self._judge.error(self._data.held_out)
+        self._team.align(self._net)
+        error = self._team.from_first(lambda: self._judge.error(self._data.held_out))
         mean_loss = sum(self._losses) / len(self._losses)
         state.history.append(LossPoint(state.iteration, phase.name, mean_loss, error))
         self._losses = []
         state.since_best += 1
         state.net = self._net.state_dict()
+        if error < state.phase_best:  # a phase may begin far above where the last one ended
+            state.phase_best, state.since_best = error, 0
         if error < state.best_error:
-            state.best = snapshot(self._net)
-            state.best_error, state.since_best = error, 0
+            state.best, state.best_error = snapshot(self._net), error
+        self._land()
         state.optimizer = optimizer.state_dict()
         state.random = random_state()
         state.seconds = self._budget.seconds
@@ -203,9 +231,11 @@ class Loop:
 
     def _reason(self, wanted: int) -> str:
         state = self._state
-        if state.iteration - state.phase_start >= wanted:
+        done = state.iteration - state.phase_start
+        if done >= wanted:
             return "iterations"
-        return "patience" if state.since_best >= self._config.patience else "max_seconds"
+        has_landed = state.landing is not None and done >= state.landing
+        return "patience" if has_landed else "max_seconds"
 
 
 def snapshot(net: nn.Module) -> dict[str, Tensor]:
@@ -213,6 +243,6 @@ def snapshot(net: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in net.state_dict().items()}
 
 
-def _usable(scale: float) -> float:
+def usable_scale(scale: float) -> float:
     """Return a scale to divide by: 1 where the base is exact or blew up."""
     return scale if math.isfinite(scale) and scale > 0 else 1.0

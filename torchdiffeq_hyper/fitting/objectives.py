@@ -11,6 +11,7 @@ from torchdiffeq_hyper._stepping import Correction
 from torchdiffeq_hyper._types import Hypernet, State, StepInput, VectorField
 from torchdiffeq_hyper.errors import NonFiniteError
 from torchdiffeq_hyper.fitting.data import Batch
+from torchdiffeq_hyper.fitting.neural_ode import given
 from torchdiffeq_hyper.fitting.norms import sample_norms
 from torchdiffeq_hyper.hypersolver import HyperSolver
 
@@ -53,7 +54,7 @@ def trajectory_errors(solver: HyperSolver, func: VectorField, batch: Batch, rout
         NonFiniteError: the roll-out ended in inf or nan.
     """
     samples = batch.routes[route]
-    solution = solver.solve(func, batch.start(route), samples.times)
+    solution = solver.solve(given(func, batch.y0), batch.start(route), samples.times)
     return sample_norms(_difference(solution, batch.layout.split(samples.y)))
 
 
@@ -97,20 +98,23 @@ def _routes(batch: Batch, route: int | None) -> Sequence[int]:
 @torch.no_grad()
 def delta_quantiles(hypernet: Hypernet, order: int, batch: Batch) -> dict[str, float]:
     """Return quantiles of |R - g|_2 over samples, steps and routes ([H] theorem 1)."""
-    errors = (
+    return quantiles(
         torch.cat(
             [
                 residual_errors(hypernet, order, batch, r, range(len(batch.routes[r].dt))).flatten()
                 for r in _routes(batch, None)
             ]
         )
-        .sort()
-        .values
     )
+
+
+def quantiles(values: Tensor) -> dict[str, float]:
+    """Return the quantiles that a report has of some values, (n,)."""
+    errors = values.sort().values
     # By rank, not interpolated: torch.quantile refuses more than 2^24 values.
     ranks = [min(int(float(q) * len(errors)), len(errors) - 1) for q in QUANTILES[:-1]]
-    values = [errors[rank] for rank in ranks] + [errors[-1]]
-    return {name: float(value) for name, value in zip(QUANTILES, values, strict=True)}
+    chosen = [errors[rank] for rank in ranks] + [errors[-1]]
+    return {name: float(value) for name, value in zip(QUANTILES, chosen, strict=True)}
 
 
 def no_correction(step: StepInput) -> State:

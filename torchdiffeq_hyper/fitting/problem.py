@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,10 @@ from torchdiffeq_hyper._grid import Steps
 from torchdiffeq_hyper._layout import StateLayout
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.fitting.config import FitConfig
-from torchdiffeq_hyper.fitting.routes import Plan, step_counts
+from torchdiffeq_hyper.fitting.distributed import Team
+from torchdiffeq_hyper.fitting.neural_ode import check_call, vector_field
+from torchdiffeq_hyper.fitting.phases import OBJECTIVES
+from torchdiffeq_hyper.fitting.routes import Plan, check_choice, check_span, step_counts
 from torchdiffeq_hyper.hypersolver import HyperSolver
 from torchdiffeq_hyper.tableaus import Tableau
 
@@ -34,6 +37,7 @@ class Problem:
         direction: "forward", "reverse" or "both".
         objective: "combined", "residual" or "trajectory".
         config: lengths, rates, tolerances.
+        team: the processes that share the work.
     """
 
     func: VectorField
@@ -44,6 +48,41 @@ class Problem:
     direction: str
     objective: str
     config: FitConfig
+    team: Team = field(default_factory=Team)
+
+    @classmethod
+    def of(
+        cls,
+        func: VectorField,
+        t_span: object,
+        *,
+        base: str,
+        steps: Steps,
+        alpha: float | None,
+        objective: str,
+        direction: str,
+        config: FitConfig | None,
+        team: Team | None = None,
+    ) -> Problem:
+        """Return the problem, checked.
+
+        Raises:
+            StateTypeError: ``func`` cannot be called as ``func(t, y)``.
+            OptionError: another argument is impossible.
+        """
+        checked = check_call(vector_field(func))
+        span = check_span(t_span)
+        return cls(
+            func=checked,
+            span=span,
+            steps=steps,
+            plan=Plan.of(span, steps, direction),
+            tableau=_registry.find_tableau(base, alpha),
+            direction=direction,
+            objective=check_choice("objective", objective, OBJECTIVES),
+            config=FitConfig() if config is None else config,
+            team=Team() if team is None else team,
+        )
 
     @property
     def method(self) -> str:

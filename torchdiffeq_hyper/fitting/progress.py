@@ -27,6 +27,11 @@ class Progress:
         """Show what is going on before the first iteration."""
         self._bar.set_postfix_str(activity)
 
+    def tell(self, line: str) -> None:
+        """Show a line that stays."""
+        if not self._bar.disable:
+            self._bar.write(line, file=self._bar.fp)
+
     def show(self, phase: str, iteration: int, total: int, state: FitState) -> None:
         """Show the state after an iteration."""
         self._bar.total = total

@@ -2,17 +2,22 @@
 
 from torchdiffeq_hyper.hypernets._channels import join_channels, split_channels
 from torchdiffeq_hyper.hypernets._concat import ConcatHypernet
-from torchdiffeq_hyper.hypernets._ready import MLP, Conv, Linear, ReadyHypernet
-from torchdiffeq_hyper.hypernets._select import from_architecture, ready
+from torchdiffeq_hyper.hypernets._convolutional import Bottleneck, Conv
+from torchdiffeq_hyper.hypernets._families import families
+from torchdiffeq_hyper.hypernets._ready import MLP, Linear, ReadyHypernet
+from torchdiffeq_hyper.hypernets._select import from_architecture, ready, suited
 
 __all__ = [
     "MLP",
+    "Bottleneck",
     "ConcatHypernet",
     "Conv",
     "Linear",
     "ReadyHypernet",
+    "families",
     "from_architecture",
     "join_channels",
     "ready",
     "split_channels",
+    "suited",
 ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
 
 from torchdiffeq_hyper.errors import StateShapeError, explain
 
@@ -13,6 +16,12 @@ CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
     1: nn.Conv1d,
     2: nn.Conv2d,
     3: nn.Conv3d,
+}
+
+_FUNCTIONS: dict[int, Callable[..., Tensor]] = {
+    1: functional.conv1d,
+    2: functional.conv2d,
+    3: functional.conv3d,
 }
 
 
@@ -67,10 +76,29 @@ class Scaled(nn.Module):
         return self._evaluate(x)
 
     def _evaluate(self, x: Tensor) -> Tensor:
+        first, last = self.layers[0], self.layers[-1]
+        if _is_pointwise(first) and first is not last and isinstance(last, _ConvNd):
+            return self._evaluate_folded(x, first, last)
         # One fused kernel in place of a subtraction and a division.
         normalised = torch.addcmul(self.input_shift, x, self.input_scale)
         out: Tensor = self.layers(normalised)
         return out * self.output_scale
+
+    def _evaluate_folded(self, x: Tensor, first: _ConvNd, last: _ConvNd) -> Tensor:
+        """Evaluate with the scales multiplied into the weights: these are small, x is not.
+
+        Where the first convolution pads, its border would see another shift than the rest.
+        """
+        assert first.bias is not None
+        assert last.bias is not None
+        convolve = _FUNCTIONS[x.dim() - 2]
+        weight = first.weight * self.input_scale
+        bias = torch.addmv(first.bias, first.weight.flatten(1), self.input_shift.flatten())
+        x = convolve(x, weight, bias)
+        for layer in list(self.layers)[1:-1]:
+            x = layer(x)
+        weight = last.weight * self.output_scale.unsqueeze(1)
+        return convolve(x, weight, last.bias * self.output_scale.flatten(), padding=last.padding)
 
     @torch.no_grad()
     def calibrate(self, inputs: Tensor, residual: Tensor, steady: Sequence[float]) -> None:
@@ -98,6 +126,10 @@ class Scaled(nn.Module):
         # A channel that happens to be exact in these samples keeps some room in others.
         size = torch.maximum(size, 1e-3 * size.max())
         self.output_scale.copy_(torch.where(size > 0, size, 1.0).view_as(self.output_scale))
+
+
+def _is_pointwise(layer: nn.Module) -> TypeGuard[_ConvNd]:
+    return isinstance(layer, _ConvNd) and all(size == 1 for size in layer.kernel_size)
 
 
 def _all_but_channels(x: Tensor) -> list[int]:

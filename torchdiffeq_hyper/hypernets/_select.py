@@ -6,22 +6,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from torchdiffeq_hyper._layout import StateLayout, is_half
 from torchdiffeq_hyper._types import State
 from torchdiffeq_hyper.errors import FileFormatError, HyperError, closest, explain
 from torchdiffeq_hyper.hypernets._channels import join_channels
 from torchdiffeq_hyper.hypernets._concat import check_real
-from torchdiffeq_hyper.hypernets._ready import MLP, Conv, Linear, ReadyHypernet
+from torchdiffeq_hyper.hypernets._convolutional import Bottleneck, Conv
+from torchdiffeq_hyper.hypernets._ready import MLP, Linear, ReadyHypernet
 from torchdiffeq_hyper.hypernets._scaled import CONVOLUTIONS
 from torchdiffeq_hyper.tableaus import Tableau
 
-KINDS: dict[str, type[ReadyHypernet]] = {net.kind: net for net in (Linear, MLP, Conv)}
+KINDS: dict[str, type[ReadyHypernet]] = {net.kind: net for net in (Linear, MLP, Conv, Bottleneck)}
+
+INPUTS = ("y", "stages", "dt", "t")
+"""What ready nets are given: all that a step knows, but for the start."""
 
 
-def ready(
-    y0: State, tableau: Tableau, *, inputs: Sequence[str] = ("y", "stages", "dt", "t")
-) -> ReadyHypernet:
+def ready(y0: State, tableau: Tableau, *, inputs: Sequence[str] = INPUTS) -> ReadyHypernet:
     """Return a new ready net that fits a state and a base method.
 
     States with 1 to 3 spatial dimensions get a `Conv` over these, all others an `MLP`.
@@ -45,16 +48,25 @@ def ready(
         >>> hypernets.ready(torch.zeros(8, 12, 7, 7), HEUN).architecture["kind"]
         'conv'
     """
-    StateLayout.of(y0)
     joined = join_channels(y0)
-    check_real(joined)
     channels, n_spatial = joined.shape[1], joined.dim() - 2
     net: ReadyHypernet
     if n_spatial in CONVOLUTIONS:
         net = Conv(channels, n_spatial=n_spatial, inputs=inputs, n_stages=tableau.calls)
     else:
         net = MLP(channels, inputs=inputs, n_stages=tableau.calls)
-    return net.to(joined.device, torch.float32 if is_half(joined.dtype) else joined.dtype)
+    return suited(net, joined)
+
+
+def suited(net: ReadyHypernet, y: Tensor) -> ReadyHypernet:
+    """Return a net on the device and in the dtype in which ``y`` is stepped.
+
+    Raises:
+        StateTypeError: ``y`` is of integers, or complex.
+    """
+    StateLayout.of(y)
+    check_real(y)
+    return net.to(y.device, torch.float32 if is_half(y.dtype) else y.dtype)
 
 
 def from_architecture(architecture: Mapping[str, Any]) -> ReadyHypernet:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torchdiffeq_hyper import _registry
+from torchdiffeq_hyper import _plugins, _registry
 from torchdiffeq_hyper._binding import Fitted
 from torchdiffeq_hyper.errors import (
     DuplicateMethodError,
@@ -26,16 +26,10 @@ _is_installed = False
 
 
 def install() -> None:
-    """Add the registered methods to torchdiffeq; importing the package does this.
-
-    Changes no existing name; calling it again does nothing.
+    """Add the registered methods to torchdiffeq, and change no existing name.
 
     Raises:
         DuplicateMethodError: torchdiffeq has got a method of the same name meanwhile.
-
-    Example:
-        >>> import torchdiffeq_hyper as tdh
-        >>> tdh.install()
     """
     global _is_installed  # noqa: PLW0603 - the one switch of the process-wide dict SOLVERS
     _is_installed = True
@@ -43,13 +37,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Remove everything that `install` added: torchdiffeq is as it was before the import.
-
-    Example:
-        >>> import torchdiffeq, torchdiffeq_hyper as tdh
-        >>> tdh.uninstall()
-        >>> tdh.install()
-    """
+    """Remove everything that `install` added: torchdiffeq is as it was before the import."""
     global _is_installed  # noqa: PLW0603 - the one switch of the process-wide dict SOLVERS
     _is_installed = False
     follow_registry()
@@ -114,10 +102,10 @@ def published(name: str, solver: Fitted, owner: str) -> _registry.Method:
     Raises:
         StateTypeError: ``solver`` is not a fitted solver.
     """
+    entry = _registry.methods().get(getattr(solver, "method", ""))
+    if entry is not None and isinstance(entry.solver, _registry.WholeSolve):
+        return replace(entry, name=name, owner=owner, fitted=solver)
     if not isinstance(solver, HyperSolver):
-        entry = _registry.methods().get(getattr(solver, "method", ""))
-        if entry is not None and isinstance(entry.solver, _registry.WholeSolve):
-            return replace(entry, name=name, owner=owner, fitted=solver)
         raise StateTypeError(
             explain(
                 f"solver is a {type(solver).__name__}.",
@@ -155,8 +143,13 @@ def register_method(name: str, solver: Fitted) -> None:
         >>> tdh.unregister_method("decay-fast")
     """
     reserve_host_names()
-    _registry.add(published(name, solver, _PUBLISHED))
-    follow_registry()
+    try:
+        with _registry.rollback_on_error():
+            _registry.add(published(name, solver, _PUBLISHED))
+            _plugins.notify()  # every host
+    except BaseException:
+        _plugins.notify()
+        raise
 
 
 def unregister_method(name: str) -> None:
@@ -175,4 +168,4 @@ def unregister_method(name: str) -> None:
             )
         )
     _registry.remove(name)
-    follow_registry()
+    _plugins.notify()

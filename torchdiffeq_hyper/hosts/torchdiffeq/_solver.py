@@ -8,16 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from torchdiffeq_hyper._checks import check_derivative
+from torchdiffeq_hyper._finite import is_finite, raise_non_finite
 from torchdiffeq_hyper._grid import equal_steps
 from torchdiffeq_hyper._layout import check_dtype, is_half
 from torchdiffeq_hyper._registry import Method
-from torchdiffeq_hyper._stepping import (
-    Correction,
-    Step,
-    check_derivative,
-    is_finite,
-    raise_non_finite,
-)
+from torchdiffeq_hyper._stepping import Correction, Step
 from torchdiffeq_hyper.errors import OptionError, closest, explain
 from torchdiffeq_hyper.hosts.torchdiffeq import _bound
 from torchdiffeq_hyper.hosts.torchdiffeq._call import ForwardPlan, HostCall

@@ -1,0 +1,138 @@
+"""Refusals of a bespoke solver: weights, times, states that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_hyper._finite import is_finite
+from torchdiffeq_hyper.bespoke._dense import stage_times
+from torchdiffeq_hyper.errors import (
+    NonFiniteError,
+    OptionError,
+    StateShapeError,
+    StateTypeError,
+    explain,
+)
+from torchdiffeq_hyper.tableaus import StageCall
+
+SLACK = 1e-6
+"""By which sums of weights may miss: those of float32 do."""
+
+
+def check_weights(weights: Tensor) -> Tensor:
+    """Return the weights of a bespoke solver, detached.
+
+    Raises:
+        StateTypeError: not a floating-point tensor.
+        StateShapeError: not square.
+        OptionError: not finite or lower triangular, or times that decrease or leave the span.
+    """
+    fix = 'tdh.BespokeSolver.classical("rk4", 8)'
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise StateTypeError(explain(f"weights is {got}.", "a floating-point tensor.", fix))
+    if weights.dim() != 2 or weights.shape[0] != weights.shape[1] or len(weights) == 0:
+        raise StateShapeError(
+            explain(f"weights has shape {tuple(weights.shape)}.", "(n, n), n at least 1.", fix)
+        )
+    weights = weights.detach().clone()
+    if weights.is_meta:
+        return weights
+    if not is_finite(weights) or bool(weights.triu(1).any()):
+        raise OptionError(
+            explain(
+                "weights has entries above its diagonal, or some that are not finite.",
+                "zeros there: a state is made of the derivatives known before it.",
+                fix,
+            )
+        )
+    times = torch.cat([stage_times(weights), weights[-1:].sum(1)])
+    is_rising = bool((times.diff() >= -SLACK).all())
+    if not is_rising or abs(float(times[-1]) - 1) > SLACK:
+        raise OptionError(
+            explain(
+                f"the rows of weights add up to {[round(t, 6) for t in times[1:].tolist()]}.",
+                "times that never decrease, from 0 on, the last one 1: each sum is the share of "
+                "the span passed.",
+                fix,
+            )
+        )
+    return weights
+
+
+def is_whole_span(t: Tensor, span: tuple[float, float] | None) -> bool:
+    """Return whether ``t`` is known to be the two ends of the span and no more.
+
+    Args:
+        t: the times of a solve.
+        span: where the solver starts and ends, None where any span will do.
+
+    Raises:
+        OptionError: ``t`` starts elsewhere, or leaves the span.
+    """
+    if not isinstance(t, Tensor) or t.dim() != 1 or len(t) == 0:
+        return False  # refused elsewhere
+    if span is None:
+        return len(t) == 2
+    is_capturing = t.is_cuda and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or is_capturing:
+        return False
+    try:
+        points = t.detach().tolist()
+    except RuntimeError:  # no values to look at: vmap, fake and meta tensors
+        return False
+    start, end = span
+    slack = 1e-5 * abs(end - start) + 1e-6 * max(abs(start), abs(end))
+    low, high = min(span) - slack, max(span) + slack
+    if abs(points[0] - start) > slack or not all(low <= point <= high for point in points):
+        raise OptionError(
+            explain(
+                f"t goes from {points[0]:.6g} to {points[-1]:.6g}; the solver was fitted from "
+                f"{start:.6g} to {end:.6g}.",
+                f"times that start at {start:.6g} and stay in that span: all weights and times "
+                'of method "bns" belong to it.',
+                f"t = torch.tensor([{start:.6g}, {end:.6g}])\n"
+                f"or a fit of its own: tdh.fit(func, y0, ({points[0]:.6g}, {points[-1]:.6g}), "
+                'base="bns", steps=8)   # direction="reverse" for the way back',
+            )
+        )
+    return len(t) == 2 and abs(points[1] - end) <= slack and not t.requires_grad
+
+
+@torch.no_grad()
+def raise_non_finite(
+    call: StageCall, schedule: tuple[Sequence[Tensor], Sequence[Tensor]], y0: Tensor
+) -> None:
+    """Replay a solve that ended in inf or nan, and say where that began.
+
+    Raises:
+        NonFiniteError: always; the text names the stage, the time and the culprit.
+    """
+    if not is_finite(y0):
+        raise NonFiniteError(
+            explain("y0 holds inf or nan.", "a finite start.", "torch.isfinite(y0).all()")
+        )
+    x, stages = y0, []
+    for i, (t, row) in enumerate(zip(*schedule, strict=True)):
+        stages.append(call(t, x))
+        x = y0 + torch.tensordot(row, torch.stack(stages), 1)
+        if not is_finite(stages[-1]) or not is_finite(x):
+            raise NonFiniteError(
+                explain(
+                    f"the solve left the finite range at call {i} of func, t = {float(t):.6g}.",
+                    "finite derivatives along the solution.",
+                    "starts like those the solver was fitted on\n"
+                    "or a reference: odeint(func, y0, t, method='dopri5')",
+                )
+            )
+    raise NonFiniteError(
+        explain(
+            "the n calls of func stay finite: the hypernet returned inf or nan, or one of the two "
+            "answers differently each time.",
+            "a finite correction, and a deterministic func and hypernet.",
+            "fit again with a lower lr; func.eval(); hypernet.eval()",
+        )
+    )

@@ -1,0 +1,257 @@
+r"""A bespoke non-stationary solver: one explicit method over the whole span, all learned."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchdiffeq_hyper._domain import FitDomain
+from torchdiffeq_hyper._files import read_bespoke, write_bespoke
+from torchdiffeq_hyper._finite import is_finite
+from torchdiffeq_hyper._grid import check_times
+from torchdiffeq_hyper._layout import StateLayout, is_half
+from torchdiffeq_hyper._report import FitReport
+from torchdiffeq_hyper._stepping import Correction, stage_call
+from torchdiffeq_hyper._types import Hypernet, State, VectorField
+from torchdiffeq_hyper.bespoke._checks import check_weights, is_whole_span, raise_non_finite
+from torchdiffeq_hyper.bespoke._classical import classical
+from torchdiffeq_hyper.bespoke._dense import (
+    added_at_end,
+    between,
+    hermite_weights,
+    polynomial_knots,
+    stage_times,
+)
+from torchdiffeq_hyper.bespoke._rollout import Schedule, is_plain, roll_out, schedule
+from torchdiffeq_hyper.hypersolver import HyperSolver
+from torchdiffeq_hyper.tableaus import StageCall, Tableau
+
+ORDER = 1
+"""What weights that add up to the time passed guarantee, whatever they are."""
+
+
+class BespokeSolver(HyperSolver, kind="bns"):
+    r"""n calls of func over a fixed span, each sum and each time learned ([B]).
+
+    .. math::
+        k_i = f(t_0 + c_i T, x_i), \qquad x_{i+1} = y_0 + T \sum_{j \le i} w_{ij} k_j,
+        \qquad c_{i+1} = \sum_{j \le i} w_{ij}
+
+    from x_0 = y_0 to the solution x_n at the end of the span T. Each w has the sum of
+    its time, so constant derivatives are integrated exactly; times never decrease, and
+    the last row adds up to 1. With a hypernet g the end is x_n + T^2 g(T, t_0, x_n,
+    k_0..k_{n-1}). A solve costs n calls of func, whatever the span, and one of g.
+
+    The span belongs to the method: it starts where it was fitted to start and ends at
+    most where it was fitted to end. Points between are read off by cubic Hermite from
+    fitted combinations of the n derivatives, at no further call. `fit` with base="bns"
+    makes one.
+
+    Args:
+        weights: (n, n) lower triangular; see `bespoke.classical`. Kept frozen;
+            ``solver.requires_grad_()`` thaws them.
+        hypernet: a correction at the end of the span, None for none.
+        knots: what is read off between the ends: values (n - 1, n) at the inner of n + 1
+            equidistant times and slopes (n + 1, n) at all. None takes a cubic in time
+            through the derivatives.
+        domain: what the solver was fitted for; without it any span will do.
+        report: what the fit measured.
+
+    Raises:
+        StateShapeError: the weights are not square, or the knots do not match.
+        OptionError: not lower triangular, or the times decrease or leave the span.
+
+    Example:
+        >>> import torch
+        >>> import torchdiffeq_hyper as tdh
+        >>> solver = tdh.BespokeSolver.classical("rk4", 8)
+        >>> y = solver.solve(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]))
+        >>> y[-1]
+        tensor([0.3682])
+    """
+
+    def __init__(
+        self,
+        weights: Tensor,
+        *,
+        hypernet: Hypernet | None = None,
+        knots: tuple[Tensor, Tensor] | None = None,
+        domain: FitDomain | None = None,
+        report: FitReport | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # a hypersolver's base is a method of its own
+        checked = check_weights(weights)
+        self.weights = nn.Parameter(checked, requires_grad=False)
+        values, slopes = polynomial_knots(checked) if knots is None else knots
+        self.register_buffer("knot_values", values)
+        self.register_buffer("knot_slopes", slopes)
+        self.hypernet = hypernet  # type: ignore[assignment]
+        self.steps = len(checked)
+        self.domain = domain
+        self.report = report
+        self._warned = set()
+        self._kept: tuple[Tensor, tuple[Any, ...], Schedule] | None = None
+
+    @classmethod
+    def classical(cls, method: str, calls: int) -> BespokeSolver:
+        """Return the solver that is some steps of a classical method; see `bespoke.classical`."""
+        return cls(classical(method, calls))
+
+    @property
+    def base(self) -> str:
+        """Always "bns"."""
+        return "bns"
+
+    @property
+    def method(self) -> str:
+        """Always "bns"."""
+        return "bns"
+
+    @property
+    def alpha(self) -> None:
+        """Always None."""
+        return
+
+    @property
+    def tableau(self) -> Tableau:  # type: ignore[override]
+        """One step over the whole span, without the correction."""
+        return Tableau("bns", ORDER, len(self.weights), self._increment)
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """Where a solve starts and ends, None where any span will do."""
+        if self.domain is None:
+            return None
+        first, last = self.domain.span
+        is_along = (last > first) == (self.domain.directions[0] > 0)
+        return (first, last) if is_along else (last, first)
+
+    @property
+    def times(self) -> Tensor:
+        """The share of the span passed at each call of func, (n,)."""
+        return stage_times(self.weights)
+
+    def extra_repr(self) -> str:
+        """Return what ``repr`` shows besides the net."""
+        return f"steps={self.steps}, span={self.span}"
+
+    def solve(
+        self, func: VectorField, y0: State, t: Tensor, *, rtol: Any = None, atol: Any = None
+    ) -> State:
+        """Solve dy/dt = func(t, y) over the fitted span, without a host.
+
+        Costs n calls of func, wherever the points of ``t`` lie, and one of g. Without
+        autograd it keeps n derivatives.
+
+        Args:
+            func: called as ``func(t, y)`` with a 0-d ``t``; returns a state like ``y``.
+            y0: tensor of any shape, or tuple of tensors. Half precision is integrated
+                in float32 and cast for each call.
+            t: 1-D floating tensor that starts where the fitted span does and stays in
+                it. While compiling this is not looked at.
+            rtol: ignored: there is no error estimate.
+            atol: ignored.
+
+        Returns:
+            The state at every point of ``t``: like ``y0`` with ``len(t)`` in front.
+
+        Raises:
+            OptionError: ``t`` starts elsewhere, or leaves the span.
+            StateTypeError: integer state, or a net on another device.
+            StateShapeError: ``t`` is not 1-D, or func or g returned another shape.
+            NonFiniteError: the solve ended in inf or nan.
+
+        Example:
+            >>> import torch
+            >>> import torchdiffeq_hyper as tdh
+            >>> solver = tdh.BespokeSolver.classical("heun3", 6)
+            >>> t = torch.linspace(0, 1, 5)
+            >>> solver.solve(lambda t, y: -y, torch.ones(2), t).shape
+            torch.Size([5, 2])
+        """
+        layout = StateLayout.of(y0)
+        flat = layout.join(y0)
+        dtype = flat.dtype
+        ends_at_end = is_whole_span(t, self.span)
+        t = check_times(t, flat)
+        if flat.numel() == 0 or len(t) == 1:
+            return layout.split(flat.unsqueeze(0).expand(len(t), *flat.shape).clone())
+        if is_half(dtype):
+            flat, t = flat.float(), t.to(torch.promote_types(t.dtype, torch.float32))
+        start, end = self.span or (t[0], t[-1])
+        call = stage_call(func, layout, dtype)
+        x, stages = self._roll_out(call, start, end, flat)
+        added = None
+        if self.hypernet is not None:
+            part = None if self.domain is None else self.domain.corrected_part(y0)
+            correction = Correction(self.hypernet, ORDER, layout, flat, part=part)
+            added = added_at_end(correction, x, stages, (start, end))
+        if ends_at_end:
+            y = (x if added is None else x + added).unsqueeze(0)
+        else:
+            share = ((t[1:] - start) / (end - start)).to(self.weights.dtype).clamp(0, 1)
+            knots = self.get_buffer("knot_values"), self.get_buffer("knot_slopes")
+            own = (part.to(flat.device) for part in (self.weights, *knots))
+            weights = hermite_weights(share, *own) * (end - start)
+            y = between(share, weights.to(flat.dtype), flat, stages, added)
+        if not is_finite(y[-1]):
+            raise_non_finite(call, schedule(self.weights.to(y.device), start, end, y.dtype), flat)
+        return layout.split(torch.cat([flat.unsqueeze(0), y]).to(dtype))
+
+    def _roll_out(
+        self, call: StageCall, start: Any, end: Any, y: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        weights = self.weights
+        if not is_plain() or self.span is None or weights.is_inference():
+            return roll_out(call, schedule(weights.to(y.device), start, end, y.dtype), y)
+        key = (y.dtype, y.device, self.span, weights.dtype, weights.device, weights._version)  # noqa: SLF001
+        # A dozen small operations that a small state would notice.
+        if self._kept is None or self._kept[0] is not weights or self._kept[1] != key:
+            self._kept = (weights, key, schedule(weights.to(y.device), start, end, y.dtype))
+        return roll_out(call, self._kept[2], y)
+
+    def _increment(
+        self, call: StageCall, t0: Tensor, dt: Tensor, t1: Tensor, y: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        x, stages = self._roll_out(call, t0, t0 + dt, y)
+        return x - y, tuple(stages)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the solver to one safetensors file; an old one stays until it is complete.
+
+        Raises:
+            StateTypeError, FileWriteError: a plain function as net; nothing could be written.
+        """
+        write_bespoke(path, self)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], hypernet: nn.Module | None = None) -> BespokeSolver:
+        """Read a solver that `save` wrote; `HyperSolver.load` does so as well.
+
+        It comes frozen, in evaluation mode, in its original dtype and, unless an instance
+        is given, on the CPU.
+
+        Args:
+            path: the file.
+            hypernet: instance to load into, if there is one and it is not a ready net.
+
+        Raises:
+            FileNotFoundError, FileFormatError: no file; truncated, other kind, newer format.
+            BaseMismatchError, StateShapeError, StateTypeError: the instance is another net.
+        """
+        arguments, net, weights = read_bespoke(path, hypernet)
+        solver = cls(hypernet=net, **arguments)
+        if net is not None:
+            net.load_state_dict(weights, assign=hypernet is None)
+        return solver.eval().requires_grad_(requires_grad=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle as any module: the tableau is made when asked for."""
+        return {**self.__dict__, "_kept": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle as any module."""
+        nn.Module.__setstate__(self, state)

@@ -1,0 +1,232 @@
+"""A bespoke solver's fit from data to solver: choose a start, step, correct, read between."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from torchdiffeq_hyper._layout import StateLayout
+from torchdiffeq_hyper._report import FitReport
+from torchdiffeq_hyper._types import State
+from torchdiffeq_hyper.bespoke import BespokeSolver, compositions
+from torchdiffeq_hyper.fitting.batches import Batches, n_samples, select
+from torchdiffeq_hyper.fitting.bespoke.correction import EndPhase, added_at_end, calibrate_end
+from torchdiffeq_hyper.fitting.bespoke.descents import Descents
+from torchdiffeq_hyper.fitting.bespoke.knots import fit_knots
+from torchdiffeq_hyper.fitting.bespoke.loop import mean_error
+from torchdiffeq_hyper.fitting.bespoke.pieces import (
+    are_independent,
+    cut,
+    rows_of,
+)
+from torchdiffeq_hyper.fitting.bespoke.problem import BespokeProblem, with_large_batches
+from torchdiffeq_hyper.fitting.bespoke.report import report_of, signature_of
+from torchdiffeq_hyper.fitting.bespoke.start import best_starts, noise_at_end, refuse_exact
+from torchdiffeq_hyper.fitting.budget import LAST_PHASE, Budget
+from torchdiffeq_hyper.fitting.checkpoint import FitState, Store, check_same_call
+from torchdiffeq_hyper.fitting.data import Data
+from torchdiffeq_hyper.fitting.distributed import budget_of
+from torchdiffeq_hyper.fitting.field import Field, check_field
+from torchdiffeq_hyper.fitting.guard import frozen_or_restored
+from torchdiffeq_hyper.fitting.loop import Loop, snapshot
+from torchdiffeq_hyper.fitting.progress import Progress
+from torchdiffeq_hyper.fitting.reference import Tolerances
+from torchdiffeq_hyper.fitting.session import MOST_BYTES, PROBES
+
+WEIGHTS_FIRST = 0.5
+"""Share of the time that the weights get where a correction is fitted after them."""
+KNOT_SAMPLES = 20
+"""Numbers to fit each weight of a knot to."""
+ENDLESS = Budget(math.inf)
+
+
+def run_bespoke(
+    problem: BespokeProblem,
+    y0: State | Iterable[object],
+    hypernet: nn.Module | None,
+    progress: Progress,
+) -> BespokeSolver:
+    """Fit, or go on with an interrupted fit, or return a finished one."""
+    with nullcontext() if hypernet is None else frozen_or_restored(hypernet):
+        session = Session(problem, y0, hypernet, progress)
+        report = session.run()
+        problem.team.finish()
+    solver = session.solver
+    solver.domain, solver.report = problem.domain(session.batches.held_out), report
+    return solver.eval().requires_grad_(requires_grad=False)
+
+
+class Session:
+    """One fit.
+
+    Args:
+        problem: what to fit.
+        y0: the starts.
+        hypernet: the correction, if any.
+        progress: where to show it.
+    """
+
+    def __init__(
+        self,
+        problem: BespokeProblem,
+        y0: State | Iterable[object],
+        hypernet: nn.Module | None,
+        progress: Progress,
+    ) -> None:
+        self._problem = problem
+        self._budget = budget_of(problem.team, problem.config.max_seconds)
+        self.batches = Batches(y0, with_large_batches(problem, y0))
+        self._progress = progress
+        self.solver = self._new_solver("euler")
+        self.solver.hypernet = hypernet  # type: ignore[assignment]
+
+    def run(self) -> FitReport:
+        """Leave the solver in its best state, and return what was measured."""
+        problem, team = self._problem, self._problem.team
+        self._progress.say("reference solutions")
+        held_out = self.batches.held_out
+        flat = StateLayout.of(held_out).join(held_out)
+        field = Field(problem.func, held_out, self._budget)
+        signature = signature_of(
+            problem, self.solver, (flat, *check_field(field, problem.span, flat))
+        )
+        check_same_call(team.gather(signature))
+        store = Store(problem.config.checkpoint if team.is_first else None, signature)
+        state = team.from_first(store.read)
+        if state is not None:
+            self._budget.resume(state.seconds)
+            if state.report is not None:
+                self.solver.load_state_dict(state.best)
+                return FitReport.from_dict(state.report)
+        self._measure(flat.dtype)
+        starts = team.from_first(lambda: best_starts(self._held_out, self.solver.weights))
+        name = starts[0]
+        if state is None:
+            start = self._start(name, flat.dtype)
+            state = team.from_first(lambda: start)
+            store.write(state)
+        self._data.limit(state.most_batches)
+        if state.phase == 0:
+            share = LAST_PHASE if self.solver.hypernet is None else WEIGHTS_FIRST
+            left = self._budget.max_seconds - self._budget.seconds
+            Descents(
+                problem,
+                self.solver,
+                self._data,
+                self._held_out,
+                rows=self._rows,
+                deadline=self._budget.seconds + share * left,
+                budget=self._budget,
+                progress=self._progress,
+                save=store.write,
+            ).run(starts, state)
+        if self.solver.hypernet is not None:
+            self._fit_correction(state, store.write)
+        self._fit_knots()
+        state.best = snapshot(self.solver)
+        report = team.from_first(
+            lambda: report_of(
+                problem,
+                (self.solver, self._new_solver(name)),
+                self._data,
+                state=state,
+                budget=self._budget,
+                name=name,
+            )
+        )
+        state.report = report.to_dict()
+        if state.stopped != "max_seconds":  # else the next call goes on, should it have more time
+            store.write(state)
+        return report
+
+    def _new_solver(self, method: str) -> BespokeSolver:
+        solver = BespokeSolver.classical(method, self._problem.calls)
+        solver.requires_grad_(requires_grad=False)
+        return solver.to(_parts(self.batches.held_out)[0].device)
+
+    def _measure(self, dtype: torch.dtype) -> None:
+        """Measure the held-out batch, and see how samples may be taken apart."""
+        problem = self._problem
+        self._data = Data(
+            problem.func,
+            self.batches,
+            tableau=problem.tableau,
+            plan=problem.plan,
+            tolerances=Tolerances.of(problem.config, dtype),
+            budget=self._budget,
+            team=problem.team,
+        )
+        self._held_out = cut(self._data.held_out, problem.func, ENDLESS, None)
+        y0, n = self.batches.held_out, problem.calls
+        whole = not are_independent(problem.func, y0, problem.span[0], ENDLESS)
+        self._rows = None if whole else rows_of(y0, n)
+
+    def _start(self, name: str, dtype: torch.dtype) -> FitState:
+        """Return the state before the first iteration: a classical method."""
+        self.solver.weights.copy_(compositions(self._problem.calls)[name])
+        base_error = mean_error(self._held_out, self.solver.weights)
+        noise = self._noise(dtype)
+        if base_error <= 2 * noise:
+            refuse_exact(name, self._problem.calls, base_error, noise, dtype)
+        held_out_seconds = self._data.seconds
+        nbytes = self._data.first.nbytes
+        seconds = (self._data.seconds - held_out_seconds) / self._data.n_measured
+        return FitState(
+            net=snapshot(self.solver),
+            best=snapshot(self.solver),
+            best_error=base_error,
+            base_error=base_error,
+            noise=noise,
+            most_batches=min(
+                self._budget.affordable_batches(seconds), max(1, MOST_BYTES // nbytes)
+            ),
+        )
+
+    def _noise(self, dtype: torch.dtype) -> float:
+        held_out = self.batches.held_out
+        probes = select(held_out, torch.arange(min(PROBES, n_samples(held_out))))
+        field = Field(self._problem.func, probes, self._budget)
+        tolerances = Tolerances.of(self._problem.config, dtype)
+        return noise_at_end(field, probes, self._problem.plan.times[[0, -1]], tolerances)
+
+    def _fit_correction(self, state: FitState, save: Callable[[FitState], None]) -> None:
+        """Fit the correction, the weights staying as they are."""
+        phase = EndPhase(self.solver, self._problem.func)
+        if len(state.planned) == 1:
+            calibrate_end(self.solver, self._problem.func, self._data.first)
+            state.best_error = phase.error(self._data.held_out)
+            state.net = state.best = snapshot(self.solver)
+        Loop(
+            phases=(phase, phase),
+            iterations=[state.iteration, self._problem.config.iterations],
+            judge=phase,
+            net=self.solver,
+            data=self._data,
+            team=self._problem.team,
+            config=self._problem.config,
+            state=state,
+            budget=self._budget,
+            progress=self._progress,
+            save=save,
+        ).run()
+
+    @torch.no_grad()
+    def _fit_knots(self) -> None:
+        """Fit what is said between the ends, on the first training batches."""
+        n, func = self._problem.calls, self._problem.func
+        if n == 1:
+            return
+        batch = self._data.first
+        added = added_at_end(self.solver, func, batch)
+        pieces = cut(batch, func, ENDLESS, self._rows if added is None else None)
+        values, slopes = fit_knots(piece.knot_data(self.solver.weights, added) for piece in pieces)
+        self.solver.get_buffer("knot_values").copy_(values)
+        self.solver.get_buffer("knot_slopes").copy_(slopes)
+
+
+def _parts(state: State) -> tuple[Tensor, ...]:
+    return state if isinstance(state, tuple) else (state,)

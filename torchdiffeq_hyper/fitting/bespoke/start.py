@@ -1,0 +1,88 @@
+"""Where a bespoke solver's weights start, and whether there is anything to gain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_hyper._layout import StateLayout
+from torchdiffeq_hyper._types import State
+from torchdiffeq_hyper.bespoke import compositions
+from torchdiffeq_hyper.errors import FitDivergedError, NoiseFloorError, explain
+from torchdiffeq_hyper.fitting.bespoke.loop import mean_error
+from torchdiffeq_hyper.fitting.bespoke.pieces import Piece
+from torchdiffeq_hyper.fitting.field import Field, state_dtype
+from torchdiffeq_hyper.fitting.norms import sample_norms
+from torchdiffeq_hyper.fitting.reference import Tolerances, solve_reference
+
+
+def best_starts(held_out: Sequence[Piece], like: Tensor) -> list[str]:
+    """Return the classical methods that stay finite, the smallest held-out error first.
+
+    Args:
+        held_out: what is judged by.
+        like: weights (n, n) of the right size, on the right device.
+
+    Raises:
+        FitDivergedError: all of them leave the finite range.
+    """
+    n = len(like)
+    errors = {
+        name: mean_error(held_out, weights.to(like)) for name, weights in compositions(n).items()
+    }
+    finite = sorted(
+        (name for name in errors if math.isfinite(errors[name])), key=errors.__getitem__
+    )
+    if not finite:
+        raise FitDivergedError(
+            explain(
+                f"no classical method stays finite with {n} calls of func on the held-out "
+                "samples: there is nothing to start from.",
+                "one that does.",
+                f"more calls: steps={2 * n}",
+            )
+        )
+    return finite
+
+
+def noise_at_end(field: Field, y0: State, times: Tensor, tolerances: Tolerances) -> float:
+    """Return the relative noise in the solution's end: of the reference, and of rounding.
+
+    Args:
+        field: the vector field, for states like ``y0``.
+        y0: a few samples.
+        times: start and end.
+        tolerances: those of the reference solutions.
+    """
+    layout = StateLayout.of(y0)
+    flat = layout.join(y0)
+    tight = tolerances.tightened(10.0 if tolerances.rtol >= 1e-12 else 0.1)
+    first, second = (solve_reference(field, flat, times, each)[-1:] for each in (tolerances, tight))
+    size, noise = (
+        float(sample_norms(layout.split(state)).mean()) for state in (first, first - second)
+    )
+    return noise / max(size, 1e-30) + torch.finfo(state_dtype(flat.dtype)).eps / 2
+
+
+def refuse_exact(name: str, n: int, error: float, noise: float, dtype: torch.dtype) -> NoReturn:
+    """Refuse to fit where a classical method is exact to rounding.
+
+    Raises:
+        NoiseFloorError: always.
+    """
+    raise NoiseFloorError(
+        explain(
+            f"{name} with {n} calls of func is already exact to this dtype, as far as can be "
+            f"told: its mean relative error is {error:.3g}, the noise in it {noise:.3g} ({dtype}).",
+            "noise below half of the error: nothing else could be learned.",
+            f"{name} as it is\n"
+            f"or fewer calls: steps={max(1, n // 2)}\n"
+            "or, if the digits matter: func.double() and y0.double()\n"
+            "or, if the reference is the loose part: FitConfig(rtol=..., atol=...), "
+            "100 times smaller",
+        )
+    )

@@ -1,0 +1,8 @@
+"""The torchdyn host: solvers for `NeuralODE` and `torchdyn.numerics.odeint`.
+
+Imports nothing of torchdyn; it waits for the user's import.
+"""
+
+from torchdiffeq_hyper.hosts.torchdyn._methods import follow_registry, install, load, uninstall
+
+__all__ = ["follow_registry", "install", "load", "uninstall"]

@@ -1,0 +1,103 @@
+"""Which fitted part a call uses: attached, in scope, published."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchdiffeq_hyper import _binding, _registry
+from torchdiffeq_hyper.errors import (
+    BaseMismatchError,
+    MissingHypernetError,
+    OptionError,
+    StateTypeError,
+    explain,
+)
+from torchdiffeq_hyper.hypersolver import HyperSolver
+from torchdiffeq_hyper.tableaus import Tableau
+
+
+def find(method: _registry.Method, func: Any) -> Any:
+    """Return the part that serves a method's call; the first match wins.
+
+    Args:
+        method: the method called.
+        func: the user's vector field, in torchdyn's wrappers.
+
+    Raises:
+        MissingHypernetError: nothing found.
+        StateTypeError: what was found is not such a part.
+        BaseMismatchError: a solver of another base was found.
+    """
+    whole = method.solver
+    if isinstance(whole, _registry.WholeSolve) and whole.option is None:
+        return whole.kind()
+    part = _binding.find_bound(func, method.name) or method.fitted
+    if part is None:
+        raise MissingHypernetError(_how_to_bind(method))
+    kind = whole.kind if isinstance(whole, _registry.WholeSolve) else HyperSolver
+    if not isinstance(part, kind):
+        raise StateTypeError(
+            explain(
+                f'the part for solver="{method.name}" is a {type(part).__name__}.',
+                f"a {kind.__name__}.",
+                f"solver = {_example(method)}",
+            )
+        )
+    if isinstance(whole, Tableau) and part.base != whole.name:
+        raise BaseMismatchError(
+            explain(
+                f'the solver was fitted for base "{part.base}", solver="{method.name}" corrects '
+                f'base "{whole.name}".',
+                "a correction fitted for the base it is used on.",
+                f'NeuralODE(vf, solver="{part.method}")',
+            )
+        )
+    return part
+
+
+def kinds() -> tuple[type[Any], ...]:
+    """Return the classes whose objects are solvers of ours."""
+    solvers = [method.solver for method in _registry.methods().values()]
+    whole = [solver.kind for solver in solvers if isinstance(solver, _registry.WholeSolve)]
+    return tuple(dict.fromkeys([HyperSolver, *whole]))
+
+
+def method_of(part: Any) -> _registry.Method:
+    """Return the method that a part serves.
+
+    Raises:
+        OptionError: the method is no longer registered.
+    """
+    for method in _registry.methods().values():
+        whole = method.solver
+        if isinstance(whole, _registry.WholeSolve) and isinstance(part, whole.kind):
+            return method
+    if isinstance(part, HyperSolver):
+        return _registry.method_of(part.base)
+    raise OptionError(
+        explain(
+            f"the solver is a {type(part).__name__}, which serves no registered method.",
+            "a HyperSolver, or a part of a registered method.",
+            "tdh.register_plugin(...) again",
+        )
+    )
+
+
+def _example(method: _registry.Method) -> str:
+    if isinstance(method.solver, _registry.WholeSolve):
+        return method.solver.example
+    assert isinstance(method.solver, Tableau)
+    return f'tdh.fit(func, y0, (0.0, 1.0), base="{method.solver.name}", steps=10)'
+
+
+def _how_to_bind(method: _registry.Method) -> str:
+    return explain(
+        f'solver="{method.name}" found no fitted part for this vector field.',
+        "a fitted part as the solver itself, attached to the field, in scope, or under a "
+        "published name.",
+        f"solver = {_example(method)}\n"
+        "NeuralODE(vf, solver=solver)\n"
+        f'tdh.attach(vf, solver)                  # then solver="{method.name}" on this vf\n'
+        f'with tdh.using(solver): ...             # then solver="{method.name}" inside\n'
+        'tdh.register_method("my-fast", solver)  # then solver="my-fast" anywhere',
+    )

@@ -1,0 +1,195 @@
+"""A method, or a fitted part, as one of torchdyn's solver objects."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_hyper._registry import Method, WholeSolve, find
+from torchdiffeq_hyper.errors import StateTypeError, explain
+from torchdiffeq_hyper.hosts.torchdyn import _bound, _defects, _field, _upstream
+from torchdiffeq_hyper.hosts.torchdyn._adjoint import AdjointCall
+from torchdiffeq_hyper.hosts.torchdyn._call import HostCall, saved_points
+from torchdiffeq_hyper.tableaus import Tableau
+
+Tolerances: TypeAlias = tuple[float, float]
+"""(rtol, atol)."""
+
+
+class Stepper:
+    """What torchdyn makes of ``solver="hypereuler"``, and what stands for a solver object.
+
+    torchdyn's loops hand it the whole problem. Where a solver is used without them, `step`
+    solves one interval.
+
+    Args:
+        method: the method.
+        part: the fitted part; None: found for each call.
+        adjoint: the call under an adjoint sensitivity that this object serves alone.
+    """
+
+    def __init__(
+        self, method: Method, part: Any = None, adjoint: AdjointCall | None = None
+    ) -> None:
+        self.method = method
+        self.part = part
+        self._adjoint = adjoint
+
+    @classmethod
+    def of(cls, solver: Any) -> Stepper | None:
+        """Return what stands for torchdyn's ``solver=``; None where that is not ours."""
+        if isinstance(solver, Stepper):
+            return solver
+        if isinstance(solver, _bound.kinds()):
+            return cls(_bound.method_of(solver), solver)
+        return None
+
+    @classmethod
+    def named(cls, name: str) -> Stepper:
+        """Return what stands for ``solver=name``."""
+        return cls(find(name))
+
+    def for_adjoint(
+        self, tolerances: Tolerances, *, is_trained: bool, is_interpolated: bool
+    ) -> Stepper:
+        """Return an object for one call under an adjoint sensitivity.
+
+        Args:
+            tolerances: of the backward solves, where they are adaptive.
+            is_trained: whether gradients are wanted.
+            is_interpolated: whether the sensitivity is "interpolated_adjoint".
+        """
+        adjoint = AdjointCall(self._base, *tolerances, is_trained, is_interpolated)
+        return Stepper(self.method, self.part, adjoint)
+
+    @property
+    def _base(self) -> Tableau | None:
+        return self.method.solver if isinstance(self.method.solver, Tableau) else None
+
+    @property
+    def who(self) -> Any:
+        """Who is to be warned: the fitted part, or this object where it is found by name."""
+        return self if self.part is None else self.part
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the part solves the whole problem, not step by step."""
+        return isinstance(self.method.solver, WholeSolve)
+
+    @property
+    def stepping_class(self) -> str:
+        """Which of torchdyn's loops to use.
+
+        "adaptive" for methods whose only options are the tolerances: the loop for fixed
+        steps is told of none. (torchdyn calls func twice before its adaptive loop.)
+        """
+        solver = self.method.solver
+        needs_tolerances = isinstance(solver, WholeSolve) and solver.option is None
+        return "adaptive" if needs_tolerances else "fixed"
+
+    @property
+    def order(self) -> int:
+        """Order of convergence; torchdyn takes it for the first step size."""
+        return self.method.order
+
+    def sync_device_dtype(self, x: Tensor, t_span: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both, on one device.
+
+        Raises:
+            StateTypeError: the state is not one tensor.
+        """
+        if not isinstance(x, Tensor):
+            raise StateTypeError(
+                explain(
+                    f"the state is a {type(x).__name__}.",
+                    "one tensor, as torchdyn's own methods take.",
+                    'torchdiffeq.odeint(func, (x, z), t, method="...")   # for tuple states',
+                )
+            )
+        return x, t_span.to(x.device)
+
+    def step(  # noqa: PLR0917 - torchdyn's signature
+        self, f: Any, x: Tensor, t: Tensor, dt: Tensor, k1: Any = None, args: Any = None
+    ) -> tuple[None, Tensor, None]:
+        """Solve from t to t + dt, as between two points: in the fitted number of steps."""
+        ends = torch.stack([t, t + dt]).reshape(2)
+        call = HostCall.of(f, ends)
+        part = self._part_for(call.func)
+        solution = self._solve(call, part, x, args, None)
+        return None, solution[-1], None
+
+    def run(
+        self,
+        f: Any,
+        x: Tensor,
+        t_span: Tensor,
+        *,
+        save_at: Any = (),
+        args: Any = None,
+        tolerances: Tolerances | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Solve the whole problem, as torchdyn's loops do.
+
+        Args:
+            f: the field that the host gives to its loops.
+            x: the state.
+            t_span: the host's times, negated in reverse time.
+            save_at: true times to return, points of t_span; none: all of it.
+            args: passed on to a func that takes it.
+            tolerances: (rtol, atol), where the host tells.
+
+        Returns:
+            Times and solution: as the host, ``t_span`` or ``save_at``, and the states there.
+        """
+        call = HostCall.of(f, t_span)
+        if call.is_adjoint_backward:
+            rtol, atol = tolerances or _upstream.default_tolerances()
+            adjoint = self._adjoint or AdjointCall(
+                self._base, rtol, atol, is_trained=False, is_interpolated=False
+            )
+            return t_span, adjoint.solve_backward(call, x)
+        part = self._part_for(call.func)
+        saved = saved_points(save_at, call.t) if len(save_at) else None
+        if self._adjoint is not None:
+            self._adjoint.begin(call, part)
+        if args and _upstream.drops_args(call.func):
+            _defects.warn("args", part)
+
+        def solve(call: HostCall) -> Tensor:
+            return self._solve(call, part, x, args, tolerances)
+
+        solution = (
+            solve(call) if self._adjoint is None else self._adjoint.solve_forward(call, solve)
+        )
+        if saved is not None:
+            return saved[0], solution[saved[1]]
+        if call.negated:
+            _defects.warn("t_eval", part)
+        return t_span, solution
+
+    def _part_for(self, func: Any) -> Any:
+        return _bound.find(self.method, func) if self.part is None else self.part
+
+    def _solve(
+        self, call: HostCall, part: Any, x: Tensor, args: Any, tolerances: Tolerances | None
+    ) -> Tensor:
+        solution: Tensor
+        if self.is_whole:
+            rtol, atol = tolerances or _upstream.default_tolerances()
+            field = _field.of_samples(call.func, args, len(x) if x.dim() else 0)
+            solution = part.solve(field, x, call.t, rtol=rtol, atol=atol)
+        else:
+            solution = part.solve(_field.with_args(call.func, args), x, call.t)
+        return solution
+
+    def __repr__(self) -> str:
+        return f'Stepper("{self.method.name}")' if self.part is None else repr(self.part)
+
+    def __reduce__(self) -> Any:
+        return (
+            (Stepper.named, (self.method.name,))
+            if self.part is None
+            else (Stepper.of, (self.part,))
+        )

@@ -1,0 +1,136 @@
+"""Everything taken from torchdyn's internals (checked against 1.0.6).
+
+Imports nothing of torchdyn, it looks at what the user has imported. A change upstream
+breaks this file and no other.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_SOLVERS = "torchdyn.numerics.solvers.ode"
+_ODEINT = "torchdyn.numerics.odeint"
+_SENSITIVITY = "torchdyn.numerics.sensitivity"
+_PROBLEMS = "torchdyn.core.problems"
+
+ENTRANCES = (_ODEINT, _SENSITIVITY)
+"""The modules that whoever uses torchdyn's numerics, or its adjoints, imports first."""
+
+FIXED_LOOP = "_fixed_odeint"
+ADAPTIVE_LOOP = "_adaptive_odeint"
+ADJOINT = "_gather_odefunc_adjoint"
+INTERPOLATED_ADJOINT = "_gather_odefunc_interp_adjoint"
+
+# `core.problems` holds names of its own, imported from `numerics.sensitivity`.
+_HOLDERS = {
+    FIXED_LOOP: (_ODEINT,),
+    ADAPTIVE_LOOP: (_ODEINT,),
+    ADJOINT: (_SENSITIVITY, _PROBLEMS),
+    INTERPOLATED_ADJOINT: (_SENSITIVITY, _PROBLEMS),
+}
+
+
+def holders(name: str) -> Iterator[ModuleType]:
+    """Yield the imported modules through which torchdyn calls its function ``name``."""
+    for module_name in _HOLDERS[name]:
+        module = sys.modules.get(module_name)
+        if module is not None and hasattr(module, name):
+            yield module
+
+
+def solver_dict() -> dict[str, Any] | None:
+    """Return the dict from a solver's name to its class; None while torchdyn is not imported."""
+    found: dict[str, Any] | None = getattr(sys.modules.get(_SOLVERS), "SOLVER_DICT", None)
+    return found if _ODEINT in sys.modules else None
+
+
+def default_tolerances() -> tuple[float, float]:
+    """Return the (rtol, atol) of `odeint`, whose loop for fixed steps is told of none."""
+    parameters = inspect.signature(sys.modules[_ODEINT].odeint).parameters
+    return float(parameters["rtol"].default), float(parameters["atol"].default)
+
+
+def dopri5(dtype: torch.dtype) -> Any:
+    """Return a solver object of torchdyn's own dopri5."""
+    return sys.modules[_SOLVERS].str_to_solver("dopri5", dtype)
+
+
+def solve_dopri5(func: Any, y0: Tensor, t: Tensor, *, rtol: float, atol: float) -> Tensor:
+    """Solve by torchdyn's own dopri5."""
+    odeint, solver = sys.modules[_ODEINT].odeint, dopri5(y0.dtype)
+    solution: Tensor = odeint(func, y0, t, solver, rtol=rtol, atol=atol)[1]
+    return solution
+
+
+def unreversed(func: Any) -> Callable[..., Any] | None:
+    """Return the field whose time and sign `odeint` has negated, or None if it has not."""
+    if not isinstance(func, FunctionType) or func.__module__ != _ODEINT:
+        return None
+    if func.__qualname__ not in ("odeint.<locals>.<lambda>", "odeint_symplectic.<locals>.<lambda>"):
+        return None
+    found: Callable[..., Any] = inspect.getclosurevars(func).nonlocals["f"]
+    return found
+
+
+def is_adjoint_dynamics(func: Any) -> bool:
+    """Return whether ``func`` is the field of an adjoint's backward solve."""
+    found = (getattr(func, "__module__", None), getattr(func, "__name__", None))
+    return found == (_SENSITIVITY, "adjoint_dynamics")
+
+
+def refine_spline(func: Any, t: Tensor, states: Tensor) -> None:
+    """Have an interpolated adjoint's field read states off a spline through these.
+
+    Args:
+        func: the field of a backward solve.
+        t: increasing times (n,).
+        states: (n, batch, d).
+    """
+    host = sys.modules[_SENSITIVITY]
+    coefficients = host.natural_cubic_coeffs(x=states.permute(1, 0, 2), t=t)
+    cells = dict(zip(func.__code__.co_freevars, func.__closure__, strict=True))
+    cells["x_spline"].cell_contents = host.CubicSpline(coeffs=coefficients, t=t)
+
+
+def takes_args(func: Any, args: Any) -> bool:
+    """Return whether ``func`` is to be called with ``args=args``, as `DEFunc` calls its field."""
+    try:
+        parameters = inspect.signature(getattr(func, "forward", func)).parameters
+    except (TypeError, ValueError):  # no signature to look at: builtins
+        return False
+    named = parameters.get("args")
+    if named is not None and named.kind is not inspect.Parameter.VAR_POSITIONAL:
+        return True
+    kinds = {parameter.kind for parameter in parameters.values()}
+    return bool(args) and inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def drops_args(func: Any) -> bool:
+    """Return whether ``func`` is a `DEFunc` that keeps ``args`` from the user's field."""
+    is_wrapper = type(func).__module__ == "torchdyn.core.defunc"
+    order, loss = getattr(func, "order", 1), getattr(func, "integral_loss", None)
+    return is_wrapper and (order > 1 or loss is not None)
+
+
+def sample_state(func: Any, batch: int) -> list[tuple[nn.Module, str, Tensor | None]]:
+    """Return what layers of ``func`` hold of every sample: data control, and a CNF's noise.
+
+    Depth, which layers are told at every call, is listed with None: it holds nothing, but
+    calls leave theirs behind.
+    """
+    found: list[tuple[nn.Module, str, Tensor | None]] = []
+    for module in func.modules() if isinstance(func, nn.Module) else ():
+        for name in ("_control", "noise"):
+            held = getattr(module, name, None)
+            if isinstance(held, Tensor) and held.dim() and len(held) == batch:
+                found.append((module, name, held))
+        if hasattr(module, "t"):
+            found.append((module, "t", None))
+    return found

@@ -1,0 +1,249 @@
+"""The LightningModule that fits a hypersolver."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn, optim
+
+from torchdiffeq_hyper._grid import Steps
+from torchdiffeq_hyper._report import FitReport, LossPoint
+from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper.fitting.batches import check_like, checked_batch, n_samples
+from torchdiffeq_hyper.fitting.config import FitConfig
+from torchdiffeq_hyper.fitting.data import Batch
+from torchdiffeq_hyper.fitting.field import wide_dtype
+from torchdiffeq_hyper.fitting.findings import Findings
+from torchdiffeq_hyper.fitting.fit import check_hypernet
+from torchdiffeq_hyper.fitting.guard import left_as_found, modules_in, own_random_state
+from torchdiffeq_hyper.fitting.kept import KeptBatches
+from torchdiffeq_hyper.fitting.neural_ode import attributes_kept
+from torchdiffeq_hyper.fitting.objectives import delta_quantiles, no_correction
+from torchdiffeq_hyper.fitting.phases import phases_of
+from torchdiffeq_hyper.fitting.problem import Problem
+from torchdiffeq_hyper.fitting.start import Start
+from torchdiffeq_hyper.hypersolver import HyperSolver
+from torchdiffeq_hyper.lightning._callback import LeftAsFound
+from torchdiffeq_hyper.lightning._find import find_lightning
+from torchdiffeq_hyper.lightning._schedule import Schedule
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback, LightningModule
+else:
+    Callback, LightningModule = find_lightning().Callback, find_lightning().LightningModule
+
+
+class HyperSolverModule(LightningModule):
+    r"""`torchdiffeq_hyper.fit` as a LightningModule, trained on batches of starts.
+
+    A training step minimises what `fit` does, on the batch's own reference solution, with
+    AdamW and half a cosine of annealing over the Trainer's steps (one for each phase). It
+    logs ``train_loss``, relative to the base's on ``y0`` (so 1 is no correction), and
+    ``validation`` and ``validation_base``: the held-out error as in
+    `FitReport.validation`, with and without the correction. When to stop, what to log,
+    clipping, devices and which checkpoint is the best are the Trainer's business.
+
+    A batch whose reference is known costs an iteration of `fit`; a new one an adaptive
+    solve first. References are kept, up to 1 GiB, for batches that come again unchanged:
+    pass a `DataLoader` that does not shuffle.
+
+    func is no submodule: it is not trained and not in the optimizer or checkpoints. It
+    moves with the module to other devices, and comes back from training as it was. A
+    checkpoint holds the hypernet and the history; to read it, pass the arguments again:
+    ``load_from_checkpoint(path, func=func, y0=y0, t_span=..., base=..., steps=...)``.
+
+    Args:
+        func: as in `fit`.
+        y0: a batch of starts, a tensor or a tuple of them: the net is made for these, and
+            its scales and the noise floor are measured on them, here. Not trained on.
+        t_span: as in `fit`.
+        base: as in `fit`, but for "bns".
+        steps: as in `fit`.
+        hypernet: as in `fit`; trained in place.
+        alpha: as in `fit`.
+        objective: as in `fit`.
+        direction: as in `fit`.
+        config: ``lr``, ``weight_decay``, ``rtol``, ``atol``, ``method`` and ``seed`` (of a
+            ready net) count; the Trainer decides the rest.
+
+    Raises:
+        HyperError: as in `fit`.
+
+    Example:
+        >>> import torch
+        >>> from torchdiffeq_hyper.lightning import HyperSolverModule
+        >>> y0 = torch.linspace(-1, 1, 8).unsqueeze(1)
+        >>> func = lambda t, y: torch.sin(t) - y
+        >>> module = HyperSolverModule(func, y0, (0.0, 1.0), base="euler", steps=4)
+        >>> module.solver.method
+        'hypereuler'
+    """
+
+    def __init__(
+        self,
+        func: VectorField,
+        y0: State,
+        t_span: tuple[float, float] | Tensor,
+        *,
+        base: str,
+        steps: Steps,
+        hypernet: nn.Module | None = None,
+        alpha: float | None = None,
+        objective: str = "combined",
+        direction: str = "forward",
+        config: FitConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self._problem = Problem.of(
+            func,
+            t_span,
+            base=base,
+            steps=steps,
+            alpha=alpha,
+            objective=objective,
+            direction=direction,
+            config=config,
+        )
+        check_hypernet(hypernet)
+        self._func = (func,)  # in a tuple, so that torch does not take it for a part
+        self._starts = checked_batch(y0)
+        with torch.enable_grad(), own_random_state(self._problem.config.seed), self._measuring():
+            start = Start.of(self._problem, self._starts, hypernet)
+            self.hypernet = start.net
+            solver = self._problem.solver(self.hypernet)
+            self._phases, self._judge = phases_of(objective, solver, self._problem.func)
+            routes = range(len(self._problem.plan.routes))
+            self._scales = [[start.scale(phase, r) for r in routes] for phase in self._phases]
+        self._noise = start.noise
+        self._kept = KeptBatches(self._problem, start.tolerances)
+        self._schedule = Schedule.of(1, len(self._phases))
+        self._train = [0.0, 0.0]
+        self._sums = [0.0, 0.0, 0.0]
+        self._found = Findings()
+        self._began = 0.0
+
+    @property
+    def solver(self) -> HyperSolver:
+        """The hypersolver with a copy of the net as it is now, frozen, domain and report."""
+        net = copy.deepcopy(self.hypernet).requires_grad_(requires_grad=False)
+        for parameter in net.parameters():
+            parameter.grad = None
+        domain = self._problem.domain(self._starts)
+        solver = self._problem.solver(net, self._problem.steps, domain=domain, report=self.report)
+        return solver.eval()
+
+    @property
+    def report(self) -> FitReport | None:
+        """What was measured at the last validation; None before there was one."""
+        return self._found.report(
+            noise_floor=self._noise,
+            reference_seconds=self._kept.seconds,
+            reference_nfe=self._kept.calls,
+            stopped="trainer",
+            seed=self._problem.config.seed,
+        )
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a batch on one route, relative to the base's."""
+        number = self._schedule.phase_at(self.global_step)
+        measured = self._measure(("train", batch_idx), batch)
+        route = self.global_step % len(measured.routes)
+        with torch.inference_mode(mode=False):
+            loss = self._phases[number].loss(measured, route)
+        self._train[0] += float(loss.detach())
+        self._train[1] += 1
+        relative = loss / self._scales[number][route]
+        self.log("train_loss", relative, prog_bar=True, batch_size=n_samples(measured.y0))
+        return relative
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation."""
+        self._sums = [0.0, 0.0, 0.0]
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the validation errors."""
+        measured = self._measure(("validation", dataloader_idx, batch_idx), batch)
+        with self._measuring(), torch.no_grad():
+            count = n_samples(measured.y0)
+            errors = self._judge.error(measured), self._judge.base_error(measured)
+            if not self._sums[0]:
+                order = self._problem.tableau.order
+                self._found.delta = delta_quantiles(self.hypernet, order, measured)
+                self._found.base_delta = delta_quantiles(no_correction, order, measured)
+        added = (count, count * errors[0], count * errors[1])
+        self._sums = [total + more for total, more in zip(self._sums, added, strict=True)]
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean errors over all samples of all processes."""
+        sums = torch.tensor(self._sums, dtype=wide_dtype(self.device), device=self.device)
+        count, error, base_error = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        found = self._found
+        found.validation, found.base_validation = error / count, base_error / count
+        self.log("validation", found.validation, prog_bar=True, sync_dist=True)
+        self.log("validation_base", found.base_validation, sync_dist=True)
+        if self._train[1]:
+            phase = self._phases[self._schedule.phase_at(max(0, self.global_step - 1))].name
+            loss = self._train[0] / self._train[1]
+            found.losses.append(LossPoint(self.global_step, phase, loss, found.validation))
+            self._train = [0.0, 0.0]
+
+    def on_fit_start(self) -> None:
+        """Start the clock, or let it go on."""
+        self._began = time.perf_counter() - self._found.seconds
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count iterations and seconds."""
+        self._found.iterations = self.global_step
+        self._found.seconds = time.perf_counter() - self._began
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW on the hypernet, annealed over the steps that the Trainer will do.
+
+        Raises:
+            OptionError: the Trainer would never end.
+        """
+        self._schedule = Schedule.of(self.trainer.estimated_stepping_batches, len(self._phases))
+        config = self._problem.config
+        parameters = [p for p in self.hypernet.parameters() if p.requires_grad]
+        optimizer = optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+        schedule = optim.lr_scheduler.LambdaLR(optimizer, self._schedule.rate_at)
+        interval = {"scheduler": schedule, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": interval}
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return what gives func back as it was, also after errors."""
+        return [LeftAsFound(self._as_found)]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what was measured."""
+        checkpoint["torchdiffeq_hyper"] = asdict(self._found)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up what was measured."""
+        self._found = Findings.from_dict(checkpoint["torchdiffeq_hyper"])
+
+    def _measure(self, key: tuple[Any, ...], batch: Any) -> Batch:
+        with self._measuring(), torch.autocast(self.device.type, enabled=False):
+            y0 = checked_batch(batch)
+            return self._kept.measure(key, check_like(y0, self._starts))
+
+    @contextmanager
+    def _as_found(self) -> Iterator[None]:
+        with left_as_found(self._func[0]), attributes_kept(self._problem.func):
+            yield
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        with torch.inference_mode(mode=False), self._as_found():
+            yield
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:  # noqa: FBT001, FBT002
+        for module in modules_in(self._func[0]):
+            module._apply(fn, recurse)  # noqa: SLF001
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

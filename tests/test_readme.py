@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -83,7 +84,10 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
     """An empty folder to read the README in; published methods are taken back after it."""
     monkeypatch.chdir(tmp_path)
     before = _registry.methods()
-    yield {"__name__": "__main__"}
+    main = ModuleType("__main__")
+    # torch's compiler looks a function's globals up in its module.
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    yield vars(main)
     added = {m.name: m.owner for m in _registry.methods().values() if m.name not in before}
     for name, owner in added.items():
         if owner == "register_method":
@@ -140,9 +144,10 @@ def test_files_that_the_readme_names_are_there() -> None:
 
 
 # torchflows 1.2.1 indexes its base distribution with a list; Lightning 2.6 gives advice on
-# loaders, logs and checkpoints, and uses what torch 2.13 deprecates.
+# loaders, logs and checkpoints, and uses what torch 2.13 deprecates; so does torch's compiler.
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning")
 @pytest.mark.filterwarnings("ignore:::pytorch_lightning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: f"line{chain[0].line}")
 def test_readme_block_runs(chain: list[Block], reader: dict[str, Any]) -> None:
     for block in chain:

@@ -13,7 +13,7 @@ from torch import nn
 import torchdiffeq_hyper as tdh
 from torchdiffeq_hyper.hypernets import MLP
 
-BNS_CALLS = (4, 7, 8, 9, 10, 12, 14, 16)
+BNS_CALLS = (4, 7, 8, 9, 10, 14, 16)
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def _explained(error: Exception, *, dynamic_batch: bool) -> ExportError:
             explain(
                 f"{problem}\n  func or the hypernet works for one batch size only.",
                 "operations that take any batch size.",
-                "y.shape[0] in place of a number, or dynamic_batch=False",
+                "y.shape[0] in place of a number or len(y), or dynamic_batch=False",
             )
         )
     return ExportError(

@@ -83,8 +83,8 @@ class FitReport:
         seed: the seed used.
         notes: what a user should know: no gain, no time, the net that was chosen.
         break_even: when the fit has paid for itself; None after fewer than 200
-            iterations, if there was no time to measure it, or if no classical solver was
-            found that is as accurate.
+            iterations (20 for "bns"), if there was no time to measure it, or if no classical
+            solver was found that is as accurate.
     """
 
     losses: tuple[LossPoint, ...]

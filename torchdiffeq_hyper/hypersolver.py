@@ -188,8 +188,8 @@ class HyperSolver(nn.Module):
 
         ``torch.export.load(path).module()(y0, t)`` gives the numbers of ``solve(func, y0, t)``
         for every start and time of the shapes exported, in either direction, without its
-        warnings and its check for inf and nan. func and net stay in the mode (train, eval)
-        they are in; every step is written out.
+        warnings and its check for inf and nan (for "bns" along its span alone, else nan). func
+        and net stay in the mode (train, eval) they are in; every step is written out.
 
         Args:
             path: the file, by custom ``*.pt2``; an old one stays until it is complete.

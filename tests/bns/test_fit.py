@@ -143,6 +143,34 @@ def test_tuple_states_whose_samples_depend_on_each_other_are_fitted_whole() -> N
     assert report.validation < report.base_validation / 5
 
 
+def test_samples_that_come_to_depend_on_each_other_are_fitted_whole() -> None:
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        mean = y.mean(0, keepdim=True)
+        return torch.sin(2 * y) / 2 + torch.sin(t) * (3 * torch.tanh(2 * mean + 1) - y)
+
+    y0 = starts(800, 0).reshape(100, 16)
+    report = fit(func, y0, steps=4).report
+    assert report is not None
+    assert report.validation < report.base_validation / 2
+
+
+def test_the_report_says_when_the_fit_has_paid_for_itself(fitted: tdh.BespokeSolver) -> None:
+    assert fitted.report is not None
+    paid = fitted.report.break_even
+    assert paid is not None
+    assert 0 < paid.error < 4 * fitted.report.delta["max"]
+    assert str(paid) in str(fitted.report)
+    assert fit().report.break_even is None  # type: ignore[union-attr]  # a trial
+
+
+def test_too_few_samples_for_the_weights_are_noted() -> None:
+    for count, texts in ((12, ["210 or more"]), (256, [])):
+        report = fit(y0=starts(count, 0), config=tdh.FitConfig(iterations=2)).report
+        assert report is not None
+        assert len(report.notes) == 1 + len(texts)
+        assert all(text in note for text, note in zip(texts, report.notes[1:], strict=True))
+
+
 def test_batches_of_an_iterable_are_fitted() -> None:
     def batches() -> Iterator[list[Tensor]]:
         for seed in range(4):
@@ -263,6 +291,18 @@ def test_arguments_without_a_meaning_are_refused(arguments: dict[str, Any], text
 def test_a_field_that_is_solved_exactly_is_refused() -> None:
     with pytest.raises(NoiseFloorError, match="already exact"):
         fit(lambda t, y: torch.ones_like(y))
+
+
+def test_a_reference_too_loose_for_small_states_is_told_from_exactness() -> None:
+    def small(t: Tensor, y: Tensor) -> Tensor:
+        return 1e-4 * pendulum(t, y / 1e-4)
+
+    y0 = 1e-4 * starts(128, 0, torch.float32)
+    with pytest.raises(NoiseFloorError, match=r"too loose.*\n.*\n.*atol"):
+        fit(small, y0, steps=12)
+    report = fit(small, y0, steps=12, config=tdh.FitConfig(iterations=12, atol=1e-10)).report
+    assert report is not None
+    assert report.validation < report.base_validation / 2
 
 
 def test_a_field_that_every_start_blows_up_on_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from stubs import Counted, MLPField, coupled, coupled_start, damped_wave
 from torchdiffeq_hyper.__main__ import main
 from torchdiffeq_hyper.bespoke import classical
 from torchdiffeq_hyper.errors import (
+    AdjointWarning,
     BaseMismatchError,
     MissingHypernetError,
     OptionError,
@@ -115,6 +117,17 @@ def test_adjoint_gradients_are_those_of_dopri5_around_the_solution() -> None:
         torch.testing.assert_close(ours, exact, rtol=0.02, atol=0.02)
 
 
+def test_adjoint_warns_once_when_the_solver_wants_gradients() -> None:
+    field, solver = MLPField(), fitted()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        odeint_adjoint(field, start(), T, method="bns", options={"solver": solver})
+        solver.requires_grad_()
+        with pytest.warns(AdjointWarning, match=r"no gradient.*solver\.requires_grad_"):
+            odeint_adjoint(field, start(), T, method="bns", options={"solver": solver})
+        odeint_adjoint(field, start(), T, method="bns", options={"solver": solver})
+
+
 def test_gradients_through_odeint_are_those_of_the_roll_out() -> None:
     field, solver = MLPField(), fitted()
     y0 = start().requires_grad_()
@@ -140,6 +153,24 @@ def test_a_dise_sends_samples_to_it(tmp_path: Path) -> None:
     assert isinstance(loaded.solver, tdh.BespokeSolver)
     found = loaded.solve(damped_wave, start(), t, rtol=1e-3, atol=1e-3)
     assert torch.equal(found, solver.solve(damped_wave, start(), t))
+
+
+def test_records_count_its_calls_alone_and_in_a_dise() -> None:
+    solver, t = fitted(), T[[0, -1]]
+
+    class BySign(torch.nn.Module):
+        def forward(self, y0: Tensor) -> Tensor:
+            return torch.stack([y0[:, 0], -y0[:, 0]], dim=1)
+
+    dise = tdh.Dise([tdh.Candidate("euler", steps=1), tdh.Candidate(solver)], selector=BySign())
+    with tdh.record() as rec:
+        odeint(damped_wave, start(), t, method="bns", options={"solver": solver})
+        alone = rec.solves[-1]
+        odeint(damped_wave, start(), t, method="dise", options={"dise": dise})
+    assert (alone.method, alone.nfe, alone.sample_nfe.tolist()) == ("bns", 8, [8] * 6)
+    dispatched = rec.solves[-1]
+    assert dispatched.nfe == 9
+    assert dispatched.sample_nfe.tolist() == torch.where(start()[:, 0] > 0, 8, 1).tolist()
 
 
 def test_settings_of_other_methods_mean_nothing_to_a_candidate() -> None:

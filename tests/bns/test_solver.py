@@ -242,6 +242,28 @@ def test_an_exported_solve_gives_the_same_numbers(tmp_path: object) -> None:
         torch.testing.assert_close(program(start(7), SPAN), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "times", [(0.5, 1.0), (0.0, 2.0), (1.0, 0.0), (0.0, 0.5, 1.5), (0.0, -0.5, 1.0)]
+)
+def test_compiled_and_exported_solves_give_nan_outside_the_fitted_span(
+    times: tuple[float, ...], tmp_path: object
+) -> None:
+    torch._dynamo.reset()
+    solver, field, path = random_solver(3), MLPField(), f"{tmp_path}/bns.pt2"
+    solver.domain = FitDomain((0.0, 1.0), 1.0, 1.0, (1,), ((2,),), False, "float64")
+    t = torch.tensor(times, dtype=torch.float64)
+    inside = torch.linspace(0, 0.7, len(t), dtype=torch.float64)
+    solver.export(path, field, start(), inside)
+    compiled = torch.compile(
+        lambda y0, t: solver.solve(field, y0, t), backend="eager", fullgraph=True
+    )
+    with torch.no_grad():
+        expected = solver.solve(field, start(), inside)
+        for solve in (compiled, torch.export.load(path).module()):
+            torch.testing.assert_close(solve(start(), inside), expected, rtol=1e-12, atol=1e-12)
+            assert bool(solve(start(), t)[1:].isnan().all())
+
+
 def test_half_precision_is_summed_in_float32() -> None:
     y0, t = start().half(), torch.tensor([0.0, 1.0])
     solver = BespokeSolver.classical("euler", 64)
@@ -382,4 +404,15 @@ def test_large_states_under_vmap_have_the_same_numbers(monkeypatch: pytest.Monke
     with torch.no_grad():
         found = torch.vmap(scaled)(factors)
         expected = torch.stack([scaled(factor) for factor in factors])
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_weights_written_behind_autograd_s_back_are_used() -> None:
+    solver = random_solver()
+    solver.domain = FitDomain((0.0, 1.0), 1.0, 1.0, (1,), ((2,),), False, "float64")
+    with torch.no_grad():
+        solver.solve(damped_wave, start(), SPAN)
+        solver.weights.data.copy_(classical("rk4", 5))
+        found = solver.solve(damped_wave, start(), SPAN)
+    expected = BespokeSolver.classical("rk4", 5).solve(damped_wave, start(), SPAN)
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)

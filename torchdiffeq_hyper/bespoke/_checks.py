@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -85,7 +87,7 @@ def is_whole_span(t: Tensor, span: tuple[float, float] | None) -> bool:
     except RuntimeError:  # no values to look at: vmap, fake and meta tensors
         return False
     start, end = span
-    slack = 1e-5 * abs(end - start) + 1e-6 * max(abs(start), abs(end))
+    slack = slack_of(span) * abs(end - start)
     low, high = min(span) - slack, max(span) + slack
     if abs(points[0] - start) > slack or not all(low <= point <= high for point in points):
         raise OptionError(
@@ -99,7 +101,24 @@ def is_whole_span(t: Tensor, span: tuple[float, float] | None) -> bool:
                 'base="bns", steps=8)   # direction="reverse" for the way back',
             )
         )
+    forward = 1 if end > start else -1
+    if any(forward * (after - before) < 0 for before, after in pairwise(points)):
+        raise OptionError(
+            explain(
+                "t turns back on its way.",
+                f"times that only {'grow' if forward > 0 else 'fall'}.",
+                f"t = t.sort(descending={forward < 0}).values",
+            )
+        )
     return len(t) == 2 and abs(points[1] - end) <= slack and not t.requires_grad
+
+
+def slack_of(span: tuple[float, float] | None) -> float:
+    """Return the share of a span by which times may miss it: those of float32 do."""
+    if span is None:
+        return math.inf  # any times will do
+    start, end = span
+    return 1e-5 + 1e-6 * max(abs(start), abs(end)) / abs(end - start)
 
 
 @torch.no_grad()

@@ -42,6 +42,20 @@ def polynomial_knots(weights: Tensor) -> tuple[Tensor, Tensor]:
     return values[1:-1].clone(), knots**powers @ solve
 
 
+def blank_outside(weights: Tensor, share: Tensor, slack: float) -> Tensor:
+    """Return the weights, or nan for all where times start elsewhere or leave the span.
+
+    Where values cannot be looked at, in a compiled or exported solve, nothing can be raised.
+
+    Args:
+        weights: (m, n) of the derivatives.
+        share: (m + 1,) shares of the span passed, the first one of the start.
+        slack: by which they may miss it.
+    """
+    missed = torch.cat([share[:1], share[1:] - share[1:].clamp(0, 1)]).detach()
+    return torch.where(missed.abs().amax() > slack, torch.nan, weights)
+
+
 def stage_times(weights: Tensor) -> Tensor:
     """Return the share of the span passed at each call of func, (n,), the first one 0."""
     return torch.cat([weights.new_zeros(1), weights[:-1].sum(1)])

@@ -30,6 +30,34 @@ def schedule(weights: Tensor, start: Any, end: Any, dtype: torch.dtype) -> Sched
     return times.unbind(), [row[: i + 1] for i, row in enumerate(rows)]
 
 
+class KeptSchedule:
+    """The last solve's schedule: a dozen small operations that a small state would notice."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] | None = None
+        self._weights: Tensor | None = None
+        self._schedule: Schedule | None = None
+
+    def of(self, weights: Tensor, span: tuple[float, float], y: Tensor) -> Schedule:
+        """Return the schedule for the span, made anew if anything it is made of has changed."""
+        key = (y.dtype, y.device, span, weights.dtype, weights.device, weights._version)  # noqa: SLF001
+        if self._schedule is None or self._key != key or not self._is_of(weights):
+            self._key, self._weights = key, weights.detach().clone()
+            self._schedule = schedule(weights.to(y.device), *span, y.dtype)
+        return self._schedule
+
+    def _is_of(self, weights: Tensor) -> bool:
+        # What is written through ``.data`` leaves the version as it was. To look at the
+        # values of another device would wait for it.
+        kept = self._weights
+        assert kept is not None
+        return torch.equal(kept, weights) if weights.device.type == "cpu" else True
+
+    def __reduce__(self) -> tuple[type[KeptSchedule], tuple[()]]:
+        """Copy and pickle as an empty one."""
+        return KeptSchedule, ()
+
+
 def is_plain() -> bool:
     """Return whether only numbers are wanted: no gradient, no graph."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling())

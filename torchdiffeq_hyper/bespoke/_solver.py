@@ -16,16 +16,22 @@ from torchdiffeq_hyper._layout import StateLayout, is_half
 from torchdiffeq_hyper._report import FitReport
 from torchdiffeq_hyper._stepping import Correction, stage_call
 from torchdiffeq_hyper._types import Hypernet, State, VectorField
-from torchdiffeq_hyper.bespoke._checks import check_weights, is_whole_span, raise_non_finite
+from torchdiffeq_hyper.bespoke._checks import (
+    check_weights,
+    is_whole_span,
+    raise_non_finite,
+    slack_of,
+)
 from torchdiffeq_hyper.bespoke._classical import classical
 from torchdiffeq_hyper.bespoke._dense import (
     added_at_end,
     between,
+    blank_outside,
     hermite_weights,
     polynomial_knots,
     stage_times,
 )
-from torchdiffeq_hyper.bespoke._rollout import Schedule, is_plain, roll_out, schedule
+from torchdiffeq_hyper.bespoke._rollout import KeptSchedule, is_plain, roll_out, schedule
 from torchdiffeq_hyper.hypersolver import HyperSolver
 from torchdiffeq_hyper.tableaus import StageCall, Tableau
 
@@ -93,7 +99,7 @@ class BespokeSolver(HyperSolver, kind="bns"):
         self.domain = domain
         self.report = report
         self._warned = set()
-        self._kept: tuple[Tensor, tuple[Any, ...], Schedule] | None = None
+        self._kept = KeptSchedule()
 
     @classmethod
     def classical(cls, method: str, calls: int) -> BespokeSolver:
@@ -151,7 +157,7 @@ class BespokeSolver(HyperSolver, kind="bns"):
             y0: tensor of any shape, or tuple of tensors. Half precision is integrated
                 in float32 and cast for each call.
             t: 1-D floating tensor that starts where the fitted span does and stays in
-                it. While compiling this is not looked at.
+                it. A compiled or exported solve cannot raise: outside, it gives nan.
             rtol: ignored: there is no error estimate.
             atol: ignored.
 
@@ -192,11 +198,13 @@ class BespokeSolver(HyperSolver, kind="bns"):
         if ends_at_end:
             y = (x if added is None else x + added).unsqueeze(0)
         else:
-            share = ((t[1:] - start) / (end - start)).to(self.weights.dtype).clamp(0, 1)
+            share = (t - start) / (end - start)
+            passed = share[1:].to(self.weights.dtype).clamp(0, 1)
             knots = self.get_buffer("knot_values"), self.get_buffer("knot_slopes")
             own = (part.to(flat.device) for part in (self.weights, *knots))
-            weights = hermite_weights(share, *own) * (end - start)
-            y = between(share, weights.to(flat.dtype), flat, stages, added)
+            weights = hermite_weights(passed, *own) * (end - start)
+            weights = blank_outside(weights, share, slack_of(self.span))
+            y = between(passed, weights.to(flat.dtype), flat, stages, added)
         if not is_finite(y[-1]):
             raise_non_finite(call, schedule(self.weights.to(y.device), start, end, y.dtype), flat)
         return layout.split(torch.cat([flat.unsqueeze(0), y]).to(dtype))
@@ -207,11 +215,7 @@ class BespokeSolver(HyperSolver, kind="bns"):
         weights = self.weights
         if not is_plain() or self.span is None or weights.is_inference():
             return roll_out(call, schedule(weights.to(y.device), start, end, y.dtype), y)
-        key = (y.dtype, y.device, self.span, weights.dtype, weights.device, weights._version)  # noqa: SLF001
-        # A dozen small operations that a small state would notice.
-        if self._kept is None or self._kept[0] is not weights or self._kept[1] != key:
-            self._kept = (weights, key, schedule(weights.to(y.device), start, end, y.dtype))
-        return roll_out(call, self._kept[2], y)
+        return roll_out(call, self._kept.of(weights, self.span, y), y)
 
     def _increment(
         self, call: StageCall, t0: Tensor, dt: Tensor, t1: Tensor, y: Tensor
@@ -229,19 +233,7 @@ class BespokeSolver(HyperSolver, kind="bns"):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], hypernet: nn.Module | None = None) -> BespokeSolver:
-        """Read a solver that `save` wrote; `HyperSolver.load` does so as well.
-
-        It comes frozen, in evaluation mode, in its original dtype and, unless an instance
-        is given, on the CPU.
-
-        Args:
-            path: the file.
-            hypernet: instance to load into, if there is one and it is not a ready net.
-
-        Raises:
-            FileNotFoundError, FileFormatError: no file; truncated, other kind, newer format.
-            BaseMismatchError, StateShapeError, StateTypeError: the instance is another net.
-        """
+        """Read a solver that `save` wrote, as `HyperSolver.load` does, which reads it as well."""
         arguments, net, weights = read_bespoke(path, hypernet)
         solver = cls(hypernet=net, **arguments)
         if net is not None:
@@ -250,7 +242,7 @@ class BespokeSolver(HyperSolver, kind="bns"):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle as any module: the tableau is made when asked for."""
-        return {**self.__dict__, "_kept": None}
+        return self.__dict__.copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle as any module."""

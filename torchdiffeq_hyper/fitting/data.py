@@ -145,6 +145,12 @@ class Data:
         return len(self._measured)
 
     @property
+    def n_starts(self) -> int:
+        """Number of samples measured to fit on, of all processes."""
+        batches = [batch for batch in self._measured.values() if batch.weight]
+        return sum(round(n_samples(batch.y0) / batch.weight) for batch in batches)
+
+    @property
     def n_routes(self) -> int:
         """Number of routes."""
         return len(self._plan.routes)

@@ -54,10 +54,11 @@ def fit(
     They start as the classical method that has the smallest held-out error with as many
     calls of func, and damped Gauss-Newton steps minimise the mean of
     :math:`|y(T) - y_n|_2 / |y(T)|_2` at the span's end T; the held-out error is the same
-    mean. A step costs about n^3/6 calls of func on a few samples, and no gradient of func.
-    The fit ends when ten steps bring no gain. ``hypernet=None`` means no correction; one
-    that is given is fitted after the weights. The span, one direction and one number of
-    calls belong to the result.
+    mean. Norms are over all parts of a tuple: scale func so that those that matter have
+    numbers of like size. A step costs about n^3/6 calls of func on a few samples, and no
+    gradient of func. The fit ends when ten steps bring no gain. ``hypernet=None`` means no
+    correction; one that is given is fitted after the weights. The span, one direction and
+    one number of calls belong to the result.
 
     func is fitted in evaluation mode. Its modules come back as found (mode,
     ``requires_grad``, gradients, buffers), on errors, too: func itself, the instance of a

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._report import FitReport
+from torchdiffeq_hyper._report import BreakEven, FitReport
 from torchdiffeq_hyper.bespoke import BespokeSolver
+from torchdiffeq_hyper.fitting.batches import n_samples
 from torchdiffeq_hyper.fitting.bespoke.correction import EndPhase
+from torchdiffeq_hyper.fitting.bespoke.pieces import samples_needed
 from torchdiffeq_hyper.fitting.bespoke.problem import BespokeProblem
+from torchdiffeq_hyper.fitting.bespoke.sensitivities import n_weights
+from torchdiffeq_hyper.fitting.break_even import measure
 from torchdiffeq_hyper.fitting.budget import Budget
 from torchdiffeq_hyper.fitting.checkpoint import FitState
 from torchdiffeq_hyper.fitting.data import Data
 from torchdiffeq_hyper.fitting.objectives import quantiles
+
+FEWEST_TO_PAY = 20
+"""Iterations below which a fit is a trial that nobody has to earn back."""
 
 
 def signature_of(
@@ -70,13 +78,40 @@ def report_of(
         reference_nfe=data.calls,
         stopped=state.stopped,
         seed=problem.config.seed,
-        notes=_notes(state, name),
+        notes=tuple(_notes(state, data, name, problem.calls)),
+        break_even=_break_even(problem, solvers[0], data, state, budget),
     )
 
 
-def _notes(state: FitState, name: str) -> tuple[str, ...]:
+def _notes(state: FitState, data: Data, name: str, calls: int) -> Iterator[str]:
     if state.iteration == 0:
-        return (f"no iteration ended in time: this is {name}; pass a larger max_seconds",)
-    if not state.best_error < state.base_error:
-        return (f"no better than {name} on held-out samples: do not use it as it is",)
-    return (f"the base is {name} with as many calls of func, the best classical start",)
+        yield f"no iteration ended in time: this is {name}; pass a larger max_seconds"
+    elif not state.best_error < state.base_error:
+        yield f"no better than {name} on held-out samples: do not use it as it is"
+    else:
+        yield f"the base is {name} with as many calls of func, the best classical start"
+    needed = samples_needed(data.held_out.y0, calls)
+    if data.n_starts < needed:
+        yield (
+            f"{data.n_starts} samples for {n_weights(calls)} weights: starts unlike them may go "
+            f"wrong, and the held-out error ({n_samples(data.held_out.y0)} samples) need not show "
+            f"it; pass {needed} or more"
+        )
+
+
+def _break_even(
+    problem: BespokeProblem, solver: BespokeSolver, data: Data, state: FitState, budget: Budget
+) -> BreakEven | None:
+    if state.iteration < FEWEST_TO_PAY:
+        return None
+    # With its span, as it will be used: what a solve needs is then made once.
+    domain = problem.domain(data.held_out.y0)
+    used = BespokeSolver(solver.weights, hypernet=solver.hypernet, domain=domain)
+    return measure(
+        used.solve,
+        problem.func,
+        data.held_out,
+        calls=problem.calls,
+        fit_seconds=budget.seconds,
+        seconds_left=budget.max_seconds - budget.seconds,
+    )

@@ -162,7 +162,9 @@ class Session:
         )
         self._held_out = cut(self._data.held_out, problem.func, ENDLESS, None)
         y0, n = self.batches.held_out, problem.calls
-        whole = not are_independent(problem.func, y0, problem.span[0], ENDLESS)
+        first, last = problem.span
+        times = (first, (first + last) / 2, last)
+        whole = not are_independent(problem.func, y0, times, ENDLESS)
         self._rows = None if whole else rows_of(y0, n)
 
     def _start(self, name: str, dtype: torch.dtype) -> FitState:

@@ -19,6 +19,9 @@ from torchdiffeq_hyper.fitting.field import Field, state_dtype
 from torchdiffeq_hyper.fitting.norms import sample_norms
 from torchdiffeq_hyper.fitting.reference import Tolerances, solve_reference
 
+LOOSE = 1e3
+"""Noise, in units of the dtype's rounding, that is more than rounding."""
+
 
 def best_starts(held_out: Sequence[Piece], like: Tensor) -> list[str]:
     """Return the classical methods that stay finite, the smallest held-out error first.
@@ -69,11 +72,21 @@ def noise_at_end(field: Field, y0: State, times: Tensor, tolerances: Tolerances)
 
 
 def refuse_exact(name: str, n: int, error: float, noise: float, dtype: torch.dtype) -> NoReturn:
-    """Refuse to fit where a classical method is exact to rounding.
+    """Refuse to fit where a classical method is exact to rounding, or the reference too loose.
 
     Raises:
         NoiseFloorError: always.
     """
+    if noise > LOOSE * torch.finfo(dtype).eps:
+        raise NoiseFloorError(
+            explain(
+                f"the reference solution is too loose to fit to: the mean relative error of {name} "
+                f"with {n} calls of func is {error:.3g}, the reference's own {noise:.3g}.",
+                "noise below half of the error. The default atol is absolute: it suits states of "
+                "size 1 and above.",
+                "config=tdh.FitConfig(atol=1e-3 * 1e-6)   # for states of size 1e-3",
+            )
+        )
     raise NoiseFloorError(
         explain(
             f"{name} with {n} calls of func is already exact to this dtype, as far as can be "

@@ -166,16 +166,21 @@ def _how_to_bind_part(method: str, whole: _registry.WholeSolve) -> str:
     )
 
 
-def warn_if_trained_through_adjoint(hypernet: Hypernet) -> None:
-    """Warn, once a net, that `odeint_adjoint` gives a hypernet no gradient."""
-    if not isinstance(hypernet, nn.Module) or torch.is_inference_mode_enabled():
+def warn_if_trained_through_adjoint(part: object, name: str = "hypernet") -> None:
+    """Warn, once a part, that `odeint_adjoint` gives it no gradient.
+
+    Args:
+        part: a hypernet, or a solver with weights of its own.
+        name: what to call it.
+    """
+    if not isinstance(part, nn.Module) or torch.is_inference_mode_enabled():
         return
-    if hypernet in _warned or not any(p.requires_grad for p in hypernet.parameters()):
+    if part in _warned or not any(p.requires_grad for p in part.parameters()):
         return
-    _warned.add(hypernet)
+    _warned.add(part)
     warnings.warn(
-        "odeint_adjoint gives the hypernet no gradient, and its parameters require one. "
-        "To train it use odeint; otherwise hypernet.requires_grad_(False).",
+        f"odeint_adjoint gives the {name} no gradient, and its parameters require one. "
+        f"To train it use odeint; otherwise {name}.requires_grad_(False).",
         AdjointWarning,
         stacklevel=2,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._registry import Method, WholeSolve
-from torchdiffeq_hyper._types import State
+from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.errors import OptionError, closest, explain
 from torchdiffeq_hyper.hosts.torchdiffeq import _bound
 from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
@@ -22,6 +22,7 @@ from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
     is_default_norm,
     options_of,
 )
+from torchdiffeq_hyper.hypersolver import HyperSolver
 
 
 class WholeProblemSolver:
@@ -48,6 +49,8 @@ class WholeProblemSolver:
         if not is_default_norm(norm):
             options["norm"] = norm
         self.part = _bound.find_part(self.entry, self._call.func, self._checked(options))
+        if self._call.is_adjoint_forward and isinstance(self.part, HyperSolver):
+            _bound.warn_if_trained_through_adjoint(self.part, "solver")
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
         """Return the options that the method has; refuse unknown ones."""
@@ -79,8 +82,11 @@ class WholeProblemSolver:
         layout, call = self._call.layout, self._call
         # A part may call the very method that it stands in for.
         with no_overrides(), recording.handed_over(self.part) as draft:
+            func = call.func
+            if draft is not None and isinstance(self.part, HyperSolver):
+                func = _Counted(func, draft)  # other parts tell the record themselves
             solution: State = self.part.solve(
-                call.func,
+                func,
                 layout.split(self._y0),
                 -t if call.negated else t,
                 rtol=self._rtol,
@@ -110,3 +116,16 @@ class WholeProblemSolver:
     def valid_callbacks(cls) -> set[str]:
         """Return no names: the samples do not step together."""
         return set()
+
+
+class _Counted:
+    """A vector field whose calls are counted in a record: the host's wrapper is not called."""
+
+    def __init__(self, func: VectorField, draft: recording.Draft) -> None:
+        self._func = func
+        self._draft = draft
+
+    def __call__(self, t: Tensor, y: State) -> State:
+        self._draft.nfe += 1
+        derivative: State = self._func(t, y)
+        return derivative

@@ -33,6 +33,7 @@ class AdjointCall:
         is_interpolated: whether backward reads the states off a spline through the forward's.
         grid: the true times of the forward's steps, once there are any.
         states: the states there, where the spline needs more than the forward returned.
+        whole: the forward solve of a method without a grid: what backward takes its own from.
     """
 
     tableau: Tableau | None
@@ -42,6 +43,7 @@ class AdjointCall:
     is_interpolated: bool
     grid: Tensor | None = None
     states: Tensor | None = None
+    whole: tuple[HostCall, Tensor] | None = None
 
     def begin(self, call: HostCall, part: Any) -> None:
         """Note how the forward solve steps; warn of gradients that will be wrong or missing."""
@@ -59,13 +61,25 @@ class AdjointCall:
         (torchdyn's spline through two points alone is a straight line.)
         """
         grid = self.grid
-        if grid is None or not self.is_interpolated or len(grid) == len(call.t) or call.negated:
+        if not self.is_interpolated or call.negated:
+            return solve(call)
+        if grid is None:
+            solution = solve(call)
+            self.whole = call, solution[0].detach()
+            return solution
+        if len(grid) == len(call.t):
             return solve(call)
         self.states = solve(replace(call, t=grid)).detach()
         return self.states[[0, -1]]
 
     def solve_backward(self, call: HostCall, y0: Tensor) -> Tensor:
         """Return the adjoint state at the points of ``call.t``, its two ends."""
+        if self.whole is not None and self.states is None:
+            # Which steps a whole solve took is its own affair; its spline goes through dopri5's.
+            forward, start = self.whole
+            self.grid, self.states = _upstream.dopri5_steps(
+                forward.func, start, forward.t[[0, -1]].detach(), rtol=self.rtol, atol=self.atol
+            )
         if self.states is not None:
             assert self.grid is not None
             _upstream.refine_spline(call.func, self.grid.to(self.states), self.states)

@@ -69,6 +69,17 @@ def solve_dopri5(func: Any, y0: Tensor, t: Tensor, *, rtol: float, atol: float) 
     return solution
 
 
+def dopri5_steps(
+    func: Any, y0: Tensor, t: Tensor, *, rtol: float, atol: float
+) -> tuple[Tensor, Tensor]:
+    """Return the times of all steps of torchdyn's own dopri5, and the states there."""
+    odeint, solver = sys.modules[_ODEINT].odeint, dopri5(y0.dtype)
+    steps: tuple[Tensor, Tensor] = odeint(
+        func, y0, t, solver, rtol=rtol, atol=atol, return_all_eval=True
+    )
+    return steps
+
+
 def unreversed(func: Any) -> Callable[..., Any] | None:
     """Return the field whose time and sign `odeint` has negated, or None if it has not."""
     if not isinstance(func, FunctionType) or func.__module__ != _ODEINT:

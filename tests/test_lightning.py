@@ -321,3 +321,14 @@ def test_two_devices_fit_one_net(tmp_path: Path) -> None:
     assert sorted(rank for rank, *_ in ends) == ["0", "1"]
     assert ends[0][1:] == ends[1][1:]
     assert ends[0][1] == "8"  # 48 samples, 16 a batch, two processes: 2 steps an epoch
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_a_precision_that_would_cast_func_is_refused(precision: str) -> None:
+    field = MLPField(dtype=torch.float32)
+    dtypes = [p.dtype for p in field.parameters()]
+    with pytest.raises(OptionError, match=precision):
+        trainer(precision=precision).fit(
+            make(field, starts(16).float()), loader(starts(16).float())
+        )
+    assert [p.dtype for p in field.parameters()] == dtypes

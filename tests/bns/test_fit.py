@@ -371,3 +371,18 @@ def test_a_spiral_is_followed_over_a_long_way() -> None:
     t = torch.tensor([0.0, 3.0], dtype=torch.float64)
     found = solver.solve(spiral, starts(8, 3), t)[-1]
     torch.testing.assert_close(found, spiral_solution(t, starts(8, 3))[-1], rtol=0, atol=1e-2)
+
+
+def test_too_few_calls_for_the_field_are_noted() -> None:
+    y0 = torch.linspace(-1, 1, 64, dtype=torch.float64).unsqueeze(1)
+    solver = tdh.fit(
+        lambda t, y: 30 * torch.cos(30 * t) * torch.ones_like(y) + 30 * y.sin() ** 3,
+        y0,
+        (0.0, 1.0),
+        base="bns",
+        steps=1,
+        config=tdh.FitConfig(iterations=3),
+        progress=False,
+    )
+    assert solver.report is not None
+    assert any("too few for this field" in note for note in solver.report.notes)

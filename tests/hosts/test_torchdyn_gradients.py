@@ -224,6 +224,21 @@ def test_whole_problem_methods_go_back_with_torchdyns_dopri5(func: Field, sensit
         torch.testing.assert_close(found, wanted, rtol=accuracy, atol=accuracy)
 
 
+@pytest.mark.parametrize("solver", ["dise", "dopri5_per_sample"])
+def test_interpolated_adjoint_of_whole_solves_sees_the_way_between_two_points(
+    func: Field, solver: str
+) -> None:
+    tight = {"atol": 1e-8, "rtol": 1e-8, "atol_adjoint": 1e-8, "rtol_adjoint": 1e-8}
+    dise = tdh.Dise([tdh.Candidate("dopri5", rtol=1e-9, atol=1e-9)], lambda y0: y0[:, :1])
+    by = {"solver": dise if solver == "dise" else solver, "sensitivity": "interpolated_adjoint"}
+    node = NeuralODE(func, **by, **tight)
+    reference = NeuralODE(func, solver="dopri5", **tight)
+    t = times(0.1, 0.9)
+    found, wanted = (_gradients(func, lambda y0, t, n=n: n(y0, t)[1], t) for n in (node, reference))
+    # Through a straight line between the ends they would be off by 0.1.
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
 def test_an_explicit_adjoint_solver_is_honoured(func: Field) -> None:
     solver, t = _frozen("euler", 3), times(0.1, 0.9)
     accurate = {"atol_adjoint": 1e-9, "rtol_adjoint": 1e-9}

@@ -1,4 +1,4 @@
-"""func in evaluation mode for the time of a fit."""
+"""func as it was found: in evaluation mode for the time of a fit, in its own dtype."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
+from torchdiffeq_hyper.errors import OptionError, explain
 from torchdiffeq_hyper.lightning._find import find_lightning
 
 if TYPE_CHECKING:
@@ -24,6 +25,22 @@ class LeftAsFound(Callback):
     def __init__(self, as_found: Callable[[], AbstractContextManager[None]]) -> None:
         self._as_found = as_found
         self._stack = ExitStack()
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse a precision that would leave func in another dtype.
+
+        Raises:
+            OptionError: the Trainer would cast the module, and func with it.
+        """
+        precision = str(trainer.precision)
+        if precision.endswith("-true") and precision != "32-true":
+            raise OptionError(
+                explain(
+                    f"the Trainer's precision is {precision!r}, which casts func and leaves it so.",
+                    '"32-true", which casts nothing, or "bf16-mixed".',
+                    "func and y0 cast by yourself, and Trainer() without precision",
+                )
+            )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin."""

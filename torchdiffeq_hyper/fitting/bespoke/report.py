@@ -24,6 +24,8 @@ from torchdiffeq_hyper.fitting.objectives import quantiles
 
 FEWEST_TO_PAY = 20
 """Iterations below which a fit is a trial that nobody has to earn back."""
+USELESS = 0.5
+"""Mean relative error of an end that says next to nothing of the solution."""
 
 
 def signature_of(
@@ -90,6 +92,8 @@ def _notes(state: FitState, data: Data, name: str, calls: int) -> Iterator[str]:
         yield f"no better than {name} on held-out samples: do not use it as it is"
     else:
         yield f"the base is {name} with as many calls of func, the best classical start"
+    if not state.best_error < USELESS:
+        yield f"{calls} calls are too few for this field: pass a larger steps, or a shorter span"
     needed = samples_needed(data.held_out.y0, calls)
     if data.n_starts < needed:
         yield (

@@ -21,7 +21,8 @@ def override(method: str, solver: FittedT) -> Iterator[FittedT]:
     For callers that hard-code an existing method such as "dopri5". Options valid for
     that method are accepted; those without meaning on a time grid are ignored. Other
     threads are not affected unless they copy the context. The backward solves of
-    `odeint_adjoint` run the host's own dopri5 at the adjoint tolerances.
+    `odeint_adjoint` run the host's own dopri5 at the adjoint tolerances. torchdyn, which
+    takes solver objects, is not affected.
 
     Args:
         method: an existing method name.

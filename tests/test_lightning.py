@@ -329,6 +329,6 @@ def test_a_precision_that_would_cast_func_is_refused(precision: str) -> None:
     dtypes = [p.dtype for p in field.parameters()]
     with pytest.raises(OptionError, match=precision):
         trainer(precision=precision).fit(
-            make(field, starts(16).float()), loader(starts(16).float())
+            make(field, starts(16).float()), loader(starts(16).float()), loader(starts(16).float())
         )
     assert [p.dtype for p in field.parameters()] == dtypes

@@ -214,3 +214,9 @@ def test_the_command_line_looks_into_its_file(
     text = capsys.readouterr().out
     assert "bns" in text
     assert "t from 0 to 1, forward" in text
+
+
+def test_solvers_of_other_numbers_of_calls_share_a_label_in_the_table() -> None:
+    solvers = [tdh.BespokeSolver.classical("euler", n) for n in (4, 8, 8)]
+    table = tdh.evaluate(damped_wave, start(), (0.0, 1.0), solvers, repeats=1, progress=False)
+    assert [row.method for row in table.rows] == ["bns", "bns", "bns #2"]

@@ -87,7 +87,8 @@ def expand(
     trials: list[Trial] = []
     for method in methods:
         first = _first_trial(method)
-        label = _distinct(first.label, {trial.label for trial in trials})
+        alike = (t for t in trials if None in (t.steps, first.steps) or t.steps == first.steps)
+        label = _distinct(first.label, {trial.label for trial in alike})
         first = replace(first, label=label)
         if first.follows_grid:
             trials += [replace(first, steps=n) for n in counts or [_own_steps(first)]]

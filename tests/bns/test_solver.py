@@ -416,3 +416,27 @@ def test_weights_written_behind_autograd_s_back_are_used() -> None:
         found = solver.solve(damped_wave, start(), SPAN)
     expected = BespokeSolver.classical("rk4", 5).solve(damped_wave, start(), SPAN)
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+
+
+# torch 2.13's own forward-mode rules use what it deprecates.
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_large_states_have_the_gradients_of_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    solver, field = random_solver(), MLPField()
+    directions = torch.ones_like(start())
+
+    def derivatives() -> list[Tensor]:
+        y0 = start().requires_grad_()
+
+        def end(y: Tensor) -> Tensor:
+            return solver.solve(field, y, SPAN)[-1]
+
+        loss = end(y0).square().sum()
+        first = torch.autograd.grad(loss, (y0, *field.parameters()), create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum(), y0)
+        _, tangent = torch.func.jvp(end, (start(),), (directions,))
+        return [*first, *second, tangent]
+
+    expected = derivatives()
+    monkeypatch.setattr(_rollout, "CHUNK", 4)
+    for found, wanted in zip(derivatives(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)

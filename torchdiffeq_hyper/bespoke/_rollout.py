@@ -1,7 +1,8 @@
 """The calls of func and the sums between them, in three ways.
 
-`chained` is differentiable and compiles. The others are for inference, where the sums of
-n derivatives are memory traffic: a tenth of the time of a solve of 16 calls, if done so.
+`chained` is differentiable in everything and compiles; but the sums of n derivatives are
+memory traffic, a third of the time of a solve of 16 calls if done so. `chunked`, for large
+states, does with the least; `buffered`, for small ones, with the fewest operations.
 """
 
 from __future__ import annotations
@@ -71,11 +72,11 @@ def roll_out(call: StageCall, calls: Schedule, y: Tensor) -> tuple[Tensor, list[
         calls: times and weights.
         y: flat state at the start.
     """
-    if not is_plain():
+    if torch.compiler.is_compiling() or calls[1][-1].requires_grad:
         return chained(call, calls, y)
     if y.device.type == "cpu" and y.numel() > CHUNK:
         return chunked(call, calls, y)
-    return buffered(call, calls, y)
+    return buffered(call, calls, y) if is_plain() else chained(call, calls, y)
 
 
 def chained(
@@ -111,24 +112,51 @@ def buffered(call: StageCall, calls: Schedule, y: Tensor) -> tuple[Tensor, list[
 
 def chunked(call: StageCall, calls: Schedule, y: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Add up a part of the state that fits into the cache at a time, copying no derivative."""
-    memory, times = _Memory(y), calls[0]
-    start, k = memory.flat(y).split(CHUNK), call(times[0], y)
-    x, stages, chunks = y, [k], [memory.flat(k).split(CHUNK)]
+    memory, stages, x = _Memory(y), [call(calls[0][0], y)], y
+    add = _add_up if is_plain() else _Sum.apply
     for i, weights in enumerate(calls[1]):
-        row = weights.tolist()
         if i:
-            stages.append(call(times[i], x))
-            chunks.append(memory.flat(stages[i]).split(CHUNK))
-        flat = y.new_empty(y.numel())
+            stages.append(call(calls[0][i], x))
         try:
-            for part, out in enumerate(flat.split(CHUNK)):
-                torch.add(start[part], chunks[0][part], alpha=row[0], out=out)
-                for j in range(1, i + 1):
-                    out.add_(chunks[j][part], alpha=row[j])
-        except RuntimeError:  # vmap knows no given outputs
-            return chained(call, calls, y, k)
-        x = memory.view(flat)
+            x = add(memory, weights.tolist(), y, *stages)
+        except RuntimeError:
+            if i:
+                raise
+            return chained(call, calls, y, stages[0])  # vmap knows no given outputs
     return x, stages
+
+
+def _add_up(memory: _Memory, weights: list[float], y: Tensor, *stages: Tensor) -> Tensor:
+    """Return y plus the weighted derivatives."""
+    start, *chunks = (memory.flat(tensor).split(CHUNK) for tensor in (y, *stages))
+    flat = y.new_empty(y.numel())
+    for part, out in enumerate(flat.split(CHUNK)):
+        torch.add(start[part], chunks[0][part], alpha=weights[0], out=out)
+        for weight, chunk in zip(weights[1:], chunks[1:], strict=True):
+            out.add_(chunk[part], alpha=weight)
+    return memory.view(flat)
+
+
+class _Sum(torch.autograd.Function):
+    """`_add_up` for autograd: linear, so that nothing needs to be kept."""
+
+    @staticmethod
+    def forward(memory: _Memory, weights: list[float], y: Tensor, *stages: Tensor) -> Tensor:
+        return _add_up(memory, weights, y, *stages)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.weights = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, gradient, *(gradient * weight for weight in ctx.weights)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        terms = zip((1.0, *ctx.weights), tangents[2:], strict=True)
+        known = [weight * tangent for weight, tangent in terms if tangent is not None]
+        return torch.stack(known).sum(0)
 
 
 class _Memory:

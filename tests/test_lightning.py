@@ -300,13 +300,18 @@ DDP = """
 import sys
 import torch
 sys.path.insert(0, {tests!r})
-import test_lightning
-from test_lightning import make, starts, train
+from test_lightning import make, train
 module = make()
 fitting = train(module, max_epochs=4, devices=2, strategy="ddp")
-print("END", fitting.global_rank, fitting.global_step, module.report.validation,
-      sum(float(p.detach().sum()) for p in module.hypernet.parameters()), flush=True)
-torch.distributed.destroy_process_group()  # gloo's threads may outlive the interpreter
+weights = sum(float(p.detach().sum()) for p in module.hypernet.parameters())
+# All through the first process: the launcher may end the others before they have written.
+ends = [None, None]
+mine = fitting.global_rank, fitting.global_step, module.report.validation, weights
+torch.distributed.all_gather_object(ends, mine)
+torch.distributed.destroy_process_group()
+if fitting.global_rank == 0:
+    for end in ends:
+        print("END", *end, flush=True)
 """
 
 

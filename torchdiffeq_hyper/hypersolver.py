@@ -187,9 +187,8 @@ class HyperSolver(nn.Module):
         """Write ``solve`` with func and weights to one file that runs without this package.
 
         ``torch.export.load(path).module()(y0, t)`` gives the numbers of ``solve(func, y0, t)``
-        for every start and time of the shapes exported, in either direction, without its
-        warnings and its check for inf and nan (for "bns" along its span alone, else nan). func
-        and net stay in the mode (train, eval) they are in; every step is written out.
+        for every start and time of the shapes exported, in either direction ("bns": its span
+        alone, else nan), unchecked. func and net stay in train or eval mode as they are.
 
         Args:
             path: the file, by custom ``*.pt2``; an old one stays until it is complete.

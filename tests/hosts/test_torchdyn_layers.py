@@ -33,7 +33,7 @@ def _net(inputs: int, outputs: int = 2, *before: nn.Module) -> nn.Sequential:
     return nn.Sequential(*before, nn.Linear(inputs, 8), nn.Tanh(), nn.Linear(8, outputs)).double()
 
 
-def _agrees(node: NeuralODE, y0: Tensor, func: Any, solver: tdh.HyperSolver) -> None:
+def assert_agrees(node: NeuralODE, y0: Tensor, func: Any, solver: tdh.HyperSolver) -> None:
     """Hold a NeuralODE against torchdiffeq on a plain func."""
     wanted = torchdiffeq.odeint(func, y0, SPAN, method=solver.method, options={"solver": solver})
     torch.testing.assert_close(node(y0, SPAN)[1], wanted, rtol=0, atol=1e-10)
@@ -42,10 +42,10 @@ def _agrees(node: NeuralODE, y0: Tensor, func: Any, solver: tdh.HyperSolver) -> 
 def test_field_without_time() -> None:
     net, solver = _net(2), _solver()
     y0 = torch.randn(3, 2, dtype=torch.float64)
-    _agrees(NeuralODE(net, solver=solver), y0, lambda t, y: net(y), solver)
+    assert_agrees(NeuralODE(net, solver=solver), y0, lambda t, y: net(y), solver)
     node = NeuralODE(net, solver="hyperheun")
     tdh.attach(net, solver)
-    _agrees(node, y0, lambda t, y: net(y), solver)
+    assert_agrees(node, y0, lambda t, y: net(y), solver)
 
 
 def test_depth_is_the_true_time_of_each_stage() -> None:
@@ -57,7 +57,7 @@ def test_depth_is_the_true_time_of_each_stage() -> None:
 
     for node in (NeuralODE(net, solver=solver), NeuralODE(net, solver="hyperheun")):
         with tdh.using(solver):
-            _agrees(node, y0, func, solver)
+            assert_agrees(node, y0, func, solver)
 
 
 @pytest.mark.filterwarnings("ignore:torchdyn returns the times")
@@ -74,14 +74,14 @@ def test_data_control_reaches_the_field() -> None:
     net, solver = _net(4, 2, DataControl()), _solver()
     y0 = torch.randn(3, 2, dtype=torch.float64)
     node = NeuralODE(net, solver=solver)
-    _agrees(node, y0, lambda t, y: net[1:](torch.cat([y, y0], 1)), solver)
+    assert_agrees(node, y0, lambda t, y: net[1:](torch.cat([y, y0], 1)), solver)
 
 
 def test_second_order_systems() -> None:
     net, solver = _net(4), _solver(4)
     y0 = torch.randn(3, 4, dtype=torch.float64)
     node = NeuralODE(net, order=2, solver=solver)
-    _agrees(node, y0, lambda t, y: torch.cat([y[:, 2:], net(y)], 1), solver)
+    assert_agrees(node, y0, lambda t, y: torch.cat([y[:, 2:], net(y)], 1), solver)
 
 
 @pytest.mark.parametrize("sensitivity", ["autograd", "adjoint"])
@@ -98,14 +98,14 @@ def test_integral_losses(sensitivity: str) -> None:
             return net(y)
         return torch.cat([loss(t, y[:, 1:])[:, None], net(y[:, 1:])], 1)
 
-    _agrees(node, y0, func, solver)
+    assert_agrees(node, y0, func, solver)
 
 
 def test_flow_with_its_density() -> None:
     flow, solver = CNF(_net(2)), _solver(3)
     y0 = torch.randn(5, 3, dtype=torch.float64)
     node = NeuralODE(flow, solver=solver)
-    _agrees(node, y0, lambda t, y: flow(y), solver)
+    assert_agrees(node, y0, lambda t, y: flow(y), solver)
 
 
 @pytest.mark.parametrize("solver", ["dise", "dopri5_per_sample"])

@@ -1,8 +1,8 @@
 """The calls of func and the sums between them, in three ways.
 
 `chained` is differentiable in everything and compiles; but the sums of n derivatives are
-memory traffic, a third of the time of a solve of 16 calls if done so. `chunked`, for large
-states, does with the least; `buffered`, for small ones, with the fewest operations.
+memory traffic. `chunked`, for large states, does with the least of it; `buffered`, for small
+ones, with the fewest operations.
 """
 
 from __future__ import annotations

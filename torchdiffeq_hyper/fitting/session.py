@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from torchdiffeq_hyper.fitting.phases import Phase, phases_of
 from torchdiffeq_hyper.fitting.problem import Problem
 from torchdiffeq_hyper.fitting.progress import Progress
 from torchdiffeq_hyper.fitting.reference import Tolerances
+from torchdiffeq_hyper.fitting.report import described, reported
 from torchdiffeq_hyper.hypernets import from_architecture, ready, suited
 from torchdiffeq_hyper.hypersolver import HyperSolver
 
@@ -179,9 +179,6 @@ def _signature(
     problem: Problem, given: nn.Module | str, probes: tuple[Tensor, ...]
 ) -> dict[str, Any]:
     """Return what tells this fit from others."""
-    config = asdict(problem.config)
-    for name in ("max_seconds", "checkpoint"):
-        del config[name]
     return {
         "base": problem.tableau.name,
         "alpha": problem.tableau.alpha,
@@ -190,7 +187,7 @@ def _signature(
         "direction": problem.direction,
         "objective": problem.objective,
         "dtype": str(probes[0].dtype),
-        **config,
+        **described(problem.config),
         "size of y0 and func(t, y0)": [float(probe.norm()) for probe in probes],
         "hypernet": given
         if isinstance(given, str)
@@ -203,19 +200,13 @@ def _report(
 ) -> FitReport:
     order = problem.tableau.order
     net.eval()
-    return FitReport(
-        losses=tuple(state.history),
+    return reported(
+        problem.config,
+        data,
+        state,
+        budget,
         delta=delta_quantiles(net, order, data.held_out),
         base_delta=delta_quantiles(no_correction, order, data.held_out),
-        validation=state.best_error,
-        base_validation=state.base_error,
-        noise_floor=state.noise,
-        iterations=state.iteration,
-        seconds=budget.seconds,
-        reference_seconds=data.seconds,
-        reference_nfe=data.calls,
-        stopped=state.stopped,
-        seed=problem.config.seed,
         notes=tuple(_notes(state)),
         break_even=_break_even(problem, net, data, state, budget),
     )

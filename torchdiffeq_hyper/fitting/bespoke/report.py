@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torchdiffeq_hyper.fitting.budget import Budget
 from torchdiffeq_hyper.fitting.checkpoint import FitState
 from torchdiffeq_hyper.fitting.data import Data
 from torchdiffeq_hyper.fitting.objectives import quantiles
+from torchdiffeq_hyper.fitting.report import described, reported
 
 FEWEST_TO_PAY = 20
 """Iterations below which a fit is a trial that nobody has to earn back."""
@@ -32,16 +32,13 @@ def signature_of(
     problem: BespokeProblem, solver: BespokeSolver, probes: tuple[Tensor, ...]
 ) -> dict[str, Any]:
     """Return what tells a fit from others."""
-    config = asdict(problem.config)
-    for name in ("max_seconds", "checkpoint"):
-        del config[name]
     return {
         "base": problem.method,
         "t_span": list(problem.span),
         "steps": problem.calls,
         "direction": problem.direction,
         "dtype": str(probes[0].dtype),
-        **config,
+        **described(problem.config),
         "size of y0 and func(t, y0)": [float(probe.norm()) for probe in probes],
         "weights": {name: list(value.shape) for name, value in solver.state_dict().items()},
     }
@@ -67,19 +64,13 @@ def report_of(
         quantiles(EndPhase(solver, problem.func).norms(data.held_out) / width**2)
         for solver in solvers
     )
-    return FitReport(
-        losses=tuple(state.history),
+    return reported(
+        problem.config,
+        data,
+        state,
+        budget,
         delta=delta,
         base_delta=base_delta,
-        validation=state.best_error,
-        base_validation=state.base_error,
-        noise_floor=state.noise,
-        iterations=state.iteration,
-        seconds=budget.seconds,
-        reference_seconds=data.seconds,
-        reference_nfe=data.calls,
-        stopped=state.stopped,
-        seed=problem.config.seed,
         notes=tuple(_notes(state, data, name, problem.calls)),
         break_even=_break_even(problem, solvers[0], data, state, budget),
     )

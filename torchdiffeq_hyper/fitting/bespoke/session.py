@@ -39,8 +39,6 @@ from torchdiffeq_hyper.fitting.session import MOST_BYTES, PROBES
 
 WEIGHTS_FIRST = 0.5
 """Share of the time that the weights get where a correction is fitted after them."""
-KNOT_SAMPLES = 20
-"""Numbers to fit each weight of a knot to."""
 ENDLESS = Budget(math.inf)
 
 

@@ -45,7 +45,11 @@ class Correction:
         part: int | None = None,
     ) -> None:
         check_hypernet_device(hypernet, y0)
-        self._hypernet = hypernet
+        # A ready net may answer in a time unit of its own. Looked up on the class, so that
+        # wrappers around it, of torch.compile say, are called as they are.
+        scaled = getattr(type(hypernet), "scaled", None)
+        self.time_unit: float = 1.0 if scaled is None else hypernet.time_unit  # type: ignore[attr-defined]
+        self._hypernet = hypernet if self.time_unit == 1 else hypernet.scaled  # type: ignore[attr-defined]
         self._power = order + 1
         self._layout = layout
         self._negated = negated
@@ -60,15 +64,17 @@ class Correction:
         return state if self._part is None else state[self._part]
 
     def power(self, dt: Tensor) -> Tensor:
-        """Return dt^(p+1), with the true sign of dt."""
+        """Return dt^(p+1) in units of time, with the true sign of dt."""
         dt = -dt if self._negated else dt
+        if self.time_unit != 1:
+            dt = dt / self.time_unit
         power = dt
         for _ in range(self._power - 1):  # cheaper than torch.pow, and its gradient too
             power = power * dt
         return power
 
     def evaluate(self, t: Tensor, dt: Tensor, y: Tensor, stages: tuple[Tensor, ...]) -> State:
-        """Return g's output for one step, checked."""
+        """Return g's output for one step, times time_unit^(p+1), checked."""
         if self._negated:
             t, dt, stages = -t, -dt, tuple(-k for k in stages)
         if self._layout.shapes is None:

@@ -2,6 +2,6 @@
 
 from torchdiffeq_hyper.bespoke._classical import classical, compositions
 from torchdiffeq_hyper.bespoke._dense import stage_times
-from torchdiffeq_hyper.bespoke._solver import BespokeSolver
+from torchdiffeq_hyper.bespoke._solver import ORDER, BespokeSolver
 
-__all__ = ["BespokeSolver", "classical", "compositions", "stage_times"]
+__all__ = ["ORDER", "BespokeSolver", "classical", "compositions", "stage_times"]

@@ -140,7 +140,7 @@ def within_budget(problem: Problem, batch: Batch) -> list[Candidate]:
     in_func = problem.tableau.calls * count_flops(lambda: given(problem.func, batch.y0)(t, y))
     kinds = [
         [Candidate(net, _share(count_flops(partial(net, step)), in_func)) for net in family]
-        for family in families(y, problem.tableau)
+        for family in families(y, problem.tableau, time_unit=problem.width)
     ]
     affordable = [
         [candidate for candidate in kind if candidate.cost <= problem.config.hypernet_budget]
@@ -193,7 +193,7 @@ class _PreFit:
         self._candidate = candidate
         self._first, self._held_out = batches
         self._phase = ResidualPhase(candidate.net, problem.tableau.order)
-        self._scale = self._phase.base_error(self._held_out) or 1.0
+        self._scale = self._phase.base_loss(self._held_out, 0) or 1.0
         self._lr, self._planned = RATE * problem.config.lr, iterations
         self._optimizer = optim.AdamW(candidate.net.parameters(), lr=self._lr)
         self._done = 0
@@ -213,6 +213,6 @@ class _PreFit:
 
     def measure(self) -> None:
         """Keep the held-out error, and what it took."""
-        error = self._phase.error(self._held_out) / self._scale
+        error = self._phase.error(self._held_out)
         self._candidate.error = error if math.isfinite(error) else math.inf
         self._candidate.iterations += self._done

@@ -34,6 +34,7 @@ class Batches:
 
     def __init__(self, y0: State | Iterable[object], config: FitConfig) -> None:
         self._most: int | None = None
+        self._kept: int | None = None
         generator = torch.Generator().manual_seed(config.seed)
         if isinstance(y0, Tensor | tuple):
             state = checked_batch(y0)
@@ -49,7 +50,18 @@ class Batches:
 
     def __getitem__(self, number: int) -> State:
         """Return a batch."""
-        return self._pulled[self.position(number)]
+        batch = self._pulled[self.position(number)]
+        return batch if self._kept is None else _head(batch, self._kept)
+
+    @property
+    def size(self) -> int:
+        """Number of samples in the first training batch."""
+        return n_samples(self[0])
+
+    def keep(self, held_out: int, batch: int) -> None:
+        """Keep the first samples only of the held-out state and of each training batch."""
+        self.held_out = _head(self.held_out, held_out)
+        self._kept = batch
 
     def limit(self, most: int) -> None:
         """Start over after ``most`` batches, however many there are."""
@@ -194,6 +206,10 @@ def _chunks(state: State, positions: Tensor, size: int) -> Iterator[State]:
     """Yield batches of nearly equal sizes, none above ``size``."""
     for index in positions.tensor_split(-(-len(positions) // size)):
         yield select(state, index)
+
+
+def _head(state: State, count: int) -> State:
+    return state if n_samples(state) <= count else select(state, torch.arange(count))
 
 
 def n_samples(state: State) -> int:

@@ -30,9 +30,14 @@ class Budget:
         """Wall time used."""
         return self._now() - self._began
 
+    @property
+    def elapsed(self) -> float:
+        """Wall time used, on this process's own clock."""
+        return self.seconds
+
     def is_over(self) -> bool:
         """Return whether all the time is used."""
-        return self.seconds >= self.max_seconds
+        return self.elapsed >= self.max_seconds
 
     def resume(self, used: float) -> None:
         """Count the time an interrupted run had used as well."""
@@ -50,6 +55,23 @@ class Budget:
 
     def _now(self) -> float:
         return time.perf_counter()
+
+
+class Deadline:
+    """An earlier end of a budget's time.
+
+    Args:
+        budget: the clock.
+        at: the end, in its seconds.
+    """
+
+    def __init__(self, budget: Budget, at: float) -> None:
+        self._budget = budget
+        self._at = min(at, budget.max_seconds)
+
+    def is_over(self) -> bool:
+        """Return whether that time is used."""
+        return self._budget.elapsed >= self._at
 
 
 class Pace:

@@ -10,19 +10,23 @@ from torchdiffeq_hyper.fitting.objectives import step_inputs
 from torchdiffeq_hyper.hypernets import ReadyHypernet, join_channels
 
 
+def measure_time_in(net: nn.Module, width: float, order: int) -> None:
+    """Let a ready net that is still zero measure time in spans; leave every other as it is."""
+    if isinstance(net, ReadyHypernet) and net.is_zero:
+        net.measure_time_in(width, order)
+
+
 @torch.no_grad()
 def calibrate(net: nn.Module, batch: Batch) -> None:
     """Calibrate a ready net that is still zero; leave every other net as it is.
 
     Scales must not be changed under a net that was fitted before and is fitted on.
     """
-    if not isinstance(net, ReadyHypernet):
+    if not isinstance(net, ReadyHypernet) or not net.is_zero:
         return
     inputs, residuals = [], []
     for route, samples in enumerate(batch.routes):
         for n, step in enumerate(step_inputs(batch, route)):
-            if join_channels(net(step)).any():
-                return
             inputs.append(net.concat(step))
             residuals.append(join_channels(batch.layout.split(samples.residual[n])))
-    net.calibrate(torch.cat(inputs), torch.cat(residuals))
+    net.calibrate(torch.cat(inputs), torch.cat(residuals), batch.units.state)

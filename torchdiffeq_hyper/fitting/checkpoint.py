@@ -43,6 +43,7 @@ class FitState:
         stopped: why the last phase ended, "" before.
         report: the finished fit's report, None while it runs.
         choice: the net that was chosen ("architecture") and why ("note"), None if it was given.
+        references: what is solved and how exactly, as `prepare.to_keep` returns it.
     """
 
     net: dict[str, Tensor]
@@ -65,6 +66,7 @@ class FitState:
     stopped: str = ""
     report: dict[str, Any] | None = None
     choice: dict[str, Any] | None = None
+    references: dict[str, Any] | None = None
 
 
 class Store:

@@ -11,9 +11,10 @@ from torch import Tensor
 from torchdiffeq_hyper._layout import StateLayout
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.fitting.batches import Batches, n_samples, select
-from torchdiffeq_hyper.fitting.budget import Budget
+from torchdiffeq_hyper.fitting.budget import Budget, Deadline
 from torchdiffeq_hyper.fitting.distributed import Team
 from torchdiffeq_hyper.fitting.field import Field, OutOfTimeError
+from torchdiffeq_hyper.fitting.norms import sample_norms, sample_sizes
 from torchdiffeq_hyper.fitting.reference import (
     Samples,
     Tolerances,
@@ -21,6 +22,7 @@ from torchdiffeq_hyper.fitting.reference import (
     solve_reference,
 )
 from torchdiffeq_hyper.fitting.routes import Plan
+from torchdiffeq_hyper.fitting.units import Units
 from torchdiffeq_hyper.tableaus import Tableau
 
 
@@ -33,6 +35,7 @@ class Batch:
         dtype: the data's dtype.
         routes: what was measured, one entry a route.
         y0: the starts, at the first time of the span.
+        units: those in which norms and residuals are.
         weight: share of the samples of the whole batch, of which this may be a part.
     """
 
@@ -40,6 +43,7 @@ class Batch:
     dtype: torch.dtype
     routes: tuple[Samples, ...]
     y0: State
+    units: Units
     weight: float = 1.0
 
     @property
@@ -50,6 +54,19 @@ class Batch:
             for samples in self.routes
             for part in (samples.y, samples.residual, *samples.stages)
         )
+
+    def norms(self, flat: Tensor) -> Tensor:
+        """Return the 2-norms of flat states (n, ...) sample by sample, (n, batch)."""
+        return sample_norms(self.layout.split(flat), self.units.state)
+
+    def sizes(self, route: int) -> Tensor:
+        """Return what errors along a route are divided by to be relative, (n + 1, batch)."""
+        return sample_sizes(self.layout.split(self.routes[route].y), self.units.state)
+
+    @property
+    def end_sizes(self) -> Tensor:
+        """What errors at the end of the first route are divided by to be relative, (batch,)."""
+        return sample_sizes(self.layout.split(self.routes[0].y[-1:]), self.units.state)[0]
 
     def start(self, route: int) -> State:
         """Return the state where a route starts, as func takes it."""
@@ -79,7 +96,7 @@ class Batch:
             )
             for samples in self.routes
         )
-        return Batch(StateLayout.of(y0), self.dtype, routes, y0, weight)
+        return Batch(StateLayout.of(y0), self.dtype, routes, y0, self.units, weight)
 
 
 class Data:
@@ -91,10 +108,12 @@ class Data:
         tableau: the base.
         plan: times and routes.
         tolerances: of the reference solutions.
+        units: those of references and residuals.
         budget: the time there is.
         team: the processes that share the work.
 
     Attributes:
+        budget: the time that solutions may take from now on.
         held_out: the batch that is not fitted on.
         calls: calls of func so far.
         seconds: wall time spent so far.
@@ -108,7 +127,8 @@ class Data:
         tableau: Tableau,
         plan: Plan,
         tolerances: Tolerances,
-        budget: Budget,
+        units: Units,
+        budget: Budget | Deadline,
         team: Team,
     ) -> None:
         self._func = func
@@ -116,13 +136,14 @@ class Data:
         self._tableau = tableau
         self._plan = plan
         self._tolerances = tolerances
-        self._budget = budget
+        self._units = units
+        self.budget = budget
         self._team = team
         self._measured: dict[int, Batch] = {}
         self._first: Batch | None = None
         self.calls = 0
         self.seconds = 0.0
-        self.held_out = self._measure(batches.held_out)
+        self.held_out = self._measure_held_out()
 
     def __getitem__(self, number: int) -> Batch:
         """Return this process's share of a training batch."""
@@ -159,6 +180,17 @@ class Data:
         """Start over after ``most`` distinct training batches."""
         self._batches.limit(most)
 
+    def _measure_held_out(self) -> Batch:
+        """Measure the held-out batch, in every process; what one cannot do in time, none does."""
+        try:
+            batch, is_late = self._measure(self._batches.held_out), False
+        except OutOfTimeError:
+            batch, is_late = None, True
+        if any(self._team.gather(is_late)):
+            raise OutOfTimeError
+        assert batch is not None
+        return batch
+
     def _measure_from(self, position: int) -> None:
         """Measure a training batch; more processes measure the ones after it, one each.
 
@@ -187,7 +219,7 @@ class Data:
 
     def _measure(self, y0: State) -> Batch:
         began = time.perf_counter()
-        field = Field(self._func, y0, self._budget)
+        field = Field(self._func, y0, self.budget, self._units)
         batch = measure_batch(field, y0, self._tableau, self._plan, self._tolerances)
         self.calls += field.calls
         self.seconds += time.perf_counter() - began
@@ -206,4 +238,4 @@ def measure_batch(
     layout = StateLayout.of(y0)
     solution = solve_reference(field, layout.join(y0), plan.times, tolerances)
     routes = tuple(measure_residuals(field, tableau, route, solution) for route in plan.routes)
-    return Batch(layout, field.dtype, routes, y0)
+    return Batch(layout, field.dtype, routes, y0, field.units)

@@ -11,9 +11,10 @@ from torchdiffeq_hyper._checks import check_derivative
 from torchdiffeq_hyper._finite import is_finite
 from torchdiffeq_hyper._layout import StateLayout, is_half
 from torchdiffeq_hyper._types import State, VectorField
-from torchdiffeq_hyper.errors import NoisyFieldError, NonFiniteError, OptionError, explain
-from torchdiffeq_hyper.fitting.budget import Budget
+from torchdiffeq_hyper.errors import NoisyFieldError, NonFiniteError, explain
+from torchdiffeq_hyper.fitting.budget import Budget, Deadline
 from torchdiffeq_hyper.fitting.neural_ode import given
+from torchdiffeq_hyper.fitting.units import Units, root_mean_square
 from torchdiffeq_hyper.tableaus import Edge
 
 
@@ -27,8 +28,8 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if is_half(dtype) else dtype
 
 
-class OutOfTimeError(OptionError):
-    """The time of a fit ended within a reference solution."""
+class OutOfTimeError(Exception):
+    """The time for a reference solution ended within it; a fit catches it and does less."""
 
 
 class Field:
@@ -38,49 +39,47 @@ class Field:
         func: the user's ``func(t, y)``.
         y0: a state; its layout and dtype are what func is called with.
         budget: the time there is.
+        units: those of the times and states that the field is called with.
 
     Attributes:
+        units: as given.
         dtype: what func is called in.
         calls: calls of func so far.
     """
 
-    def __init__(self, func: VectorField, y0: State, budget: Budget) -> None:
+    def __init__(
+        self,
+        func: VectorField,
+        y0: State,
+        budget: Budget | Deadline,
+        units: Units | None = None,
+    ) -> None:
         self._func = given(func, y0)
         self._budget = budget
+        self.units = Units() if units is None else units
         self._layout = StateLayout.of(y0)
         self.dtype = self._layout.join(y0).dtype
         self._context = contextvars.copy_context()
         self.calls = 0
 
     def __call__(self, t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
-        """Return ``func(t, y)`` in the dtype of ``y``.
+        """Return ``func(t, y)`` in the dtype of ``y``, in units of state over time.
 
         Raises:
             StateShapeError: func returned another shape.
             OutOfTimeError: the fit's time is up.
         """
         if self._budget.is_over():
-            raise _out_of_time(self._budget)
+            raise OutOfTimeError
         self.calls += 1
-        state = self._layout.split(y.to(self.dtype))
+        units = self.units
+        state = self._layout.split((y * units.state).to(self.dtype))
+        time = (units.start + units.time * t).to(self.dtype)
         # References are solved outside any scope that overrides a method; func is not.
-        out = self._context.run(self._func, t.to(self.dtype), state)
-        k = self._layout.join(out).to(y.dtype)
+        out = self._context.run(self._func, time, state)
+        k = self._layout.join(out)
         check_derivative(k, y)
-        return k
-
-
-def _out_of_time(budget: Budget) -> OutOfTimeError:
-    return OutOfTimeError(
-        explain(
-            f"max_seconds = {budget.max_seconds:g} was over before the reference solutions were "
-            "known.",
-            "time for at least the held-out samples and one batch.",
-            "FitConfig(max_seconds=600.0)\n"
-            "or looser tolerances: FitConfig(rtol=1e-4)\n"
-            "or smaller batches: FitConfig(batch_size=16)",
-        )
-    )
+        return k.to(y.dtype) * (units.time / units.state)
 
 
 def check_start(y0: Tensor) -> None:
@@ -153,7 +152,8 @@ def check_repeatable(first: Tensor, second: Tensor, dtype: torch.dtype, t: float
     """
     # Parallel sums may differ in the last digits from call to call; noise is far above.
     slack = min(1e3 * torch.finfo(dtype).eps, 0.05)
-    change = float((first - second).norm() / first.norm().clamp_min(1e-30))
+    size = max(root_mean_square(first), root_mean_square(second))
+    change = root_mean_square(first - second) / size if size else 0.0
     if change > slack:
         raise NoisyFieldError(
             explain(

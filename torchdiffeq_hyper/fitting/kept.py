@@ -16,6 +16,7 @@ from torchdiffeq_hyper.fitting.field import Field
 from torchdiffeq_hyper.fitting.problem import Problem
 from torchdiffeq_hyper.fitting.reference import Tolerances
 from torchdiffeq_hyper.fitting.session import MOST_BYTES
+from torchdiffeq_hyper.fitting.units import Units
 
 
 class KeptBatches:
@@ -24,15 +25,17 @@ class KeptBatches:
     Args:
         problem: what is fitted.
         tolerances: of the reference solutions.
+        units: those of the reference solutions.
 
     Attributes:
         calls: calls of func so far.
         seconds: wall time spent so far.
     """
 
-    def __init__(self, problem: Problem, tolerances: Tolerances) -> None:
+    def __init__(self, problem: Problem, tolerances: Tolerances, units: Units) -> None:
         self._problem = problem
         self._tolerances = tolerances
+        self._units = units
         self._batches: dict[Hashable, Batch] = {}
         self.calls = 0
         self.seconds = 0.0
@@ -52,7 +55,7 @@ class KeptBatches:
 
     def _solve(self, y0: State) -> Batch:
         began, problem = time.perf_counter(), self._problem
-        field = Field(problem.func, y0, Budget(math.inf))
+        field = Field(problem.func, y0, Budget(math.inf), self._units)
         batch = measure_batch(field, y0, problem.tableau, problem.plan, self._tolerances)
         self.calls += field.calls
         self.seconds += time.perf_counter() - began

@@ -94,7 +94,7 @@ class Loop:
         pace = self._budget.start_phase(wanted, is_last=is_last)
         scales = self._team.from_first(
             lambda: [
-                usable_scale(phase.base_error(self._data.held_out, route))
+                usable_scale(phase.base_loss(self._data.held_out, route))
                 for route in range(self._data.n_routes)
             ]
         )

@@ -42,25 +42,27 @@ def measure_noise(
     Raises:
         NoiseFloorError: the noise exceeds half of the residuals.
     """
-    layout = StateLayout.of(y0)
+    layout, units = StateLayout.of(y0), field.units
     flat = layout.join(y0)
     tight = 10.0 if tolerances.rtol / 10 >= TIGHTEST else 0.1
     solution = solve_reference(field, flat, plan.times, tolerances)
     finer = solve_reference(field, flat, _refined(plan.times), tolerances.tightened(tight))[::2]
     half_unit = torch.finfo(state_dtype(flat.dtype)).eps / 2
-    noises = []
+    noises, unit = [], units.residual(tableau.order)
     for route in plan.routes:
         first = measure_residuals(field, tableau, route, solution)
         second = measure_residuals(field, tableau, route, finer)
-        rounding = half_unit * first.y[1:] / first.dt[0] ** (tableau.order + 1)
+        dt = float(units.times(route.times[:2]).diff())
+        rounding = half_unit / dt ** (tableau.order + 1) * (first.y[1:] / units.state)
         size, noise, rounding_noise = (
             float(sample_norms(layout.split(values)).mean())
             for values in (first.residual, first.residual - second.residual, rounding)
         )
         noise += rounding_noise
         if noise > HIGHEST * size or size == 0:
-            _refuse(tableau, route, size, noise, f"{flat.dtype}, reference by {tolerances}")
-        noises.append(noise)
+            used = f"{flat.dtype}, reference by {tolerances}"
+            _refuse(tableau, route, unit * size, unit * noise, used)
+        noises.append(unit * noise)
     return sum(noises) / len(noises)
 
 

@@ -33,29 +33,36 @@ def residual_errors(
 ) -> Tensor:
     r"""Return :math:`|R_n - g|_2` for some steps of a route, (len(steps), batch) ([H] eq. 5).
 
-    Costs one call of g a step and none of func.
+    In units of `Units.residual`. Costs one call of g a step and none of func.
     """
-    samples, layout = batch.routes[route], batch.layout
+    samples, layout, units = batch.routes[route], batch.layout, batch.units
     correction = Correction(hypernet, order, layout, samples.y[0])
+    # g answers in units of its own time; those of the residuals are spans and states.
+    factor = 1.0
+    for _ in range(order + 1):
+        factor *= units.time / correction.time_unit
+    factor /= units.state
     differences = []
     for n in steps:
         stages = tuple(stage[n] for stage in samples.stages)
         out = correction.evaluate(samples.times[n], samples.dt[n], samples.y[n], stages)
-        differences.append(samples.residual[n] - layout.join(out))
+        differences.append(samples.residual[n] - factor * layout.join(out))
     return sample_norms(layout.split(torch.stack(differences)))
 
 
 def trajectory_errors(solver: HyperSolver, func: VectorField, batch: Batch, route: int) -> Tensor:
     r"""Return :math:`|y(t_n) - y_n|_2` for n = 1, 2, ... of a route, (n, batch).
 
-    The y_n are the solver's own roll-out; costs what a solve costs.
+    The y_n are the solver's own roll-out; costs what a solve costs. In units of the
+    states' size.
 
     Raises:
         NonFiniteError: the roll-out ended in inf or nan.
     """
     samples = batch.routes[route]
     solution = solver.solve(given(func, batch.y0), batch.start(route), samples.times)
-    return sample_norms(_difference(solution, batch.layout.split(samples.y)))
+    difference = _difference(solution, batch.layout.split(samples.y))
+    return sample_norms(difference, batch.units.state)
 
 
 def _difference(first: State, second: State) -> State:
@@ -81,10 +88,14 @@ def mean_residual_error(
 def mean_trajectory_error(
     solver: HyperSolver, func: VectorField, batch: Batch, route: int | None = None
 ) -> float:
-    """Return the mean over samples and routes of sum_n |y(t_n) - y_n|_2; inf if it blew up."""
+    """Return the mean of |y(t_n) - y_n|_2 / |y(t_n)|_2 over samples, steps and routes.
+
+    It is inf if a roll-out blew up.
+    """
     try:
         errors = [
-            trajectory_errors(solver, func, batch, r).sum(0).mean() for r in _routes(batch, route)
+            (trajectory_errors(solver, func, batch, r) / batch.sizes(r)[1:]).mean()
+            for r in _routes(batch, route)
         ]
     except NonFiniteError:
         return float("inf")
@@ -97,15 +108,16 @@ def _routes(batch: Batch, route: int | None) -> Sequence[int]:
 
 @torch.no_grad()
 def delta_quantiles(hypernet: Hypernet, order: int, batch: Batch) -> dict[str, float]:
-    """Return quantiles of |R - g|_2 over samples, steps and routes ([H] theorem 1)."""
-    return quantiles(
-        torch.cat(
-            [
-                residual_errors(hypernet, order, batch, r, range(len(batch.routes[r].dt))).flatten()
-                for r in _routes(batch, None)
-            ]
-        )
-    )
+    """Return quantiles of |R - g|_2 over samples, steps and routes ([H] theorem 1).
+
+    In true units: the state's over time^(p+1).
+    """
+    errors = [
+        residual_errors(hypernet, order, batch, r, range(len(batch.routes[r].dt))).flatten()
+        for r in _routes(batch, None)
+    ]
+    unit = batch.units.residual(order)
+    return {name: unit * value for name, value in quantiles(torch.cat(errors)).items()}
 
 
 def quantiles(values: Tensor) -> dict[str, float]:

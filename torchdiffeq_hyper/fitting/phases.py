@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._types import VectorField
+from torchdiffeq_hyper.errors import NonFiniteError
 from torchdiffeq_hyper.fitting.data import Batch
 from torchdiffeq_hyper.fitting.objectives import (
     mean_residual_error,
@@ -40,6 +41,10 @@ class Phase(Protocol):
         """Return the same for the base alone, over all routes or on one."""
         ...
 
+    def base_loss(self, batch: Batch, route: int) -> float:
+        """Return the training loss of the base alone, to which losses are relative."""
+        ...
+
 
 class ResidualPhase:
     r"""Minimise mean_n :math:`|R_n - g|_2` ([H] eq. 5): calls of g only."""
@@ -57,10 +62,15 @@ class ResidualPhase:
         return residual_errors(self._net, self._order, batch, route, steps).mean()
 
     def error(self, batch: Batch) -> float:
-        """Return the mean of |R - g|_2."""
-        return mean_residual_error(self._net, self._order, batch)
+        """Return the mean of |R - g|_2 as a share of that of |R|_2."""
+        size = mean_residual_error(no_correction, self._order, batch)
+        return mean_residual_error(self._net, self._order, batch) / (size or 1.0)
 
     def base_error(self, batch: Batch, route: int | None = None) -> float:
+        """Return 1: all of |R|_2."""
+        return 1.0
+
+    def base_loss(self, batch: Batch, route: int) -> float:
         """Return the mean of |R|_2."""
         return mean_residual_error(no_correction, self._order, batch, route)
 
@@ -80,12 +90,21 @@ class TrajectoryPhase:
         return trajectory_errors(self._solver, self._func, batch, route).sum(0).mean()
 
     def error(self, batch: Batch) -> float:
-        """Return the mean over samples; inf if a roll-out blew up."""
+        """Return the mean relative error over samples and steps; inf if a roll-out blew up."""
         return mean_trajectory_error(self._solver, self._func, batch)
 
     def base_error(self, batch: Batch, route: int | None = None) -> float:
         """Return the same with no correction."""
         return mean_trajectory_error(self._base, self._func, batch, route)
+
+    @torch.no_grad()
+    def base_loss(self, batch: Batch, route: int) -> float:
+        """Return the loss with no correction; inf if its roll-out blew up."""
+        try:
+            errors = trajectory_errors(self._base, self._func, batch, route)
+        except NonFiniteError:
+            return float("inf")
+        return float(errors.sum(0).mean())
 
 
 def phases_of(

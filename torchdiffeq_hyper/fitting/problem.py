@@ -85,6 +85,11 @@ class Problem:
         )
 
     @property
+    def width(self) -> float:
+        """Length of the span, above 0."""
+        return abs(self.span[1] - self.span[0])
+
+    @property
     def method(self) -> str:
         """The method string of the solver to be fitted."""
         return _registry.method_of(self.tableau.name).name
@@ -106,8 +111,7 @@ class Problem:
     def domain(self, y0: State) -> FitDomain:
         """Return what the solver is fitted for."""
         parts = y0 if isinstance(y0, tuple) else (y0,)
-        width = abs(self.span[1] - self.span[0])
-        counts = step_counts(self.steps)
+        width, counts = self.width, step_counts(self.steps)
         return FitDomain(
             span=self.span,
             dt_min=width / counts[-1],

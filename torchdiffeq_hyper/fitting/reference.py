@@ -16,11 +16,16 @@ from torchdiffeq_hyper.errors import NonFiniteError, OptionError, explain
 from torchdiffeq_hyper.fitting.config import FitConfig
 from torchdiffeq_hyper.fitting.field import Field, check_start, state_dtype, wide_dtype
 from torchdiffeq_hyper.fitting.routes import Route
+from torchdiffeq_hyper.fitting.units import Units
 from torchdiffeq_hyper.tableaus import Tableau
 
 # These can be told where to step; left alone they interpolate at the times asked for, an
 # error of its own that the small divisor dt^(p+1) would blow up.
 LANDING_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "tsit5")
+
+
+ENOUGH_FOR_FLOAT32 = 1e-4
+"""Relative tolerance from which on float32 adds nothing to the error of a solution."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Tolerances:
     Attributes:
         method: torchdiffeq's name of the method.
         rtol: relative tolerance.
-        atol: absolute tolerance.
+        atol: absolute tolerance, in units of the states' size.
     """
 
     method: str
@@ -38,7 +43,7 @@ class Tolerances:
     atol: float
 
     @classmethod
-    def of(cls, config: FitConfig, dtype: torch.dtype) -> Tolerances:
+    def of(cls, config: FitConfig, dtype: torch.dtype, units: Units) -> Tolerances:
         """Return the configured tolerances, or those that suit a dtype.
 
         Tighter ones than func's own rounding would make the method chase noise.
@@ -46,11 +51,16 @@ class Tolerances:
         rtol = config.rtol
         if rtol is None:
             rtol = 1e-3 if is_half(dtype) else 1e-9 if dtype == torch.float64 else 1e-6
-        return cls(config.method, rtol, rtol if config.atol is None else config.atol)
+        atol = rtol if config.atol is None else config.atol / units.state
+        return cls(config.method, rtol, atol)
 
     def __str__(self) -> str:
         """Return the text for messages."""
-        return f"{self.method} at rtol {self.rtol:.3g}, atol {self.atol:.3g}"
+        return f"{self.method} at rtol {self.rtol:.3g}, atol {self.atol:.3g} of the states' size"
+
+    def loosened(self, rtol: float) -> Tolerances:
+        """Return the same with a relative tolerance of ``rtol``."""
+        return self.tightened(self.rtol / rtol)
 
     def tightened(self, factor: float) -> Tolerances:
         """Return the same, ``factor`` times tighter."""
@@ -63,12 +73,12 @@ def solve_reference(field: Field, y0: Tensor, times: Tensor, tolerances: Toleran
 
     Args:
         field: the vector field.
-        y0: flat state at ``times[0]``.
-        times: (m,) float64 times, monotonic.
+        y0: flat state at ``times[0]``, in true units.
+        times: (m,) float64 times, monotonic, in true units.
         tolerances: method and tolerances.
 
     Returns:
-        (m, *y0.shape) states.
+        (m, *y0.shape) states, in the field's units.
 
     Raises:
         NonFiniteError: ``y0`` is not finite, or the solution leaves the finite range.
@@ -76,13 +86,15 @@ def solve_reference(field: Field, y0: Tensor, times: Tensor, tolerances: Toleran
     """
     check_start(y0)
     wide = wide_dtype(y0.device)
-    t = times.to(device=y0.device, dtype=wide)
+    t = field.units.times(times).to(device=y0.device, dtype=wide)
+    if tolerances.rtol >= ENOUGH_FOR_FLOAT32:
+        wide = state_dtype(field.dtype)
     options = {"step_t": t} if tolerances.method in LANDING_METHODS else None
     with _explained(tolerances.method):
         solution: Tensor = contextvars.Context().run(
             odeint,
             field,
-            y0.to(wide),
+            y0.to(wide) / field.units.state,
             t,
             rtol=tolerances.rtol,
             atol=tolerances.atol,
@@ -135,14 +147,15 @@ def _check_finite(solution: Tensor, times: Tensor) -> None:
 class Samples:
     """The steps of one route along a reference solution, ready for fitting.
 
-    All are in the dtype in which a solver steps the state; states are flat.
+    All are in the dtype in which a solver steps the state; states are flat. All but the
+    residuals are in true units: they are what a hypernet is given.
 
     Attributes:
         times: (n + 1,) times.
         dt: (n,) signed step sizes.
         y: (n + 1, ...) the solution.
         stages: for each stage of the base, (n, ...) its derivatives.
-        residual: (n, ...) the residuals R_n.
+        residual: (n, ...) the residuals R_n, in units of `Units.residual`.
     """
 
     times: Tensor
@@ -165,22 +178,22 @@ def measure_residuals(field: Field, tableau: Tableau, route: Route, solution: Te
         field: the vector field.
         tableau: the base, of order p with s stages.
         route: which steps.
-        solution: (m, ...) states, of which ``route.points`` are the route's.
+        solution: (m, ...) states in the field's units, of which ``route.points`` are the route's.
     """
-    narrow = state_dtype(field.dtype)
+    narrow, units = state_dtype(field.dtype), field.units
     y = solution[route.points.to(solution.device)]
-    times = route.times.to(y)
+    times = units.times(route.times).to(y)
     residuals, stages = [], []
     for n, dt in enumerate(times.diff().unbind()):
         dy, k = tableau.increment(field, times[n], dt, times[n + 1], y[n])
         residuals.append(((y[n + 1] - y[n] - dy) / dt ** (tableau.order + 1)).to(narrow))
-        stages.append(tuple(stage.to(narrow) for stage in k))
+        stages.append(tuple((stage * (units.state / units.time)).to(narrow) for stage in k))
     # The step sizes must be those that a solve in the state's dtype takes.
-    narrow_times = times.to(narrow)
+    narrow_times = route.times.to(y.device, narrow)
     return Samples(
         times=narrow_times,
         dt=narrow_times.diff(),
-        y=y.to(narrow),
+        y=(y * units.state).to(narrow),
         stages=tuple(torch.stack(stage) for stage in zip(*stages, strict=True)),
         residual=torch.stack(residuals),
     )

@@ -16,7 +16,7 @@ from torchdiffeq_hyper.fitting.auto import choose
 from torchdiffeq_hyper.fitting.batches import Batches, n_samples, select
 from torchdiffeq_hyper.fitting.break_even import measure as measure_break_even
 from torchdiffeq_hyper.fitting.budget import Budget
-from torchdiffeq_hyper.fitting.calibration import calibrate
+from torchdiffeq_hyper.fitting.calibration import calibrate, measure_time_in
 from torchdiffeq_hyper.fitting.checkpoint import FitState, Store, check_same_call
 from torchdiffeq_hyper.fitting.data import Data
 from torchdiffeq_hyper.fitting.distributed import budget_of
@@ -30,6 +30,7 @@ from torchdiffeq_hyper.fitting.problem import Problem
 from torchdiffeq_hyper.fitting.progress import Progress
 from torchdiffeq_hyper.fitting.reference import Tolerances
 from torchdiffeq_hyper.fitting.report import described, reported
+from torchdiffeq_hyper.fitting.units import Units
 from torchdiffeq_hyper.hypernets import from_architecture, ready, suited
 from torchdiffeq_hyper.hypersolver import HyperSolver
 
@@ -57,7 +58,12 @@ def run(
     """
     budget = budget_of(problem.team, problem.config.max_seconds)
     batches = Batches(y0, problem.config)
-    given = ready(batches[0], problem.tableau) if hypernet is None else hypernet
+    given = hypernet
+    if hypernet is None:
+        given = ready(batches[0], problem.tableau, time_unit=problem.width)
+    elif isinstance(hypernet, nn.Module):
+        measure_time_in(hypernet, problem.width, problem.tableau.order)
+    assert given is not None
     with ExitStack() as stack:
         net, report = _fit_net(problem, given, batches, budget, progress, stack=stack)
         problem.team.finish()
@@ -90,9 +96,10 @@ def _fit_net(
             net = stack.enter_context(frozen_or_restored(_net(given, state.choice, y0)))
             net.load_state_dict(state.best)
             return net, FitReport.from_dict(state.report)
-    tolerances = Tolerances.of(problem.config, y0.dtype)
-    noise = _noise(problem, batches, tolerances, budget) if state is None else state.noise
-    data = _measure(problem, batches, tolerances, budget)
+    units = Units.of(problem.span, y0, answers[0])
+    tolerances = Tolerances.of(problem.config, y0.dtype, units)
+    noise = _noise(problem, batches, tolerances, units, budget) if state is None else state.noise
+    data = _measure(problem, batches, tolerances, units, budget)
     choice = None if state is None else state.choice
     if isinstance(given, str) and choice is None:
         progress.say("choosing a hypernet")
@@ -136,7 +143,9 @@ def _net(given: nn.Module | str, choice: dict[str, Any] | None, y: Tensor) -> nn
     return suited(from_architecture(choice["architecture"]), y)
 
 
-def _measure(problem: Problem, batches: Batches, tolerances: Tolerances, budget: Budget) -> Data:
+def _measure(
+    problem: Problem, batches: Batches, tolerances: Tolerances, units: Units, budget: Budget
+) -> Data:
     """Return the data with the held-out batch measured."""
     return Data(
         problem.func,
@@ -144,16 +153,19 @@ def _measure(problem: Problem, batches: Batches, tolerances: Tolerances, budget:
         tableau=problem.tableau,
         plan=problem.plan,
         tolerances=tolerances,
+        units=units,
         budget=budget,
         team=problem.team,
     )
 
 
-def _noise(problem: Problem, batches: Batches, tolerances: Tolerances, budget: Budget) -> float:
+def _noise(
+    problem: Problem, batches: Batches, tolerances: Tolerances, units: Units, budget: Budget
+) -> float:
     """Measure the noise floor on a few of the held-out samples."""
     count = min(PROBES, n_samples(batches.held_out))
     probes = select(batches.held_out, torch.arange(count))
-    field = Field(problem.func, probes, budget)
+    field = Field(problem.func, probes, budget, units)
     return measure_noise(field, probes, problem.tableau, problem.plan, tolerances)
 
 

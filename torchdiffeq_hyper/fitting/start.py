@@ -12,7 +12,7 @@ from torchdiffeq_hyper._layout import StateLayout
 from torchdiffeq_hyper._types import State
 from torchdiffeq_hyper.fitting.batches import n_samples, select
 from torchdiffeq_hyper.fitting.budget import Budget
-from torchdiffeq_hyper.fitting.calibration import calibrate
+from torchdiffeq_hyper.fitting.calibration import calibrate, measure_time_in
 from torchdiffeq_hyper.fitting.data import Batch, measure_batch
 from torchdiffeq_hyper.fitting.field import Field, check_field
 from torchdiffeq_hyper.fitting.loop import usable_scale
@@ -21,6 +21,7 @@ from torchdiffeq_hyper.fitting.phases import Phase
 from torchdiffeq_hyper.fitting.problem import Problem
 from torchdiffeq_hyper.fitting.reference import Tolerances
 from torchdiffeq_hyper.fitting.session import PROBES
+from torchdiffeq_hyper.fitting.units import Units
 from torchdiffeq_hyper.hypernets import ready
 
 
@@ -33,12 +34,14 @@ class Start:
         batch: the starts with their reference solution.
         noise: noise floor.
         tolerances: of the reference solutions.
+        units: those of the reference solutions.
     """
 
     net: nn.Module
     batch: Batch
     noise: float
     tolerances: Tolerances
+    units: Units
 
     @classmethod
     def of(cls, problem: Problem, y0: State, net: nn.Module | None) -> Start:
@@ -53,23 +56,26 @@ class Start:
             HyperError: func, ``y0`` or the base cannot be fitted.
         """
         flat = StateLayout.of(y0).join(y0)
-        tolerances = Tolerances.of(problem.config, flat.dtype)
         unlimited = Budget(math.inf)
-        field = Field(problem.func, y0, unlimited)
-        check_field(field, problem.span, flat)
+        f0, *_ = check_field(Field(problem.func, y0, unlimited), problem.span, flat)
+        units = Units.of(problem.span, flat, f0)
+        tolerances = Tolerances.of(problem.config, flat.dtype, units)
+        field = Field(problem.func, y0, unlimited, units)
         probes = select(y0, torch.arange(min(PROBES, n_samples(y0))))
         noise = measure_noise(
-            Field(problem.func, probes, unlimited),
+            Field(problem.func, probes, unlimited, units),
             probes,
             problem.tableau,
             problem.plan,
             tolerances,
         )
         batch = measure_batch(field, y0, problem.tableau, problem.plan, tolerances)
-        net = ready(y0, problem.tableau) if net is None else net
+        if net is None:
+            net = ready(y0, problem.tableau, time_unit=problem.width)
+        measure_time_in(net, problem.width, problem.tableau.order)
         calibrate(net, batch)
-        return cls(net, batch, noise, tolerances)
+        return cls(net, batch, noise, tolerances, units)
 
     def scale(self, phase: Phase, route: int) -> float:
-        """Return the base's error in a phase on a route, to which losses are relative."""
-        return usable_scale(phase.base_error(self.batch, route))
+        """Return the base's loss in a phase on a route, to which losses are relative."""
+        return usable_scale(phase.base_loss(self.batch, route))

@@ -17,7 +17,7 @@ from torchdiffeq_hyper.tableaus import Tableau
 WIDTHS = (4, 8, 16, 32, 64)
 
 
-def families(y0: State, tableau: Tableau) -> list[list[ReadyHypernet]]:
+def families(y0: State, tableau: Tableau, *, time_unit: float = 1.0) -> list[list[ReadyHypernet]]:
     """Return new ready nets that fit a state and a base method, those of one kind by width.
 
     States with 1 to 3 spatial dimensions get linear maps, perceptrons of the channels at
@@ -27,6 +27,7 @@ def families(y0: State, tableau: Tableau) -> list[list[ReadyHypernet]]:
     Args:
         y0: the state, with its batch dimension.
         tableau: the base method.
+        time_unit: see `ReadyHypernet.measure_time_in`.
 
     Raises:
         StateTypeError: the state is of integers, or complex.
@@ -57,5 +58,9 @@ def families(y0: State, tableau: Tableau) -> list[list[ReadyHypernet]]:
             lambda width: MLP(channels, (width, width), **given),
         )
     linear = Linear(channels, **given)
-    wide = [[suited(kind(width), joined) for width in WIDTHS] for kind in kinds]
-    return [[suited(linear, joined)], *wide]
+    found: list[list[ReadyHypernet]] = [[linear]]
+    found += [[kind(width) for width in WIDTHS] for kind in kinds]
+    for net in (net for family in found for net in family):
+        net.measure_time_in(time_unit, tableau.order)
+        suited(net, joined)
+    return found

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from torchdiffeq_hyper._types import State, StepInput
 from torchdiffeq_hyper.errors import OptionError, explain
 from torchdiffeq_hyper.hypernets._concat import SCALARS, ConcatHypernet, check_inputs
 from torchdiffeq_hyper.hypernets._scaled import Scaled
@@ -36,6 +37,8 @@ class ReadyHypernet(ConcatHypernet):
         super().__init__(Scaled(layers, n_in, channels, arguments.get("n_spatial")), inputs)
         self.channels = channels
         self.n_stages = n_stages
+        self.time_unit = 1.0
+        self._order = 0
         self._arguments = arguments
 
     @property
@@ -47,9 +50,40 @@ class ReadyHypernet(ConcatHypernet):
             **self._arguments,
             "inputs": list(self.inputs),
             "n_stages": self.n_stages,
+            "time_unit": self.time_unit,
+            "order": self._order,
         }
 
-    def calibrate(self, inputs: Tensor, residual: Tensor) -> None:
+    @property
+    def is_zero(self) -> bool:
+        """Whether the net still is as it was made: its last layer is zero."""
+        return not any(bool(p.any()) for p in self.net.layers[-1].parameters())
+
+    def measure_time_in(self, time_unit: float, order: int) -> None:
+        """Let what the layers return be the residual of a time unit of this length.
+
+        `forward` returns R in true units all the same. A solver multiplies what `scaled`
+        returns by (dt / time_unit)^(p+1) instead: the power of a dt in nanoseconds or in
+        years would leave the range of float32, and so would R.
+
+        Args:
+            time_unit: its length, above 0.
+            order: order p of the base.
+        """
+        self.time_unit, self._order = float(time_unit), order
+
+    def forward(self, step: StepInput) -> State:
+        """Return g, like ``step.y``."""
+        out = self.scaled(step)
+        for _ in range(self._order + 1 if self.time_unit != 1 else 0):
+            out = _divided(out, self.time_unit)
+        return out
+
+    def scaled(self, step: StepInput) -> State:
+        """Return time_unit^(p+1) g, like ``step.y``."""
+        return super().forward(step)
+
+    def calibrate(self, inputs: Tensor, residual: Tensor, unit: float = 1.0) -> None:
         r"""Set the normalisation, so that the layers see and return numbers of order one.
 
         Input channels are shifted to mean 0 and scaled to standard deviation 1; a
@@ -61,6 +95,7 @@ class ReadyHypernet(ConcatHypernet):
             inputs: (N, channels of all inputs, \*spatial), as `concat` returns it.
             residual: (N, channels, \*spatial), the values to be learned; for tuple
                 states as `join_channels` returns them.
+            unit: what these are to be multiplied by.
 
         Raises:
             StateShapeError: no samples, or another number of channels.
@@ -78,7 +113,13 @@ class ReadyHypernet(ConcatHypernet):
         for name, count in zip(self.inputs, counts, strict=True):
             # Steps cut from one float32 grid differ in their last digits, yet are one size.
             steady += [1e-3 if name == "dt" else 1e-5] * count
-        self.net.calibrate(inputs, residual, steady)
+        self.net.calibrate(inputs, residual, steady, unit)
+
+
+def _divided(state: State, divisor: float) -> State:
+    if isinstance(state, Tensor):
+        return state / divisor
+    return tuple(part / divisor for part in state)
 
 
 class Linear(ReadyHypernet):

@@ -101,7 +101,9 @@ class Scaled(nn.Module):
         return convolve(x, weight, last.bias * self.output_scale.flatten(), padding=last.padding)
 
     @torch.no_grad()
-    def calibrate(self, inputs: Tensor, residual: Tensor, steady: Sequence[float]) -> None:
+    def calibrate(
+        self, inputs: Tensor, residual: Tensor, steady: Sequence[float], unit: float = 1.0
+    ) -> None:
         """Set the scales from samples of the input and of the wanted output.
 
         Args:
@@ -109,12 +111,14 @@ class Scaled(nn.Module):
             residual: (N, n_out, ...).
             steady: for each input channel, the standard deviation relative to the mean
                 below which it counts as constant.
+            unit: that of the wanted output.
 
         Raises:
             StateShapeError: no samples, or another number of channels.
         """
         _check_samples("inputs", inputs, self.input_scale)
         _check_samples("residual", residual, self.output_scale)
+        inputs, residual = _wide(inputs), _wide(residual)
         variance, mean = torch.var_mean(inputs, _all_but_channels(inputs), correction=0)
         size = mean.abs()
         spread = variance.sqrt()
@@ -125,11 +129,17 @@ class Scaled(nn.Module):
         size = residual.square().mean(_all_but_channels(residual)).sqrt()
         # A channel that happens to be exact in these samples keeps some room in others.
         size = torch.maximum(size, 1e-3 * size.max())
-        self.output_scale.copy_(torch.where(size > 0, size, 1.0).view_as(self.output_scale))
+        size = torch.where(size > 0, size, 1.0) * unit
+        self.output_scale.copy_(size.view_as(self.output_scale))
 
 
 def _is_pointwise(layer: nn.Module) -> TypeGuard[_ConvNd]:
     return isinstance(layer, _ConvNd) and all(size == 1 for size in layer.kernel_size)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return samples in float64, where squares of large or small ones stay in range."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def _all_but_channels(x: Tensor) -> list[int]:

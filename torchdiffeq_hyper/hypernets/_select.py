@@ -24,7 +24,9 @@ INPUTS = ("y", "stages", "dt", "t")
 """What ready nets are given: all that a step knows, but for the start."""
 
 
-def ready(y0: State, tableau: Tableau, *, inputs: Sequence[str] = INPUTS) -> ReadyHypernet:
+def ready(
+    y0: State, tableau: Tableau, *, inputs: Sequence[str] = INPUTS, time_unit: float = 1.0
+) -> ReadyHypernet:
     """Return a new ready net that fits a state and a base method.
 
     States with 1 to 3 spatial dimensions get a `Conv` over these, all others an `MLP`.
@@ -35,6 +37,7 @@ def ready(y0: State, tableau: Tableau, *, inputs: Sequence[str] = INPUTS) -> Rea
         y0: the state, with its batch dimension.
         tableau: the base method, whose number of stages "stages" stands for.
         inputs: see `ConcatHypernet`; without "t" for autonomous problems.
+        time_unit: see `ReadyHypernet.measure_time_in`; best the length of the span.
 
     Raises:
         StateTypeError: the state is of integers, or complex.
@@ -55,6 +58,7 @@ def ready(y0: State, tableau: Tableau, *, inputs: Sequence[str] = INPUTS) -> Rea
         net = Conv(channels, n_spatial=n_spatial, inputs=inputs, n_stages=tableau.calls)
     else:
         net = MLP(channels, inputs=inputs, n_stages=tableau.calls)
+    net.measure_time_in(time_unit, tableau.order)
     return suited(net, joined)
 
 
@@ -94,8 +98,10 @@ def from_architecture(architecture: Mapping[str, Any]) -> ReadyHypernet:
                 f'"kind": "{closest(kind, KINDS)}"   # or: pip install -U torchdiffeq_hyper',
             )
         )
+    # Files of before time units have none.
+    time_unit, order = arguments.pop("time_unit", 1.0), arguments.pop("order", 0)
     try:
-        return KINDS[kind](**arguments)
+        net = KINDS[kind](**arguments)
     except (TypeError, HyperError) as error:
         raise FileFormatError(
             explain(
@@ -104,3 +110,5 @@ def from_architecture(architecture: Mapping[str, Any]) -> ReadyHypernet:
                 "fit and save it again",
             )
         ) from error
+    net.measure_time_in(time_unit, order)
+    return net

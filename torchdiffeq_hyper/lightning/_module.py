@@ -121,7 +121,7 @@ class HyperSolverModule(LightningModule):
             routes = range(len(self._problem.plan.routes))
             self._scales = [[start.scale(phase, r) for r in routes] for phase in self._phases]
         self._noise = start.noise
-        self._kept = KeptBatches(self._problem, start.tolerances)
+        self._kept = KeptBatches(self._problem, start.tolerances, start.units)
         self._schedule = Schedule.of(1, len(self._phases))
         self._train = [0.0, 0.0]
         self._sums = [0.0, 0.0, 0.0]

@@ -9,7 +9,6 @@ from torchdiffeq_hyper._layout import StateLayout
 from torchdiffeq_hyper._types import State, StepInput, VectorField
 from torchdiffeq_hyper.bespoke import BespokeSolver
 from torchdiffeq_hyper.errors import NonFiniteError
-from torchdiffeq_hyper.fitting.bespoke.pieces import FLOOR
 from torchdiffeq_hyper.fitting.data import Batch
 from torchdiffeq_hyper.fitting.neural_ode import given
 from torchdiffeq_hyper.fitting.norms import sample_norms
@@ -27,17 +26,16 @@ class EndPhase:
         self._func = func
 
     def norms(self, batch: Batch) -> Tensor:
-        """Return |y(T) - y_n|_2 of each sample, (batch,)."""
+        """Return |y(T) - y_n|_2 of each sample, (batch,), in units of the states' size."""
         samples = batch.routes[0]
         func, y0 = given(self._func, batch.y0), batch.start(0)
         found = self._solver.solve(func, y0, samples.times[[0, -1]])
-        return sample_norms(_difference(found, batch.layout.split(samples.y[-1:])))[0]
+        difference = _difference(found, batch.layout.split(samples.y[-1:]))
+        return sample_norms(difference, batch.units.state)[0]
 
     def loss(self, batch: Batch, route: int) -> Tensor:
         """Return the mean over samples."""
-        sizes = sample_norms(batch.layout.split(batch.routes[0].y[-1:]))[0]
-        floor = FLOOR * float(sizes.square().mean().sqrt()) + 1e-30
-        return (self.norms(batch) / sizes.clamp_min(floor)).mean()
+        return (self.norms(batch) / batch.end_sizes).mean()
 
     @torch.no_grad()
     def error(self, batch: Batch) -> float:
@@ -51,6 +49,10 @@ class EndPhase:
         """Return the same without the correction."""
         return EndPhase(BespokeSolver(self._solver.weights), self._func).error(batch)
 
+    def base_loss(self, batch: Batch, route: int) -> float:
+        """Return the same: errors are relative already."""
+        return self.base_error(batch)
+
 
 def _difference(found: State, exact: State) -> State:
     if isinstance(found, Tensor) and isinstance(exact, Tensor):
@@ -62,8 +64,8 @@ def _difference(found: State, exact: State) -> State:
 def calibrate_end(solver: BespokeSolver, func: VectorField, batch: Batch) -> None:
     """Calibrate a ready net that is still zero on what the weights alone leave over."""
     net = solver.hypernet
-    if not isinstance(net, ReadyHypernet):
-        return
+    if not isinstance(net, ReadyHypernet) or not net.is_zero:
+        return  # it was fitted before, with these scales
     seen: list[StepInput] = []
 
     def watch(step: StepInput) -> State:
@@ -73,10 +75,8 @@ def calibrate_end(solver: BespokeSolver, func: VectorField, batch: Batch) -> Non
     samples = batch.routes[0]
     watched = BespokeSolver(solver.weights, hypernet=watch)
     found = watched.solve(given(func, batch.y0), batch.start(0), samples.times[[0, -1]])
-    if join_channels(net(seen[0])).any():  # it was fitted before, with these scales
-        return
     left = _difference(_negated(found), _negated(batch.layout.split(samples.y[-1:])))
-    residual = StateLayout.of(left).join(left) / seen[0].dt ** 2
+    residual = StateLayout.of(left).join(left) / (seen[0].dt / net.time_unit) ** 2
     state = StateLayout.of(left).split(residual)
     one = state[0] if isinstance(state, Tensor) else tuple(part[0] for part in state)
     net.calibrate(net.concat(seen[0]), join_channels(one))

@@ -19,8 +19,6 @@ from torchdiffeq_hyper.fitting.data import Batch
 from torchdiffeq_hyper.fitting.field import Field, wide_dtype
 from torchdiffeq_hyper.fitting.norms import sample_norms
 
-FLOOR = 0.1
-"""Smallest size of a state to divide its error by, as a share of the root mean square."""
 EASIEST = 0.1
 """Smallest error that a sample is weighted as, as a share of the mean."""
 RESIDUALS_PER_WEIGHT = 20
@@ -33,7 +31,7 @@ MOST_BYTES = 2**29
 
 @dataclass(frozen=True)
 class Piece:
-    """Some samples of a batch.
+    """Some samples of a batch, in the units of `Units`: the span is 1 long.
 
     Attributes:
         roll_out: the solver's task: starts, span and field.
@@ -64,7 +62,8 @@ class Piece:
         """
         x, sensitivities = self.roll_out.end_and_sensitivities(weights)
         errors = self.errors(x)
-        tamed = (errors / errors.mean().clamp_min(1e-30)).clamp_min(EASIEST)
+        mean = errors.mean()
+        tamed = (errors / torch.where(mean > 0, mean, 1.0)).clamp_min(EASIEST)
         factor = self._spread(tamed.rsqrt() / self.scale)
         residual = factor * (x - self.path[-1])
         return NormalEquations.of(residual, sensitivities.mul_(factor))
@@ -108,21 +107,22 @@ def cut(
     share = math.ceil(whole / n_processes)
     n_pieces = 1 if rows is None else math.ceil(share / rows)
     positions = torch.arange(count).tensor_split(min(n_pieces, count))
-    samples = batch.routes[0]
-    start, end = float(samples.times[0]), float(samples.times[-1])
-    norms = sample_norms(batch.layout.split(samples.y[-1:]))[0]
-    scale = norms.clamp_min(FLOOR * float(norms.square().mean().sqrt()) + 1e-30)
+    samples, units = batch.routes[0], batch.units
+    # 0 and plus or minus 1: large times in float32 need not be.
+    first, last = (round(units.time_of(float(samples.times[i]))) for i in (0, -1))
+    scale = batch.end_sizes
     pieces = []
     for index in positions:
         y0 = select(batch.y0, index)
         layout = StateLayout.of(y0)
-        path = _rows(batch.layout, samples.y, index)
-        call = Field(func, y0, budget)
+        path = _rows(batch.layout, samples.y, index) / units.state
+        call = Field(func, y0, budget, units)
+        slopes = _rows(batch.layout, samples.stages[0], index) * (units.time / units.state)
         pieces.append(
             Piece(
-                roll_out=RollOut(call, layout, start, end - start, path[0]),
+                roll_out=RollOut(call, layout, first, last - first, path[0]),
                 path=path,
-                slopes=_rows(batch.layout, samples.stages[0], index),
+                slopes=slopes,
                 scale=scale[index.to(scale.device)],
             )
         )

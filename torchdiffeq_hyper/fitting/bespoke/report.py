@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._report import BreakEven, FitReport
-from torchdiffeq_hyper.bespoke import BespokeSolver
+from torchdiffeq_hyper.bespoke import ORDER, BespokeSolver
 from torchdiffeq_hyper.fitting.batches import n_samples
 from torchdiffeq_hyper.fitting.bespoke.correction import EndPhase
 from torchdiffeq_hyper.fitting.bespoke.pieces import samples_needed
@@ -59,9 +59,14 @@ def report_of(
     The whole span being one step, the residual is the error at the end over the span
     squared.
     """
-    width = problem.span[1] - problem.span[0]
+    unit = data.held_out.units.residual(ORDER)
     delta, base_delta = (
-        quantiles(EndPhase(solver, problem.func).norms(data.held_out) / width**2)
+        {
+            name: unit * value
+            for name, value in quantiles(
+                EndPhase(solver, problem.func).norms(data.held_out)
+            ).items()
+        }
         for solver in solvers
     )
     return reported(

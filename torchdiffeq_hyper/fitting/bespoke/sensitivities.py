@@ -54,8 +54,8 @@ class RollOut:
     Attributes:
         call: the vector field on flat states.
         layout: how a state lies flat.
-        start: start of the span.
-        width: end minus start.
+        start: start of the span: 0, or 1 or -1 where it ends at 0.
+        width: end minus start, 1 or -1.
         y0: flat starts.
     """
 
@@ -100,10 +100,10 @@ class RollOut:
         return x, tangents
 
     def _narrow(self, weights: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Return times and rows of weights in the state's dtype, the rows times the width."""
+        """Return times, and rows of weights in the state's dtype, the rows times the width."""
         times = self.start + self.width * stage_times(weights)
         rows = (self.width * weights).to(self.y0.dtype).unbind()
-        return list(times.to(self.y0.dtype).unbind()), list(rows)
+        return list(times.unbind()), list(rows)
 
     def _sum(self, row: Tensor, stages: list[Tensor]) -> Tensor:
         matrix = torch.stack(stages).flatten(1)

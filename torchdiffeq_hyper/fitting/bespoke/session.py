@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchdiffeq_hyper._layout import StateLayout
 from torchdiffeq_hyper._report import FitReport
 from torchdiffeq_hyper._types import State
-from torchdiffeq_hyper.bespoke import BespokeSolver, compositions
+from torchdiffeq_hyper.bespoke import ORDER, BespokeSolver, compositions
 from torchdiffeq_hyper.fitting.batches import Batches, n_samples, select
 from torchdiffeq_hyper.fitting.bespoke.correction import EndPhase, added_at_end, calibrate_end
 from torchdiffeq_hyper.fitting.bespoke.descents import Descents
@@ -27,6 +27,7 @@ from torchdiffeq_hyper.fitting.bespoke.problem import BespokeProblem, with_large
 from torchdiffeq_hyper.fitting.bespoke.report import report_of, signature_of
 from torchdiffeq_hyper.fitting.bespoke.start import best_starts, noise_at_end, refuse_exact
 from torchdiffeq_hyper.fitting.budget import LAST_PHASE, Budget
+from torchdiffeq_hyper.fitting.calibration import measure_time_in
 from torchdiffeq_hyper.fitting.checkpoint import FitState, Store, check_same_call
 from torchdiffeq_hyper.fitting.data import Data
 from torchdiffeq_hyper.fitting.distributed import budget_of
@@ -36,6 +37,7 @@ from torchdiffeq_hyper.fitting.loop import Loop, snapshot
 from torchdiffeq_hyper.fitting.progress import Progress
 from torchdiffeq_hyper.fitting.reference import Tolerances
 from torchdiffeq_hyper.fitting.session import MOST_BYTES, PROBES
+from torchdiffeq_hyper.fitting.units import Units
 
 WEIGHTS_FIRST = 0.5
 """Share of the time that the weights get where a correction is fitted after them."""
@@ -80,6 +82,8 @@ class Session:
         self.batches = Batches(y0, with_large_batches(problem, y0))
         self._progress = progress
         self.solver = self._new_solver("euler")
+        if hypernet is not None:
+            measure_time_in(hypernet, problem.width, ORDER)
         self.solver.hypernet = hypernet  # type: ignore[assignment]
 
     def run(self) -> FitReport:
@@ -89,9 +93,9 @@ class Session:
         held_out = self.batches.held_out
         flat = StateLayout.of(held_out).join(held_out)
         field = Field(problem.func, held_out, self._budget)
-        signature = signature_of(
-            problem, self.solver, (flat, *check_field(field, problem.span, flat))
-        )
+        answers = check_field(field, problem.span, flat)
+        self._units = Units.of(problem.span, flat, answers[0])
+        signature = signature_of(problem, self.solver, (flat, *answers))
         check_same_call(team.gather(signature))
         store = Store(problem.config.checkpoint if team.is_first else None, signature)
         state = team.from_first(store.read)
@@ -154,7 +158,8 @@ class Session:
             self.batches,
             tableau=problem.tableau,
             plan=problem.plan,
-            tolerances=Tolerances.of(problem.config, dtype),
+            tolerances=Tolerances.of(problem.config, dtype, self._units),
+            units=self._units,
             budget=self._budget,
             team=problem.team,
         )
@@ -189,8 +194,8 @@ class Session:
     def _noise(self, dtype: torch.dtype) -> float:
         held_out = self.batches.held_out
         probes = select(held_out, torch.arange(min(PROBES, n_samples(held_out))))
-        field = Field(self._problem.func, probes, self._budget)
-        tolerances = Tolerances.of(self._problem.config, dtype)
+        field = Field(self._problem.func, probes, self._budget, self._units)
+        tolerances = Tolerances.of(self._problem.config, dtype, self._units)
         return noise_at_end(field, probes, self._problem.plan.times[[0, -1]], tolerances)
 
     def _fit_correction(self, state: FitState, save: Callable[[FitState], None]) -> None:

@@ -68,7 +68,8 @@ def noise_at_end(field: Field, y0: State, times: Tensor, tolerances: Tolerances)
     size, noise = (
         float(sample_norms(layout.split(state)).mean()) for state in (first, first - second)
     )
-    return noise / max(size, 1e-30) + torch.finfo(state_dtype(flat.dtype)).eps / 2
+    # Half a unit in the last place of the state, and half of one of the state in true units.
+    return noise / (size or 1.0) + torch.finfo(state_dtype(flat.dtype)).eps
 
 
 def refuse_exact(name: str, n: int, error: float, noise: float, dtype: torch.dtype) -> NoReturn:

@@ -17,11 +17,11 @@ from torchdiffeq import odeint
 from torchdiffeq_hyper._grid import equal_steps
 from torchdiffeq_hyper._layout import is_half
 from torchdiffeq_hyper._report import BreakEven
+from torchdiffeq_hyper._restrict import restrict
 from torchdiffeq_hyper._timing import median_seconds
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.fitting.batches import n_samples, select
 from torchdiffeq_hyper.fitting.data import Batch
-from torchdiffeq_hyper.fitting.neural_ode import given
 from torchdiffeq_hyper.fitting.norms import sample_norms
 
 SHARE_OF_FIT = 0.05
@@ -84,7 +84,7 @@ class _Task:
         """Return the same for the first samples."""
         index = torch.arange(min(count, n_samples(self.y0)))
         y0, answer = select(self.y0, index), select(self.answer, index)
-        return _Task(self.func, y0, self.t, answer, self.deadline)
+        return _Task(restrict(self.func, index), y0, self.t, answer, self.deadline)
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def measure(
     allowed = min(seconds_left, max(SHARE_OF_FIT * fit_seconds, LEAST_SECONDS))
     samples = batch.routes[0]
     task = _Task(
-        func=given(func, batch.y0),
+        func=batch.field(func),
         y0=batch.start(0),
         t=samples.times[[0, -1]],
         answer=batch.layout.split(samples.y[-1]),
@@ -130,8 +130,7 @@ def measure(
     )
     ours = Solve("", solve)
     try:
-        # A field that looks at its start, or drew its noise for it, is that of all samples.
-        probe = task.some(MOST_SAMPLES) if func is task.func else task
+        probe = task.some(MOST_SAMPLES)
         target = probe.error(ours)
         rivals = _rivals(probe, target, calls) if math.isfinite(target) else []
         return _race(ours, rivals, task, fit_seconds)

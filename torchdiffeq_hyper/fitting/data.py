@@ -12,6 +12,7 @@ from torchdiffeq_hyper._layout import StateLayout
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.fitting.batches import Batches, n_samples, select
 from torchdiffeq_hyper.fitting.budget import Budget
+from torchdiffeq_hyper.fitting.context import Starts, bind
 from torchdiffeq_hyper.fitting.distributed import Team
 from torchdiffeq_hyper.fitting.field import Field, OutOfTimeError
 from torchdiffeq_hyper.fitting.reference import (
@@ -34,6 +35,7 @@ class Batch:
         routes: what was measured, one entry a route.
         y0: the starts, at the first time of the span.
         weight: share of the samples of the whole batch, of which this may be a part.
+        context: what else func is called with, as many samples along dim 0.
     """
 
     layout: StateLayout
@@ -41,6 +43,16 @@ class Batch:
     routes: tuple[Samples, ...]
     y0: State
     weight: float = 1.0
+    context: tuple[Tensor, ...] = ()
+
+    @property
+    def starts(self) -> Starts:
+        """The starts with their context."""
+        return Starts(self.y0, self.context)
+
+    def field(self, func: VectorField) -> VectorField:
+        """Return the field of these samples."""
+        return bind(func, self.starts)
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +73,7 @@ class Batch:
             return self
         index, weight = team.share(n_samples(self.y0))
         positions = torch.arange(n_samples(self.y0))[index]
-        y0 = select(self.y0, positions)
+        starts = select(self.starts, positions)
 
         def cut(flat: Tensor) -> Tensor:
             state = self.layout.split(flat)
@@ -79,7 +91,8 @@ class Batch:
             )
             for samples in self.routes
         )
-        return Batch(StateLayout.of(y0), self.dtype, routes, y0, weight)
+        layout = StateLayout.of(starts.y0)
+        return Batch(layout, self.dtype, routes, starts.y0, weight, starts.context)
 
 
 class Data:
@@ -185,17 +198,17 @@ class Data:
                 self._first = found
             self._measured[place] = found.part_of(self._team)
 
-    def _measure(self, y0: State) -> Batch:
+    def _measure(self, starts: Starts) -> Batch:
         began = time.perf_counter()
-        field = Field(self._func, y0, self._budget)
-        batch = measure_batch(field, y0, self._tableau, self._plan, self._tolerances)
+        field = Field(self._func, starts, self._budget)
+        batch = measure_batch(field, starts, self._tableau, self._plan, self._tolerances)
         self.calls += field.calls
         self.seconds += time.perf_counter() - began
         return batch
 
 
 def measure_batch(
-    field: Field, y0: State, tableau: Tableau, plan: Plan, tolerances: Tolerances
+    field: Field, starts: Starts, tableau: Tableau, plan: Plan, tolerances: Tolerances
 ) -> Batch:
     """Return a batch of starts with their reference solution and residuals.
 
@@ -203,7 +216,8 @@ def measure_batch(
         NonFiniteError: a start or the solution is not finite.
         OutOfTimeError: the time of ``field`` ended.
     """
+    y0 = starts.y0
     layout = StateLayout.of(y0)
     solution = solve_reference(field, layout.join(y0), plan.times, tolerances)
     routes = tuple(measure_residuals(field, tableau, route, solution) for route in plan.routes)
-    return Batch(layout, field.dtype, routes, y0)
+    return Batch(layout, field.dtype, routes, y0, context=starts.context)

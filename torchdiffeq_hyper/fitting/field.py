@@ -13,7 +13,7 @@ from torchdiffeq_hyper._layout import StateLayout, is_half
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.errors import NoisyFieldError, NonFiniteError, OptionError, explain
 from torchdiffeq_hyper.fitting.budget import Budget
-from torchdiffeq_hyper.fitting.neural_ode import given
+from torchdiffeq_hyper.fitting.context import Starts, bind
 from torchdiffeq_hyper.tableaus import Edge
 
 
@@ -35,20 +35,25 @@ class Field:
     """A vector field on flat states of any precision, called in the data's own dtype.
 
     Args:
-        func: the user's ``func(t, y)``.
-        y0: a state; its layout and dtype are what func is called with.
+        func: the user's ``func(t, y, *context)``.
+        starts: samples, or a state; its layout and dtype are what func is called with.
         budget: the time there is.
 
     Attributes:
+        func: func itself.
+        starts: the samples.
+        budget: the time there is.
         dtype: what func is called in.
         calls: calls of func so far.
     """
 
-    def __init__(self, func: VectorField, y0: State, budget: Budget) -> None:
-        self._func = given(func, y0)
-        self._budget = budget
-        self._layout = StateLayout.of(y0)
-        self.dtype = self._layout.join(y0).dtype
+    def __init__(self, func: VectorField, starts: Starts | State, budget: Budget) -> None:
+        self.starts = starts if isinstance(starts, Starts) else Starts(starts)
+        self.func = func
+        self.budget = budget
+        self._bound = bind(func, self.starts)
+        self._layout = StateLayout.of(self.starts.y0)
+        self.dtype = self._layout.join(self.starts.y0).dtype
         self._context = contextvars.copy_context()
         self.calls = 0
 
@@ -59,12 +64,12 @@ class Field:
             StateShapeError: func returned another shape.
             OutOfTimeError: the fit's time is up.
         """
-        if self._budget.is_over():
-            raise _out_of_time(self._budget)
+        if self.budget.is_over():
+            raise _out_of_time(self.budget)
         self.calls += 1
         state = self._layout.split(y.to(self.dtype))
         # References are solved outside any scope that overrides a method; func is not.
-        out = self._context.run(self._func, t.to(self.dtype), state)
+        out = self._context.run(self._bound, t.to(self.dtype), state)
         k = self._layout.join(out).to(y.dtype)
         check_derivative(k, y)
         return k

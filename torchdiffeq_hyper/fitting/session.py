@@ -18,6 +18,7 @@ from torchdiffeq_hyper.fitting.break_even import measure as measure_break_even
 from torchdiffeq_hyper.fitting.budget import Budget
 from torchdiffeq_hyper.fitting.calibration import calibrate
 from torchdiffeq_hyper.fitting.checkpoint import FitState, Store, check_same_call
+from torchdiffeq_hyper.fitting.context import context_signature
 from torchdiffeq_hyper.fitting.data import Data
 from torchdiffeq_hyper.fitting.distributed import budget_of
 from torchdiffeq_hyper.fitting.field import Field, check_field
@@ -30,6 +31,7 @@ from torchdiffeq_hyper.fitting.problem import Problem
 from torchdiffeq_hyper.fitting.progress import Progress
 from torchdiffeq_hyper.fitting.reference import Tolerances
 from torchdiffeq_hyper.fitting.report import described, reported
+from torchdiffeq_hyper.fitting.undeclared import check_samples
 from torchdiffeq_hyper.hypernets import from_architecture, ready, suited
 from torchdiffeq_hyper.hypersolver import HyperSolver
 
@@ -56,12 +58,12 @@ def run(
         progress: where to show it.
     """
     budget = budget_of(problem.team, problem.config.max_seconds)
-    batches = Batches(y0, problem.config)
-    given = ready(batches[0], problem.tableau) if hypernet is None else hypernet
+    batches = Batches(y0, problem.config, problem.context)
+    given = ready(batches[0].y0, problem.tableau) if hypernet is None else hypernet
     with ExitStack() as stack:
         net, report = _fit_net(problem, given, batches, budget, progress, stack=stack)
         problem.team.finish()
-    domain = problem.domain(batches.held_out)
+    domain = problem.domain(batches.held_out.y0)
     return problem.solver(net, problem.steps, domain=domain, report=report).eval()
 
 
@@ -76,11 +78,12 @@ def _fit_net(
 ) -> tuple[nn.Module, FitReport]:
     """Return the net in its best state, and what was measured."""
     progress.say("reference solutions")
-    y0 = StateLayout.of(batches.held_out).join(batches.held_out)
+    y0 = StateLayout.of(batches.held_out.y0).join(batches.held_out.y0)
     field = Field(problem.func, batches.held_out, budget)
+    check_samples(field, batches.count, problem.span)
     answers = check_field(field, problem.span, y0)
     team = problem.team
-    signature = _signature(problem, given, (y0, *answers))
+    signature = _signature(problem, given, (y0, *answers), batches.held_out.context)
     check_same_call(team.gather(signature))
     store = Store(problem.config.checkpoint if team.is_first else None, signature)
     state = team.from_first(store.read)
@@ -154,7 +157,7 @@ def _noise(problem: Problem, batches: Batches, tolerances: Tolerances, budget: B
     count = min(PROBES, n_samples(batches.held_out))
     probes = select(batches.held_out, torch.arange(count))
     field = Field(problem.func, probes, budget)
-    return measure_noise(field, probes, problem.tableau, problem.plan, tolerances)
+    return measure_noise(field, probes.y0, problem.tableau, problem.plan, tolerances)
 
 
 def _start(net: nn.Module, data: Data, judge: Phase, noise: float, budget: Budget) -> FitState:
@@ -176,7 +179,10 @@ def _start(net: nn.Module, data: Data, judge: Phase, noise: float, budget: Budge
 
 
 def _signature(
-    problem: Problem, given: nn.Module | str, probes: tuple[Tensor, ...]
+    problem: Problem,
+    given: nn.Module | str,
+    probes: tuple[Tensor, ...],
+    context: tuple[Tensor, ...],
 ) -> dict[str, Any]:
     """Return what tells this fit from others."""
     return {
@@ -188,6 +194,7 @@ def _signature(
         "objective": problem.objective,
         "dtype": str(probes[0].dtype),
         **described(problem.config),
+        "context": context_signature(context),
         "size of y0 and func(t, y0)": [float(probe.norm()) for probe in probes],
         "hypernet": given
         if isinstance(given, str)

@@ -18,6 +18,7 @@ from torchdiffeq_hyper.fitting.bespoke.sensitivities import n_weights
 from torchdiffeq_hyper.fitting.break_even import measure
 from torchdiffeq_hyper.fitting.budget import Budget
 from torchdiffeq_hyper.fitting.checkpoint import FitState
+from torchdiffeq_hyper.fitting.context import context_signature
 from torchdiffeq_hyper.fitting.data import Data
 from torchdiffeq_hyper.fitting.objectives import quantiles
 from torchdiffeq_hyper.fitting.report import described, reported
@@ -29,7 +30,10 @@ USELESS = 0.5
 
 
 def signature_of(
-    problem: BespokeProblem, solver: BespokeSolver, probes: tuple[Tensor, ...]
+    problem: BespokeProblem,
+    solver: BespokeSolver,
+    probes: tuple[Tensor, ...],
+    context: tuple[Tensor, ...],
 ) -> dict[str, Any]:
     """Return what tells a fit from others."""
     return {
@@ -39,6 +43,7 @@ def signature_of(
         "direction": problem.direction,
         "dtype": str(probes[0].dtype),
         **described(problem.config),
+        "context": context_signature(context),
         "size of y0 and func(t, y0)": [float(probe.norm()) for probe in probes],
         "weights": {name: list(value.shape) for name, value in solver.state_dict().items()},
     }

@@ -36,6 +36,7 @@ from torchdiffeq_hyper.fitting.loop import Loop, snapshot
 from torchdiffeq_hyper.fitting.progress import Progress
 from torchdiffeq_hyper.fitting.reference import Tolerances
 from torchdiffeq_hyper.fitting.session import MOST_BYTES, PROBES
+from torchdiffeq_hyper.fitting.undeclared import check_samples
 
 WEIGHTS_FIRST = 0.5
 """Share of the time that the weights get where a correction is fitted after them."""
@@ -54,7 +55,7 @@ def run_bespoke(
         report = session.run()
         problem.team.finish()
     solver = session.solver
-    solver.domain, solver.report = problem.domain(session.batches.held_out), report
+    solver.domain, solver.report = problem.domain(session.batches.held_out.y0), report
     return solver.eval().requires_grad_(requires_grad=False)
 
 
@@ -77,7 +78,7 @@ class Session:
     ) -> None:
         self._problem = problem
         self._budget = budget_of(problem.team, problem.config.max_seconds)
-        self.batches = Batches(y0, with_large_batches(problem, y0))
+        self.batches = Batches(y0, with_large_batches(problem, y0), problem.context)
         self._progress = progress
         self.solver = self._new_solver("euler")
         self.solver.hypernet = hypernet  # type: ignore[assignment]
@@ -87,11 +88,11 @@ class Session:
         problem, team = self._problem, self._problem.team
         self._progress.say("reference solutions")
         held_out = self.batches.held_out
-        flat = StateLayout.of(held_out).join(held_out)
+        flat = StateLayout.of(held_out.y0).join(held_out.y0)
         field = Field(problem.func, held_out, self._budget)
-        signature = signature_of(
-            problem, self.solver, (flat, *check_field(field, problem.span, flat))
-        )
+        check_samples(field, self.batches.count, problem.span)
+        answers = check_field(field, problem.span, flat)
+        signature = signature_of(problem, self.solver, (flat, *answers), held_out.context)
         check_same_call(team.gather(signature))
         store = Store(problem.config.checkpoint if team.is_first else None, signature)
         state = team.from_first(store.read)
@@ -144,7 +145,7 @@ class Session:
     def _new_solver(self, method: str) -> BespokeSolver:
         solver = BespokeSolver.classical(method, self._problem.calls)
         solver.requires_grad_(requires_grad=False)
-        return solver.to(_parts(self.batches.held_out)[0].device)
+        return solver.to(_parts(self.batches.held_out.y0)[0].device)
 
     def _measure(self, dtype: torch.dtype) -> None:
         """Measure the held-out batch, and see how samples may be taken apart."""
@@ -159,11 +160,11 @@ class Session:
             team=problem.team,
         )
         self._held_out = cut(self._data.held_out, problem.func, ENDLESS, None)
-        y0, n = self.batches.held_out, problem.calls
+        starts, n = self.batches.held_out, problem.calls
         first, last = problem.span
         times = (first, (first + last) / 2, last)
-        whole = not are_independent(problem.func, y0, times, ENDLESS)
-        self._rows = None if whole else rows_of(y0, n)
+        whole = not are_independent(problem.func, starts, times, ENDLESS)
+        self._rows = None if whole else rows_of(starts.y0, n)
 
     def _start(self, name: str, dtype: torch.dtype) -> FitState:
         """Return the state before the first iteration: a classical method."""
@@ -191,7 +192,7 @@ class Session:
         probes = select(held_out, torch.arange(min(PROBES, n_samples(held_out))))
         field = Field(self._problem.func, probes, self._budget)
         tolerances = Tolerances.of(self._problem.config, dtype)
-        return noise_at_end(field, probes, self._problem.plan.times[[0, -1]], tolerances)
+        return noise_at_end(field, probes.y0, self._problem.plan.times[[0, -1]], tolerances)
 
     def _fit_correction(self, state: FitState, save: Callable[[FitState], None]) -> None:
         """Fit the correction, the weights staying as they are."""

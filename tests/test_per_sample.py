@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchdiffeq import odeint, odeint_adjoint, odeint_event
 
+import torchdiffeq_hyper as tdh
 from stubs import MLPField, damped_wave, spiral
-from torchdiffeq_hyper import _restrict
 from torchdiffeq_hyper._per_sample import PerSampleDopri5
 from torchdiffeq_hyper.errors import (
     HyperError,
@@ -191,7 +191,7 @@ def test_conditioned_fields_give_every_sample_its_own_inputs(mode: str) -> None:
 
     rate = torch.tensor([0.1, 5.0, 30.0], dtype=torch.float64)
     target, y0 = _starts(3, 2), _starts(3, 2).flip(0)
-    field = _restrict.Conditioned(func, rate, target)
+    field = tdh.Conditioned(func, rate, target)
     y = odeint(field, y0, FORWARD, method=METHOD, rtol=1e-8, options={"time": mode})
     for i in range(3):
         one = torch.tensor([i])

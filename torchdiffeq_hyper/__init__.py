@@ -7,6 +7,7 @@ name.
 
 from torchdiffeq_hyper import _plugins, dise, errors, hypernets, regularizers
 from torchdiffeq_hyper._binding import attach, detach, using
+from torchdiffeq_hyper._context import Conditioned
 from torchdiffeq_hyper._domain import FitDomain
 from torchdiffeq_hyper._plugins import register_plugin, unregister_plugin
 from torchdiffeq_hyper._report import FitReport
@@ -15,7 +16,6 @@ from torchdiffeq_hyper.bespoke import BespokeSolver
 from torchdiffeq_hyper.dise import (
     Candidate,
     ClassificationCost,
-    Conditioned,
     Dise,
     RegressionCost,
     SelectorConfig,

@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class LossPoint:
@@ -25,12 +27,73 @@ class LossPoint:
 
 
 @dataclass(frozen=True)
+class ErrorSummary:
+    """Relative errors of some samples: |y - y_ref|_2 / |y_ref|_2 of each.
+
+    Attributes:
+        mean: their mean.
+        median: their median.
+        p95: their 95th percentile.
+        worst: the largest.
+        samples: how many they are.
+    """
+
+    mean: float
+    median: float
+    p95: float
+    worst: float
+    samples: int
+
+    @classmethod
+    def of(cls, errors: Tensor) -> ErrorSummary:
+        """Return the summary of errors (n,); infinite ones count."""
+        ordered = errors.detach().double().cpu().sort().values
+        count = len(ordered)
+        return cls(
+            mean=float(ordered.mean()),
+            median=float(ordered[(count - 1) // 2]),
+            p95=float(ordered[min(count - 1, math.ceil(0.95 * count) - 1)]),
+            worst=float(ordered[-1]),
+            samples=count,
+        )
+
+    def __str__(self) -> str:
+        """Return the numbers for people."""
+        return (
+            f"{self.mean:.3g} (median {self.median:.3g}, 95th percentile {self.p95:.3g}, "
+            f"worst {self.worst:.3g})"
+        )
+
+
+@dataclass(frozen=True)
+class Rival:
+    """The best classical solver in the fitted one's time, or with as many calls of func.
+
+    Attributes:
+        solver: the method and its steps.
+        errors: its errors at the end of the span on held-out samples.
+        own_errors: the fitted solver's on the same samples.
+        best_p95: the smallest 95th percentile that any of the classical solvers has.
+        seconds: wall time of a prediction of these samples with it, measured once.
+        own_seconds: the same with the fitted solver.
+    """
+
+    solver: str
+    errors: ErrorSummary
+    own_errors: ErrorSummary
+    best_p95: float
+    seconds: float
+    own_seconds: float
+
+
+@dataclass(frozen=True)
 class BreakEven:
     """What a prediction costs, fitted and classical, and when the fit has paid for itself.
 
     A prediction is one solve over the fitted span of a batch of held-out samples, without
-    gradients. The alternative is the fastest of torchdiffeq's euler, midpoint, rk4 and
-    dopri5, at the fewest steps or loosest tolerance found with no larger an error.
+    gradients. The alternative is the fastest of torchdiffeq's euler, midpoint, heun2, heun3,
+    rk4 and dopri5 and of Adams-Bashforth 2 and 3, at the fewest steps or loosest tolerance
+    found with no larger an error.
 
     Attributes:
         predictions: seconds of the fit over seconds saved a prediction; None if nothing is.
@@ -38,7 +101,7 @@ class BreakEven:
         alternative: the classical solver and its setting.
         alternative_seconds: median wall time of a prediction with it, in interleaved runs.
         samples: samples in the batch.
-        error: the fitted solver's error, the mean over samples of |y - y_ref|_2 at the end.
+        error: the fitted solver's mean relative error at the end.
     """
 
     predictions: float | None
@@ -55,7 +118,7 @@ class BreakEven:
             f"{self.alternative} (no less accurate) {1e3 * self.alternative_seconds:.3g} ms"
         )
         if self.predictions is None:
-            return f"nothing is saved: {cost}"
+            return f"the fit does not pay: nothing is saved, {cost}"
         return f"the fit pays after {math.ceil(self.predictions):,} predictions: {cost}"
 
 
@@ -63,14 +126,17 @@ class BreakEven:
 class FitReport:
     """What a fit did and measured; held-out figures come from samples not fitted on.
 
+    Errors are relative: those of each sample are divided by the size of its solution (or by
+    a tenth of the root mean square of all sizes, where that is larger).
+
     Attributes:
         losses: the history, one `LossPoint` a validation.
         delta: quantiles of |R - g|_2 on held-out data, keys "0.5", "0.9", "0.99",
             "max" ([H] theorem 1: the local error is delta * dt^(p+1)).
         base_delta: the same of |R|_2, that is without correction.
-        validation: held-out error with the best state: mean |R - g|_2 for the residual
-            objective, else the mean over samples of sum_n |y(t_n) - y_n|_2; for "bns" of
-            |y(T) - y_n|_2 / |y(T)|_2 at the end.
+        validation: the held-out error that the best state was selected by: the mean of
+            |y(t_n) - y_n|_2 / |y(t_n)|_2 over samples and steps; for "bns" at the end; for
+            the residual objective the mean |R - g|_2 as a share of that of |R|_2.
         base_validation: the same for the base method alone; for "bns" the best classical
             method with as many calls.
         noise_floor: mean noise in |R|_2, measured with two tolerances.
@@ -82,9 +148,13 @@ class FitReport:
             a Lightning Trainer decided.
         seed: the seed used.
         notes: what a user should know: no gain, no time, the net that was chosen.
-        break_even: when the fit has paid for itself; None after fewer than 200
-            iterations (20 for "bns"), if there was no time to measure it, or if no classical
-            solver was found that is as accurate.
+        break_even: when the fit has paid for itself; None where ``no_break_even`` says why.
+        no_break_even: why there is no ``break_even``.
+        errors: held-out errors at the end of the span.
+        base_errors: the same of the base method alone.
+        along: held-out errors along the span, the mean over its times for each sample.
+        worst_time: the time at which the mean held-out error is largest, and that error.
+        rival: the best classical solver at equal time, None if that was not measured.
     """
 
     losses: tuple[LossPoint, ...]
@@ -101,21 +171,47 @@ class FitReport:
     seed: int
     notes: tuple[str, ...] = field(default=())
     break_even: BreakEven | None = None
+    no_break_even: str = ""
+    errors: ErrorSummary | None = None
+    base_errors: ErrorSummary | None = None
+    along: ErrorSummary | None = None
+    worst_time: tuple[float, float] | None = None
+    rival: Rival | None = None
 
     def __str__(self) -> str:
         """Return a few lines for people."""
-        gain = self.base_validation / self.validation if self.validation else float("inf")
-        lines = (
-            f"held-out error {self.validation:.4g} (base {self.base_validation:.4g}, "
-            f"{gain:.1f}x smaller)\n"
+        gain = _ratio(self.base_validation, self.validation)
+        lines = [f"held-out error {self.validation:.4g} (base {self.base_validation:.4g}, {gain})"]
+        if self.errors is not None and self.base_errors is not None:
+            lines = [
+                f"held-out error at the end {self.errors}",
+                f"base {self.base_errors}: {_ratio(self.base_errors.mean, self.errors.mean)}",
+            ]
+        if self.along is not None and self.worst_time is not None:
+            time, error = self.worst_time
+            lines.append(
+                f"along the span {self.along.mean:.3g}, at most {error:.3g} at t = {time:.4g}"
+            )
+        if self.rival is not None:
+            own, best = self.rival.own_errors, self.rival.errors
+            lines.append(
+                f"the best classical solver at equal time, {self.rival.solver}, has {best}: "
+                f"{_ratio(best.mean, own.mean)}"
+            )
+        lines.append(
             f"delta: median {self.delta['0.5']:.4g} of |R| {self.base_delta['0.5']:.4g}, "
-            f"max {self.delta['max']:.4g}\n"
+            f"max {self.delta['max']:.4g}"
+        )
+        lines.append(
             f"{self.iterations} iterations in {self.seconds:.1f} s "
             f"({self.reference_seconds:.1f} s for references, {self.reference_nfe} calls of "
             f"func); stopped by {self.stopped}"
         )
-        costs = [] if self.break_even is None else [str(self.break_even)]
-        return "\n".join([lines, *costs, *self.notes])
+        if self.break_even is not None:
+            lines.append(str(self.break_even))
+        elif self.no_break_even:
+            lines.append(f"no break-even: {self.no_break_even}")
+        return "\n".join([*lines, *self.notes])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
@@ -125,10 +221,27 @@ class FitReport:
     def from_dict(cls, data: dict[str, Any]) -> FitReport:
         """Rebuild from `to_dict`'s values; what an older version did not write stays unset."""
         losses = tuple(LossPoint(**point) for point in data["losses"])
-        measured = data.get("break_even")
-        rebuilt = {
-            "losses": losses,
-            "notes": tuple(data.get("notes", ())),
-            "break_even": None if measured is None else BreakEven(**measured),
-        }
+        rebuilt: dict[str, Any] = {"losses": losses, "notes": tuple(data.get("notes", ()))}
+        for name, kind in (
+            ("break_even", BreakEven),
+            ("errors", ErrorSummary),
+            ("base_errors", ErrorSummary),
+            ("along", ErrorSummary),
+        ):
+            rebuilt[name] = None if data.get(name) is None else kind(**data[name])
+        if data.get("rival") is not None:
+            rival = data["rival"]
+            pair = {name: ErrorSummary(**rival[name]) for name in ("errors", "own_errors")}
+            rebuilt["rival"] = Rival(**{**rival, **pair})
+        if data.get("worst_time") is not None:
+            rebuilt["worst_time"] = tuple(data["worst_time"])
         return cls(**{**data, **rebuilt})
+
+
+def _ratio(base: float, own: float) -> str:
+    """Return a comparison of two errors in words, from the own one's side."""
+    if not (math.isfinite(base) and math.isfinite(own)):
+        return "no comparison" if math.isnan(base) or math.isnan(own) else "one of them blew up"
+    if own <= base:
+        return f"{base / own if own else math.inf:.3g}x smaller"
+    return f"{own / base if base else math.inf:.3g}x LARGER"

@@ -2,20 +2,18 @@
 
 A solver that works on part of a batch must tell such a field which part. The protocol is
 one method: ``func.restrict(index)`` returns the field of the samples at the positions
-``index`` (1-D, in the order asked for); `Conditioned` has it ready.
+``index`` (1-D, in the order asked for); `tdh.Conditioned` has it ready.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchdiffeq_hyper._types import State, VectorField
-from torchdiffeq_hyper.errors import StateShapeError, StateTypeError, explain
+from torchdiffeq_hyper._types import VectorField
 
 HOW_TO_RESTRICT = (
     "tdh.Conditioned(func, noise)   # calls func(t, y, noise), with the rows of its samples\n"
@@ -50,61 +48,3 @@ def _method_of(func: Any) -> Callable[[Tensor], Any] | None:
     owner = func.__self__ if isinstance(func, MethodType) else func
     method = getattr(owner, "restrict", None)
     return method if callable(method) else None
-
-
-class Conditioned(nn.Module):
-    """A vector field with inputs of its own for each sample: noise, controls, conditioning.
-
-    Calls ``func(t, y, *inputs)``. Solvers that work on part of a batch (``"dise"``,
-    ``"dopri5_per_sample"``) take the same part of the inputs. Costs nothing beside func.
-
-    Args:
-        func: called as ``func(t, y, *inputs)``.
-        inputs: tensors with the samples along dim 0, as many in each. They are no part of
-            the state_dict, and gradients flow into them.
-
-    Raises:
-        StateTypeError: ``func`` is not callable, or an input is not a tensor.
-        StateShapeError: the inputs differ in their number of samples.
-
-    Example:
-        >>> import torch, torchdiffeq_hyper as tdh
-        >>> rate = torch.tensor([[1.0], [2.0], [3.0]])
-        >>> func = tdh.Conditioned(lambda t, y, rate: -rate * y, rate)
-        >>> func.restrict(torch.tensor([2]))(torch.tensor(0.0), torch.ones(1, 1))
-        tensor([[-3.]])
-    """
-
-    def __init__(self, func: Callable[..., Any], *inputs: Tensor) -> None:
-        super().__init__()
-        if not callable(func) or not all(isinstance(item, Tensor) for item in inputs):
-            kinds = ", ".join(type(item).__name__ for item in (func, *inputs))
-            raise StateTypeError(
-                explain(
-                    f"Conditioned got {kinds}.",
-                    "a callable func(t, y, *inputs) and its tensors.",
-                    "tdh.Conditioned(func, noise)",
-                )
-            )
-        sizes = {item.shape[:1] for item in inputs}
-        if len(sizes) != 1 or not sizes.pop():
-            raise StateShapeError(
-                explain(
-                    f"the inputs have shapes {[tuple(item.shape) for item in inputs]}.",
-                    "at least one input; the samples along dim 0, as many in each.",
-                    "tdh.Conditioned(func, noise)   # noise of shape (batch, ...)",
-                )
-            )
-        self.func = func
-        self.inputs = inputs
-
-    def forward(self, t: Tensor, y: State) -> State:
-        """Return ``func(t, y, *inputs)``."""
-        out: State = self.func(t, y, *self.inputs)
-        return out
-
-    def restrict(self, index: Tensor) -> Conditioned:
-        """Return the field of the samples at ``index``; func and its weights are shared."""
-        part = copy.copy(self)
-        part.inputs = tuple(item[index.to(item.device)] for item in self.inputs)
-        return part

@@ -32,6 +32,7 @@ class Correction:
         y0: flat state at the start of the solve.
         negated: whether time and derivatives are given negated.
         part: the only part of a tuple state that g sees and corrects, or None.
+        context: what g sees of the samples beside the state.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Correction:
         *,
         negated: bool = False,
         part: int | None = None,
+        context: tuple[Tensor, ...] = (),
     ) -> None:
         check_hypernet_device(hypernet, y0)
         # A ready net may answer in a time unit of its own. Looked up on the class, so that
@@ -55,6 +57,7 @@ class Correction:
         self._negated = negated
         self._part = part
         self._y0 = self._view(y0)
+        self._context = context
         self._is_direct = layout.shapes is None and not negated
 
     def _view(self, flat: Tensor) -> State:
@@ -78,12 +81,12 @@ class Correction:
         if self._negated:
             t, dt, stages = -t, -dt, tuple(-k for k in stages)
         if self._layout.shapes is None:
-            out = self._hypernet(StepInput(dt, t, y, stages[0], stages, self._y0))
+            out = self._hypernet(StepInput(dt, t, y, stages[0], stages, self._y0, self._context))
             check_correction(out, y)
             return out
         state = self._view(y)
         views = tuple(self._view(k) for k in stages)
-        out = self._hypernet(StepInput(dt, t, state, views[0], views, self._y0))
+        out = self._hypernet(StepInput(dt, t, state, views[0], views, self._y0, self._context))
         check_correction(out, state)
         return out
 
@@ -100,7 +103,7 @@ class Correction:
         """Return ``dy + power * g``: `evaluate` and `add` in one, without detours for tensors."""
         if not self._is_direct:
             return self.add(dy, power, self.evaluate(t, dt, y, stages))
-        out = self._hypernet(StepInput(dt, t, y, stages[0], stages, self._y0))
+        out = self._hypernet(StepInput(dt, t, y, stages[0], stages, self._y0, self._context))
         if (
             type(out) is Tensor
             and out.shape == dy.shape

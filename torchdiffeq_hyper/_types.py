@@ -27,6 +27,7 @@ class StepInput(NamedTuple):
         f0: ``func(t, y)``, like ``y``; the same object as ``stages[0]``.
         stages: the derivatives k_1..k_s of the base method's stages, each like ``y``.
         y0: the state at the start of the solve, like ``y``.
+        context: the inputs of the samples' `Conditioned` func; empty for other funcs.
 
     Example:
         >>> import torch
@@ -43,6 +44,7 @@ class StepInput(NamedTuple):
     f0: State
     stages: tuple[State, ...]
     y0: State
+    context: tuple[Tensor, ...] = ()
 
 
 Hypernet: TypeAlias = Callable[[StepInput], State]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torchdiffeq_hyper import _registry
 from torchdiffeq_hyper._checks import check_hypernet
+from torchdiffeq_hyper._context import context_of
 from torchdiffeq_hyper._domain import FitDomain
 from torchdiffeq_hyper._export import export_solve
 from torchdiffeq_hyper._files import read_hypersolver, read_metadata, write_hypersolver
@@ -144,7 +145,14 @@ class HyperSolver(nn.Module):
         if is_half(dtype):
             flat, grid = flat.float(), grid.to(torch.promote_types(grid.dtype, torch.float32))
         part = None if self.domain is None else self.domain.corrected_part(y0)
-        correction = Correction(self.hypernet, self.tableau.order, layout, flat, part=part)
+        correction = Correction(
+            self.hypernet,
+            self.tableau.order,
+            layout,
+            flat,
+            part=part,
+            context=context_of(func),
+        )
         step = Step(self.tableau, stage_call(func, layout, dtype), correction)
         sizes = step_sizes(grid, are_equal=n_points == 2)
         self.warn_outside_fit(sizes)

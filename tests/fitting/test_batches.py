@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torchdiffeq_hyper import FitConfig
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError
-from torchdiffeq_hyper.fitting.batches import Batches
+from torchdiffeq_hyper.fitting.batches import Batches, n_samples
 
 DATA = torch.arange(40.0).reshape(20, 2)
 
@@ -22,7 +22,7 @@ def _rows(*states: Tensor) -> set[tuple[float, ...]]:
 
 def test_every_sample_is_fitted_on_or_held_out_never_both() -> None:
     batches = Batches(DATA, FitConfig(batch_size=6, validation=0.2))
-    held, trained = _rows(batches.held_out), _rows(*(batches[i] for i in range(3)))
+    held, trained = _rows(batches.held_out.y0), _rows(*(batches[i].y0 for i in range(3)))
     assert len(held) == 4
     assert not held & trained
     assert held | trained == _rows(DATA)
@@ -30,26 +30,26 @@ def test_every_sample_is_fitted_on_or_held_out_never_both() -> None:
 
 def test_batches_are_of_nearly_equal_sizes_and_start_over() -> None:
     batches = Batches(DATA, FitConfig(batch_size=5, validation=0.2))  # 16 to train on
-    assert [len(batches[i]) for i in range(4)] == [4, 4, 4, 4]
-    assert torch.equal(batches[5], batches[1])
+    assert [n_samples(batches[i]) for i in range(4)] == [4, 4, 4, 4]
+    assert torch.equal(batches[5].y0, batches[1].y0)
     assert batches.position(5) == 1
 
 
 def test_the_split_depends_on_the_seed_alone() -> None:
-    first, again, other = (Batches(DATA, FitConfig(seed=s)).held_out for s in (3, 3, 4))
+    first, again, other = (Batches(DATA, FitConfig(seed=s)).held_out.y0 for s in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_no_more_than_two_batches_are_held_out() -> None:
-    assert len(Batches(torch.randn(100, 1), FitConfig(batch_size=4)).held_out) == 8
+    assert n_samples(Batches(torch.randn(100, 1), FitConfig(batch_size=4)).held_out) == 8
 
 
 @pytest.mark.parametrize(("count", "fraction"), [(2, 0.01), (2, 0.99), (3, 0.9)])
 def test_both_sides_of_the_split_have_a_sample(count: int, fraction: float) -> None:
     batches = Batches(DATA[:count], FitConfig(validation=fraction))
-    assert 1 <= len(batches.held_out) < count
-    assert len(batches[0]) + len(batches.held_out) == count
+    assert 1 <= n_samples(batches.held_out) < count
+    assert n_samples(batches[0]) + n_samples(batches.held_out) == count
 
 
 def test_one_shot_generators_are_pulled_lazily_and_once() -> None:
@@ -62,12 +62,12 @@ def test_one_shot_generators_are_pulled_lazily_and_once() -> None:
 
     batches = Batches(source(), FitConfig(validation=0.25))
     assert pulled == [0]
-    assert len(batches.held_out) + len(batches[0]) == len(DATA)
-    assert torch.equal(batches[1], DATA + 100)
+    assert n_samples(batches.held_out) + n_samples(batches[0]) == len(DATA)
+    assert torch.equal(batches[1].y0, DATA + 100)
     assert pulled == [0, 1]
-    assert torch.equal(batches[2], DATA + 200)
-    assert torch.equal(batches[3], batches[0])
-    assert torch.equal(batches[4], batches[1])
+    assert torch.equal(batches[2].y0, DATA + 200)
+    assert torch.equal(batches[3].y0, batches[0].y0)
+    assert torch.equal(batches[4].y0, batches[1].y0)
     assert pulled == [0, 1, 2]
 
 
@@ -84,30 +84,30 @@ def test_a_limit_keeps_an_endless_source_from_being_pulled_on() -> None:
 def test_a_list_of_one_tensor_is_that_tensor() -> None:
     loader = DataLoader(TensorDataset(DATA), batch_size=10)
     batches = Batches(loader, FitConfig(validation=0.2))
-    assert torch.equal(batches[1], DATA[10:])
+    assert torch.equal(batches[1].y0, DATA[10:])
 
 
 def test_a_list_of_more_tensors_is_a_tuple_state() -> None:
     loader = DataLoader(TensorDataset(DATA, DATA[:, 0]), batch_size=10)
-    batch = Batches(loader, FitConfig())[1]
+    batch = Batches(loader, FitConfig())[1].y0
     assert isinstance(batch, tuple)
     assert torch.equal(batch[1], DATA[10:, 0])
 
 
 def test_parts_of_a_tuple_state_stay_together() -> None:
     batches = Batches((DATA, DATA[:, 0] * 7), FitConfig(batch_size=4))
-    for state in (batches.held_out, batches[0], batches[2]):
+    for state in (batches.held_out.y0, batches[0].y0, batches[2].y0):
         assert isinstance(state, tuple)
         assert torch.equal(state[0][:, 0] * 7, state[1])
 
 
 def test_later_batches_follow_the_first_in_dtype() -> None:
     batches = Batches([DATA, DATA.double()], FitConfig())
-    assert batches[1].dtype == torch.float32
+    assert batches[1].y0.dtype == torch.float32
 
 
 def test_states_lose_their_graph() -> None:
-    assert not Batches(DATA.clone().requires_grad_(), FitConfig())[0].requires_grad
+    assert not Batches(DATA.clone().requires_grad_(), FitConfig())[0].y0.requires_grad
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def held_out_error(solver: tdh.HyperSolver, hypernet: Any) -> float:
     """Return the mean over held-out samples of sum_n |y(t_n) - y_n|_2, from a 1e-10 solve."""
     from torchdiffeq import odeint
 
-    held_out = Batches(Y0, CONFIG).held_out
+    held_out = Batches(Y0, CONFIG).held_out.y0
     assert isinstance(held_out, Tensor)
     t = torch.linspace(0, 2, 5, dtype=torch.float64)
     exact = odeint(damped_wave, held_out, t, rtol=1e-10, atol=1e-10)

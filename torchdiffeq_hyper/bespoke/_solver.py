@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdiffeq_hyper._context import context_of
 from torchdiffeq_hyper._domain import FitDomain
 from torchdiffeq_hyper._files import read_bespoke, write_bespoke
 from torchdiffeq_hyper._finite import is_finite
@@ -193,7 +194,9 @@ class BespokeSolver(HyperSolver, kind="bns"):
         added = None
         if self.hypernet is not None:
             part = None if self.domain is None else self.domain.corrected_part(y0)
-            correction = Correction(self.hypernet, ORDER, layout, flat, part=part)
+            correction = Correction(
+                self.hypernet, ORDER, layout, flat, part=part, context=context_of(func)
+            )
             added = added_at_end(correction, x, stages, (start, end))
         if ends_at_end:
             y = (x if added is None else x + added).unsqueeze(0)

@@ -1,6 +1,6 @@
 """Per-sample integrator selection: each sample goes to the cheapest method that is right."""
 
-from torchdiffeq_hyper._restrict import Conditioned
+from torchdiffeq_hyper._context import Conditioned
 from torchdiffeq_hyper.dise import selectors
 from torchdiffeq_hyper.dise._dise import Dise
 from torchdiffeq_hyper.dise.candidates import Candidate

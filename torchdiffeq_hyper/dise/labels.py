@@ -17,8 +17,9 @@ from torchdiffeq_hyper.dise.candidates import Candidate
 from torchdiffeq_hyper.dise.costs import Cost
 from torchdiffeq_hyper.dise.samples import are_finite, count, parts_of
 from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper.fitting.context import Starts, bind
 from torchdiffeq_hyper.fitting.guard import left_as_found
-from torchdiffeq_hyper.fitting.neural_ode import attributes_kept, given, vector_field
+from torchdiffeq_hyper.fitting.neural_ode import attributes_kept, vector_field
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def collect(
     cost.check(batch)
     t = check_times(t, parts_of(y0)[0])
     index = torch.arange(batch, device=t.device)
-    field = given(vector_field(func), y0)
+    field = bind(vector_field(func), Starts(y0))
     columns = []
     total = batch * len(candidates)
     with (

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from torchdiffeq_hyper._types import State, VectorField
@@ -26,7 +27,8 @@ from torchdiffeq_hyper.evaluation._problem import Problem, unless_broken
 from torchdiffeq_hyper.evaluation._row import EvaluationRow
 from torchdiffeq_hyper.evaluation._table import EvaluationTable
 from torchdiffeq_hyper.evaluation._trials import Trial, expand
-from torchdiffeq_hyper.fitting.neural_ode import attributes_kept, check_call, given, vector_field
+from torchdiffeq_hyper.fitting.context import bound
+from torchdiffeq_hyper.fitting.neural_ode import attributes_kept
 from torchdiffeq_hyper.hypersolver import HyperSolver
 
 Metric: TypeAlias = Callable[[Any], Any]
@@ -46,6 +48,7 @@ def evaluate(
     atol: float | None = None,
     repeats: int = 5,
     progress: bool = True,
+    context: Tensor | tuple[Tensor, ...] | None = None,
 ) -> EvaluationTable:
     """Measure methods against each other on one problem, all in one run.
 
@@ -78,6 +81,8 @@ def evaluate(
         atol: of the reference; same default.
         repeats: timed rounds.
         progress: show a progress bar.
+        context: what else func is called with, as in `fit`: a tensor or a tuple of tensors
+            with the samples along dim 0. `Conditioned` as func means the same.
 
     Returns:
         A table with a row a method and setting.
@@ -103,7 +108,7 @@ def evaluate(
         >>> [(row.method, row.setting) for row in table.rows]
         [('euler', '10'), ('dopri5', 'tol 0.001'), ('hypereuler', '10')]
     """
-    field = given(check_call(vector_field(func)), y0)
+    field = bound(func, y0, context)
     problem = Problem.of(field, y0, t_span)
     trials = expand(methods, steps, tolerances)
     _check_repeats(repeats)

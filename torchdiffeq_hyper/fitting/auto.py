@@ -17,7 +17,6 @@ from torchdiffeq_hyper.errors import OptionError, explain
 from torchdiffeq_hyper.fitting.calibration import calibrate
 from torchdiffeq_hyper.fitting.data import Batch
 from torchdiffeq_hyper.fitting.guard import own_random_state
-from torchdiffeq_hyper.fitting.neural_ode import given
 from torchdiffeq_hyper.fitting.objectives import step_inputs
 from torchdiffeq_hyper.fitting.phases import ResidualPhase
 from torchdiffeq_hyper.fitting.problem import Problem
@@ -137,7 +136,7 @@ def within_budget(problem: Problem, batch: Batch) -> list[Candidate]:
     step = next(step_inputs(batch, 0))
     y = batch.start(0)
     t = step.t.to(batch.dtype)
-    in_func = problem.tableau.calls * count_flops(lambda: given(problem.func, batch.y0)(t, y))
+    in_func = problem.tableau.calls * count_flops(lambda: batch.field(problem.func)(t, y))
     kinds = [
         [Candidate(net, _share(count_flops(partial(net, step)), in_func)) for net in family]
         for family in families(y, problem.tableau, time_unit=problem.width)

@@ -43,9 +43,15 @@ class Budget:
         """Count the time an interrupted run had used as well."""
         self._began -= used
 
-    def affordable_batches(self, seconds_per_batch: float) -> int:
-        """Return how many batches may be given reference solutions, at least one."""
-        return max(1, int(REFERENCES * self.max_seconds / max(seconds_per_batch, 1e-6)))
+    def affordable_batches(self, seconds_per_batch: float, spent: float = 0.0) -> int:
+        """Return how many batches may be given reference solutions, at least one.
+
+        Args:
+            seconds_per_batch: what the solution of one takes.
+            spent: what other reference solutions have taken.
+        """
+        left = REFERENCES * self.max_seconds - spent
+        return max(1, int(left / max(seconds_per_batch, 1e-6)))
 
     def start_phase(self, wanted: int, *, is_last: bool) -> Pace:
         """Return the pace of a phase that begins now."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -10,10 +13,22 @@ from torchdiffeq_hyper.fitting.objectives import step_inputs
 from torchdiffeq_hyper.hypernets import ReadyHypernet, join_channels
 
 
-def measure_time_in(net: nn.Module, width: float, order: int) -> None:
-    """Let a ready net that is still zero measure time in spans; leave every other as it is."""
-    if isinstance(net, ReadyHypernet) and net.is_zero:
-        net.measure_time_in(width, order)
+@contextmanager
+def measuring_time_in(net: object, width: float, order: int) -> Iterator[None]:
+    """Let a ready net that is still zero measure time in spans; as before on any error.
+
+    Every other net is left as it is.
+    """
+    if not isinstance(net, ReadyHypernet) or not net.is_zero:
+        yield
+        return
+    before = net.time_unit
+    net.measure_time_in(width, order)
+    try:
+        yield
+    except BaseException:
+        net.measure_time_in(before, order)
+        raise
 
 
 @torch.no_grad()

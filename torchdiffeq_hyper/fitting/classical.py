@@ -42,7 +42,7 @@ class FixedStep(NamedTuple):
 
     each: int
     order: int
-    run: Callable[[VectorField, State, Tensor, int], State]
+    run: Callable[..., State]
 
     def with_steps(self, name: str, steps: int) -> Solve:
         """Return the method with so many steps."""
@@ -53,8 +53,8 @@ class FixedStep(NamedTuple):
 def dopri5(tolerance: float, size: float) -> Solve:
     """Return torchdiffeq's dopri5 with one tolerance, the absolute one for states of a size."""
     label = f"dopri5 at rtol = {tolerance:.1e}"
-    given = {"method": "dopri5", "rtol": tolerance, "atol": tolerance * size}
-    return Solve(label, partial(_host, **given))
+    atol = tolerance * size
+    return Solve(label, partial(_host, method="dopri5", rtol=tolerance, atol=atol))
 
 
 def _host(func: VectorField, y0: State, t: Tensor, **given: Any) -> State:

@@ -12,9 +12,10 @@ from torchdiffeq_hyper._layout import StateLayout
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.fitting.batches import Batches, n_samples, select
 from torchdiffeq_hyper.fitting.budget import Budget, Deadline
+from torchdiffeq_hyper.fitting.context import Starts, bind
 from torchdiffeq_hyper.fitting.distributed import Team
 from torchdiffeq_hyper.fitting.field import Field, OutOfTimeError
-from torchdiffeq_hyper.fitting.norms import sample_norms, sample_sizes
+from torchdiffeq_hyper.fitting.norms import sample_sizes
 from torchdiffeq_hyper.fitting.reference import (
     Samples,
     Tolerances,
@@ -37,6 +38,7 @@ class Batch:
         y0: the starts, at the first time of the span.
         units: those in which norms and residuals are.
         weight: share of the samples of the whole batch, of which this may be a part.
+        context: what else func is called with, as many samples along dim 0.
     """
 
     layout: StateLayout
@@ -45,6 +47,16 @@ class Batch:
     y0: State
     units: Units
     weight: float = 1.0
+    context: tuple[Tensor, ...] = ()
+
+    @property
+    def starts(self) -> Starts:
+        """The starts with their context."""
+        return Starts(self.y0, self.context)
+
+    def field(self, func: VectorField) -> VectorField:
+        """Return the field of these samples."""
+        return bind(func, self.starts)
 
     @property
     def nbytes(self) -> int:
@@ -55,18 +67,13 @@ class Batch:
             for part in (samples.y, samples.residual, *samples.stages)
         )
 
-    def norms(self, flat: Tensor) -> Tensor:
-        """Return the 2-norms of flat states (n, ...) sample by sample, (n, batch)."""
-        return sample_norms(self.layout.split(flat), self.units.state)
-
     def sizes(self, route: int) -> Tensor:
         """Return what errors along a route are divided by to be relative, (n + 1, batch)."""
         return sample_sizes(self.layout.split(self.routes[route].y), self.units.state)
 
-    @property
-    def end_sizes(self) -> Tensor:
-        """What errors at the end of the first route are divided by to be relative, (batch,)."""
-        return sample_sizes(self.layout.split(self.routes[0].y[-1:]), self.units.state)[0]
+    def end_sizes(self, route: int = 0) -> Tensor:
+        """Return what errors at the end of a route are divided by to be relative, (batch,)."""
+        return sample_sizes(self.layout.split(self.routes[route].y[-1:]), self.units.state)[0]
 
     def start(self, route: int) -> State:
         """Return the state where a route starts, as func takes it."""
@@ -77,14 +84,17 @@ class Batch:
         if team.size == 1:
             return self
         index, weight = team.share(n_samples(self.y0))
-        positions = torch.arange(n_samples(self.y0))[index]
-        y0 = select(self.y0, positions)
+        return self.some(torch.arange(n_samples(self.y0))[index], weight)
+
+    def some(self, index: Tensor, weight: float = 1.0) -> Batch:
+        """Return the samples at the positions ``index`` of the batch."""
+        starts = select(self.starts, index)
 
         def cut(flat: Tensor) -> Tensor:
-            state = self.layout.split(flat)
+            state, rows = self.layout.split(flat), index.to(flat.device)
             if isinstance(state, Tensor):
-                return state[:, index].clone()
-            return torch.cat([part[:, index].reshape(len(part), -1) for part in state], dim=1)
+                return state[:, rows]
+            return torch.cat([part[:, rows].reshape(len(part), -1) for part in state], dim=1)
 
         routes = tuple(
             Samples(
@@ -96,7 +106,8 @@ class Batch:
             )
             for samples in self.routes
         )
-        return Batch(StateLayout.of(y0), self.dtype, routes, y0, self.units, weight)
+        layout = StateLayout.of(starts.y0)
+        return Batch(layout, self.dtype, routes, starts.y0, self.units, weight, starts.context)
 
 
 class Data:
@@ -115,6 +126,7 @@ class Data:
     Attributes:
         budget: the time that solutions may take from now on.
         held_out: the batch that is not fitted on.
+        held_out_seconds: wall time spent on it.
         calls: calls of func so far.
         seconds: wall time spent so far.
     """
@@ -144,6 +156,7 @@ class Data:
         self.calls = 0
         self.seconds = 0.0
         self.held_out = self._measure_held_out()
+        self.held_out_seconds = self.seconds
 
     def __getitem__(self, number: int) -> Batch:
         """Return this process's share of a training batch."""
@@ -164,6 +177,11 @@ class Data:
     def n_measured(self) -> int:
         """Number of training batches measured."""
         return len(self._measured)
+
+    @property
+    def seconds_per_batch(self) -> float:
+        """Wall time that a training batch has taken."""
+        return (self.seconds - self.held_out_seconds) / max(1, self.n_measured)
 
     @property
     def n_starts(self) -> int:
@@ -217,17 +235,17 @@ class Data:
                 self._first = found
             self._measured[place] = found.part_of(self._team)
 
-    def _measure(self, y0: State) -> Batch:
+    def _measure(self, starts: Starts) -> Batch:
         began = time.perf_counter()
-        field = Field(self._func, y0, self.budget, self._units)
-        batch = measure_batch(field, y0, self._tableau, self._plan, self._tolerances)
+        field = Field(self._func, starts, self.budget, self._units)
+        batch = measure_batch(field, starts, self._tableau, self._plan, self._tolerances)
         self.calls += field.calls
         self.seconds += time.perf_counter() - began
         return batch
 
 
 def measure_batch(
-    field: Field, y0: State, tableau: Tableau, plan: Plan, tolerances: Tolerances
+    field: Field, starts: Starts, tableau: Tableau, plan: Plan, tolerances: Tolerances
 ) -> Batch:
     """Return a batch of starts with their reference solution and residuals.
 
@@ -235,7 +253,8 @@ def measure_batch(
         NonFiniteError: a start or the solution is not finite.
         OutOfTimeError: the time of ``field`` ended.
     """
+    y0 = starts.y0
     layout = StateLayout.of(y0)
     solution = solve_reference(field, layout.join(y0), plan.times, tolerances)
     routes = tuple(measure_residuals(field, tableau, route, solution) for route in plan.routes)
-    return Batch(layout, field.dtype, routes, y0, field.units)
+    return Batch(layout, field.dtype, routes, y0, field.units, context=starts.context)

@@ -13,7 +13,7 @@ from torchdiffeq_hyper._layout import StateLayout, is_half
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.errors import NoisyFieldError, NonFiniteError, explain
 from torchdiffeq_hyper.fitting.budget import Budget, Deadline
-from torchdiffeq_hyper.fitting.neural_ode import given
+from torchdiffeq_hyper.fitting.context import Starts, bind
 from torchdiffeq_hyper.fitting.units import Units, root_mean_square
 from torchdiffeq_hyper.tableaus import Edge
 
@@ -36,13 +36,16 @@ class Field:
     """A vector field on flat states of any precision, called in the data's own dtype.
 
     Args:
-        func: the user's ``func(t, y)``.
-        y0: a state; its layout and dtype are what func is called with.
+        func: the user's ``func(t, y, *context)``.
+        starts: samples, or a state; its layout and dtype are what func is called with.
         budget: the time there is.
         units: those of the times and states that the field is called with.
 
     Attributes:
         units: as given.
+        func: func itself.
+        starts: the samples.
+        budget: the time there is.
         dtype: what func is called in.
         calls: calls of func so far.
     """
@@ -50,15 +53,17 @@ class Field:
     def __init__(
         self,
         func: VectorField,
-        y0: State,
+        starts: Starts | State,
         budget: Budget | Deadline,
         units: Units | None = None,
     ) -> None:
-        self._func = given(func, y0)
-        self._budget = budget
+        self.starts = starts if isinstance(starts, Starts) else Starts(starts)
+        self.func = func
+        self.budget = budget
         self.units = Units() if units is None else units
-        self._layout = StateLayout.of(y0)
-        self.dtype = self._layout.join(y0).dtype
+        self._bound = bind(func, self.starts)
+        self._layout = StateLayout.of(self.starts.y0)
+        self.dtype = self._layout.join(self.starts.y0).dtype
         self._context = contextvars.copy_context()
         self.calls = 0
 
@@ -69,14 +74,14 @@ class Field:
             StateShapeError: func returned another shape.
             OutOfTimeError: the fit's time is up.
         """
-        if self._budget.is_over():
+        if self.budget.is_over():
             raise OutOfTimeError
         self.calls += 1
         units = self.units
         state = self._layout.split((y * units.state).to(self.dtype))
         time = (units.start + units.time * t).to(self.dtype)
         # References are solved outside any scope that overrides a method; func is not.
-        out = self._context.run(self._func, time, state)
+        out = self._context.run(self._bound, time, state)
         k = self._layout.join(out)
         check_derivative(k, y)
         return k.to(y.dtype) * (units.time / units.state)

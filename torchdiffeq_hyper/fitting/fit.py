@@ -36,6 +36,7 @@ def fit(
     direction: str = "forward",
     config: FitConfig | None = None,
     progress: bool = True,
+    context: Tensor | tuple[Tensor, ...] | str | None = None,
 ) -> HyperSolver:
     r"""Fit the correction g of a hypersolver to a vector field, in about two minutes.
 
@@ -75,8 +76,9 @@ def fit(
     on each other, in func nor in the hypernet.
 
     Args:
-        func: the vector field ``func(t, y)``, the same answer at each call; or a torchdyn
-            `NeuralODE`, whose field is taken with its order, data control and losses.
+        func: the vector field ``func(t, y)`` (with context ``func(t, y, *context)``), the same
+            answer at each call, for any of the samples; or a torchdyn `NeuralODE`, whose field
+            is taken with its order, data control and losses.
         y0: states at ``t_span[0]``, with the samples along dim 0: a tensor, a tuple of
             tensors (one tuple state), or an iterable of batches, pulled once and lazily.
             A batch that is a list counts as its elements' state, as `DataLoader` yields.
@@ -94,6 +96,12 @@ def fit(
             their ends back, or "both" with one net.
         config: lengths, rates, tolerances, seed, checkpoint.
         progress: whether to show a progress bar.
+        context: what else func is called with, a row for each sample: labels, controls,
+            paths, noise. A tensor or a tuple of tensors of any dtype, with the samples of
+            ``y0`` along dim 0; or "batch" where ``y0`` is an iterable of batches
+            (state, *context). func is called ``func(t, y, *context)`` with the rows of its
+            samples. `Conditioned` as func means the same. The solver is then used with
+            ``tdh.Conditioned(func, *context)`` as func.
 
     Returns:
         The solver in evaluation mode, its parameters frozen (``solver.requires_grad_()``
@@ -101,9 +109,11 @@ def fit(
 
     Raises:
         OptionError: an argument or option is impossible, too few samples, or a checkpoint
-            of another fit.
-        StateTypeError: ``y0`` is of integers or complex, or ``hypernet`` no trainable module.
-        StateShapeError: func returned another shape, or parts of ``y0`` do not match.
+            of another fit; or ``context`` does not go with ``func`` or ``y0``.
+        StateTypeError: ``y0`` is of integers or complex, ``hypernet`` no trainable module, or
+            ``func`` cannot be called with the context.
+        StateShapeError: func returned another shape, or holds something of each sample
+            without saying so; or parts of ``y0``, or the context, do not match.
         NonFiniteError: func or the reference solution is not finite.
         NoisyFieldError: func answers differently twice at one point.
         NoiseFloorError: the base is already exact to this dtype.
@@ -140,6 +150,7 @@ def fit(
         direction=direction,
         config=config,
         team=team,
+        context=context,
     )
     check_shareable(problem.func, team.size)
     if isinstance(hypernet, str):

@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from torchdiffeq_hyper._context import Conditioned
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -72,6 +74,8 @@ def left_as_found(func: object) -> Iterator[None]:
 
 def modules_in(func: object) -> list[nn.Module]:
     """Return the modules in func, in the object of a bound method or held by a partial."""
+    if isinstance(func, Conditioned):
+        return modules_in(func.func)
     if isinstance(func, nn.Module):
         return [func]
     if isinstance(func, MethodType):

@@ -7,10 +7,11 @@ import time
 from collections.abc import Hashable
 
 import torch
+from torch import Tensor
 
-from torchdiffeq_hyper._types import State
 from torchdiffeq_hyper.fitting.batches import parts_of
 from torchdiffeq_hyper.fitting.budget import Budget
+from torchdiffeq_hyper.fitting.context import Starts
 from torchdiffeq_hyper.fitting.data import Batch, measure_batch
 from torchdiffeq_hyper.fitting.field import Field
 from torchdiffeq_hyper.fitting.problem import Problem
@@ -40,28 +41,32 @@ class KeptBatches:
         self.calls = 0
         self.seconds = 0.0
 
-    def measure(self, key: Hashable, y0: State) -> Batch:
-        """Return a batch with its reference solution: the kept one if it has these starts.
+    def measure(self, key: Hashable, starts: Starts) -> Batch:
+        """Return a batch with its reference solution: the kept one if it has these samples.
 
         Raises:
             NonFiniteError: a start or the solution is not finite.
         """
         known = self._batches.pop(key, None)
-        if known is None or not _same(known.y0, y0):
-            known = self._solve(y0)
+        if known is None or not _same(known.starts, starts):
+            known = self._solve(starts)
         if sum(batch.nbytes for batch in self._batches.values()) + known.nbytes <= MOST_BYTES:
             self._batches[key] = known
         return known
 
-    def _solve(self, y0: State) -> Batch:
+    def _solve(self, starts: Starts) -> Batch:
         began, problem = time.perf_counter(), self._problem
-        field = Field(problem.func, y0, Budget(math.inf), self._units)
-        batch = measure_batch(field, y0, problem.tableau, problem.plan, self._tolerances)
+        field = Field(problem.func, starts, Budget(math.inf), self._units)
+        batch = measure_batch(field, starts, problem.tableau, problem.plan, self._tolerances)
         self.calls += field.calls
         self.seconds += time.perf_counter() - began
         return batch
 
 
-def _same(first: State, second: State) -> bool:
-    pairs = zip(parts_of(first), parts_of(second), strict=True)
+def _same(first: Starts, second: Starts) -> bool:
+    pairs = zip(_tensors(first), _tensors(second), strict=True)
     return all(a.device == b.device and torch.equal(a, b) for a, b in pairs)
+
+
+def _tensors(starts: Starts) -> tuple[Tensor, ...]:
+    return (*parts_of(starts.y0), *starts.context)

@@ -112,11 +112,6 @@ def vector_field(func: VectorField) -> VectorField:
     return NeuralODEField(func) if is_whole else func
 
 
-def given(func: VectorField, y0: State) -> VectorField:
-    """Return the field of the solve that starts at ``y0``: func itself for most."""
-    return func.given(y0) if isinstance(func, NeuralODEField) else func
-
-
 def check_shareable(func: VectorField, n_processes: int) -> None:
     """Refuse to share noise among processes: each would draw its own.
 
@@ -145,8 +140,8 @@ def attributes_kept(func: object) -> Iterator[None]:
             setattr(part, name, value)
 
 
-def check_call(func: VectorField) -> VectorField:
-    """Return func after checking that it can be called as ``func(t, y)``.
+def check_call(func: VectorField, n_context: int = 0) -> VectorField:
+    """Return func after checking that it can be called as ``func(t, y, *context)``.
 
     Raises:
         StateTypeError: it cannot.
@@ -161,13 +156,25 @@ def check_call(func: VectorField) -> VectorField:
     except (TypeError, ValueError):  # built-in and scripted functions do not tell
         return func
     try:
-        signature.bind("t", "y")
+        signature.bind("t", "y", *["context"] * n_context)
     except TypeError as error:
+        what = f"func takes {signature} and cannot be called as func(t, y"
+        if n_context:
+            raise StateTypeError(
+                explain(
+                    f"{what}, *context) with {n_context} tensor{'s' * (n_context > 1)} of context: "
+                    f"{error}.",
+                    "a vector field that takes the context after t and y.",
+                    "func = lambda t, y, labels: model(y, labels)",
+                )
+            ) from error
         raise StateTypeError(
             explain(
-                f"func takes {signature} and cannot be called as func(t, y): {error}.",
-                "a vector field func(t, y), or a torchdyn NeuralODE.",
-                "func = lambda t, y: model(y)",
+                f"{what}): {error}.",
+                "a vector field func(t, y), or a torchdyn NeuralODE; what else it takes of each "
+                "sample is its context.",
+                "func = lambda t, y: model(y)\n"
+                "or func = tdh.Conditioned(func, labels)   # calls func(t, y, labels)",
             )
         ) from error
     return func

@@ -11,7 +11,6 @@ from torchdiffeq_hyper._stepping import Correction
 from torchdiffeq_hyper._types import Hypernet, State, StepInput, VectorField
 from torchdiffeq_hyper.errors import NonFiniteError
 from torchdiffeq_hyper.fitting.data import Batch
-from torchdiffeq_hyper.fitting.neural_ode import given
 from torchdiffeq_hyper.fitting.norms import sample_norms
 from torchdiffeq_hyper.hypersolver import HyperSolver
 
@@ -25,7 +24,7 @@ def step_inputs(batch: Batch, route: int) -> Iterator[StepInput]:
     for n, dt in enumerate(samples.dt.unbind()):
         stages = tuple(layout.split(stage[n]) for stage in samples.stages)
         y = layout.split(samples.y[n])
-        yield StepInput(dt, samples.times[n], y, stages[0], stages, start)
+        yield StepInput(dt, samples.times[n], y, stages[0], stages, start, batch.context)
 
 
 def residual_errors(
@@ -36,7 +35,7 @@ def residual_errors(
     In units of `Units.residual`. Costs one call of g a step and none of func.
     """
     samples, layout, units = batch.routes[route], batch.layout, batch.units
-    correction = Correction(hypernet, order, layout, samples.y[0])
+    correction = Correction(hypernet, order, layout, samples.y[0], context=batch.context)
     # g answers in units of its own time; those of the residuals are spans and states.
     factor = 1.0
     for _ in range(order + 1):
@@ -60,7 +59,7 @@ def trajectory_errors(solver: HyperSolver, func: VectorField, batch: Batch, rout
         NonFiniteError: the roll-out ended in inf or nan.
     """
     samples = batch.routes[route]
-    solution = solver.solve(given(func, batch.y0), batch.start(route), samples.times)
+    solution = solver.solve(batch.field(func), batch.start(route), samples.times)
     difference = _difference(solution, batch.layout.split(samples.y))
     return sample_norms(difference, batch.units.state)
 

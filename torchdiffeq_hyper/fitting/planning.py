@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import torch
 
 from torchdiffeq_hyper._layout import StateLayout
-from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper._types import VectorField
 from torchdiffeq_hyper.errors import HyperError
 from torchdiffeq_hyper.fitting.batches import n_samples, select
 from torchdiffeq_hyper.fitting.budget import REFERENCES, Budget, Deadline
+from torchdiffeq_hyper.fitting.context import Starts
 from torchdiffeq_hyper.fitting.field import Field, OutOfTimeError, wide_dtype
 from torchdiffeq_hyper.fitting.reference import Tolerances, solve_reference
 from torchdiffeq_hyper.fitting.units import Units
@@ -72,11 +73,11 @@ class CallCost:
         self._each, self._per_sample = each, per_sample
 
     @classmethod
-    def measure(cls, func: VectorField, y0: State, span: tuple[float, float]) -> CallCost:
+    def measure(cls, func: VectorField, starts: Starts, span: tuple[float, float]) -> CallCost:
         """Time a call on all samples, and one on a few of them."""
-        count = n_samples(y0)
+        count = n_samples(starts)
         few = min(PROBES, count)
-        seconds = [_seconds(func, select(y0, torch.arange(n)), span) for n in (few, count)]
+        seconds = [_seconds(func, select(starts, torch.arange(n)), span) for n in (few, count)]
         if count == few:
             return cls(seconds[0], 0.0)
         per_sample = max(0.0, (seconds[1] - seconds[0]) / (count - few))
@@ -94,11 +95,10 @@ class CallCost:
 
 
 @torch.no_grad()
-def _seconds(func: VectorField, y0: State, span: tuple[float, float]) -> float:
+def _seconds(func: VectorField, starts: Starts, span: tuple[float, float]) -> float:
     """Return the wall time of one call, the shorter of two."""
-    layout = StateLayout.of(y0)
-    flat = layout.join(y0)
-    field = Field(func, y0, Budget(math.inf))
+    flat = StateLayout.of(starts.y0).join(starts.y0)
+    field = Field(func, starts, Budget(math.inf))
     wide = wide_dtype(flat.device)
     t = torch.tensor(span[0], dtype=wide, device=flat.device)
     times = []
@@ -111,8 +111,9 @@ def _seconds(func: VectorField, y0: State, span: tuple[float, float]) -> float:
 
 def plan_references(
     func: VectorField,
-    sizes: tuple[State, int],
+    sizes: tuple[Starts, int],
     times: torch.Tensor,
+    *,
     wanted: Tolerances,
     units: Units,
     budget: Budget,
@@ -121,7 +122,7 @@ def plan_references(
 
     Args:
         func: the vector field.
-        sizes: the held-out state, and the number of samples in a training batch.
+        sizes: the held-out samples, and the number of samples in a training batch.
         times: those at which solutions are wanted.
         wanted: tolerances, if there is time.
         units: those of the solutions.
@@ -135,7 +136,7 @@ def plan_references(
     if PLENTY * cost.of(max(count, in_batch)) <= allowed:
         return ReferencePlan(wanted, count, in_batch)
     loose = max(LOOSEST, wanted.rtol)
-    calls = _calls(func, held_out, times, wanted.loosened(loose), units, budget)
+    calls = _calls(func, held_out, times, wanted.loosened(loose), units=units, budget=budget)
     allowed = max(0.0, REFERENCES * budget.max_seconds - budget.elapsed)
     rtol, has_noise, needed = wanted.rtol, True, math.inf
     while True:
@@ -174,18 +175,20 @@ def _note(cuts: Sequence[str], budget: Budget) -> str:
 
 def _calls(
     func: VectorField,
-    y0: State,
+    starts: Starts,
     times: torch.Tensor,
     tolerances: Tolerances,
+    *,
     units: Units,
     budget: Budget,
 ) -> int:
     """Return the calls of a loose solution of a few samples, as far as it came."""
-    probes = select(y0, torch.arange(min(PROBES, n_samples(y0))))
+    probes = select(starts, torch.arange(min(PROBES, n_samples(starts))))
     until = budget.elapsed + PROBE_SHARE * budget.max_seconds
     field = Field(func, probes, Deadline(budget, until), units)
     try:
-        solve_reference(field, StateLayout.of(probes).join(probes), times, tolerances)
+        flat = StateLayout.of(probes.y0).join(probes.y0)
+        solve_reference(field, flat, times, tolerances)
     except OutOfTimeError:
         return 2 * field.calls
     except HyperError:  # it is reported where the solution is needed

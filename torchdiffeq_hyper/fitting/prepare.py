@@ -23,6 +23,7 @@ def planned(
     batches: Batches,
     tolerances: Tolerances,
     units: Units,
+    *,
     budget: Budget,
     kept: dict[str, Any] | None,
 ) -> ReferencePlan:
@@ -41,7 +42,14 @@ def planned(
         return ReferencePlan(**{**kept, "tolerances": wanted})
     sizes = batches.held_out, batches.size
     return problem.team.from_first(
-        lambda: plan_references(problem.func, sizes, problem.plan.times, tolerances, units, budget)
+        lambda: plan_references(
+            problem.func,
+            sizes,
+            problem.plan.times,
+            wanted=tolerances,
+            units=units,
+            budget=budget,
+        )
     )
 
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
 from torchdiffeq_hyper import _registry
 from torchdiffeq_hyper._domain import FitDomain
 from torchdiffeq_hyper._grid import Steps
 from torchdiffeq_hyper._layout import StateLayout
-from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper._types import Hypernet, State, VectorField
 from torchdiffeq_hyper.fitting.config import FitConfig
+from torchdiffeq_hyper.fitting.context import Context, split_context
 from torchdiffeq_hyper.fitting.distributed import Team
-from torchdiffeq_hyper.fitting.neural_ode import check_call, vector_field
 from torchdiffeq_hyper.fitting.phases import OBJECTIVES
 from torchdiffeq_hyper.fitting.routes import Plan, check_choice, check_span, step_counts
 from torchdiffeq_hyper.hypersolver import HyperSolver
@@ -29,7 +27,7 @@ class Problem:
     """The checked arguments of a fit, apart from data and net.
 
     Attributes:
-        func: the vector field.
+        func: the vector field, called with the context of each batch.
         span: start and end.
         steps: as the user gave them.
         plan: times and routes.
@@ -38,6 +36,7 @@ class Problem:
         objective: "combined", "residual" or "trajectory".
         config: lengths, rates, tolerances.
         team: the processes that share the work.
+        context: that of all samples; "batch" where each batch brings its own.
     """
 
     func: VectorField
@@ -49,6 +48,7 @@ class Problem:
     objective: str
     config: FitConfig
     team: Team = field(default_factory=Team)
+    context: Context = ()
 
     @classmethod
     def of(
@@ -63,14 +63,16 @@ class Problem:
         direction: str,
         config: FitConfig | None,
         team: Team | None = None,
+        context: object = None,
     ) -> Problem:
         """Return the problem, checked.
 
         Raises:
-            StateTypeError: ``func`` cannot be called as ``func(t, y)``.
+            StateTypeError: ``func`` cannot be called as ``func(t, y, *context)``.
+            StateShapeError: tensors of ``context`` differ in their number of samples.
             OptionError: another argument is impossible.
         """
-        checked = check_call(vector_field(func))
+        checked, checked_context = split_context(func, context)
         span = check_span(t_span)
         return cls(
             func=checked,
@@ -82,6 +84,7 @@ class Problem:
             objective=check_choice("objective", objective, OBJECTIVES),
             config=FitConfig() if config is None else config,
             team=Team() if team is None else team,
+            context=checked_context,
         )
 
     @property
@@ -103,7 +106,7 @@ class Problem:
         first = max(1, round(RESIDUAL_SHARE * total))
         return [first, total - first]
 
-    def solver(self, net: nn.Module, steps: Steps = None, **filled: Any) -> HyperSolver:
+    def solver(self, net: Hypernet, steps: Steps = None, **filled: Any) -> HyperSolver:
         """Return a solver with this base."""
         base, alpha = self.tableau.name, self.tableau.alpha
         return HyperSolver(base, net, steps, alpha=alpha, **filled)

@@ -1,31 +1,100 @@
-"""What every fit says of itself, whatever was fitted."""
+"""The report of a fit, whatever was fitted."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from torchdiffeq_hyper._report import FitReport
+import torch
+from torch import Tensor
+
+from torchdiffeq_hyper._report import BreakEven, ErrorSummary, FitReport, Rival
+from torchdiffeq_hyper.fitting.break_even import measure as measure_break_even
 from torchdiffeq_hyper.fitting.budget import Budget
 from torchdiffeq_hyper.fitting.checkpoint import FitState
 from torchdiffeq_hyper.fitting.config import FitConfig
-from torchdiffeq_hyper.fitting.data import Data
+from torchdiffeq_hyper.fitting.data import Batch, Data
+from torchdiffeq_hyper.fitting.judge import Run, end_errors, errors_along
+from torchdiffeq_hyper.fitting.objectives import QUANTILES
+from torchdiffeq_hyper.fitting.problem import Problem
+from torchdiffeq_hyper.fitting.rivals import best_classical
+
+UNUSABLE = 0.3
+"""Mean relative error from which on a result says little of the solution."""
+HEAVY_TAIL = 20.0
+"""Ratio of the worst to the median error from which on the worst decides."""
+CLEAR = 1.25
+"""Ratio of errors below which a gain on some held-out samples may be none on others."""
+
+T = TypeVar("T")
+
+
+class Fitted(NamedTuple):
+    """A fitted solver and the one it started as.
+
+    Attributes:
+        run: the fitted solver's ``(func, y0, t) -> solution``.
+        base: the same of the classical method that it started as.
+        name: that method's name, for people.
+        calls: calls of func in a solve between two points.
+        fewest: iterations below which a fit is a trial that nobody has to earn back.
+    """
+
+    run: Run
+    base: Run
+    name: str
+    calls: int
+    fewest: int
+
+
+def is_worse(fitted: Fitted, problem: Problem, batch: Batch) -> bool:
+    """Return whether the base has smaller errors at the end, in mean or 95th percentile."""
+    own, base = (_at_end(run, problem, batch) for run in (fitted.run, fitted.base))
+    return not (own.mean <= base.mean and own.p95 <= base.p95)
 
 
 def reported(
-    config: FitConfig, data: Data, state: FitState, budget: Budget, **own: Any
+    problem: Problem,
+    fitted: Fitted,
+    data: Data,
+    state: FitState,
+    budget: Budget,
+    *,
+    deltas: Callable[[], tuple[dict[str, float], dict[str, float]]],
+    notes: tuple[str, ...],
 ) -> FitReport:
-    """Return the report of a fit that ends.
+    """Return the report of a fit that ends. No measurement that fails loses the fit.
 
     Args:
-        config: of the fit.
+        problem: what was fitted.
+        fitted: the solver.
         data: what was measured.
         state: where the fit ended.
         budget: the time there was.
-        own: the fields that depend on what was fitted.
+        deltas: measures the quantiles of |R - g| and of |R|.
+        notes: of the fit itself.
     """
+    failed: list[str] = []
+    held_out, func = data.held_out, problem.func
+    errors = _or_none(lambda: _at_end(fitted.run, problem, held_out), "the error", failed)
+    base_errors = _or_none(lambda: _at_end(fitted.base, problem, held_out), "the base", failed)
+    finest = max(range(len(held_out.routes)), key=lambda r: len(held_out.routes[r].dt))
+    along = _or_none(lambda: errors_along(fitted.run, func, held_out, finest), "the span", failed)
+    rival = _or_none(
+        lambda: best_classical(fitted.run, func, held_out, calls=fitted.calls), "rivals", failed
+    )
+    pays = _break_even(problem, fitted, held_out, state.iteration, budget)
+    if isinstance(pays, Exception):
+        failed.append(_failure("the break-even", pays))
+        pays = "its measurement failed"
+    delta, base_delta = _or_none(deltas, "delta", failed) or (nothing(), nothing())
+    own = tuple(_notes(errors, base_errors, rival, fitted.name))
     return FitReport(
         losses=tuple(state.history),
+        delta=delta,
+        base_delta=base_delta,
         validation=state.best_error,
         base_validation=state.base_error,
         noise_floor=state.noise,
@@ -34,9 +103,54 @@ def reported(
         reference_seconds=data.seconds,
         reference_nfe=data.calls,
         stopped=state.stopped,
-        seed=config.seed,
-        **own,
+        seed=problem.config.seed,
+        notes=(*notes, *own, *failed),
+        break_even=pays if isinstance(pays, BreakEven) else None,
+        no_break_even="" if isinstance(pays, BreakEven) else pays,
+        errors=errors,
+        base_errors=base_errors,
+        along=None if along is None else ErrorSummary.of(along.mean(0)),
+        worst_time=None if along is None else _worst_time(along, held_out.routes[finest].times),
+        rival=rival,
     )
+
+
+def without_references(
+    problem: Problem, name: str, budget: Budget, state: FitState | None = None
+) -> FitReport:
+    """Return the report of a fit that had no time for reference solutions.
+
+    Args:
+        problem: what was to be fitted.
+        name: what is returned, for people.
+        budget: the time there was.
+        state: where an earlier run had ended, None without.
+    """
+    note = (
+        f"max_seconds = {problem.config.max_seconds:g} was over before reference solutions were "
+        f"known: this is {name}; pass a larger max_seconds"
+    )
+    return FitReport(
+        losses=() if state is None else tuple(state.history),
+        delta=nothing(),
+        base_delta=nothing(),
+        validation=math.nan if state is None else state.best_error,
+        base_validation=math.nan if state is None else state.base_error,
+        noise_floor=math.nan if state is None else state.noise,
+        iterations=0 if state is None else state.iteration,
+        seconds=budget.seconds,
+        reference_seconds=budget.seconds,
+        reference_nfe=0,
+        stopped="max_seconds",
+        seed=problem.config.seed,
+        notes=(note,),
+        no_break_even="there was no time to fit",
+    )
+
+
+def nothing() -> dict[str, float]:
+    """Return quantiles of what was not measured."""
+    return dict.fromkeys(QUANTILES, math.nan)
 
 
 def described(config: FitConfig) -> dict[str, Any]:
@@ -45,3 +159,85 @@ def described(config: FitConfig) -> dict[str, Any]:
     for name in ("max_seconds", "checkpoint"):
         del settings[name]
     return settings
+
+
+def _at_end(run: Run, problem: Problem, batch: Batch) -> ErrorSummary:
+    """Return the errors at the end, or at both where both directions were fitted."""
+    routes = {float(samples.times[0]): r for r, samples in enumerate(batch.routes)}.values()
+    return ErrorSummary.of(torch.cat([end_errors(run, problem.func, batch, r) for r in routes]))
+
+
+def _worst_time(along: Tensor, times: Tensor) -> tuple[float, float]:
+    means = along.mean(1)
+    worst = int(means.argmax())
+    return float(times[1 + worst]), float(means[worst])
+
+
+def _break_even(
+    problem: Problem, fitted: Fitted, batch: Batch, iterations: int, budget: Budget
+) -> BreakEven | str | Exception:
+    if iterations < fitted.fewest:
+        return f"{iterations} iterations are a trial, not a fit to be earned back"
+    try:
+        return measure_break_even(
+            fitted.run,
+            problem.func,
+            batch,
+            calls=fitted.calls,
+            fit_seconds=budget.seconds,
+            seconds_left=budget.max_seconds - budget.seconds,
+        )
+    except Exception as error:  # noqa: BLE001  # func may raise anything
+        return error
+
+
+def _or_none(measure: Callable[[], T], what: str, failed: list[str]) -> T | None:
+    """Return what is measured; if that fails, None, and a note."""
+    try:
+        return measure()
+    except Exception as error:  # noqa: BLE001  # func may raise anything
+        failed.append(_failure(what, error))
+        return None
+
+
+def _failure(what: str, error: Exception) -> str:
+    reason = next(iter(str(error).splitlines()), "")
+    return f"{what} could not be measured: {type(error).__name__}: {reason}"
+
+
+def _notes(
+    errors: ErrorSummary | None,
+    base_errors: ErrorSummary | None,
+    rival: Rival | None,
+    name: str,
+) -> Iterator[str]:
+    """Yield what the errors mean for a user."""
+    if errors is None:
+        return
+    if not errors.mean < UNUSABLE:
+        yield (
+            f"unusable as it is: the mean relative error is {errors.mean:.2g}; pass a larger "
+            "steps, or a shorter span"
+        )
+    if errors.worst > HEAVY_TAIL * errors.median:
+        yield (
+            f"the errors have a heavy tail: the worst of {errors.samples} samples is off by "
+            f"{errors.worst:.2g}, the median by {errors.median:.2g}; other starts may be worse"
+        )
+    if base_errors is not None and not errors.mean * CLEAR < base_errors.mean:
+        yield f"no clear gain over {name}, which it started as"
+    if rival is not None:
+        yield from _compared(rival)
+
+
+def _compared(rival: Rival) -> Iterator[str]:
+    errors = rival.own_errors
+    if not errors.mean <= rival.errors.mean:
+        yield f"a classical solver wins: {rival.solver} is more accurate in the same time; use it"
+    elif not errors.mean * CLEAR < rival.errors.mean:
+        yield f"no clear gain over {rival.solver}, which takes the same time"
+    elif not errors.p95 * CLEAR < rival.best_p95:
+        yield (
+            f"no clear gain in the 95th percentile ({errors.p95:.3g}): a classical solver has "
+            f"{rival.best_p95:.3g} in the same time"
+        )

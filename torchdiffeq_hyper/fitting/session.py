@@ -2,40 +2,61 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._layout import StateLayout
-from torchdiffeq_hyper._report import BreakEven, FitReport
-from torchdiffeq_hyper._types import State
+from torchdiffeq_hyper._report import FitReport
+from torchdiffeq_hyper._types import Hypernet, State
+from torchdiffeq_hyper.errors import HyperError, NoiseFloorError
 from torchdiffeq_hyper.fitting.auto import choose
 from torchdiffeq_hyper.fitting.batches import Batches, n_samples, select
-from torchdiffeq_hyper.fitting.break_even import measure as measure_break_even
-from torchdiffeq_hyper.fitting.budget import Budget
-from torchdiffeq_hyper.fitting.calibration import calibrate, measure_time_in
+from torchdiffeq_hyper.fitting.budget import Budget, Deadline
+from torchdiffeq_hyper.fitting.calibration import calibrate, measuring_time_in
 from torchdiffeq_hyper.fitting.checkpoint import FitState, Store, check_same_call
+from torchdiffeq_hyper.fitting.context import context_signature
 from torchdiffeq_hyper.fitting.data import Data
 from torchdiffeq_hyper.fitting.distributed import budget_of
-from torchdiffeq_hyper.fitting.field import Field, check_field
+from torchdiffeq_hyper.fitting.field import Field, OutOfTimeError, check_field
 from torchdiffeq_hyper.fitting.guard import frozen_or_restored
 from torchdiffeq_hyper.fitting.loop import Loop, snapshot
 from torchdiffeq_hyper.fitting.noise import measure_noise
 from torchdiffeq_hyper.fitting.objectives import delta_quantiles, no_correction
 from torchdiffeq_hyper.fitting.phases import Phase, phases_of
+from torchdiffeq_hyper.fitting.planning import ReferencePlan
+from torchdiffeq_hyper.fitting.prepare import measured, planned, to_keep
 from torchdiffeq_hyper.fitting.problem import Problem
 from torchdiffeq_hyper.fitting.progress import Progress
 from torchdiffeq_hyper.fitting.reference import Tolerances
-from torchdiffeq_hyper.fitting.report import described, reported
+from torchdiffeq_hyper.fitting.report import (
+    Fitted,
+    described,
+    is_worse,
+    reported,
+    without_references,
+)
+from torchdiffeq_hyper.fitting.undeclared import check_samples
 from torchdiffeq_hyper.fitting.units import Units
-from torchdiffeq_hyper.hypernets import from_architecture, ready, suited
+from torchdiffeq_hyper.hypernets import (
+    ReadyHypernet,
+    from_architecture,
+    join_channels,
+    ready,
+    suited,
+)
 from torchdiffeq_hyper.hypersolver import HyperSolver
 
 PROBES = 8
 """Samples the noise is measured on."""
+ENDLESS = Budget(math.inf)
+NOISE_LATEST = 0.25
+"""Share of all time after which the measurement of the noise is given up."""
 FEWEST_TO_PAY = 200
 """Iterations below which a fit is a trial that nobody has to earn back."""
 MOST_BYTES = 2**30
@@ -57,17 +78,16 @@ def run(
         progress: where to show it.
     """
     budget = budget_of(problem.team, problem.config.max_seconds)
-    batches = Batches(y0, problem.config)
+    batches = Batches(y0, problem.config, problem.context)
     given = hypernet
     if hypernet is None:
-        given = ready(batches[0], problem.tableau, time_unit=problem.width)
-    elif isinstance(hypernet, nn.Module):
-        measure_time_in(hypernet, problem.width, problem.tableau.order)
+        given = ready(batches[0].y0, problem.tableau, time_unit=problem.width)
     assert given is not None
     with ExitStack() as stack:
+        stack.enter_context(measuring_time_in(given, problem.width, problem.tableau.order))
         net, report = _fit_net(problem, given, batches, budget, progress, stack=stack)
         problem.team.finish()
-    domain = problem.domain(batches.held_out)
+    domain = problem.domain(batches.held_out.y0)
     return problem.solver(net, problem.steps, domain=domain, report=report).eval()
 
 
@@ -79,39 +99,46 @@ def _fit_net(
     progress: Progress,
     *,
     stack: ExitStack,
-) -> tuple[nn.Module, FitReport]:
+) -> tuple[Hypernet, FitReport]:
     """Return the net in its best state, and what was measured."""
     progress.say("reference solutions")
-    y0 = StateLayout.of(batches.held_out).join(batches.held_out)
-    field = Field(problem.func, batches.held_out, budget)
+    held_out = batches.held_out
+    y0 = StateLayout.of(held_out.y0).join(held_out.y0)
+    field = Field(problem.func, held_out, ENDLESS)
+    check_samples(field, batches.count, problem.span)
     answers = check_field(field, problem.span, y0)
     team = problem.team
-    signature = _signature(problem, given, (y0, *answers))
+    signature = _signature(problem, given, (y0, *answers), held_out.context)
     check_same_call(team.gather(signature))
     store = Store(problem.config.checkpoint if team.is_first else None, signature)
     state = team.from_first(store.read)
     if state is not None:
         budget.resume(state.seconds)
         if state.report is not None:
-            net = stack.enter_context(frozen_or_restored(_net(given, state.choice, y0)))
+            net = stack.enter_context(frozen_or_restored(_net(given, state.choice, held_out.y0)))
             net.load_state_dict(state.best)
             return net, FitReport.from_dict(state.report)
     units = Units.of(problem.span, y0, answers[0])
     tolerances = Tolerances.of(problem.config, y0.dtype, units)
-    noise = _noise(problem, batches, tolerances, units, budget) if state is None else state.noise
-    data = _measure(problem, batches, tolerances, units, budget)
+    kept = None if state is None else state.references
+    try:
+        plan = planned(problem, batches, tolerances, units, budget=budget, kept=kept)
+        if state is None:
+            noise, plan = _noise(problem, batches, plan, units, budget)
+        data, plan = measured(problem, batches, plan, units, budget)
+    except OutOfTimeError:
+        return _unfitted(problem, given, state, held_out.y0, budget, stack=stack)
     choice = None if state is None else state.choice
     if isinstance(given, str) and choice is None:
         progress.say("choosing a hypernet")
-        assert data.first.routes  # all processes measure it, for the first one to choose on
         first = data.first  # measured by all processes together
         choice = team.from_first(lambda: choose(problem, first, data.held_out))
         progress.tell(choice["note"])
-    net = stack.enter_context(frozen_or_restored(_net(given, choice, y0)))
+    net = stack.enter_context(frozen_or_restored(_net(given, choice, held_out.y0)))
     phases, judge = phases_of(problem.objective, problem.solver(net), problem.func)
     if state is None:
         start = _start(net, data, judge, noise, budget)
-        start.choice = choice
+        start.choice, start.references = choice, to_keep(plan)
         state = team.from_first(lambda: start)
         store.write(state)
     data.limit(state.most_batches)
@@ -128,50 +155,89 @@ def _fit_net(
         progress=progress,
         save=store.write,
     ).run()
-    report = team.from_first(lambda: _report(problem, net, data, state, budget))
-    state.report = report.to_dict()
+    report = _finish(problem, net, data, state, budget, cut=plan.note)
     if state.stopped != "max_seconds":  # else the next call goes on, should it have more time
         store.write(state)
     return net, report
 
 
-def _net(given: nn.Module | str, choice: dict[str, Any] | None, y: Tensor) -> nn.Module:
+def _finish(
+    problem: Problem, net: nn.Module, data: Data, state: FitState, budget: Budget, *, cut: str
+) -> FitReport:
+    """Give up what is worse than the base, and return the report."""
+    team = problem.team
+    net.eval()
+    fell_back = team.from_first(lambda: _fall_back(problem, net, data))
+    team.align(net)
+    if fell_back:
+        state.best, state.best_error = snapshot(net), state.base_error
+    notes = tuple(_notes(state, cut, fell_back=fell_back))
+    report = team.from_first(lambda: _report(problem, net, data, state, budget, notes=notes))
+    state.report = report.to_dict()
+    return report
+
+
+def _unfitted(
+    problem: Problem,
+    given: nn.Module | str,
+    state: FitState | None,
+    y0: State,
+    budget: Budget,
+    *,
+    stack: ExitStack,
+) -> tuple[Hypernet, FitReport]:
+    """Return what there is without reference solutions: the base, or an earlier run's best."""
+    if state is not None:
+        net = stack.enter_context(frozen_or_restored(_net(given, state.choice, y0)))
+        net.load_state_dict(state.best)
+        return net, without_references(problem, "the best of the run before", budget, state)
+    report = without_references(problem, f"{problem.tableau.name} without a correction", budget)
+    try:
+        zero: Hypernet = ready(y0, problem.tableau, time_unit=problem.width).requires_grad_(
+            requires_grad=False
+        )
+    except HyperError:  # no ready net for such a state
+        zero = no_correction
+    return zero, report
+
+
+def _net(given: nn.Module | str, choice: dict[str, Any] | None, y0: State) -> nn.Module:
     """Return the net that was given, or a new one as it was chosen."""
     if isinstance(given, nn.Module):
         return given
     assert choice is not None
-    return suited(from_architecture(choice["architecture"]), y)
-
-
-def _measure(
-    problem: Problem, batches: Batches, tolerances: Tolerances, units: Units, budget: Budget
-) -> Data:
-    """Return the data with the held-out batch measured."""
-    return Data(
-        problem.func,
-        batches,
-        tableau=problem.tableau,
-        plan=problem.plan,
-        tolerances=tolerances,
-        units=units,
-        budget=budget,
-        team=problem.team,
-    )
+    return suited(from_architecture(choice["architecture"]), join_channels(y0))
 
 
 def _noise(
-    problem: Problem, batches: Batches, tolerances: Tolerances, units: Units, budget: Budget
-) -> float:
-    """Measure the noise floor on a few of the held-out samples."""
-    count = min(PROBES, n_samples(batches.held_out))
-    probes = select(batches.held_out, torch.arange(count))
-    field = Field(problem.func, probes, budget, units)
-    return measure_noise(field, probes, problem.tableau, problem.plan, tolerances)
+    problem: Problem, batches: Batches, plan: ReferencePlan, units: Units, budget: Budget
+) -> tuple[float, ReferencePlan]:
+    """Measure the noise floor on a few of the held-out samples, if there is time.
+
+    Raises:
+        NoiseFloorError: the residuals do not stand above it.
+        OutOfTimeError: nor do they in references as loose as the time allows.
+    """
+    noise, is_late = 0.0, not plan.has_noise
+    if plan.has_noise:
+        probes = select(batches.held_out, torch.arange(min(PROBES, n_samples(batches.held_out))))
+        until = Deadline(budget, NOISE_LATEST * budget.max_seconds)
+        field = Field(problem.func, probes, until, units)
+        try:
+            noise = measure_noise(field, probes.y0, problem.tableau, problem.plan, plan.tolerances)
+        except OutOfTimeError:
+            is_late = True
+        except NoiseFloorError as error:
+            if not plan.is_looser:
+                raise
+            raise OutOfTimeError from error
+    if any(problem.team.gather(is_late)):
+        return 0.0, replace(plan, has_noise=False)
+    return noise, plan
 
 
 def _start(net: nn.Module, data: Data, judge: Phase, noise: float, budget: Budget) -> FitState:
     """Return the state before the first iteration: the unfitted net is the first candidate."""
-    held_out_seconds = data.seconds
     calibrate(net, data.first)
     net.eval()
     return FitState(
@@ -181,14 +247,17 @@ def _start(net: nn.Module, data: Data, judge: Phase, noise: float, budget: Budge
         base_error=judge.base_error(data.held_out),
         noise=noise,
         most_batches=min(
-            budget.affordable_batches((data.seconds - held_out_seconds) / data.n_measured),
+            budget.affordable_batches(data.seconds_per_batch, data.held_out_seconds),
             max(1, MOST_BYTES // data.first.nbytes),
         ),
     )
 
 
 def _signature(
-    problem: Problem, given: nn.Module | str, probes: tuple[Tensor, ...]
+    problem: Problem,
+    given: nn.Module | str,
+    probes: tuple[Tensor, ...],
+    context: tuple[Tensor, ...],
 ) -> dict[str, Any]:
     """Return what tells this fit from others."""
     return {
@@ -200,6 +269,7 @@ def _signature(
         "objective": problem.objective,
         "dtype": str(probes[0].dtype),
         **described(problem.config),
+        "context": context_signature(context),
         "size of y0 and func(t, y0)": [float(probe.norm()) for probe in probes],
         "hypernet": given
         if isinstance(given, str)
@@ -207,44 +277,66 @@ def _signature(
     }
 
 
-def _report(
-    problem: Problem, net: nn.Module, data: Data, state: FitState, budget: Budget
-) -> FitReport:
-    order = problem.tableau.order
-    net.eval()
-    return reported(
-        problem.config,
-        data,
-        state,
-        budget,
-        delta=delta_quantiles(net, order, data.held_out),
-        base_delta=delta_quantiles(no_correction, order, data.held_out),
-        notes=tuple(_notes(state)),
-        break_even=_break_even(problem, net, data, state, budget),
+def _fall_back(problem: Problem, net: nn.Module, data: Data) -> bool:
+    """Make a ready net zero where the base alone is better; return whether that was done.
+
+    That is where errors at the end are smaller in mean or 95th percentile, on held-out
+    samples or even on those fitted to.
+    """
+    if not isinstance(net, ReadyHypernet) or net.is_zero:
+        return False
+    fitted = _fitted(problem, net)
+    if not any(is_worse(fitted, problem, batch) for batch in (data.held_out, data.first)):
+        return False
+    net.reset()
+    return True
+
+
+def _fitted(problem: Problem, net: nn.Module) -> Fitted:
+    """Return the solver, and its base alone, as the report compares them."""
+    solver, base = (problem.solver(g, problem.steps) for g in (net, no_correction))
+    assert solver.n_steps is not None
+    return Fitted(
+        run=solver.solve,
+        base=base.solve,
+        name=problem.tableau.name,
+        calls=solver.n_steps * problem.tableau.calls,
+        fewest=FEWEST_TO_PAY,
     )
 
 
-def _notes(state: FitState) -> Iterator[str]:
+def _report(
+    problem: Problem,
+    net: nn.Module,
+    data: Data,
+    state: FitState,
+    budget: Budget,
+    *,
+    notes: tuple[str, ...],
+) -> FitReport:
+    order = problem.tableau.order
+    return reported(
+        problem,
+        _fitted(problem, net),
+        data,
+        state,
+        budget,
+        deltas=lambda: (
+            delta_quantiles(net, order, data.held_out),
+            delta_quantiles(no_correction, order, data.held_out),
+        ),
+        notes=notes,
+    )
+
+
+def _notes(state: FitState, cut: str, *, fell_back: bool) -> Iterator[str]:
     if state.iteration == 0:
         yield "no iteration ended in time: this is the base; pass a larger max_seconds"
+    elif fell_back:
+        yield "the fitted net was worse than none in mean or tail: this is the base alone"
     elif not state.best_error < state.base_error:
         yield "no better than the base on held-out samples: do not use it as it is"
     if state.choice is not None:
         yield state.choice["note"]
-
-
-def _break_even(
-    problem: Problem, net: nn.Module, data: Data, state: FitState, budget: Budget
-) -> BreakEven | None:
-    if state.iteration < FEWEST_TO_PAY:
-        return None
-    solver = problem.solver(net, problem.steps)
-    assert solver.n_steps is not None
-    return measure_break_even(
-        solver.solve,
-        problem.func,
-        data.held_out,
-        calls=solver.n_steps * problem.tableau.calls,
-        fit_seconds=budget.seconds,
-        seconds_left=budget.max_seconds - budget.seconds,
-    )
+    if cut:
+        yield cut

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from torchdiffeq_hyper._layout import StateLayout
-from torchdiffeq_hyper._types import State
 from torchdiffeq_hyper.fitting.batches import n_samples, select
 from torchdiffeq_hyper.fitting.budget import Budget
-from torchdiffeq_hyper.fitting.calibration import calibrate, measure_time_in
+from torchdiffeq_hyper.fitting.calibration import calibrate, measuring_time_in
+from torchdiffeq_hyper.fitting.context import Starts
 from torchdiffeq_hyper.fitting.data import Batch, measure_batch
 from torchdiffeq_hyper.fitting.field import Field, check_field
 from torchdiffeq_hyper.fitting.loop import usable_scale
@@ -21,6 +21,7 @@ from torchdiffeq_hyper.fitting.phases import Phase
 from torchdiffeq_hyper.fitting.problem import Problem
 from torchdiffeq_hyper.fitting.reference import Tolerances
 from torchdiffeq_hyper.fitting.session import PROBES
+from torchdiffeq_hyper.fitting.undeclared import check_samples
 from torchdiffeq_hyper.fitting.units import Units
 from torchdiffeq_hyper.hypernets import ready
 
@@ -44,36 +45,39 @@ class Start:
     units: Units
 
     @classmethod
-    def of(cls, problem: Problem, y0: State, net: nn.Module | None) -> Start:
+    def of(cls, problem: Problem, starts: Starts, net: nn.Module | None) -> Start:
         """Check the field, measure, and calibrate a net.
 
         Args:
             problem: what is fitted.
-            y0: starts.
+            starts: the samples.
             net: the net, None for a ready one.
 
         Raises:
             HyperError: func, ``y0`` or the base cannot be fitted.
         """
+        y0 = starts.y0
         flat = StateLayout.of(y0).join(y0)
         unlimited = Budget(math.inf)
-        f0, *_ = check_field(Field(problem.func, y0, unlimited), problem.span, flat)
+        probing = Field(problem.func, starts, unlimited)
+        check_samples(probing, n_samples(starts), problem.span)
+        f0, *_ = check_field(probing, problem.span, flat)
         units = Units.of(problem.span, flat, f0)
         tolerances = Tolerances.of(problem.config, flat.dtype, units)
-        field = Field(problem.func, y0, unlimited, units)
-        probes = select(y0, torch.arange(min(PROBES, n_samples(y0))))
+        field = Field(problem.func, starts, unlimited, units)
+        probes = select(starts, torch.arange(min(PROBES, n_samples(starts))))
         noise = measure_noise(
             Field(problem.func, probes, unlimited, units),
-            probes,
+            probes.y0,
             problem.tableau,
             problem.plan,
             tolerances,
         )
-        batch = measure_batch(field, y0, problem.tableau, problem.plan, tolerances)
+        batch = measure_batch(field, starts, problem.tableau, problem.plan, tolerances)
         if net is None:
             net = ready(y0, problem.tableau, time_unit=problem.width)
-        measure_time_in(net, problem.width, problem.tableau.order)
-        calibrate(net, batch)
+        with measuring_time_in(net, problem.width, problem.tableau.order):
+            calibrate(net, batch)
         return cls(net, batch, noise, tolerances, units)
 
     def scale(self, phase: Phase, route: int) -> float:

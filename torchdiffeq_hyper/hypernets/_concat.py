@@ -19,7 +19,7 @@ from torchdiffeq_hyper.errors import (
 from torchdiffeq_hyper.hypernets._channels import join_channels, split_channels
 
 SCALARS = ("dt", "t")
-NAMES = ("y", "f0", "stages", "y0", *SCALARS)
+NAMES = ("y", "f0", "stages", "y0", "context", *SCALARS)
 
 
 class ConcatHypernet(nn.Module):
@@ -40,13 +40,16 @@ class ConcatHypernet(nn.Module):
             \*spatial).
         inputs: names in the order of the channels: "y" the state, "f0" func(t, y),
             "stages" all stage derivatives of the base in order (the first is f0), "y0"
-            the state at the solve's start, "dt" and "t" one constant channel each.
+            the state at the solve's start, "context" the inputs of the samples' `Conditioned`
+            func (as numbers; repeated over the state's dimensions that they lack), "dt" and
+            "t" one constant channel each.
 
     Raises:
         OptionError: ``inputs`` is empty or holds an unknown name.
         StateTypeError: ``net`` is not callable, or (when called) the state is complex.
         StateShapeError: (when called) the net takes another number of channels, or the
-            parts of a tuple state cannot be concatenated.
+            parts of a tuple state, or the context, cannot be concatenated; or it asks for
+            the context and func has none.
 
     Example:
         >>> import torch
@@ -121,6 +124,8 @@ class ConcatHypernet(nn.Module):
                 columns.extend(join_channels(stage) for stage in step.stages)
             elif name in SCALARS:
                 columns.append(getattr(step, name).expand(scalar))
+            elif name == "context":
+                columns.extend(_context_columns(step.context, y))
             else:
                 columns.append(join_channels(getattr(step, name)))
         joined = torch.cat(columns, dim=1)
@@ -135,6 +140,7 @@ class ConcatHypernet(nn.Module):
             return
         per_state = join_channels(step.y).shape[1]
         sizes = {"stages": len(step.stages) * per_state, **dict.fromkeys(SCALARS, 1)}
+        sizes["context"] = sum(_n_channels(part) for part in step.context)
         given = ", ".join(f'"{name}" {sizes.get(name, per_state)}' for name in self.inputs)
         raise StateShapeError(
             explain(
@@ -145,6 +151,44 @@ class ConcatHypernet(nn.Module):
                 f"{self.inputs}",
             )
         ) from error
+
+
+def _context_columns(context: tuple[Tensor, ...], y: Tensor) -> list[Tensor]:
+    """Return the context's tensors as channels beside a joined state.
+
+    Raises:
+        StateTypeError: there is none, or it is complex.
+        StateShapeError: a tensor of it is of another batch or of other spatial dimensions.
+    """
+    if not context:
+        raise StateTypeError(
+            explain(
+                'the hypernet asks for "context", and func has none.',
+                "a func that says what belongs to each sample, as the one it was fitted on.",
+                "func = tdh.Conditioned(func, labels)   # calls func(t, y, labels)",
+            )
+        )
+    return [_as_channels(part, y) for part in context]
+
+
+def _as_channels(part: Tensor, y: Tensor) -> Tensor:
+    check_real(part)
+    spatial = y.shape[2:]
+    if part.shape[:1] != y.shape[:1] or part.shape[2:] not in (spatial, ()):
+        raise StateShapeError(
+            explain(
+                f"a tensor of the context has shape {tuple(part.shape)}, the state's channels "
+                f"{tuple(y.shape)}: they cannot be concatenated along dim 1.",
+                "the same samples along dim 0; after the channels, the state's dimensions or none.",
+                "a hypernet of your own that reads step.context",
+            )
+        )
+    channels = part.reshape(len(y), _n_channels(part), *(part.shape[2:] or [1] * len(spatial)))
+    return channels.to(y.dtype).expand(-1, -1, *spatial)
+
+
+def _n_channels(part: Tensor) -> int:
+    return part.shape[1] if part.dim() > 1 else 1
 
 
 def _dtype_of(net: object) -> torch.dtype | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._types import State, StepInput
@@ -58,6 +59,12 @@ class ReadyHypernet(ConcatHypernet):
     def is_zero(self) -> bool:
         """Whether the net still is as it was made: its last layer is zero."""
         return not any(bool(p.any()) for p in self.net.layers[-1].parameters())
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Make the net zero again: that of the base method."""
+        for parameter in self.net.layers[-1].parameters():
+            parameter.zero_()
 
     def measure_time_in(self, time_unit: float, order: int) -> None:
         """Let what the layers return be the residual of a time unit of this length.

@@ -7,16 +7,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn, optim
 
+from torchdiffeq_hyper._context import Conditioned
 from torchdiffeq_hyper._grid import Steps
 from torchdiffeq_hyper._report import FitReport, LossPoint
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.fitting.batches import check_like, checked_batch, n_samples
 from torchdiffeq_hyper.fitting.config import FitConfig
+from torchdiffeq_hyper.fitting.context import many_batches
 from torchdiffeq_hyper.fitting.data import Batch
 from torchdiffeq_hyper.fitting.field import wide_dtype
 from torchdiffeq_hyper.fitting.findings import Findings
@@ -69,6 +71,8 @@ class HyperSolverModule(LightningModule):
         alpha: as in `fit`.
         objective: as in `fit`.
         direction: as in `fit`.
+        context: "batch" where a batch, ``y0`` too, is (state, *context): func is then called
+            ``func(t, y, *context)``, as in `fit`.
         config: ``lr``, ``weight_decay``, ``rtol``, ``atol``, ``method`` and ``seed`` (of a
             ready net) count; the Trainer decides the rest.
 
@@ -98,6 +102,7 @@ class HyperSolverModule(LightningModule):
         objective: str = "combined",
         direction: str = "forward",
         config: FitConfig | None = None,
+        context: Literal["batch"] | None = None,
     ) -> None:
         super().__init__()
         self._problem = Problem.of(
@@ -109,10 +114,12 @@ class HyperSolverModule(LightningModule):
             objective=objective,
             direction=direction,
             config=config,
+            context=_checked(func, context),
         )
         check_hypernet(hypernet)
         self._func = (func,)  # in a tuple, so that torch does not take it for a part
-        self._starts = checked_batch(y0)
+        self._has_context = context is not None
+        self._starts = checked_batch(y0, has_context=self._has_context)
         with torch.enable_grad(), own_random_state(self._problem.config.seed), self._measuring():
             start = Start.of(self._problem, self._starts, hypernet)
             self.hypernet = start.net
@@ -134,7 +141,7 @@ class HyperSolverModule(LightningModule):
         net = copy.deepcopy(self.hypernet).requires_grad_(requires_grad=False)
         for parameter in net.parameters():
             parameter.grad = None
-        domain = self._problem.domain(self._starts)
+        domain = self._problem.domain(self._starts.y0)
         solver = self._problem.solver(net, self._problem.steps, domain=domain, report=self.report)
         return solver.eval()
 
@@ -230,8 +237,8 @@ class HyperSolverModule(LightningModule):
 
     def _measure(self, key: tuple[Any, ...], batch: Any) -> Batch:
         with self._measuring(), torch.autocast(self.device.type, enabled=False):
-            y0 = checked_batch(batch)
-            return self._kept.measure(key, check_like(y0, self._starts))
+            starts = checked_batch(batch, has_context=self._has_context)
+            return self._kept.measure(key, check_like(starts, self._starts))
 
     @contextmanager
     def _as_found(self) -> Iterator[None]:
@@ -247,3 +254,14 @@ class HyperSolverModule(LightningModule):
         for module in modules_in(self._func[0]):
             module._apply(fn, recurse)  # noqa: SLF001
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+def _checked(func: VectorField, context: object) -> object:
+    """Return the context after checking that batches can bring it.
+
+    Raises:
+        OptionError: it is that of all samples, which a loader's batches do not tell apart.
+    """
+    if isinstance(func, Conditioned) or not (context is None or isinstance(context, str)):
+        raise many_batches()
+    return context

@@ -10,7 +10,6 @@ from torchdiffeq_hyper._types import State, StepInput, VectorField
 from torchdiffeq_hyper.bespoke import BespokeSolver
 from torchdiffeq_hyper.errors import NonFiniteError
 from torchdiffeq_hyper.fitting.data import Batch
-from torchdiffeq_hyper.fitting.neural_ode import given
 from torchdiffeq_hyper.fitting.norms import sample_norms
 from torchdiffeq_hyper.fitting.objectives import no_correction
 from torchdiffeq_hyper.hypernets import ReadyHypernet, join_channels
@@ -28,14 +27,14 @@ class EndPhase:
     def norms(self, batch: Batch) -> Tensor:
         """Return |y(T) - y_n|_2 of each sample, (batch,), in units of the states' size."""
         samples = batch.routes[0]
-        func, y0 = given(self._func, batch.y0), batch.start(0)
+        func, y0 = batch.field(self._func), batch.start(0)
         found = self._solver.solve(func, y0, samples.times[[0, -1]])
         difference = _difference(found, batch.layout.split(samples.y[-1:]))
         return sample_norms(difference, batch.units.state)[0]
 
     def loss(self, batch: Batch, route: int) -> Tensor:
         """Return the mean over samples."""
-        return (self.norms(batch) / batch.end_sizes).mean()
+        return (self.norms(batch) / batch.end_sizes()).mean()
 
     @torch.no_grad()
     def error(self, batch: Batch) -> float:
@@ -74,7 +73,7 @@ def calibrate_end(solver: BespokeSolver, func: VectorField, batch: Batch) -> Non
 
     samples = batch.routes[0]
     watched = BespokeSolver(solver.weights, hypernet=watch)
-    found = watched.solve(given(func, batch.y0), batch.start(0), samples.times[[0, -1]])
+    found = watched.solve(batch.field(func), batch.start(0), samples.times[[0, -1]])
     left = _difference(_negated(found), _negated(batch.layout.split(samples.y[-1:])))
     residual = StateLayout.of(left).join(left) / (seen[0].dt / net.time_unit) ** 2
     state = StateLayout.of(left).split(residual)
@@ -94,7 +93,7 @@ def added_at_end(solver: BespokeSolver, func: VectorField, batch: Batch) -> Tens
     samples = batch.routes[0]
     ends = []
     for used in (solver, BespokeSolver(solver.weights)):
-        state = used.solve(given(func, batch.y0), batch.start(0), samples.times[[0, -1]])
+        state = used.solve(batch.field(func), batch.start(0), samples.times[[0, -1]])
         last = state[-1] if isinstance(state, Tensor) else tuple(part[-1] for part in state)
         ends.append(StateLayout.of(last).join(last))
     return (ends[0] - ends[1]).to(samples.y.dtype)

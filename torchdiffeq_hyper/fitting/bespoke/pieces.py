@@ -15,6 +15,7 @@ from torchdiffeq_hyper.fitting.bespoke.gauss_newton import NormalEquations
 from torchdiffeq_hyper.fitting.bespoke.knots import KnotData
 from torchdiffeq_hyper.fitting.bespoke.sensitivities import RollOut, n_tangents, n_weights
 from torchdiffeq_hyper.fitting.budget import Budget
+from torchdiffeq_hyper.fitting.context import Starts
 from torchdiffeq_hyper.fitting.data import Batch
 from torchdiffeq_hyper.fitting.field import Field, wide_dtype
 from torchdiffeq_hyper.fitting.norms import sample_norms
@@ -110,13 +111,13 @@ def cut(
     samples, units = batch.routes[0], batch.units
     # 0 and plus or minus 1: large times in float32 need not be.
     first, last = (round(units.time_of(float(samples.times[i]))) for i in (0, -1))
-    scale = batch.end_sizes
+    scale = batch.end_sizes()
     pieces = []
     for index in positions:
-        y0 = select(batch.y0, index)
-        layout = StateLayout.of(y0)
+        starts = select(batch.starts, index)
+        layout = StateLayout.of(starts.y0)
         path = _rows(batch.layout, samples.y, index) / units.state
-        call = Field(func, y0, budget, units)
+        call = Field(func, starts, budget, units)
         slopes = _rows(batch.layout, samples.stages[0], index) * (units.time / units.state)
         pieces.append(
             Piece(
@@ -156,16 +157,18 @@ def _numel(y0: State) -> int:
 
 
 @torch.no_grad()
-def are_independent(func: VectorField, y0: State, times: tuple[float, ...], budget: Budget) -> bool:
+def are_independent(
+    func: VectorField, starts: Starts, times: tuple[float, ...], budget: Budget
+) -> bool:
     """Return whether func gives some samples alone what it gives them among others.
 
     More times than one are asked for: what couples samples may vanish at the start.
     """
-    some = torch.arange(max(1, n_samples(y0) // 2))
-    few = select(y0, some)
-    whole, part = Field(func, y0, budget), Field(func, few, budget)
-    layout = StateLayout.of(y0)
-    states = layout.join(y0), StateLayout.of(few).join(few)
+    some = torch.arange(max(1, n_samples(starts) // 2))
+    few = select(starts, some)
+    whole, part = Field(func, starts, budget), Field(func, few, budget)
+    layout = StateLayout.of(starts.y0)
+    states = layout.join(starts.y0), StateLayout.of(few.y0).join(few.y0)
     wide = wide_dtype(states[0].device)
     for t in times:
         time = torch.tensor(t, dtype=wide, device=states[0].device)

@@ -33,11 +33,12 @@ class BespokeProblem(Problem):
         direction: str,
         config: FitConfig | None,
         team: Team | None = None,
+        context: object = None,
     ) -> BespokeProblem:
         """Return the problem, checked.
 
         Raises:
-            StateTypeError: ``func`` cannot be called as ``func(t, y)``.
+            StateTypeError: ``func`` cannot be called as ``func(t, y, *context)``.
             OptionError: another argument is impossible.
         """
         _refuse(steps, alpha, objective, direction)
@@ -52,6 +53,7 @@ class BespokeProblem(Problem):
             direction=direction,
             config=config,
             team=team,
+            context=context,
         )
         assert isinstance(checked, BespokeProblem)
         return checked

@@ -8,28 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._report import BreakEven, FitReport
+from torchdiffeq_hyper._report import FitReport
+from torchdiffeq_hyper._types import State
 from torchdiffeq_hyper.bespoke import ORDER, BespokeSolver
 from torchdiffeq_hyper.fitting.batches import n_samples
 from torchdiffeq_hyper.fitting.bespoke.correction import EndPhase
 from torchdiffeq_hyper.fitting.bespoke.pieces import samples_needed
 from torchdiffeq_hyper.fitting.bespoke.problem import BespokeProblem
 from torchdiffeq_hyper.fitting.bespoke.sensitivities import n_weights
-from torchdiffeq_hyper.fitting.break_even import measure
 from torchdiffeq_hyper.fitting.budget import Budget
 from torchdiffeq_hyper.fitting.checkpoint import FitState
-from torchdiffeq_hyper.fitting.data import Data
+from torchdiffeq_hyper.fitting.context import context_signature
+from torchdiffeq_hyper.fitting.data import Batch, Data
 from torchdiffeq_hyper.fitting.objectives import quantiles
-from torchdiffeq_hyper.fitting.report import described, reported
+from torchdiffeq_hyper.fitting.report import Fitted, described, reported
 
 FEWEST_TO_PAY = 20
 """Iterations below which a fit is a trial that nobody has to earn back."""
-USELESS = 0.5
-"""Mean relative error of an end that says next to nothing of the solution."""
 
 
 def signature_of(
-    problem: BespokeProblem, solver: BespokeSolver, probes: tuple[Tensor, ...]
+    problem: BespokeProblem,
+    solver: BespokeSolver,
+    probes: tuple[Tensor, ...],
+    context: tuple[Tensor, ...],
 ) -> dict[str, Any]:
     """Return what tells a fit from others."""
     return {
@@ -39,12 +41,29 @@ def signature_of(
         "direction": problem.direction,
         "dtype": str(probes[0].dtype),
         **described(problem.config),
+        "context": context_signature(context),
         "size of y0 and func(t, y0)": [float(probe.norm()) for probe in probes],
         "weights": {name: list(value.shape) for name, value in solver.state_dict().items()},
     }
 
 
-@torch.no_grad()
+def fitted_of(
+    problem: BespokeProblem, solvers: tuple[BespokeSolver, BespokeSolver], name: str, y0: State
+) -> Fitted:
+    """Return the solver fitted, and the one it started as, as the report compares them."""
+    domain = problem.domain(y0)  # with its span, as it will be used
+    own, start = (
+        BespokeSolver(
+            solver.weights,
+            hypernet=solver.hypernet,
+            knots=(solver.get_buffer("knot_values"), solver.get_buffer("knot_slopes")),
+            domain=domain,
+        )
+        for solver in solvers
+    )
+    return Fitted(own.solve, start.solve, name, problem.calls, FEWEST_TO_PAY)
+
+
 def report_of(
     problem: BespokeProblem,
     solvers: tuple[BespokeSolver, BespokeSolver],
@@ -53,43 +72,45 @@ def report_of(
     state: FitState,
     budget: Budget,
     name: str,
+    cut: str,
+    fell_back: bool,
 ) -> FitReport:
-    """Return the report of a fit that ends; of the solver fitted and the one it started as.
-
-    The whole span being one step, the residual is the error at the end over the span
-    squared.
-    """
-    unit = data.held_out.units.residual(ORDER)
-    delta, base_delta = (
-        {
-            name: unit * value
-            for name, value in quantiles(
-                EndPhase(solver, problem.func).norms(data.held_out)
-            ).items()
-        }
-        for solver in solvers
-    )
+    """Return the report of a fit that ends; of the solver fitted and the one it started as."""
     return reported(
-        problem.config,
+        problem,
+        fitted_of(problem, solvers, name, data.held_out.y0),
         data,
         state,
         budget,
-        delta=delta,
-        base_delta=base_delta,
-        notes=tuple(_notes(state, data, name, problem.calls)),
-        break_even=_break_even(problem, solvers[0], data, state, budget),
+        deltas=lambda: _deltas(problem, solvers, data.held_out),
+        notes=tuple(_notes(state, data, name, problem.calls, cut=cut, fell_back=fell_back)),
     )
 
 
-def _notes(state: FitState, data: Data, name: str, calls: int) -> Iterator[str]:
+@torch.no_grad()
+def _deltas(
+    problem: BespokeProblem, solvers: tuple[BespokeSolver, BespokeSolver], batch: Batch
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return quantiles of the residuals: the span is one step, its error over its square."""
+    unit = batch.units.residual(ORDER)
+    own, start = (
+        {name: unit * value for name, value in quantiles(errors).items()}
+        for errors in (EndPhase(solver, problem.func).norms(batch) for solver in solvers)
+    )
+    return own, start
+
+
+def _notes(
+    state: FitState, data: Data, name: str, calls: int, *, cut: str, fell_back: bool
+) -> Iterator[str]:
     if state.iteration == 0:
         yield f"no iteration ended in time: this is {name}; pass a larger max_seconds"
+    elif fell_back:
+        yield f"the fitted weights were worse than {name} in mean or tail: this is {name}"
     elif not state.best_error < state.base_error:
         yield f"no better than {name} on held-out samples: do not use it as it is"
     else:
         yield f"the base is {name} with as many calls of func, the best classical start"
-    if not state.best_error < USELESS:
-        yield f"{calls} calls are too few for this field: pass a larger steps, or a shorter span"
     needed = samples_needed(data.held_out.y0, calls)
     if data.n_starts < needed:
         yield (
@@ -97,21 +118,5 @@ def _notes(state: FitState, data: Data, name: str, calls: int) -> Iterator[str]:
             f"wrong, and the held-out error ({n_samples(data.held_out.y0)} samples) need not show "
             f"it; pass {needed} or more"
         )
-
-
-def _break_even(
-    problem: BespokeProblem, solver: BespokeSolver, data: Data, state: FitState, budget: Budget
-) -> BreakEven | None:
-    if state.iteration < FEWEST_TO_PAY:
-        return None
-    # With its span, as it will be used: what a solve needs is then made once.
-    domain = problem.domain(data.held_out.y0)
-    used = BespokeSolver(solver.weights, hypernet=solver.hypernet, domain=domain)
-    return measure(
-        used.solve,
-        problem.func,
-        data.held_out,
-        calls=problem.calls,
-        fit_seconds=budget.seconds,
-        seconds_left=budget.max_seconds - budget.seconds,
-    )
+    if cut:
+        yield cut

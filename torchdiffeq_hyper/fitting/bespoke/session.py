@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 
@@ -24,24 +23,31 @@ from torchdiffeq_hyper.fitting.bespoke.pieces import (
     rows_of,
 )
 from torchdiffeq_hyper.fitting.bespoke.problem import BespokeProblem, with_large_batches
-from torchdiffeq_hyper.fitting.bespoke.report import report_of, signature_of
-from torchdiffeq_hyper.fitting.bespoke.start import best_starts, noise_at_end, refuse_exact
-from torchdiffeq_hyper.fitting.budget import LAST_PHASE, Budget
-from torchdiffeq_hyper.fitting.calibration import measure_time_in
+from torchdiffeq_hyper.fitting.bespoke.report import fitted_of, report_of, signature_of
+from torchdiffeq_hyper.fitting.bespoke.start import (
+    best_starts,
+    default_start,
+    noise_at_end,
+    refuse_exact,
+)
+from torchdiffeq_hyper.fitting.budget import LAST_PHASE, Deadline
+from torchdiffeq_hyper.fitting.calibration import measuring_time_in
 from torchdiffeq_hyper.fitting.checkpoint import FitState, Store, check_same_call
-from torchdiffeq_hyper.fitting.data import Data
 from torchdiffeq_hyper.fitting.distributed import budget_of
-from torchdiffeq_hyper.fitting.field import Field, check_field
+from torchdiffeq_hyper.fitting.field import Field, OutOfTimeError, check_field
 from torchdiffeq_hyper.fitting.guard import frozen_or_restored
 from torchdiffeq_hyper.fitting.loop import Loop, snapshot
+from torchdiffeq_hyper.fitting.planning import ReferencePlan
+from torchdiffeq_hyper.fitting.prepare import measured, planned, to_keep
 from torchdiffeq_hyper.fitting.progress import Progress
 from torchdiffeq_hyper.fitting.reference import Tolerances
-from torchdiffeq_hyper.fitting.session import MOST_BYTES, PROBES
+from torchdiffeq_hyper.fitting.report import is_worse, without_references
+from torchdiffeq_hyper.fitting.session import ENDLESS, MOST_BYTES, NOISE_LATEST, PROBES
+from torchdiffeq_hyper.fitting.undeclared import check_samples
 from torchdiffeq_hyper.fitting.units import Units
 
 WEIGHTS_FIRST = 0.5
 """Share of the time that the weights get where a correction is fitted after them."""
-ENDLESS = Budget(math.inf)
 
 
 def run_bespoke(
@@ -51,12 +57,15 @@ def run_bespoke(
     progress: Progress,
 ) -> BespokeSolver:
     """Fit, or go on with an interrupted fit, or return a finished one."""
-    with nullcontext() if hypernet is None else frozen_or_restored(hypernet):
+    with (
+        nullcontext() if hypernet is None else frozen_or_restored(hypernet),
+        measuring_time_in(hypernet, problem.width, ORDER),
+    ):
         session = Session(problem, y0, hypernet, progress)
         report = session.run()
         problem.team.finish()
     solver = session.solver
-    solver.domain, solver.report = problem.domain(session.batches.held_out), report
+    solver.domain, solver.report = problem.domain(session.batches.held_out.y0), report
     return solver.eval().requires_grad_(requires_grad=False)
 
 
@@ -79,11 +88,9 @@ class Session:
     ) -> None:
         self._problem = problem
         self._budget = budget_of(problem.team, problem.config.max_seconds)
-        self.batches = Batches(y0, with_large_batches(problem, y0))
+        self.batches = Batches(y0, with_large_batches(problem, y0), problem.context)
         self._progress = progress
         self.solver = self._new_solver("euler")
-        if hypernet is not None:
-            measure_time_in(hypernet, problem.width, ORDER)
         self.solver.hypernet = hypernet  # type: ignore[assignment]
 
     def run(self) -> FitReport:
@@ -91,11 +98,12 @@ class Session:
         problem, team = self._problem, self._problem.team
         self._progress.say("reference solutions")
         held_out = self.batches.held_out
-        flat = StateLayout.of(held_out).join(held_out)
-        field = Field(problem.func, held_out, self._budget)
+        flat = StateLayout.of(held_out.y0).join(held_out.y0)
+        field = Field(problem.func, held_out, ENDLESS)
+        check_samples(field, self.batches.count, problem.span)
         answers = check_field(field, problem.span, flat)
         self._units = Units.of(problem.span, flat, answers[0])
-        signature = signature_of(problem, self.solver, (flat, *answers))
+        signature = signature_of(problem, self.solver, (flat, *answers), held_out.context)
         check_same_call(team.gather(signature))
         store = Store(problem.config.checkpoint if team.is_first else None, signature)
         state = team.from_first(store.read)
@@ -104,11 +112,14 @@ class Session:
             if state.report is not None:
                 self.solver.load_state_dict(state.best)
                 return FitReport.from_dict(state.report)
-        self._measure(flat.dtype)
+        try:
+            noise = self._measure(flat.dtype, state)
+        except OutOfTimeError:
+            return self._unfitted(state)
         starts = team.from_first(lambda: best_starts(self._held_out, self.solver.weights))
         name = starts[0]
         if state is None:
-            start = self._start(name, flat.dtype)
+            start = self._start(name, noise, flat.dtype)
             state = team.from_first(lambda: start)
             store.write(state)
         self._data.limit(state.most_batches)
@@ -128,6 +139,8 @@ class Session:
             ).run(starts, state)
         if self.solver.hypernet is not None:
             self._fit_correction(state, store.write)
+        fell_back = team.from_first(lambda: self._fall_back(name, state))
+        team.align(self.solver)
         self._fit_knots()
         state.best = snapshot(self.solver)
         report = team.from_first(
@@ -138,6 +151,8 @@ class Session:
                 state=state,
                 budget=self._budget,
                 name=name,
+                cut=self._plan.note,
+                fell_back=fell_back,
             )
         )
         state.report = report.to_dict()
@@ -148,38 +163,36 @@ class Session:
     def _new_solver(self, method: str) -> BespokeSolver:
         solver = BespokeSolver.classical(method, self._problem.calls)
         solver.requires_grad_(requires_grad=False)
-        return solver.to(_parts(self.batches.held_out)[0].device)
+        return solver.to(_parts(self.batches.held_out.y0)[0].device)
 
-    def _measure(self, dtype: torch.dtype) -> None:
-        """Measure the held-out batch, and see how samples may be taken apart."""
-        problem = self._problem
-        self._data = Data(
-            problem.func,
-            self.batches,
-            tableau=problem.tableau,
-            plan=problem.plan,
-            tolerances=Tolerances.of(problem.config, dtype, self._units),
-            units=self._units,
-            budget=self._budget,
-            team=problem.team,
-        )
+    def _measure(self, dtype: torch.dtype, state: FitState | None) -> float:
+        """Measure the data, see how samples may be taken apart, return the noise floor.
+
+        Raises:
+            OutOfTimeError: there was no time for reference solutions.
+        """
+        problem, units = self._problem, self._units
+        tolerances = Tolerances.of(problem.config, dtype, units)
+        kept = None if state is None else state.references
+        plan = planned(problem, self.batches, tolerances, units, budget=self._budget, kept=kept)
+        noise = plan.tolerances.rtol
+        if state is None and plan.has_noise:
+            noise = self._noise(plan)
+        self._data, self._plan = measured(problem, self.batches, plan, units, self._budget)
         self._held_out = cut(self._data.held_out, problem.func, ENDLESS, None)
-        y0, n = self.batches.held_out, problem.calls
+        held_out, n = self.batches.held_out, problem.calls
         first, last = problem.span
         times = (first, (first + last) / 2, last)
-        whole = not are_independent(problem.func, y0, times, ENDLESS)
-        self._rows = None if whole else rows_of(y0, n)
+        whole = not are_independent(problem.func, held_out, times, ENDLESS)
+        self._rows = None if whole else rows_of(held_out.y0, n)
+        return max(noise, self._plan.tolerances.rtol) if self._plan.is_looser else noise
 
-    def _start(self, name: str, dtype: torch.dtype) -> FitState:
+    def _start(self, name: str, noise: float, dtype: torch.dtype) -> FitState:
         """Return the state before the first iteration: a classical method."""
         self.solver.weights.copy_(compositions(self._problem.calls)[name])
         base_error = mean_error(self._held_out, self.solver.weights)
-        noise = self._noise(dtype)
-        if base_error <= 2 * noise:
+        if base_error <= 2 * noise and not self._plan.is_looser:
             refuse_exact(name, self._problem.calls, base_error, noise, dtype)
-        held_out_seconds = self._data.seconds
-        nbytes = self._data.first.nbytes
-        seconds = (self._data.seconds - held_out_seconds) / self._data.n_measured
         return FitState(
             net=snapshot(self.solver),
             best=snapshot(self.solver),
@@ -187,16 +200,52 @@ class Session:
             base_error=base_error,
             noise=noise,
             most_batches=min(
-                self._budget.affordable_batches(seconds), max(1, MOST_BYTES // nbytes)
+                self._budget.affordable_batches(
+                    self._data.seconds_per_batch, self._data.held_out_seconds
+                ),
+                max(1, MOST_BYTES // self._data.first.nbytes),
             ),
+            references=to_keep(self._plan),
         )
 
-    def _noise(self, dtype: torch.dtype) -> float:
-        held_out = self.batches.held_out
+    def _noise(self, plan: ReferencePlan) -> float:
+        """Return the noise in the ends; that of the tolerance where there is no time for it."""
+        held_out, budget = self.batches.held_out, self._budget
         probes = select(held_out, torch.arange(min(PROBES, n_samples(held_out))))
-        field = Field(self._problem.func, probes, self._budget, self._units)
-        tolerances = Tolerances.of(self._problem.config, dtype, self._units)
-        return noise_at_end(field, probes, self._problem.plan.times[[0, -1]], tolerances)
+        until = Deadline(budget, NOISE_LATEST * budget.max_seconds)
+        field = Field(self._problem.func, probes, until, self._units)
+        try:
+            ends = self._problem.plan.times[[0, -1]]
+            return noise_at_end(field, probes.y0, ends, plan.tolerances)
+        except OutOfTimeError:
+            return plan.tolerances.rtol
+
+    def _unfitted(self, state: FitState | None) -> FitReport:
+        """Leave what there is without reference solutions: a start, or an earlier run's best."""
+        if state is not None:
+            self.solver.load_state_dict(state.best)
+            name = "the best of the run before"
+        else:
+            name = default_start(self._problem.calls)
+            self.solver = self._new_solver(name)
+        return without_references(self._problem, name, self._budget, state)
+
+    def _fall_back(self, name: str, state: FitState) -> bool:
+        """Take the classical start where it is better; return whether that was done.
+
+        That is where errors at the end are smaller in mean or 95th percentile, on held-out
+        samples or even on those fitted to.
+        """
+        if state.iteration == 0 or self.solver.hypernet is not None:
+            return False
+        start = self._new_solver(name)
+        fitted = fitted_of(self._problem, (self.solver, start), name, self.batches.held_out.y0)
+        batches = self._data.held_out, self._data.first
+        if not any(is_worse(fitted, self._problem, batch) for batch in batches):
+            return False
+        self.solver.weights.copy_(start.weights)
+        state.best_error = state.base_error
+        return True
 
     def _fit_correction(self, state: FitState, save: Callable[[FitState], None]) -> None:
         """Fit the correction, the weights staying as they are."""

@@ -52,6 +52,11 @@ def best_starts(held_out: Sequence[Piece], like: Tensor) -> list[str]:
     return finite
 
 
+def default_start(n: int) -> str:
+    """Return the classical method of the highest order in n calls of func."""
+    return {1: "euler", 2: "midpoint", 3: "heun3"}.get(n, "rk4")
+
+
 def noise_at_end(field: Field, y0: State, times: Tensor, tolerances: Tolerances) -> float:
     """Return the relative noise in the solution's end: of the reference, and of rounding.
 

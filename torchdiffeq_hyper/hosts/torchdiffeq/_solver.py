@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._checks import check_derivative
+from torchdiffeq_hyper._context import context_of
 from torchdiffeq_hyper._finite import is_finite, raise_non_finite
 from torchdiffeq_hyper._grid import equal_steps
 from torchdiffeq_hyper._layout import check_dtype, is_half
@@ -113,6 +114,7 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
             self.y0,
             negated=self._call.negated,
             part=part,
+            context=context_of(self._call.func),
         )
         return Step(bound.tableau, self._evaluate, correction)
 

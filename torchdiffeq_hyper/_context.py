@@ -1,0 +1,90 @@
+"""Context: what belongs to each sample beside its state, such as labels, controls, noise."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper.errors import StateShapeError, StateTypeError, explain
+
+MOST_WRAPPERS = 8
+"""Wrappers around a func that are looked through."""
+
+_INNER = ("base_func", "_orig_mod", "_torchdynamo_orig_callable")
+
+
+class Conditioned(nn.Module):
+    """A vector field with inputs of its own for each sample: labels, controls, noise.
+
+    Calls ``func(t, y, *inputs)``. Solvers that work on part of a batch (``"dise"``,
+    ``"dopri5_per_sample"``) and `fit` take the same part of the inputs; hypernets that ask
+    for them see them as ``step.context``. Costs nothing beside func.
+
+    Args:
+        func: called as ``func(t, y, *inputs)``.
+        inputs: tensors of any dtype with the samples along dim 0, as many in each. They are
+            no part of the state_dict, and gradients flow into them.
+
+    Raises:
+        StateTypeError: ``func`` is not callable, or an input is not a tensor.
+        StateShapeError: the inputs differ in their number of samples.
+
+    Example:
+        >>> import torch, torchdiffeq_hyper as tdh
+        >>> rate = torch.tensor([[1.0], [2.0], [3.0]])
+        >>> func = tdh.Conditioned(lambda t, y, rate: -rate * y, rate)
+        >>> func.restrict(torch.tensor([2]))(torch.tensor(0.0), torch.ones(1, 1))
+        tensor([[-3.]])
+    """
+
+    def __init__(self, func: Callable[..., Any], *inputs: Tensor) -> None:
+        super().__init__()
+        if not callable(func) or not all(isinstance(item, Tensor) for item in inputs):
+            kinds = ", ".join(type(item).__name__ for item in (func, *inputs))
+            raise StateTypeError(
+                explain(
+                    f"Conditioned got {kinds}.",
+                    "a callable func(t, y, *inputs) and its tensors.",
+                    "tdh.Conditioned(func, noise)",
+                )
+            )
+        sizes = {item.shape[:1] for item in inputs}
+        if len(sizes) != 1 or not sizes.pop():
+            raise StateShapeError(
+                explain(
+                    f"the inputs have shapes {[tuple(item.shape) for item in inputs]}.",
+                    "at least one input; the samples along dim 0, as many in each.",
+                    "tdh.Conditioned(func, noise)   # noise of shape (batch, ...)",
+                )
+            )
+        self.func = func
+        self.inputs = inputs
+
+    def forward(self, t: Tensor, y: State) -> State:
+        """Return ``func(t, y, *inputs)``."""
+        out: State = self.func(t, y, *self.inputs)
+        return out
+
+    def restrict(self, index: Tensor) -> Conditioned:
+        """Return the field of the samples at ``index``; func and its weights are shared."""
+        part = copy.copy(self)
+        part.inputs = tuple(item[index.to(item.device)] for item in self.inputs)
+        return part
+
+
+def context_of(func: VectorField) -> tuple[Tensor, ...]:
+    """Return the inputs of the `Conditioned` func that a solve is of; none for other funcs.
+
+    Looks through what counts, checks or compiles a func, not through what changes it.
+    """
+    current: object = func
+    for _ in range(MOST_WRAPPERS):
+        if isinstance(current, Conditioned):
+            return current.inputs
+        inner = (getattr(current, name, None) for name in _INNER)
+        current = next((item for item in inner if item is not None), None)
+    return ()

@@ -19,10 +19,12 @@ from torchdiffeq_hyper._report import BreakEven
 from torchdiffeq_hyper.fitting import break_even
 from torchdiffeq_hyper.fitting.batches import Batches
 from torchdiffeq_hyper.fitting.budget import Budget
+from torchdiffeq_hyper.fitting.classical import FIXED
 from torchdiffeq_hyper.fitting.data import Batch, Data
 from torchdiffeq_hyper.fitting.distributed import Team
 from torchdiffeq_hyper.fitting.reference import Tolerances
 from torchdiffeq_hyper.fitting.routes import Plan
+from torchdiffeq_hyper.fitting.units import Units
 from torchdiffeq_hyper.tableaus import EULER
 
 Y0 = torch.randn(90, 2, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
@@ -49,7 +51,8 @@ def held_out(func: Any = damped_wave, y0: Any = Y0) -> Batch:
         Batches(y0, config),
         tableau=EULER,
         plan=Plan.of(SPAN, 4, "forward"),
-        tolerances=Tolerances.of(config, torch.float64),
+        tolerances=Tolerances.of(config, torch.float64, Units(0.0, 2.0)),
+        units=Units(0.0, 2.0),
         budget=Budget(math.inf),
         team=Team(),
     )
@@ -58,13 +61,13 @@ def held_out(func: Any = damped_wave, y0: Any = Y0) -> Batch:
 
 def measured(
     solve: Callable[..., Any], func: Any = damped_wave, calls: int = 8, **arguments: Any
-) -> BreakEven | None:
+) -> BreakEven | str:
     given = {"fit_seconds": 50.0, "seconds_left": 1e3, **arguments}
     return break_even.measure(solve, func, held_out(), calls=calls, **given)
 
 
 def host(method: str, steps: int) -> Callable[..., Tensor]:
-    return break_even.fixed(method, steps).run  # type: ignore[return-value]
+    return FIXED[method].with_steps(method, steps).run  # type: ignore[return-value]
 
 
 def timed(monkeypatch: pytest.MonkeyPatch, own: float, other: float) -> None:
@@ -77,7 +80,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, own: float, other: float) -> None:
 def test_predictions_are_fit_seconds_over_seconds_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     timed(monkeypatch, 0.010, 0.035)
     found = measured(host("rk4", 3), calls=12)
-    assert found is not None
+    assert isinstance(found, BreakEven)
     assert found.predictions == pytest.approx(50.0 / 0.025)
     assert (found.seconds, found.alternative_seconds) == (0.010, 0.035)
     assert found.samples == len(held_out().start(0)) == 14
@@ -90,9 +93,9 @@ def test_where_nothing_is_saved_there_are_no_predictions(
 ) -> None:
     timed(monkeypatch, 0.010, other)
     found = measured(host("rk4", 3), calls=12)
-    assert found is not None
+    assert isinstance(found, BreakEven)
     assert found.predictions is None
-    assert str(found).startswith("nothing is saved: ")
+    assert str(found).startswith("the fit does not pay: nothing is saved")
 
 
 @pytest.mark.parametrize(("method", "steps"), [("rk4", 2), ("rk4", 3), ("rk4", 7), ("midpoint", 3)])
@@ -107,10 +110,11 @@ def test_a_classical_solver_is_matched_by_one_that_takes_no_more_steps(
         return race(ours, rivals, *rest)
 
     monkeypatch.setattr(break_even, "_race", spy)
-    calls = steps * break_even.FIXED[method][0]
-    assert measured(host(method, steps), calls=calls) is not None
-    fewest = {label.split()[0]: int(label.split()[2]) for label in raced if "step" in label}
-    assert min(n * break_even.FIXED[name][0] for name, n in fewest.items()) <= calls
+    calls = steps * FIXED[method].each
+    assert isinstance(measured(host(method, steps), calls=calls), BreakEven)
+    split = [label.split(" with ") for label in raced if "step" in label]
+    fewest = {name: int(steps.split()[0]) for name, steps in split}
+    assert min(n * FIXED[name].each for name, n in fewest.items()) <= calls
     if method in fewest:
         assert fewest[method] <= steps
 
@@ -122,33 +126,43 @@ def test_the_alternative_is_no_less_accurate(monkeypatch: pytest.MonkeyPatch) ->
     y0 = batch.start(0)[: break_even.MOST_SAMPLES]
     raced: list[Any] = []
     monkeypatch.setattr(break_even, "_race", lambda ours, rivals, *rest: raced.extend(rivals))
-    target = (odeint(damped_wave, y0, t, method="rk4")[-1] - exact[: len(y0)]).norm(dim=1).mean()
+    sizes = held_out().some(torch.arange(len(y0))).end_sizes()
+
+    def error_of(y: Tensor) -> Tensor:
+        return ((y - exact[: len(y0)]).norm(dim=1) / sizes).mean()
+
+    target = error_of(odeint(damped_wave, y0, t, method="rk4")[-1])
     measured(lambda func, y0, t: odeint(func, y0, t, method="rk4"), calls=4)
-    assert {rival.label.split()[0] for rival in raced} & set(break_even.FIXED)
+    assert {rival.label.split(" with ")[0] for rival in raced} & set(FIXED)
     assert "dopri5" in raced[-1].label
     for rival in raced:
-        error = (rival.run(damped_wave, y0, t)[-1] - exact[: len(y0)]).norm(dim=1).mean()
-        assert error <= target, rival.label
+        assert error_of(rival.run(damped_wave, y0, t)[-1]) <= target, rival.label
 
 
-def test_the_error_is_the_mean_l2_error_at_the_end() -> None:
+def test_the_error_is_the_mean_relative_error_at_the_end() -> None:
     found = measured(host("midpoint", 4))
-    assert found is not None
+    assert isinstance(found, BreakEven)
     y0 = held_out().start(0)
     t = torch.tensor(SPAN, dtype=torch.float64)
     exact = odeint(damped_wave, y0, t, rtol=1e-10, atol=1e-10)[-1]
     own = host("midpoint", 4)(damped_wave, y0, t)[-1]
-    assert found.error == pytest.approx(float((own - exact).norm(dim=1).mean()), rel=1e-6)
+    sizes = exact.norm(dim=1)
+    sizes = sizes.clamp_min(0.1 * float(sizes.square().mean().sqrt()))
+    assert found.error == pytest.approx(float(((own - exact).norm(dim=1) / sizes).mean()), rel=1e-6)
 
 
 def test_without_time_nothing_is_measured() -> None:
     func = Counted(damped_wave)
-    assert measured(host("rk4", 3), func, calls=12, seconds_left=-1.0) is None
+    found = measured(host("rk4", 3), func, calls=12, seconds_left=-1.0)
+    assert isinstance(found, str)
+    assert "no time" in found
     assert func.calls == 0
 
 
 def test_a_solver_that_blows_up_has_no_alternative() -> None:
-    assert measured(lambda func, y0, t: torch.full((2, *y0.shape), math.nan)) is None
+    found = measured(lambda func, y0, t: torch.full((2, *y0.shape), math.nan))
+    assert isinstance(found, str)
+    assert "blows up" in found
 
 
 def test_a_fit_reports_it_and_its_text_shows_it() -> None:
@@ -160,12 +174,16 @@ def test_a_fit_reports_it_and_its_text_shows_it() -> None:
 
 
 def test_trials_are_not_measured() -> None:
-    assert fit(config=tdh.FitConfig(iterations=40)).break_even is None
+    report = fit(config=tdh.FitConfig(iterations=40))
+    assert report.break_even is None
+    assert "no break-even: 40 iterations are a trial" in str(report)
 
 
 def test_half_precision_is_not_measured() -> None:
     config = tdh.FitConfig(iterations=200, pretrain_iterations=200)
-    assert fit(y0=Y0.to(torch.bfloat16), steps=1, config=config).break_even is None
+    report = fit(y0=Y0.to(torch.bfloat16), steps=1, config=config)
+    assert report.break_even is None
+    assert "half precision" in report.no_break_even
 
 
 @pytest.mark.parametrize("direction", ["reverse", "both"])
@@ -185,7 +203,7 @@ def test_scopes_do_not_answer_for_the_classical_solver() -> None:
     plain = tdh.HyperSolver("euler", zero, steps=1)
     with tdh.override("rk4", plain), tdh.override("dopri5", plain):
         found = measured(host("rk4", 3), calls=12)
-    assert found is not None
+    assert isinstance(found, BreakEven)
     assert "euler with 1 " not in found.alternative
     assert found.error < 1e-2
 
@@ -194,7 +212,28 @@ def test_reports_survive_json_and_older_ones_still_load() -> None:
     report = fit(MLPField())
     data = json.loads(json.dumps(report.to_dict()))
     assert tdh.FitReport.from_dict(data) == report
-    del data["break_even"], data["notes"]
+    new = ("break_even", "notes", "no_break_even", "errors", "base_errors", "along", "rival")
+    for name in (*new, "worst_time"):
+        del data[name]
     older = tdh.FitReport.from_dict(data)
-    assert older.break_even is None
+    assert older.break_even is older.errors is older.rival is None
     assert older.notes == ()
+    assert "held-out error" in str(older)
+
+
+def test_a_rival_that_breaks_down_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    dopri5 = break_even.dopri5
+
+    def broken(tolerance: float, size: float) -> Any:
+        def run(func: Any, y0: Any, t: Any) -> Any:
+            if len(y0) > break_even.MOST_SAMPLES:
+                message = "underflow in dt 0.0"
+                raise AssertionError(message)
+            return dopri5(tolerance, size).run(func, y0, t)
+
+        return break_even.Solve("broken", run)
+
+    monkeypatch.setattr(break_even, "dopri5", broken)
+    found = measured(host("rk4", 3), calls=12)
+    assert isinstance(found, BreakEven)
+    assert found.alternative != "broken"

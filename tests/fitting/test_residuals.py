@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from torchdiffeq_hyper.fitting.reference import (
     solve_reference,
 )
 from torchdiffeq_hyper.fitting.routes import Plan, step_counts
+from torchdiffeq_hyper.fitting.units import Units
 
 Y0 = torch.tensor([[1.0, 0.5], [-0.3, 0.8], [0.2, -1.1]], dtype=torch.float64)
 
@@ -59,12 +61,14 @@ def measured(  # noqa: PLR0917
     steps: int,
     direction: str = "forward",
 ) -> list[Samples]:
-    """Return the residuals of a base along a tight solution."""
-    plan = Plan.of(span, steps, direction)
-    field = Field(func, y0, Budget(1e9))
-    tolerances = Tolerances.of(FitConfig(), y0.dtype)
+    """Return the residuals of a base along a tight solution, in true units."""
+    plan, units = Plan.of(span, steps, direction), Units(span[0], abs(span[1] - span[0]), 0.7)
+    field, tableau = Field(func, y0, Budget(1e9), units), find_tableau(base)
+    tolerances = Tolerances.of(FitConfig(), y0.dtype, units)
     solution = solve_reference(field, y0, plan.times, tolerances)
-    return [measure_residuals(field, find_tableau(base), r, solution) for r in plan.routes]
+    found = [measure_residuals(field, tableau, route, solution) for route in plan.routes]
+    unit = units.residual(tableau.order)
+    return [replace(samples, residual=unit * samples.residual) for samples in found]
 
 
 @pytest.mark.parametrize("base", ["euler", "midpoint", "heun", "rk4"])
@@ -153,7 +157,7 @@ def test_references_step_on_the_points_instead_of_interpolating() -> None:
 def test_references_are_as_accurate_as_asked() -> None:
     plan = Plan.of((0.0, 2.0), (3, 9), "forward")
     field = Field(spiral, Y0, Budget(1e9))
-    tolerances = Tolerances.of(FitConfig(), torch.float64)
+    tolerances = Tolerances.of(FitConfig(), torch.float64, field.units)
     solution = solve_reference(field, Y0, plan.times, tolerances)
     torch.testing.assert_close(solution, spiral_solution(plan.times, Y0), rtol=1e-7, atol=1e-8)
 
@@ -183,3 +187,35 @@ def test_ranges_are_fitted_at_few_counts_with_both_ends(
     steps: int | tuple[int, int], counts: list[int]
 ) -> None:
     assert step_counts(steps) == counts
+
+
+@pytest.mark.parametrize("time", [1e-9, 1e3])
+@pytest.mark.parametrize("size", [1e-12, 1e20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_residuals_do_not_depend_on_units(time: float, size: float, dtype: torch.dtype) -> None:
+    def scaled(t: Tensor, y: Tensor) -> Tensor:
+        return damped_wave(t / time, y / size) * (size / time)
+
+    (plain,) = measured_in(Units(0.0, 1.0, 1.0), damped_wave, Y0.to(dtype))
+    (found,) = measured_in(Units(0.0, time, size), scaled, (Y0 * size).to(dtype))
+    digits = 1e-3 if dtype == torch.float32 else 1e-7
+    torch.testing.assert_close(found.residual, plain.residual, rtol=digits, atol=digits)
+    torch.testing.assert_close(found.y / size, plain.y)
+    torch.testing.assert_close(found.stages[1] / size * time, plain.stages[1])
+
+
+def measured_in(units: Units, func: Any, y0: Tensor) -> list[Samples]:
+    """Return the residuals of rk4 with two steps over one unit of time, as they are."""
+    plan = Plan.of((0.0, units.time), 2, "forward")
+    field = Field(func, y0, Budget(1e9), units)
+    tolerances = Tolerances.of(FitConfig(), torch.float64, units)
+    solution = solve_reference(field, y0, plan.times, tolerances)
+    return [measure_residuals(field, find_tableau("rk4"), r, solution) for r in plan.routes]
+
+
+def test_the_size_of_states_that_start_at_zero_comes_from_func() -> None:
+    zero, k = torch.zeros(4, 2), torch.full((4, 2), 3.0)
+    assert Units.of((0.0, 10.0), zero, k).state == pytest.approx(0.3)
+    assert Units.of((0.0, 10.0), 1e20 * k, k).state == pytest.approx(3e20)
+    assert Units.of((0.0, 10.0), zero, zero).state == 1.0
+    assert Units.of((5.0, 2.0), k, k) == Units(5.0, 3.0, pytest.approx(3.0))

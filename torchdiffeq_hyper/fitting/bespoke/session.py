@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from torchdiffeq_hyper._independence import find_coupling
 from torchdiffeq_hyper._layout import StateLayout
 from torchdiffeq_hyper._report import FitReport
 from torchdiffeq_hyper._types import State
@@ -18,11 +19,7 @@ from torchdiffeq_hyper.fitting.bespoke.correction import EndPhase, added_at_end,
 from torchdiffeq_hyper.fitting.bespoke.descents import Descents
 from torchdiffeq_hyper.fitting.bespoke.knots import fit_knots
 from torchdiffeq_hyper.fitting.bespoke.loop import mean_error
-from torchdiffeq_hyper.fitting.bespoke.pieces import (
-    are_independent,
-    cut,
-    rows_of,
-)
+from torchdiffeq_hyper.fitting.bespoke.pieces import cut, rows_of
 from torchdiffeq_hyper.fitting.bespoke.problem import BespokeProblem, with_large_batches
 from torchdiffeq_hyper.fitting.bespoke.report import report_of, signature_of
 from torchdiffeq_hyper.fitting.bespoke.start import best_starts, noise_at_end, refuse_exact
@@ -33,6 +30,7 @@ from torchdiffeq_hyper.fitting.distributed import budget_of
 from torchdiffeq_hyper.fitting.field import Field, check_field
 from torchdiffeq_hyper.fitting.guard import frozen_or_restored
 from torchdiffeq_hyper.fitting.loop import Loop, snapshot
+from torchdiffeq_hyper.fitting.neural_ode import given
 from torchdiffeq_hyper.fitting.progress import Progress
 from torchdiffeq_hyper.fitting.reference import Tolerances
 from torchdiffeq_hyper.fitting.session import MOST_BYTES, PROBES
@@ -161,8 +159,9 @@ class Session:
         self._held_out = cut(self._data.held_out, problem.func, ENDLESS, None)
         y0, n = self.batches.held_out, problem.calls
         first, last = problem.span
-        times = (first, (first + last) / 2, last)
-        whole = not are_independent(problem.func, y0, times, ENDLESS)
+        times = torch.tensor([first, (first + last) / 2, last], dtype=torch.float64)
+        with torch.no_grad():
+            whole = find_coupling(given(problem.func, y0), y0, times) is not None
         self._rows = None if whole else rows_of(y0, n)
 
     def _start(self, name: str, dtype: torch.dtype) -> FitState:

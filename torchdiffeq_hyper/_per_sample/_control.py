@@ -42,12 +42,9 @@ class StepControl:
     def __post_init__(self) -> None:
         """Check every value."""
         for field in fields(StepControl):
-            value = getattr(self, field.name)
-            is_number = isinstance(value, int | float) or (
-                isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
-            )
+            value, example = getattr(self, field.name), 1e-3 if field.default is None else 1.0
             is_left_out = value is None and field.default is None
-            self._require(field.name, is_number or is_left_out, "and no more", field.default or 0.1)
+            self._require(field.name, is_left_out or _is_number(value), "(real)", example)
         self._require("safety", 0 < self.safety <= 1, "above 0, at most 1", 0.9)
         self._require("ifactor", 1 <= self.ifactor < math.inf, "at least 1, finite", 10.0)
         self._require("dfactor", 0 < self.dfactor < 1, "between 0 and 1", 0.2)
@@ -89,6 +86,12 @@ class StepControl:
     def clamp(self, dt: Tensor) -> Tensor:
         """Return the sizes, kept between the smallest and the largest."""
         return dt.clamp(self.min_step, min(self.max_step, sys.float_info.max))
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, float | int)
 
 
 @torch.no_grad()

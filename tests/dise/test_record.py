@@ -128,9 +128,8 @@ def test_a_dise_inside_the_func_of_the_same_dise_leaves_the_outer_record_alone()
     dise = Dise([Candidate("rk4"), Candidate("euler")], lambda y0: _dealt(y0)[:, :2])
 
     def func(t: Tensor, y: Tensor) -> Tensor:
-        return (
-            -dise.dispatch(spiral, y, T[:2], torch.zeros(len(y)).long())[-1]
-            + dise.solve(spiral, y, T[:2])[-1]
+        return -dise.dispatch(spiral, y, T[:2], torch.zeros(len(y)).long())[-1] + torch.cat(
+            [dise.solve(spiral, one, T[:2])[-1] for one in y.split(1)]
         )
 
     with record() as rec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torchdiffeq import odeint, odeint_adjoint, odeint_event
 
 import torchdiffeq_hyper as tdh
 from stubs import MLPField, damped_wave, spiral
+from torchdiffeq_hyper._independence import is_probing
 from torchdiffeq_hyper._per_sample import PerSampleDopri5
 from torchdiffeq_hyper.errors import (
     HyperError,
@@ -39,7 +41,7 @@ class _Counted(nn.Module):
         self.calls = 0
 
     def forward(self, t: Tensor, y: Any) -> Any:
-        self.calls += 1
+        self.calls += not is_probing()
         return self.func(t, y)
 
 
@@ -123,7 +125,7 @@ def test_finished_samples_are_not_evaluated_any_more() -> None:
     sizes: list[int] = []
 
     def func(t: Tensor, y: Tensor) -> Tensor:
-        sizes.append(len(y))
+        sizes.extend([] if is_probing() else [len(y)])
         return -y * y.abs() * torch.sin(t).unsqueeze(-1) ** 2
 
     y0 = torch.tensor([[0.1], [1.0], [30.0]], dtype=torch.float64)
@@ -351,6 +353,86 @@ def test_samples_that_overflow_in_a_trial_step_recover() -> None:
     torch.testing.assert_close(y[-1], exact, rtol=1e-7, atol=1e-7)
 
 
+def _square(t: Tensor, y: Any) -> Any:
+    """Blows up at t = 1 / y0, on either side of t = 0."""
+    return tuple(part**2 for part in y) if isinstance(y, tuple) else y**2
+
+
+_LIMITS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "min_step": {"min_step": 0.01},
+    "small min_step": {"min_step": 1e-4},
+    "min_step and max_step": {"min_step": 0.003, "max_step": 0.003},
+    "first_step": {"first_step": 0.1, "min_step": 0.1},
+    "max_num_steps": {"max_num_steps": 3, "min_step": 1e-3},
+}
+
+
+@pytest.mark.parametrize("limits", _LIMITS.values(), ids=_LIMITS.keys())
+@pytest.mark.parametrize("mode", ["vmap", "vector"])
+@pytest.mark.parametrize("sign", [1, -1], ids=["forward", "reverse"])
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "complex"])
+def test_a_blow_up_is_an_error_whatever_the_limits_of_steps(
+    limits: dict[str, Any], mode: str, sign: int, kind: str
+) -> None:
+    y0: Any = sign * torch.tensor([[0.1], [2.0], [3.0]], dtype=torch.float64)
+    if kind == "tuple":
+        y0 = (y0, y0.squeeze(1) / 2)
+    elif kind == "complex":
+        y0 = y0.to(torch.complex64)
+    t = sign * torch.linspace(0.0, 1.0, 5, dtype=torch.float64)
+    with pytest.raises((NonFiniteError, UnfinishedSolveError), match=r"sample [012] at t = -?[01]"):
+        odeint(_square, y0, t, method=METHOD, rtol=1e-4, options={"time": mode, **limits})
+
+
+def test_a_smallest_step_that_leaves_the_finite_range_names_itself_and_hands_out_the_rest() -> None:
+    y0 = torch.tensor([[0.1], [2.0]], dtype=torch.float64)
+    t = torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
+    with pytest.raises(UnfinishedSolveError, match=r"sample 1 .*min_step = 0\.01") as caught:
+        odeint(_square, y0, t, method=METHOD, options={"min_step": 0.01})
+    solution = caught.value.solution
+    torch.testing.assert_close(solution[1], 1 / (1 / y0 - 0.25), rtol=1e-4, atol=1e-6)
+    assert torch.isnan(solution[2, 1]).all()
+
+
+def test_a_smallest_step_is_still_accepted_whatever_its_error() -> None:
+    y0 = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    options = {"min_step": 0.1, "first_step": 0.1}
+    stiff = 30.0
+    y = odeint(lambda t, y: -stiff * y, y0, t, method=METHOD, options=options)
+    for i in range(2):
+        alone = odeint(lambda t, y: -stiff * y, y0[i : i + 1], t, options=options)
+        torch.testing.assert_close(y[:, i : i + 1], alone, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["forward", "reverse"])
+@pytest.mark.parametrize("is_tuple", [False, True])
+def test_a_state_that_overflows_its_dtype_is_an_error(sign: int, is_tuple: bool) -> None:
+    def grow(t: Tensor, y: Any) -> Any:
+        k = torch.full_like(y[0] if is_tuple else y, sign * 3e38)
+        return (k, torch.zeros_like(y[1])) if is_tuple else k
+
+    y0 = torch.ones(2, 1)
+    t = torch.tensor([0.0, 0.5, 5.0]) * sign
+    options = {"first_step": 5.0}
+    with pytest.raises(NonFiniteError, match=r"sample 0 at t = -?0.5 left the finite range"):
+        odeint(grow, (y0, y0) if is_tuple else y0, t, method=METHOD, options=options)
+
+
+def test_a_float16_solution_that_overflows_on_the_cast_back_is_an_error() -> None:
+    y0, t = torch.ones(2, 1, dtype=torch.float16), torch.tensor([0.0, 3.0])
+    with pytest.raises(NonFiniteError, match=r"larger than torch\.float16(?s:.*)y0\.float\(\)"):
+        odeint(lambda t, y: 30000 * torch.ones_like(y), y0, t, method=METHOD)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_times_that_are_not_finite_are_refused(bad: float) -> None:
+    for t in ([0.0, bad], [bad, 0.0], [0.0, 1.0, bad]):
+        with pytest.raises(OptionError, match="inf or nan"):
+            PerSampleDopri5().solve(damped_wave, torch.ones(2, 2), torch.tensor(t))
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -362,6 +444,17 @@ def test_samples_that_overflow_in_a_trial_step_recover() -> None:
         ({"dfactor": 1.5}, "dfactor is 1.5"),
         ({"first_step": -0.1}, "first_step is -0.1"),
         ({"min_step": -1.0}, "min_step is -1.0"),
+        ({"first_step": math.inf}, "first_step is inf"),
+        ({"first_step": math.nan}, "first_step is nan"),
+        ({"ifactor": math.inf}, "ifactor is inf"),
+        ({"min_step": math.inf}, "min_step is inf"),
+        ({"min_step": math.nan}, "min_step is nan"),
+        ({"max_step": math.nan}, "max_step is nan"),
+        ({"max_step": 0.0}, "max_step is 0.0"),
+        ({"max_num_steps": math.nan}, "max_num_steps is nan"),
+        ({"min_step": "0.1"}, "min_step is '0.1'"),
+        ({"first_step": torch.ones(2)}, "first_step is tensor"),
+        ({"safety": None}, "safety is None"),
         ({"max_step": 0.1, "min_step": 0.2}, "max_step is 0.1"),
         ({"max_num_steps": 0}, "max_num_steps is 0"),
         ({"norm": lambda y: y.abs().max()}, 'no option "norm"'),

@@ -8,6 +8,7 @@ from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
 
 from stubs import MLPField, spiral
+from torchdiffeq_hyper._independence import is_probing
 from torchdiffeq_hyper._per_sample import PerSampleDopri5
 from torchdiffeq_hyper.dise import Candidate, Dise
 from torchdiffeq_hyper.hosts.torchdiffeq import record
@@ -110,7 +111,7 @@ def test_a_solve_without_a_host_inside_func_leaves_the_outer_record_alone(method
     calls = []
 
     def func(t: Tensor, y: Tensor) -> Tensor:
-        calls.append(len(y))
+        calls.extend([] if is_probing() else [len(y)])
         return -dise.solve(spiral, y, span)[-1] - inner.solve(spiral, y, span, **TOLERANCES)[-1]
 
     options = {"time": "loop"} if method == "dopri5_per_sample" else None
@@ -127,9 +128,8 @@ def test_a_dise_inside_the_func_of_the_same_dise_leaves_the_outer_record_alone()
     dise = Dise([Candidate("rk4"), Candidate("euler")], lambda y0: _dealt(y0)[:, :2])
 
     def func(t: Tensor, y: Tensor) -> Tensor:
-        return (
-            -dise.dispatch(spiral, y, T[:2], torch.zeros(len(y)).long())[-1]
-            + dise.solve(spiral, y[:1], T[:2])[-1]
+        return -dise.dispatch(spiral, y, T[:2], torch.zeros(len(y)).long())[-1] + torch.cat(
+            [dise.solve(spiral, one, T[:2])[-1] for one in y.split(1)]
         )
 
     with record() as rec:

@@ -14,6 +14,7 @@ import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import MLPField, damped_wave, spiral
 from torchdiffeq_hyper import _registry
+from torchdiffeq_hyper._independence import is_probing
 from torchdiffeq_hyper.dise import Candidate, Conditioned, Dise
 from torchdiffeq_hyper.errors import (
     HyperError,
@@ -50,8 +51,9 @@ class Calls:
         self.samples = 0
 
     def __call__(self, t: Tensor, y: Any) -> Any:
-        self.calls += 1
-        self.samples += len(y[0] if isinstance(y, tuple) else y)
+        if not is_probing():
+            self.calls += 1
+            self.samples += len(y[0] if isinstance(y, tuple) else y)
         return self.func(t, y)
 
 

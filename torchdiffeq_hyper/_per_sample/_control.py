@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class StepControl:
         ifactor: most by which a step may grow.
         dfactor: least by which a rejected step may shrink.
         first_step: size of the first step; None chooses one for each sample.
-        min_step: steps are never smaller, and accepted at this size.
+        min_step: steps are never smaller, and accepted at this size while they are finite.
         max_step: steps are never larger.
         max_num_steps: most steps a sample may try between two points of t.
 
@@ -40,13 +41,19 @@ class StepControl:
 
     def __post_init__(self) -> None:
         """Check every value."""
+        for field in fields(StepControl):
+            value, example = getattr(self, field.name), 1e-3 if field.default is None else 1.0
+            is_left_out = value is None and field.default is None
+            self._require(field.name, is_left_out or _is_number(value), "(real)", example)
         self._require("safety", 0 < self.safety <= 1, "above 0, at most 1", 0.9)
-        self._require("ifactor", self.ifactor >= 1, "at least 1", 10.0)
+        self._require("ifactor", 1 <= self.ifactor < math.inf, "at least 1, finite", 10.0)
         self._require("dfactor", 0 < self.dfactor < 1, "between 0 and 1", 0.2)
         first = self.first_step
-        self._require("first_step", first is None or first > 0, "above 0, also in reverse", 0.1)
+        is_size = first is None or 0 < first < math.inf
+        self._require("first_step", is_size, "above 0, finite, also in reverse", 0.1)
         self._require("min_step", 0 <= self.min_step < math.inf, "at least 0", 1e-4)
-        self._require("max_step", self.max_step >= self.min_step, "at least min_step", 0.1)
+        is_most = self.max_step > 0 and self.max_step >= self.min_step
+        self._require("max_step", is_most, "above 0, at least min_step", 0.1)
         self._require("max_num_steps", self.max_num_steps >= 1, "at least 1", 1000)
 
     def _require(self, name: str, is_valid: object, expected: str, example: float) -> None:
@@ -65,15 +72,26 @@ class StepControl:
 
     @torch.no_grad()
     def next(self, dt: Tensor, ratio: Tensor) -> Tensor:
-        """Return the sizes of the next steps, from the error ratios of these."""
+        """Return the sizes of the next steps, from the error ratios of these.
+
+        0, which leads nowhere, after a step of the smallest size that is not finite: no
+        smaller one may be tried.
+        """
         ratio = ratio.to(dt.dtype)
         lowest = torch.where(ratio < 1, 1.0, self.dfactor)
         factor = (self.safety / ratio ** (1 / ORDER)).maximum(lowest).clamp(max=self.ifactor)
-        return self.clamp(dt * torch.where(ratio == 0, self.ifactor, factor))
+        after = self.clamp(dt * torch.where(ratio == 0, self.ifactor, factor))
+        return torch.where((dt <= self.min_step) & ratio.isinf(), 0.0, after)
 
     def clamp(self, dt: Tensor) -> Tensor:
         """Return the sizes, kept between the smallest and the largest."""
-        return dt.clamp(self.min_step, self.max_step)
+        return dt.clamp(self.min_step, min(self.max_step, sys.float_info.max))
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, float | int)
 
 
 @torch.no_grad()

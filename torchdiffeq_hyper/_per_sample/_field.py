@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from torchdiffeq_hyper._independence import check_independence
 from torchdiffeq_hyper._layout import is_half
 from torchdiffeq_hyper._per_sample._rows import RowLayout
 from torchdiffeq_hyper._restrict import HOW_TO_RESTRICT, can_restrict, restrict
@@ -117,6 +118,46 @@ class SampleField:
                 + ("" if can_restrict(self.func) else f"\n{HOW_TO_RESTRICT}"),
             )
         ) from error
+
+
+def check_samples_alone(field: SampleField, y0: State, times: Tensor) -> None:
+    """Refuse a func whose samples depend on each other: solved alone they would go other ways.
+
+    Args:
+        field: the field.
+        y0: the state.
+        times: the solver's times.
+
+    Raises:
+        CoupledSamplesError: they depend on each other.
+        OptionError: func cannot be called in the field's mode.
+        StateShapeError: func takes the whole batch only.
+    """
+    layout, sign = field.layout, field.sign
+
+    def alone(t: Tensor, y: State, index: Tensor) -> State:
+        return layout.split(sign * field((sign * t).expand(len(index)), layout.join(y), index))
+
+    if field.mode == "vector":
+        check_independence(_AtVectorTimes(field.func), y0, sign * times, alone=alone)
+        return
+    everyone = torch.arange(len(layout.join(y0)), device=times.device)
+    check_independence(field.func, y0, sign * times, groups=[everyone], alone=alone)
+
+
+class _AtVectorTimes:
+    """A vector field that takes times (batch,), called at one time."""
+
+    def __init__(self, func: VectorField) -> None:
+        self._func = func
+
+    def __call__(self, t: Tensor, y: State) -> State:
+        first = y[0] if isinstance(y, tuple) else y
+        k: State = self._func(t.expand(len(first)), y)
+        return k
+
+    def restrict(self, index: Tensor) -> _AtVectorTimes:
+        return _AtVectorTimes(restrict(self._func, index))
 
 
 def check_times_alone(field: SampleField, t: Tensor, y: Tensor) -> None:

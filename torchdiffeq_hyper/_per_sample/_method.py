@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
+from torchdiffeq_hyper._finite import is_finite
 from torchdiffeq_hyper._grid import check_times
 from torchdiffeq_hyper._layout import is_half
 from torchdiffeq_hyper._per_sample._control import StepControl
-from torchdiffeq_hyper._per_sample._field import TIME_MODES, SampleField, check_times_alone
+from torchdiffeq_hyper._per_sample._field import (
+    TIME_MODES,
+    SampleField,
+    check_samples_alone,
+    check_times_alone,
+)
 from torchdiffeq_hyper._per_sample._rows import RowLayout, Tolerance
 from torchdiffeq_hyper._per_sample._solve import Loop
 from torchdiffeq_hyper._per_sample._step_log import StepLog
 from torchdiffeq_hyper._types import State, VectorField
-from torchdiffeq_hyper.errors import OptionError, closest, explain
+from torchdiffeq_hyper.errors import NonFiniteError, OptionError, closest, explain
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,8 @@ class PerSampleDopri5(StepControl):
             StateTypeError: integer state, or t is no floating tensor.
             StateShapeError: no batch dimension, or func returned another shape.
             OptionError: func cannot be called as `time` says, or t goes back and forth.
-            NonFiniteError: func returned inf or nan.
+            CoupledSamplesError: samples depend on each other (e.g. a single state (D,)).
+            NonFiniteError: func returned inf or nan, or the solution left the finite range.
             UnfinishedSolveError: too many steps, or too small ones; has the ``solution``
                 so far.
         """
@@ -104,19 +112,13 @@ class PerSampleDopri5(StepControl):
         sign = -1 if len(t) > 1 and bool(t[1] < t[0]) else 1
         # Sums of many small steps need more digits than the state has.
         times = sign * t.to(torch.float64)
-        if not bool((times.diff() > 0).all()):
-            raise OptionError(
-                explain(
-                    f"t goes back and forth: {t.tolist()[:8]}.",
-                    "times that strictly increase, or strictly decrease.",
-                    "t = t.unique()",
-                )
-            )
+        _check_order(times, t)
         if rows.numel() == 0 or len(t) == 1:
             start = rows.expand(len(t), *rows.shape).clone()
             return layout.split(start), torch.zeros(len(rows), dtype=torch.long, device=t.device)
         rows = rows.float() if is_half(dtype) else rows
         field = SampleField(func, layout, self.time, sign, dtype)
+        check_samples_alone(field, y0, times)
         if self.time == "vector":
             check_times_alone(field, times, rows)
         limits = layout.tolerance("rtol", rtol, rows), layout.tolerance("atol", atol, rows)
@@ -125,4 +127,43 @@ class PerSampleDopri5(StepControl):
         if draft is not None and log is not None:
             draft.nfe, draft.sample_nfe = solved.calls, solved.nfe
             draft.steps = log.steps(y0)
-        return layout.split(solved.rows.to(dtype)), solved.nfe
+        solution = solved.rows.to(dtype)
+        if not is_finite(solution):
+            _raise_non_finite(solution, solved.rows, t)
+        return layout.split(solution), solved.nfe
+
+
+def _check_order(times: Tensor, t: Tensor) -> None:
+    finite = torch.isfinite(times).all()
+    if bool(finite & (times.diff() > 0).all()):
+        return
+    raise OptionError(
+        explain(
+            f"t goes back and forth: {t.tolist()[:8]}."
+            if bool(finite)
+            else f"t holds inf or nan: {t.tolist()[:8]}.",
+            "finite times that strictly increase, or strictly decrease.",
+            "t = t.unique()" if bool(finite) else "t = t[torch.isfinite(t)]",
+        )
+    )
+
+
+def _raise_non_finite(solution: Tensor, rows: Tensor, t: Tensor) -> NoReturn:
+    """Name the first time and sample at which a solution is not finite.
+
+    Args:
+        solution: (times, batch, width), in the user's dtype.
+        rows: the same in the dtype that was integrated in.
+        t: the times.
+    """
+    broken = ~torch.isfinite(solution).all(dim=2)
+    time, sample = broken.nonzero()[0].tolist()
+    where = f"sample {sample} at t = {float(t[time]):.6g}"
+    if bool(torch.isfinite(rows[time, sample]).all()):
+        most = torch.finfo(solution.dtype).max
+        problem = f"{where} is larger than {solution.dtype} can hold ({most:.4g})."
+        fix = "y0 = y0.float()"
+    else:
+        problem = f"{where} left the finite range of {rows.dtype}."
+        fix = "y0 = y0.double()   # or a span that ends before the solution blows up"
+    raise NonFiniteError(explain(problem, "a solution that stays finite.", fix))

@@ -134,7 +134,7 @@ class Loop:
             ratio = self._field.layout.norm(step.error / scale)
             # A step so large that func overflows is too large, like any with a large error.
             ratio = torch.where(ratio.isnan(), torch.inf, ratio)
-            accept = (ratio <= 1) | (dt <= self._control.min_step)
+            accept = (ratio <= 1) | ((dt <= self._control.min_step) & ratio.isfinite())
         if self._log is not None:
             self._log.note(index, (t.detach(), dt, ratio), accept, step.error)
         end = torch.where(accept, t + dt, t)
@@ -191,7 +191,11 @@ class Loop:
                     "torch.isfinite(func(t, y)).all()",
                 )
             )
-        if int(one.tried) >= self._control.max_num_steps:
+        smallest = self._control.min_step
+        if float(one.dt) == 0 < smallest:
+            problem = f"{where} leaves the finite range in a step of min_step = {smallest:g}."
+            fix = f'options={{"min_step": {smallest / 100:g}}}   # or none'
+        elif int(one.tried) >= self._control.max_num_steps:
             problem = f"{where} took max_num_steps = {self._control.max_num_steps} steps."
             fix = 'rtol=1e-3, atol=1e-3   # or options={"max_num_steps": 100000}'
         else:

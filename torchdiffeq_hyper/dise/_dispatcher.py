@@ -86,6 +86,7 @@ class Dispatcher(nn.Module):
             MissingHypernetError: there is no selector.
             StateShapeError: v or func returned another shape, or func cannot take a part
                 of the batch.
+            CoupledSamplesError: samples that depend on each other go to several candidates.
             NonFiniteError: v predicted inf or nan.
         """
         draft = recording.take_over(self)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from torchdiffeq_hyper._independence import check_independence
 from torchdiffeq_hyper._per_sample import PerSampleDopri5
 from torchdiffeq_hyper._restrict import HOW_TO_RESTRICT
 from torchdiffeq_hyper._types import State, VectorField
@@ -16,7 +17,6 @@ from torchdiffeq_hyper.dise.candidates import Candidate
 from torchdiffeq_hyper.dise.dispatch import GroupField, solve_group
 from torchdiffeq_hyper.dise.samples import concatenate, count, parts_of, take
 from torchdiffeq_hyper.errors import (
-    CoupledSamplesError,
     NoisyFieldError,
     NonFiniteError,
     OptionError,
@@ -123,8 +123,8 @@ class Alone:
 _BY_SAMPLE = ("dopri5", "dopri5_per_sample")
 
 
-def check_independence(func: VectorField, y0: State, t0: Tensor) -> None:
-    """Refuse a field that makes a sample's derivative depend on the others of its batch.
+def check_field(func: VectorField, y0: State, t: Tensor) -> None:
+    """Refuse a field whose samples cannot be solved alone.
 
     Raises:
         NoisyFieldError: func answers differently the second time.
@@ -132,9 +132,8 @@ def check_independence(func: VectorField, y0: State, t0: Tensor) -> None:
         CoupledSamplesError: a sample alone has another derivative than in the batch.
     """
     first = parts_of(y0)[0]
-    device = first.device
     # As the host does: a func may concatenate its time with its state.
-    t0 = t0.to(first.abs().dtype)
+    t0 = t[0].to(first.abs().dtype)
     whole = GroupField(func, y0, None)
     together = _as_solution(whole(t0, y0))
     if not _are_close(together, _as_solution(whole(t0, y0))):
@@ -146,18 +145,8 @@ def check_independence(func: VectorField, y0: State, t0: Tensor) -> None:
                 f"draw the noise once, before the solve, and keep it:\n{HOW_TO_RESTRICT}",
             )
         )
-    for sample in _probes(count(y0)):
-        index = torch.tensor([sample], device=device)
-        alone = _as_solution(GroupField(func, y0, index)(t0, take(y0, index)))
-        if not _are_close(take(together, index, 1), alone):
-            raise CoupledSamplesError(
-                explain(
-                    f"sample {sample} of y0 has another derivative in the batch than alone: func "
-                    "makes the samples depend on each other.",
-                    "a func of each sample by itself, so that samples can go different ways.",
-                    "func.eval()   # if batch norm in training mode couples the samples",
-                )
-            )
+    samples = torch.tensor(_probes(count(y0)), device=first.device)
+    check_independence(func, y0, t, groups=samples.split(1))
 
 
 def _as_solution(k: State) -> State:

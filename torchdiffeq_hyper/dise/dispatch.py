@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
+from torchdiffeq_hyper._independence import cannot_take_part, check_independence, is_probing
 from torchdiffeq_hyper._layout import is_half
-from torchdiffeq_hyper._restrict import HOW_TO_RESTRICT, can_restrict, restrict
+from torchdiffeq_hyper._restrict import can_restrict, restrict
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.dise.candidates import Candidate
 from torchdiffeq_hyper.dise.samples import cast, concatenate, count, parts_of, take
@@ -32,7 +33,7 @@ class GroupField:
         base_func: the field of these samples; what is attached to it is found.
         y0: the state of the whole batch.
         index: the samples' positions; None for all.
-        calls: calls so far.
+        calls: calls so far, but for those that only compare.
     """
 
     def __init__(self, func: VectorField, y0: State, index: Tensor | None) -> None:
@@ -52,7 +53,7 @@ class GroupField:
         Raises:
             StateShapeError: func returned another shape, or cannot take part of the batch.
         """
-        self.calls += 1
+        self.calls += not is_probing()
         state = y
         if self._half is not None:
             t, state = t.to(self._half), cast(y, self._half)
@@ -64,13 +65,13 @@ class GroupField:
             if self._takes_the_whole(t):
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 clash = self._clash(f"fails ({reason})")
-                raise StateShapeError(clash) from error
+                raise clash from error
             raise
         expected = [tuple(part.shape) for part in parts_of(y)]
         got = [tuple(getattr(part, "shape", ())) for part in parts_of(k)]
         if got != expected or isinstance(k, tuple) != isinstance(y, tuple):
-            clash = self._clash(f"returned shapes {got} for {expected}")
-            raise StateShapeError(clash)
+            what = f"returned shapes {got} for {expected}"
+            raise self._clash(what)
         wide = parts_of(y)[0].dtype
         return cast(k, wide) if any(is_half(part.dtype) for part in parts_of(k)) else k
 
@@ -85,20 +86,15 @@ class GroupField:
             return False
         return True
 
-    def _clash(self, what: str) -> str:
-        if self.index is None:
-            return explain(
+    def _clash(self, what: str) -> HyperError:
+        if self.index is not None:
+            return cannot_take_part(what, self.y0)
+        return StateShapeError(
+            explain(
                 f"func {what}.",
                 "a derivative of the state's own shape.",
                 "check func(t[0], y0).shape == y0.shape",
             )
-        return explain(
-            f"func {what}, part of a batch of {count(self.y0)}.",
-            "a derivative of the state's own shape for any part of the batch; a func that holds "
-            "something of every sample (noise, controls, conditioning) must say which part of it "
-            "belongs to which sample.",
-            f"{HOW_TO_RESTRICT}\n"
-            "or, if batch norm in training mode couples the samples: func.eval()",
         )
 
 
@@ -146,11 +142,17 @@ def dispatch(
         rtol: relative tolerance where a candidate has none.
         atol: absolute tolerance where a candidate has none.
         draft: the record of this solve, which learns of the groups; None if none is kept.
+
+    Raises:
+        CoupledSamplesError: there are several groups, and samples that depend on each other.
+        StateShapeError: func cannot take part of the batch.
     """
     batch = count(y0)
     selection = _check_selection(selection, batch, len(candidates)).to(parts_of(y0)[0].device)
     order = selection.argsort(stable=True)
     groups = order.split(torch.bincount(selection, minlength=len(candidates)).tolist())
+    if max(map(len, groups)) < batch:
+        check_independence(func, y0, t, groups=groups)
     solutions, calls, sample_nfe = [], 0, torch.zeros_like(selection)
     for candidate, group in zip(candidates, groups, strict=True):
         if len(group) == 0:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from torchdiffeq_hyper._grid import check_times
 from torchdiffeq_hyper._types import State, VectorField
-from torchdiffeq_hyper.dise.alone import Alone, check_independence
+from torchdiffeq_hyper.dise.alone import Alone, check_field
 from torchdiffeq_hyper.dise.candidates import Candidate
 from torchdiffeq_hyper.dise.costs import Cost
 from torchdiffeq_hyper.dise.samples import are_finite, count, parts_of
@@ -135,7 +135,7 @@ def collect(
         torch.no_grad(),
         tqdm(total=total, disable=not progress, unit="solve", desc="solving alone") as bar,
     ):
-        check_independence(field, y0, t[0])
+        check_field(field, y0, t)
         alone = Alone(field, y0, t, rtol, atol, bar)
         for candidate in candidates:
             solution, nfe = alone.solve(candidate)

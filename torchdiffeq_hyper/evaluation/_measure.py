@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from torchdiffeq_hyper._checks import check_derivative
 from torchdiffeq_hyper._flops import FlopCounter
+from torchdiffeq_hyper._independence import is_probing
 from torchdiffeq_hyper._timing import median_seconds
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.errors import StateTypeError, explain
@@ -39,8 +40,8 @@ class Counted:
 
     def __call__(self, t: Tensor, y: State) -> State:
         """Return ``func(t, y)``, checked to be like ``y``."""
-        self.calls += 1
-        if self._counts_flops:
+        self.calls += not is_probing()
+        if self._counts_flops and not is_probing():
             with FlopCounter() as counter:
                 k: State = self.base_func(t, y)
             self.flops += counter.get_total_flops()

@@ -15,6 +15,7 @@ from torchdiffeq_hyper.recording._recorder import (
     no_steps,
     open_recorders,
     opened,
+    paused,
     running,
     take_over,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "open_recorders",
     "opened",
     "part_norms",
+    "paused",
     "running",
     "select",
     "take_over",

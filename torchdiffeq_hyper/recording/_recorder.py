@@ -103,6 +103,16 @@ def opened(recorder: Recorder) -> Iterator[Recorder]:
         _open.reset(token)
 
 
+@contextmanager
+def paused() -> Iterator[None]:
+    """Keep no record inside the block."""
+    token = _open.set(())
+    try:
+        yield
+    finally:
+        _open.reset(token)
+
+
 def running() -> Draft | None:
     """Return the draft of the solve that runs in this context, None if it is not recorded."""
     return _running.get()

@@ -15,9 +15,8 @@ from torchdiffeq_hyper.fitting.bespoke.gauss_newton import NormalEquations
 from torchdiffeq_hyper.fitting.bespoke.knots import KnotData
 from torchdiffeq_hyper.fitting.bespoke.sensitivities import RollOut, n_tangents, n_weights
 from torchdiffeq_hyper.fitting.budget import Budget
-from torchdiffeq_hyper.fitting.context import Starts
 from torchdiffeq_hyper.fitting.data import Batch
-from torchdiffeq_hyper.fitting.field import Field, wide_dtype
+from torchdiffeq_hyper.fitting.field import Field
 from torchdiffeq_hyper.fitting.norms import sample_norms
 
 EASIEST = 0.1
@@ -154,26 +153,3 @@ def rows_of(y0: State, n: int) -> int:
 
 def _numel(y0: State) -> int:
     return sum(part.numel() for part in (y0 if isinstance(y0, tuple) else (y0,)))
-
-
-@torch.no_grad()
-def are_independent(
-    func: VectorField, starts: Starts, times: tuple[float, ...], budget: Budget
-) -> bool:
-    """Return whether func gives some samples alone what it gives them among others.
-
-    More times than one are asked for: what couples samples may vanish at the start.
-    """
-    some = torch.arange(max(1, n_samples(starts) // 2))
-    few = select(starts, some)
-    whole, part = Field(func, starts, budget), Field(func, few, budget)
-    layout = StateLayout.of(starts.y0)
-    states = layout.join(starts.y0), StateLayout.of(few.y0).join(few.y0)
-    wide = wide_dtype(states[0].device)
-    for t in times:
-        time = torch.tensor(t, dtype=wide, device=states[0].device)
-        among, alone = whole(time, states[0].to(wide)), part(time, states[1].to(wide))
-        difference = _rows(layout, among.unsqueeze(0), some)[0] - alone
-        if not bool(difference.norm() <= 1e-2 * alone.norm()):
-            return False
-    return True

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from torchdiffeq_hyper._independence import find_coupling
 from torchdiffeq_hyper._layout import StateLayout
 from torchdiffeq_hyper._report import FitReport
 from torchdiffeq_hyper._types import State
@@ -17,11 +18,7 @@ from torchdiffeq_hyper.fitting.bespoke.correction import EndPhase, added_at_end,
 from torchdiffeq_hyper.fitting.bespoke.descents import Descents
 from torchdiffeq_hyper.fitting.bespoke.knots import fit_knots
 from torchdiffeq_hyper.fitting.bespoke.loop import mean_error
-from torchdiffeq_hyper.fitting.bespoke.pieces import (
-    are_independent,
-    cut,
-    rows_of,
-)
+from torchdiffeq_hyper.fitting.bespoke.pieces import cut, rows_of
 from torchdiffeq_hyper.fitting.bespoke.problem import BespokeProblem, with_large_batches
 from torchdiffeq_hyper.fitting.bespoke.report import fitted_of, report_of, signature_of
 from torchdiffeq_hyper.fitting.bespoke.start import (
@@ -33,6 +30,7 @@ from torchdiffeq_hyper.fitting.bespoke.start import (
 from torchdiffeq_hyper.fitting.budget import LAST_PHASE, Deadline
 from torchdiffeq_hyper.fitting.calibration import measuring_time_in
 from torchdiffeq_hyper.fitting.checkpoint import FitState, Store, check_same_call
+from torchdiffeq_hyper.fitting.context import bind
 from torchdiffeq_hyper.fitting.distributed import budget_of
 from torchdiffeq_hyper.fitting.field import Field, OutOfTimeError, check_field
 from torchdiffeq_hyper.fitting.guard import frozen_or_restored
@@ -182,8 +180,10 @@ class Session:
         self._held_out = cut(self._data.held_out, problem.func, ENDLESS, None)
         held_out, n = self.batches.held_out, problem.calls
         first, last = problem.span
-        times = (first, (first + last) / 2, last)
-        whole = not are_independent(problem.func, held_out, times, ENDLESS)
+        times = torch.tensor([first, (first + last) / 2, last], dtype=torch.float64)
+        field = bind(problem.func, held_out)
+        with torch.no_grad():
+            whole = find_coupling(field, held_out.y0, times) is not None
         self._rows = None if whole else rows_of(held_out.y0, n)
         return max(noise, self._plan.tolerances.rtol) if self._plan.is_looser else noise
 

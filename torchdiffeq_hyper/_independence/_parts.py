@@ -1,0 +1,106 @@
+"""func called on part of a batch, for a comparison that no count of a solve's calls holds."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_hyper import recording
+from torchdiffeq_hyper._independence._state import own, parts_of, shapes
+from torchdiffeq_hyper._restrict import HOW_TO_RESTRICT, restrict
+from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper.errors import CoupledSamplesError, HyperError, StateShapeError, explain
+
+Alone: TypeAlias = Callable[[Tensor, State, Tensor], State]
+"""``alone(t, y, index)``: the derivatives of the samples at positions ``index``, whose state is
+``y``, without the other samples."""
+
+# What torch raises where shapes do not go together.
+_CLASHES = (RuntimeError, ValueError, IndexError, TypeError)
+
+_probing: contextvars.ContextVar[bool] = contextvars.ContextVar("probing", default=False)
+
+
+def is_probing() -> bool:
+    """Return whether func is called for a comparison only, which those who count leave out."""
+    return _probing.get()
+
+
+@contextmanager
+def probing() -> Iterator[None]:
+    """Call func inside the block for a comparison: uncounted, what it solves unrecorded."""
+    token = _probing.set(True)
+    try:
+        with recording.paused():
+            yield
+    finally:
+        _probing.reset(token)
+
+
+def halves(batch: int, device: torch.device) -> list[Tensor]:
+    """Return the positions of both halves of a batch, drawn at random against symmetries."""
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(batch))
+    return [part.sort().values.to(device) for part in order.tensor_split(2)]
+
+
+def by_restricting(func: VectorField, y0: State) -> Alone:
+    """Return calls of func on some of the samples of ``y0``.
+
+    Args:
+        func: the vector field of the batch; one with a method ``restrict`` is restricted.
+        y0: the state.
+    """
+
+    def alone(t: Tensor, y: State, index: Tensor) -> State:
+        try:
+            k: State = restrict(func, index)(t, y)
+        except HyperError:
+            raise
+        except _CLASHES as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            error_of_part = cannot_take_part(f"fails ({reason})", y0)
+            raise error_of_part from error
+        if shapes(k) != shapes(y):
+            what = f"returned shapes {shapes(k)[1]} for {shapes(y)[1]}"
+            raise cannot_take_part(what, y0)
+        return own(k)
+
+    return alone
+
+
+def cannot_take_part(what: str, y0: State) -> StateShapeError | CoupledSamplesError:
+    """Return the error about a func that takes the whole batch only.
+
+    A state that is a vector (D,) may be a single sample, whose numbers func needs together.
+
+    Args:
+        what: what func does with part of the batch.
+        y0: the state of the batch.
+    """
+    parts = parts_of(y0)
+    is_vector = all(part.dim() == 1 for part in parts)
+    text = explain(
+        f"func {what}, part of a batch of {len(parts[0])}.",
+        "a derivative of the state's own shape for any part of the batch; a func that holds "
+        "something of every sample (noise, controls, conditioning) must say which part of it "
+        "belongs to which sample.",
+        (ways_of_one_sample(y0) if is_vector else "")
+        + f"{HOW_TO_RESTRICT}\n"
+        + "or, if batch norm in training mode couples the samples: func.eval()",
+    )
+    return CoupledSamplesError(text) if is_vector else StateShapeError(text)
+
+
+def ways_of_one_sample(y0: State) -> str:
+    """Return the lines to paste where ``y0`` is a single sample, or is to be solved as one."""
+    is_tuple = isinstance(y0, tuple)
+    one = "tuple(part.unsqueeze(0) for part in y0)" if is_tuple else "y0.unsqueeze(0)"
+    return (
+        f"y0 = {one}   # if y0 is a single sample: dim 0 counts the samples\n"
+        'odeint(func, y0, t, method="dopri5")   # takes the whole batch as one\n'
+    )

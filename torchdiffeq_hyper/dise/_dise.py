@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdiffeq_hyper._files import damage_reported, load_weights
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.dise import storage
 from torchdiffeq_hyper.dise._analysed import Analysed
@@ -180,7 +181,10 @@ class Dise(Analysed):
             FileFormatError: truncated, of another kind, or of a newer format.
             BaseMismatchError: an instance's weights are not those saved.
         """
-        candidates, selector, unit, report = storage.read(path, selector, hypernets or {})
-        loaded = cls(candidates, selector)
+        contents = storage.read(path, selector, hypernets or {})
+        candidates, selector, unit, report, weights = contents
+        with damage_reported(path):
+            loaded = cls(candidates, selector)
+        load_weights(weights, path)
         loaded.unit, loaded.report = unit, report
         return loaded.eval().requires_grad_(requires_grad=False)

@@ -21,9 +21,10 @@ from torchdiffeq_hyper._files._hypersolver import (
     write_hypersolver,
 )
 from torchdiffeq_hyper._files._nets import UNSEEN, load_weights
-from torchdiffeq_hyper._files._rules import under
+from torchdiffeq_hyper._files._rules import REPORT, under
 
 __all__ = [
+    "REPORT",
     "UNSEEN",
     "damage_reported",
     "describe_bespoke",

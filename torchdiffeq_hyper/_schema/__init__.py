@@ -21,7 +21,15 @@ from torchdiffeq_hyper._schema._records import (
     Tagged,
     check_sizes,
 )
-from torchdiffeq_hyper._schema._rule import Mismatch, Rule, checked, mismatch, refused, shown
+from torchdiffeq_hyper._schema._rule import (
+    Mismatch,
+    Rule,
+    checked,
+    mismatch,
+    missing,
+    refused,
+    shown,
+)
 from torchdiffeq_hyper._schema._values import (
     FLAG,
     FLOATS,
@@ -56,6 +64,7 @@ __all__ = [
     "check_sizes",
     "checked",
     "mismatch",
+    "missing",
     "record_of",
     "refused",
     "shown",

@@ -152,6 +152,11 @@ def read(
         candidate, loadable = _rebuild(settings, position, own, hypernets.get(position), path)
         candidates.append(candidate)
         weights += [] if loadable is None else [loadable]
+    n_predicted = found["selector"].get("n_candidates", len(candidates))
+    if n_predicted != len(candidates):
+        with refused(what):
+            place, expected = "selector.n_candidates", f"{len(candidates)}, one a candidate"
+            raise mismatch(place, n_predicted, expected)
     own = _files.under("selector.", tensors)
     net = _rebuild_selector(found["selector"], own, selector, path)
     weights.append((net, own, selector is not None))

@@ -17,7 +17,13 @@ from torchdiffeq_hyper.fitting.batches import Batches, n_samples, select
 from torchdiffeq_hyper.fitting.break_even import measure as measure_break_even
 from torchdiffeq_hyper.fitting.budget import Budget
 from torchdiffeq_hyper.fitting.calibration import calibrate
-from torchdiffeq_hyper.fitting.checkpoint import FitState, Store, check_same_call
+from torchdiffeq_hyper.fitting.checkpoint import (
+    FitState,
+    Store,
+    check_same_call,
+    signs_of_field,
+    signs_of_net,
+)
 from torchdiffeq_hyper.fitting.data import Data
 from torchdiffeq_hyper.fitting.distributed import budget_of
 from torchdiffeq_hyper.fitting.field import Field, check_field
@@ -188,10 +194,8 @@ def _signature(
         "objective": problem.objective,
         "dtype": str(probes[0].dtype),
         **described(problem.config),
-        "size of y0 and func(t, y0)": [float(probe.norm()) for probe in probes],
-        "hypernet": given
-        if isinstance(given, str)
-        else {name: list(value.shape) for name, value in given.state_dict().items()},
+        **signs_of_field(probes),
+        "hypernet": given if isinstance(given, str) else signs_of_net(given),
     }
 
 

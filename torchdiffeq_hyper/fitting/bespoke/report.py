@@ -17,7 +17,7 @@ from torchdiffeq_hyper.fitting.bespoke.problem import BespokeProblem
 from torchdiffeq_hyper.fitting.bespoke.sensitivities import n_weights
 from torchdiffeq_hyper.fitting.break_even import measure
 from torchdiffeq_hyper.fitting.budget import Budget
-from torchdiffeq_hyper.fitting.checkpoint import FitState
+from torchdiffeq_hyper.fitting.checkpoint import FitState, signs_of_field, signs_of_net
 from torchdiffeq_hyper.fitting.data import Data
 from torchdiffeq_hyper.fitting.objectives import quantiles
 from torchdiffeq_hyper.fitting.report import described, reported
@@ -39,8 +39,8 @@ def signature_of(
         "direction": problem.direction,
         "dtype": str(probes[0].dtype),
         **described(problem.config),
-        "size of y0 and func(t, y0)": [float(probe.norm()) for probe in probes],
-        "weights": {name: list(value.shape) for name, value in solver.state_dict().items()},
+        **signs_of_field(probes),
+        "weights": signs_of_net(solver),
     }
 
 

@@ -16,7 +16,7 @@ from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.dise import storage
 from torchdiffeq_hyper.dise._analysed import Analysed
 from torchdiffeq_hyper.dise.advice import one_candidate
-from torchdiffeq_hyper.dise.candidates import Candidate
+from torchdiffeq_hyper.dise.candidates import Candidate, check_candidates
 from torchdiffeq_hyper.dise.config import SelectorConfig
 from torchdiffeq_hyper.dise.costs import Cost
 from torchdiffeq_hyper.dise.labels import Labels
@@ -184,7 +184,8 @@ class Dise(Analysed):
         contents = storage.read(path, selector, hypernets or {})
         candidates, selector, unit, report, weights = contents
         with damage_reported(path):
-            loaded = cls(candidates, selector)
+            check_candidates(candidates)
         load_weights(weights, path)
+        loaded = cls(candidates, selector)
         loaded.unit, loaded.report = unit, report
         return loaded.eval().requires_grad_(requires_grad=False)

@@ -28,9 +28,10 @@ from torchdiffeq_hyper.fitting.field import SHARES
 from torchdiffeq_hyper.fitting.fingerprint import differing, fingerprint
 from torchdiffeq_hyper.fitting.state_rules import RULES, check_state
 
+FUNC = "func(t, y)"
 POINTS_OF: dict[str, Sequence[str]] = {
     "y0": ("",),
-    "func(t, y)": [f", {share:.0%} of t_span passed" for share in SHARES],
+    FUNC: [f", {share:.0%} of t_span passed" for share in SHARES],
 }
 """Entries of a signature that are fingerprints, and how each of their points is called."""
 FORMAT = "torchdiffeq_hyper fit 2"
@@ -204,6 +205,29 @@ def check_same_call(signatures: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
+def check_same_field(found: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> None:
+    """Refuse what was fitted to another field, if it was looked at from the same starts.
+
+    Args:
+        found: what `signs_of_field` returned then, None if it was not kept.
+        wanted: what it returns now.
+
+    Raises:
+        OptionError: func has other values.
+    """
+    if found is None or not _are_same("y0", found.get("y0"), wanted["y0"]):
+        return
+    if not _are_same(FUNC, found.get(FUNC), wanted[FUNC]):
+        raise OptionError(
+            explain(
+                "the checkpoint belongs to another field: "
+                f"{_told(FUNC, found, wanted, 'there', 'here')}.",
+                "the func that it was fitted to.",
+                "a new fit that begins with its net: HyperSolverModule(func, ..., hypernet=net)",
+            )
+        )
+
+
 def signs_of_field(probes: Sequence[Tensor]) -> dict[str, Any]:
     """Return what tells starts and a field from others.
 
@@ -213,7 +237,7 @@ def signs_of_field(probes: Sequence[Tensor]) -> dict[str, Any]:
     dtype = probes[0].dtype
     return {
         "y0": fingerprint(probes[:1], dtype),
-        "func(t, y)": fingerprint(probes[1:], dtype),
+        FUNC: fingerprint(probes[1:], dtype),
     }
 
 

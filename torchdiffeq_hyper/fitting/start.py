@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torchdiffeq_hyper._types import State
 from torchdiffeq_hyper.fitting.batches import n_samples, select
 from torchdiffeq_hyper.fitting.budget import Budget
 from torchdiffeq_hyper.fitting.calibration import calibrate
+from torchdiffeq_hyper.fitting.checkpoint import signs_of_field
 from torchdiffeq_hyper.fitting.data import Batch, measure_batch
 from torchdiffeq_hyper.fitting.field import Field, check_field
 from torchdiffeq_hyper.fitting.loop import usable_scale
@@ -33,12 +35,14 @@ class Start:
         batch: the starts with their reference solution.
         noise: noise floor.
         tolerances: of the reference solutions.
+        signs: what tells the starts and the field from others.
     """
 
     net: nn.Module
     batch: Batch
     noise: float
     tolerances: Tolerances
+    signs: dict[str, Any]
 
     @classmethod
     def of(cls, problem: Problem, y0: State, net: nn.Module | None) -> Start:
@@ -56,7 +60,7 @@ class Start:
         tolerances = Tolerances.of(problem.config, flat.dtype)
         unlimited = Budget(math.inf)
         field = Field(problem.func, y0, unlimited)
-        check_field(field, problem.span, flat)
+        signs = signs_of_field((flat, *check_field(field, problem.span, flat)))
         probes = select(y0, torch.arange(min(PROBES, n_samples(y0))))
         noise = measure_noise(
             Field(problem.func, probes, unlimited),
@@ -68,7 +72,7 @@ class Start:
         batch = measure_batch(field, y0, problem.tableau, problem.plan, tolerances)
         net = ready(y0, problem.tableau) if net is None else net
         calibrate(net, batch)
-        return cls(net, batch, noise, tolerances)
+        return cls(net, batch, noise, tolerances, signs)
 
     def scale(self, phase: Phase, route: int) -> float:
         """Return the base's error in a phase on a route, to which losses are relative."""

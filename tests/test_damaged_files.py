@@ -20,6 +20,7 @@ import torchdiffeq_hyper as tdh
 from mutations import mutated, mutated_tensors
 from stubs import damped_wave, spiral
 from torchdiffeq_hyper import _files
+from torchdiffeq_hyper.__main__ import _describe as describe
 from torchdiffeq_hyper.__main__ import main
 from torchdiffeq_hyper.errors import BaseMismatchError, FileFormatError, HyperError
 from torchdiffeq_hyper.hypernets import MLP, ConcatHypernet, Linear, from_architecture
@@ -135,6 +136,8 @@ def test_a_dise_of_the_first_version_gives_its_numbers() -> None:
         ("domain.colour", "red", "domain.colour is a field that this version does not know"),
         ("report.seconds", math.nan, "report.seconds is nan"),
         ("report.iterations", 2.5, "report.iterations is 2.5"),
+        ("report.validation", -0.5, "report.validation is -0.5"),
+        ("report.noise_floor", -math.inf, "report.noise_floor is -inf"),
         ("report.notes", "a note", "report.notes is 'a note'"),
         ("report.notes", ["\ud800"], "report.notes[0] is"),
         ("report.losses.0.train", None, "report.losses[0].train is None"),

@@ -75,8 +75,8 @@ _SECONDS = Real(low=0.0)
 
 REPORT = record_of(
     FitReport,
-    delta=Table(Real(is_finite=False), required=("0.5", "max")),
-    base_delta=Table(Real(is_finite=False), required=("0.5",)),
+    delta=Table(Real(low=0.0, is_finite=False), required=("0.5", "max")),
+    base_delta=Table(Real(low=0.0, is_finite=False), required=("0.5",)),
     seconds=_SECONDS,
     reference_seconds=_SECONDS,
     seed=Whole(-(2**63), 2**64),

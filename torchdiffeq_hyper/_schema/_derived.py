@@ -14,13 +14,14 @@ from torchdiffeq_hyper._schema._rule import Rule
 from torchdiffeq_hyper._schema._values import FLAG, Anything, Real, TensorOf, Text, Whole
 
 
-def record_of(cls: type, **own: Rule) -> Record:
+def record_of(cls: type, *, is_complete: bool = False, **own: Rule) -> Record:
     """Return the rules that a dataclass's annotations give, fields with a default optional.
 
-    Ints are counts, floats are measurements and may be nan.
+    Ints are counts, floats are measurements: of at least 0, and may be inf or nan.
 
     Args:
         cls: the dataclass.
+        is_complete: whether fields with a default have to be there all the same.
         own: rules of some of its fields, in place of what the annotation gives.
     """
     hints = typing.get_type_hints(cls)
@@ -28,14 +29,14 @@ def record_of(cls: type, **own: Rule) -> Record:
     for field in dataclasses.fields(cls):
         rule = own.get(field.name) or _rule_of(hints[field.name])
         has_default = {field.default, field.default_factory} != {dataclasses.MISSING}
-        fields[field.name] = Default(rule) if has_default else rule
+        fields[field.name] = Default(rule) if has_default and not is_complete else rule
     return Record(fields)
 
 
 def _rule_of(hint: Any) -> Rule:
     plain: dict[Any, Rule] = {
         int: Whole(),
-        float: Real(is_finite=False),
+        float: Real(low=0.0, is_finite=False),
         str: Text(),
         bool: FLAG,
         Any: Anything(),

@@ -66,11 +66,10 @@ class Real:
         """Return the number."""
         if type(value) not in (int, float) or (type(value) is int and abs(value) > 1e308):
             raise mismatch(name, value, self.expected)
-        if math.isfinite(value):
-            is_right = self.low <= value <= self.high and value > self.above
-        else:  # nan and inf as measurements have no range
-            is_right = not self.is_finite
-        if not is_right:
+        is_in_range = self.low <= value <= self.high and value > self.above
+        if not (is_in_range or (math.isnan(value) and not self.is_finite)) or (
+            math.isinf(value) and self.is_finite
+        ):
             raise mismatch(name, value, self.expected)
         number: float = value
         return number

@@ -90,10 +90,10 @@ CHECKPOINT = Record(
     {
         "format": Choice((FORMAT,)),
         "signature": Table(Anything()),
-        "state": record_of(FitState, **RULES),
+        "state": record_of(FitState, is_complete=True, **RULES),
     }
 )
-"""What the file holds; a field that `FitState` gets with a default may be missing in it."""
+"""What the file holds."""
 
 
 class Store:

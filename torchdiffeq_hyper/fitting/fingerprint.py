@@ -54,7 +54,7 @@ def fingerprint(points: Sequence[Tensor], dtype: torch.dtype) -> list[Print | No
 
 def _as_numbers(value: Tensor) -> Tensor:
     """Return all numbers in a tensor, float64, on the CPU."""
-    real = torch.view_as_real(value) if value.is_complex() else value
+    real = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
     return real.detach().cpu().double().flatten()
 
 

@@ -198,6 +198,41 @@ def test_a_checkpoint_holds_the_net_and_the_history(tmp_path: Path) -> None:
     assert loaded.report.validation == module.report.validation
 
 
+def rotated(t: Tensor, y: Tensor) -> Tensor:
+    return y.flip(1) * torch.tensor([1.0, -1.0], dtype=y.dtype)
+
+
+def test_the_checkpoint_of_another_field_is_refused(tmp_path: Path) -> None:
+    from torchdiffeq_hyper.errors import FileFormatError, OptionError
+    from torchdiffeq_hyper.lightning import HyperSolverModule
+
+    path = tmp_path / "last.ckpt"
+    train(make(rotated, base="euler"), max_epochs=1).save_checkpoint(path)
+
+    def load(func: Any, y0: Tensor) -> Any:
+        given = {"t_span": (0.0, 1.0), "base": "euler", "steps": 4}
+        return HyperSolverModule.load_from_checkpoint(path, func=func, y0=y0, **given)
+
+    assert load(rotated, starts(16, 5)).solver.base == "euler"
+    with pytest.raises(OptionError, match="belongs to another field"):
+        load(lambda t, y: -rotated(t, y), starts(16, 5))
+    # From other starts the two cannot be compared.
+    assert load(lambda t, y: -rotated(t, y), starts(16, 6)).solver.base == "euler"
+
+    saved = torch.load(path, weights_only=True)
+    del saved["torchdiffeq_hyper_field"]  # as earlier versions wrote it
+    torch.save(saved, path)
+    assert load(rotated, starts(16, 5)).solver.base == "euler"
+    for damaged in ({"losses": 3}, {"seconds": "1"}, {"losses": [{}]}, {"more": 1}, None):
+        torch.save({**saved, "torchdiffeq_hyper": damaged}, path)
+        with pytest.raises(FileFormatError, match="the checkpoint cannot be used: torchdiffeq"):
+            load(rotated, starts(16, 5))
+    del saved["torchdiffeq_hyper"]
+    torch.save(saved, path)
+    with pytest.raises(FileFormatError, match="torchdiffeq_hyper is missing"):
+        load(rotated, starts(16, 5))
+
+
 def test_a_fit_that_was_stopped_goes_on_bitwise_from_its_checkpoint(tmp_path: Path) -> None:
     straight = make(objective="trajectory")
     train(straight, max_epochs=4)

@@ -435,13 +435,13 @@ def test_description_that_is_not_json_is_refused(path: Path) -> None:
 def test_weights_that_contradict_the_description_are_refused(saved: Path) -> None:
     huge = {**MLP(2).architecture, "hidden": [10**9]}  # refused before memory is taken
     with_metadata(saved, {"hypernet": huge})
-    with pytest.raises(FileFormatError, match="do not fit its own description"):
+    with pytest.raises(FileFormatError, match=r"hypernet\.hidden is \[1000000000\]"):
         tdh.HyperSolver.load(saved)
 
 
 def test_ready_net_of_a_later_version_is_refused(saved: Path) -> None:
     with_metadata(saved, {"hypernet": {"kind": "transformer"}})
-    with pytest.raises(FileFormatError, match="'transformer' is not one of the ready nets"):
+    with pytest.raises(FileFormatError, match="hypernet.kind is 'transformer'"):
         tdh.HyperSolver.load(saved)
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from torchdiffeq_hyper import _files, _registry
 from torchdiffeq_hyper._domain import FitDomain
-from torchdiffeq_hyper._files._container import damage_reported
 from torchdiffeq_hyper._report import FitReport
+from torchdiffeq_hyper.bespoke import BespokeSolver
 from torchdiffeq_hyper.errors import HyperError
 
 
@@ -67,11 +67,19 @@ def _yes(value: bool) -> str:  # noqa: FBT001 - the value is what is shown
 
 
 def _describe(path: str) -> str:
-    """Return what a saved solver's file says, one fact a line; needs no net's class."""
-    kind = str(_files.read_metadata(path)["kind"])
-    tensors, metadata = _files.read(path, kind if kind == "bns" else "hypersolver")
-    with damage_reported(path):
-        facts = _facts(tensors, metadata)
+    """Return what a saved solver's file says, one fact a line; needs no net's class.
+
+    It goes through the checks of `HyperSolver.load`.
+    """
+    if _files.read_metadata(path)["kind"] == "bns":
+        arguments, _, _ = _files.read_bespoke(path, _files.UNSEEN)
+        with _files.damage_reported(path):
+            BespokeSolver(**arguments)
+        tensors, metadata = _files.read(path, "bns")
+    else:
+        arguments, _, _ = _files.read_hypersolver(path, _files.UNSEEN)
+        tensors, metadata = _files.read(path, "hypersolver")
+    facts = _facts(tensors, metadata, arguments["domain"], arguments["report"])
     width = max(map(len, facts))
     return "\n".join(
         f"{name if i == 0 else '':{width}}  {line}"
@@ -80,7 +88,12 @@ def _describe(path: str) -> str:
     )
 
 
-def _facts(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[str, str]:
+def _facts(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    domain: FitDomain | None,
+    report: FitReport | None,
+) -> dict[str, str]:
     is_bespoke = metadata["base"] == "bns"
     method = _registry.find("bns") if is_bespoke else _registry.method_of(metadata["base"])
     alpha, steps, net = metadata["alpha"], metadata["steps"], dict(metadata["hypernet"] or {})
@@ -96,10 +109,10 @@ def _facts(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[s
         else kind,
         "weights": f"{weights:,} numbers in {len(tensors)} tensors",
     }
-    if metadata["domain"] is not None:
-        facts |= _domain_facts(FitDomain.from_dict(metadata["domain"]))
-    if metadata["report"] is not None:
-        facts["report"] = str(FitReport.from_dict(metadata["report"]))
+    if domain is not None:
+        facts |= _domain_facts(domain)
+    if report is not None:
+        facts["report"] = str(report)
     return facts
 
 

@@ -14,7 +14,12 @@ from torchdiffeq_hyper._checks import check_hypernet
 from torchdiffeq_hyper._context import context_of
 from torchdiffeq_hyper._domain import FitDomain
 from torchdiffeq_hyper._export import export_solve
-from torchdiffeq_hyper._files import read_hypersolver, read_metadata, write_hypersolver
+from torchdiffeq_hyper._files import (
+    load_weights,
+    read_hypersolver,
+    read_metadata,
+    write_hypersolver,
+)
 from torchdiffeq_hyper._finite import is_finite, raise_non_finite
 from torchdiffeq_hyper._grid import Steps, check_steps, check_times, equal_steps, step_sizes
 from torchdiffeq_hyper._layout import StateLayout, is_half
@@ -242,7 +247,7 @@ class HyperSolver(nn.Module):
             return owner.load(path, hypernet)
         arguments, net, weights = read_hypersolver(path, hypernet)
         solver = cls(hypernet=net, **arguments)
-        net.load_state_dict(weights, assign=hypernet is None)
+        load_weights([(net, weights, hypernet is not None)], path)
         return solver.eval().requires_grad_(requires_grad=False)
 
     def __getstate__(self) -> dict[str, Any]:

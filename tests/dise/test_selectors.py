@@ -85,9 +85,15 @@ def test_impossible_arguments_are_refused(build: Any, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "architecture",
-    [{}, {"kind": "mlpp", "n_inputs": 2}, {"kind": "mlp"}, {"kind": "mlp", "n_inputs": -2}],
+    ("architecture", "named"),
+    [
+        ({}, 'kind is None(?s:.*)"mlp"'),
+        ({"kind": "mlpp", "n_inputs": 2}, "kind is 'mlpp'"),
+        ({"kind": "mlp"}, "n_inputs is missing"),
+        ({"kind": "mlp", "n_inputs": -2}, "n_inputs is -2"),
+        ({"kind": "tanh-mlp", "n_inputs": 2**40, "n_candidates": 2**40}, "cannot be built"),
+    ],
 )
-def test_damaged_descriptions_are_refused(architecture: dict[str, Any]) -> None:
-    with pytest.raises(FileFormatError, match='"mlp"'):
+def test_damaged_descriptions_are_refused(architecture: dict[str, Any], named: str) -> None:
+    with pytest.raises(FileFormatError, match=named):
         selectors.from_architecture(architecture)

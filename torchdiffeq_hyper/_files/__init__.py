@@ -8,6 +8,7 @@ from torchdiffeq_hyper._files._bespoke import (
 )
 from torchdiffeq_hyper._files._container import (
     damage_reported,
+    described_in,
     read,
     read_metadata,
     write,
@@ -19,17 +20,24 @@ from torchdiffeq_hyper._files._hypersolver import (
     rebuild_hypersolver,
     write_hypersolver,
 )
+from torchdiffeq_hyper._files._nets import UNSEEN, load_weights
+from torchdiffeq_hyper._files._rules import REPORT, under
 
 __all__ = [
+    "REPORT",
+    "UNSEEN",
     "damage_reported",
     "describe_bespoke",
     "describe_hypersolver",
+    "described_in",
+    "load_weights",
     "read",
     "read_bespoke",
     "read_hypersolver",
     "read_metadata",
     "rebuild_bespoke",
     "rebuild_hypersolver",
+    "under",
     "write",
     "write_bespoke",
     "write_bytes",

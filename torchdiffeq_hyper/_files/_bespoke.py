@@ -6,12 +6,15 @@ import os
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._domain import FitDomain
-from torchdiffeq_hyper._files._container import damage_reported, read, write
-from torchdiffeq_hyper._files._nets import match, pack
+from torchdiffeq_hyper._files._container import described_in, read, write
+from torchdiffeq_hyper._files._nets import UNSEEN, match, pack
+from torchdiffeq_hyper._files._rules import BESPOKE, fitted, under
 from torchdiffeq_hyper._report import FitReport
+from torchdiffeq_hyper._schema import FLOATS, Record, TensorOf, checked
 from torchdiffeq_hyper._types import Hypernet
 from torchdiffeq_hyper.errors import BaseMismatchError, explain
 
@@ -102,30 +105,38 @@ def rebuild_bespoke(
     tensors: Mapping[str, Tensor],
     hypernet: nn.Module | None,
     path: str | os.PathLike[str],
+    at: str = "",
 ) -> tuple[dict[str, Any], nn.Module | None, dict[str, Tensor]]:
-    """Return the same as `read_bespoke` from what `describe_bespoke` gave."""
-    with damage_reported(path):
-        domain, report = metadata["domain"], metadata["report"]
-        arguments: dict[str, Any] = {
-            "weights": tensors["weights"],
-            "knots": (tensors["knot_values"], tensors["knot_slopes"]),
-            "domain": None if domain is None else FitDomain.from_dict(domain),
-            "report": None if report is None else FitReport.from_dict(report),
-        }
-        description = metadata["hypernet"]
-    if description is None:
-        if hypernet is not None:
-            raise BaseMismatchError(
-                explain(
-                    f"{os.fspath(path)!r} holds a solver without a hypernet.",
-                    "no instance to load one into.",
-                    f"tdh.HyperSolver.load({os.fspath(path)!r})",
-                )
-            )
-        return arguments, None, {}
-    weights = {
-        name.removeprefix(_NET): tensor for name, tensor in tensors.items() if name.startswith(_NET)
+    """Return the same as `read_bespoke` from what `describe_bespoke` gave, at a place in a file."""
+    settings = checked(BESPOKE, metadata, described_in(path), at)
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(_NET)}
+    description = settings["hypernet"]
+    weights = under(_NET, tensors)
+    checked(_tensors(settings["steps"], own), own, f"a solver in {os.fspath(path)!r}")
+    arguments: dict[str, Any] = {
+        "weights": own["weights"],
+        "knots": (own["knot_values"], own["knot_slopes"]),
+        **fitted(settings),
     }
-    with damage_reported(path):
-        description = dict(description)
-    return arguments, match(description, weights, hypernet, os.fspath(path)), weights
+    if description is not None:
+        place = f"{at}.hypernet" if at else "hypernet"
+        net = match(description, weights, hypernet, os.fspath(path), place)
+        return arguments, net, weights
+    checked(Record({}), weights, f"the description in {os.fspath(path)!r}", "hypernet")
+    if hypernet is not None and hypernet is not UNSEEN:
+        raise BaseMismatchError(
+            explain(
+                f"{os.fspath(path)!r} holds a solver without a hypernet.",
+                "no instance to load one into.",
+                f"tdh.HyperSolver.load({os.fspath(path)!r})",
+            )
+        )
+    return arguments, None, {}
+
+
+def _tensors(steps: int, found: Mapping[str, Tensor]) -> Record:
+    """Return what the tensors of a solver with so many calls are: of one dtype."""
+    dtype = found["weights"].dtype if "weights" in found else torch.float32
+    dtypes = (dtype,) if dtype in FLOATS else FLOATS
+    rows = {"weights": steps, "knot_values": steps - 1, "knot_slopes": steps + 1}
+    return Record({name: TensorOf(dtypes, (n, steps), is_finite=True) for name, n in rows.items()})

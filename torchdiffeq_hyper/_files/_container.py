@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from torchdiffeq_hyper._files._rules import FORMAT_VERSION, HEADER
+from torchdiffeq_hyper._schema import Anything, Mismatch, Record, Table, checked, refused
 from torchdiffeq_hyper.errors import FileFormatError, FileWriteError, explain
 
-FORMAT_VERSION = 1
 _KEY = "torchdiffeq_hyper"
 
 
@@ -101,9 +102,20 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
             )
         )
     with _open(path) as file:
-        # Cloned: the file may be replaced while the tensors live.
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        tensors = {name: _tensor(file, name, path) for name in file.keys()}  # noqa: SIM118
     return tensors, metadata
+
+
+def _tensor(file: Any, name: str, path: str | os.PathLike[str]) -> Tensor:
+    with refused(repr(os.fspath(path))):
+        try:
+            # Cloned: the file may be replaced while the tensors live.
+            tensor: Tensor = file.get_tensor(name).clone()
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            # A dtype or size that this torch has not.
+            problem = f"its tensor {name!r} cannot be read: {error}"
+            raise Mismatch(problem, "tensors that torch can hold") from error
+    return tensor
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -124,8 +136,14 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
             )
         )
     with damage_reported(path):
-        metadata = json.loads(text)
-        version, _ = int(metadata["format_version"]), str(metadata["kind"])
+        try:
+            metadata = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            problem = f"it is no JSON: {error}"
+            raise Mismatch(problem, "what `save` writes") from error
+    checked(Table(Anything()), metadata, described_in(path))
+    header = {name: metadata[name] for name in HEADER if name in metadata}
+    version = checked(Record(HEADER), header, described_in(path))["format_version"]
     if version > FORMAT_VERSION:
         raise FileFormatError(
             explain(
@@ -137,23 +155,17 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     return dict(metadata)
 
 
+def described_in(path: str | os.PathLike[str]) -> str:
+    """Return how messages call the description in a file."""
+    return f"the description in {os.fspath(path)!r}"
+
+
 @contextmanager
 def damage_reported(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Report what goes wrong with a file's metadata as a `FileFormatError`."""
-    try:
+    """Report what is refused of a file's contents as a `FileFormatError`."""
+    fix = "install the plugin that adds the file's method, or fit and save again"
+    with refused(described_in(path), fix):
         yield
-    except FileFormatError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise FileFormatError(
-            explain(
-                f"the description in {os.fspath(path)!r} cannot be used: "
-                f"{type(error).__name__}: {reason}",
-                "what `save` writes, and the plugins that were installed then.",
-                "install the plugin that adds the file's method, or fit and save again",
-            )
-        ) from error
 
 
 @contextmanager

@@ -9,11 +9,13 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._domain import FitDomain
-from torchdiffeq_hyper._files._container import damage_reported, read, write
+from torchdiffeq_hyper._files._container import damage_reported, described_in, read, write
 from torchdiffeq_hyper._files._nets import match, pack
-from torchdiffeq_hyper._grid import Steps, check_steps
+from torchdiffeq_hyper._files._rules import HYPERSOLVER, fitted
+from torchdiffeq_hyper._grid import Steps
 from torchdiffeq_hyper._registry import find_tableau
 from torchdiffeq_hyper._report import FitReport
+from torchdiffeq_hyper._schema import checked
 from torchdiffeq_hyper._types import Hypernet
 from torchdiffeq_hyper.tableaus import Tableau
 
@@ -100,21 +102,22 @@ def rebuild_hypersolver(
     tensors: Mapping[str, Tensor],
     hypernet: nn.Module | None,
     path: str | os.PathLike[str],
+    at: str = "",
 ) -> tuple[dict[str, Any], nn.Module]:
     """Return a hypersolver's arguments and its net from what `describe_hypersolver` gave.
 
-    The weights are not loaded yet. Raises what `read_hypersolver` raises of the contents.
+    The weights are not loaded yet; ``at`` is the place in the file. Raises what
+    `read_hypersolver` raises of the contents.
     """
+    settings = checked(HYPERSOLVER, metadata, described_in(path), at)
+    steps = settings["steps"]
+    arguments: dict[str, Any] = {
+        "base": settings["base"],
+        "alpha": settings["alpha"],
+        "steps": tuple(steps) if isinstance(steps, list) else steps,
+        **fitted(settings),
+    }
     with damage_reported(path):
-        steps, domain, report = metadata["steps"], metadata["domain"], metadata["report"]
-        arguments: dict[str, Any] = {
-            "base": metadata["base"],
-            "alpha": metadata["alpha"],
-            "steps": tuple(steps) if isinstance(steps, list) else steps,
-            "domain": None if domain is None else FitDomain.from_dict(domain),
-            "report": None if report is None else FitReport.from_dict(report),
-        }
-        check_steps(arguments["steps"])
-        find_tableau(metadata["base"], metadata["alpha"])
-        description = dict(metadata["hypernet"])
-    return arguments, match(description, tensors, hypernet, os.fspath(path))
+        find_tableau(settings["base"], settings["alpha"])
+    place = f"{at}.hypernet" if at else "hypernet"
+    return arguments, match(settings["hypernet"], tensors, hypernet, os.fspath(path), place)

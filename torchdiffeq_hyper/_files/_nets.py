@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from torchdiffeq_hyper._files._container import described_in
+from torchdiffeq_hyper._schema import FLOATS, TensorOf, checked
 from torchdiffeq_hyper._types import Hypernet
 from torchdiffeq_hyper.errors import (
     BaseMismatchError,
@@ -19,7 +22,10 @@ from torchdiffeq_hyper.errors import (
 )
 from torchdiffeq_hyper.hypernets import ConcatHypernet
 from torchdiffeq_hyper.hypernets._ready import ReadyHypernet
-from torchdiffeq_hyper.hypernets._select import KINDS, from_architecture
+from torchdiffeq_hyper.hypernets._select import KINDS, from_architecture, rebuilt
+
+UNSEEN: nn.Module = nn.Identity()
+"""Stands for a net of the user's own whose class is not at hand, to look at a file without it."""
 
 
 def pack(hypernet: Hypernet) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -53,9 +59,9 @@ def pack(hypernet: Hypernet) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _describe(hypernet: nn.Module) -> dict[str, Any]:
     if isinstance(hypernet, ReadyHypernet) and type(hypernet) is KINDS.get(hypernet.kind):
         with torch.device("meta"):
-            rebuilt = from_architecture(hypernet.architecture)
+            plain = from_architecture(hypernet.architecture)
         # A ready net whose layers were exchanged is one no more.
-        if repr(rebuilt) == repr(hypernet):
+        if repr(plain) == repr(hypernet):
             return hypernet.architecture
     kind = type(hypernet)
     described = {"kind": "custom", "class": f"{kind.__module__}.{kind.__qualname__}"}
@@ -69,6 +75,7 @@ def match(
     tensors: Mapping[str, Tensor],
     hypernet: nn.Module | None,
     path: str,
+    at: str = "hypernet",
 ) -> nn.Module:
     """Return the module that ``tensors`` can be loaded into, without loading them.
 
@@ -77,8 +84,9 @@ def match(
     Args:
         description: as `pack` returned it.
         tensors: as `pack` returned them.
-        hypernet: the instance to use, or None for a ready net.
+        hypernet: the instance to use, None for a ready net, or `UNSEEN` for any net.
         path: the file, for messages.
+        at: the place of the description in it.
 
     Raises:
         FileFormatError: a custom net without an instance, or a damaged description.
@@ -86,26 +94,78 @@ def match(
         StateShapeError: its weights have other shapes.
         StateTypeError: its weights have other dtypes.
     """
+    if description["kind"] != "custom":
+        _check_numbers(tensors, path)
+        hypernet = None if hypernet is UNSEEN else hypernet
+    elif hypernet is UNSEEN:
+        return hypernet
+    elif hypernet is None:
+        _raise_custom(description, path)
     if hypernet is None:
-        if description.get("kind") == "custom":
-            _raise_custom(description, path)
         with torch.device("meta"):
-            rebuilt = from_architecture(description)
+            net = rebuilt(description, tensors, described_in(path), at)
         try:
-            _check_names_and_shapes(rebuilt, tensors, path)
+            _check_names_and_shapes(net, tensors, path)
         except (BaseMismatchError, StateShapeError) as error:
             raise FileFormatError(
                 explain(
-                    f"the weights in {path!r} do not fit its own description.",
+                    f"the weights in {path!r} do not fit its own description: "
+                    f"{str(error).splitlines()[0]}",
                     "a file as `save` wrote it.",
                     "fit and save again",
                 )
             ) from error
-        return rebuilt
+        return net
     _check_description(description, hypernet, path)
     _check_names_and_shapes(hypernet, tensors, path)
     _check_dtypes(hypernet, tensors, path)
     return hypernet
+
+
+def _check_numbers(tensors: Mapping[str, Tensor], path: str) -> None:
+    """Refuse weights that no ready net can have: all of one dtype, and finite."""
+    dtypes = {tensor.dtype for tensor in tensors.values()} & {*FLOATS}
+    rule = TensorOf(tuple(dtypes)[:1] or FLOATS, is_finite=True)
+    for name, tensor in tensors.items():
+        checked(rule, tensor, repr(path), f"the tensor {name!r}")
+
+
+def load_weights(
+    parts: Sequence[tuple[nn.Module, Mapping[str, Tensor], bool]], path: str | os.PathLike[str]
+) -> None:
+    """Load the weights of one or more nets; all of them, or none.
+
+    Args:
+        parts: for each net itself, its weights, and whether it is an instance of the
+            caller's; one that is not was built on the "meta" device.
+        path: the file, for messages.
+
+    Raises:
+        BaseMismatchError: an instance cannot take its weights.
+    """
+    own = [net for net, _, is_own in parts if is_own]
+    before = [
+        [(value, value.clone()) for value in net.state_dict().values() if not is_lazy(value)]
+        for net in own
+    ]
+    try:
+        for net, weights, is_own in parts:
+            net.load_state_dict(weights, assign=not is_own)
+    except BaseException as error:
+        for value, old in (pair for pairs in before for pair in pairs):
+            if not torch.equal(value, old):
+                value.copy_(old)
+        if not isinstance(error, RuntimeError):
+            raise
+        reasons = str(error).splitlines()
+        raise BaseMismatchError(
+            explain(
+                f"the instance given cannot take the weights in {os.fspath(path)!r}: "
+                f"{reasons[-1].strip()}",
+                "an instance whose tensors can be written to.",
+                "buffers that own their memory: buffer.clone() in place of buffer.expand(...)",
+            )
+        ) from error
 
 
 def _raise_custom(description: Mapping[str, Any], path: str) -> None:

@@ -65,6 +65,37 @@ def check_weights(weights: Tensor) -> Tensor:
     return weights
 
 
+def check_knots(knots: tuple[Tensor, Tensor], weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the knots of a bespoke solver with these weights.
+
+    Raises:
+        StateTypeError: not floating-point tensors.
+        StateShapeError: not (n - 1, n) and (n + 1, n).
+        OptionError: not finite.
+    """
+    n = len(weights)
+    fix = "tdh.BespokeSolver(weights)   # knots from a cubic in time"
+    for name, knot, rows in zip(("values", "slopes"), knots, (n - 1, n + 1), strict=True):
+        if not isinstance(knot, Tensor) or not knot.is_floating_point():
+            got = knot.dtype if isinstance(knot, Tensor) else type(knot).__name__
+            raise StateTypeError(
+                explain(f"the knots' {name} is {got}.", "a floating-point tensor.", fix)
+            )
+        if knot.shape != (rows, n):
+            raise StateShapeError(
+                explain(
+                    f"the knots' {name} has shape {tuple(knot.shape)}.",
+                    f"{(rows, n)}, weights being {(n, n)}.",
+                    fix,
+                )
+            )
+        if not knot.is_meta and not is_finite(knot):
+            raise OptionError(
+                explain(f"the knots' {name} holds inf or nan.", "finite numbers.", fix)
+            )
+    return knots
+
+
 def is_whole_span(t: Tensor, span: tuple[float, float] | None) -> bool:
     """Return whether ``t`` is known to be the two ends of the span and no more.
 

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from torchdiffeq_hyper._context import context_of
 from torchdiffeq_hyper._domain import FitDomain
-from torchdiffeq_hyper._files import read_bespoke, write_bespoke
+from torchdiffeq_hyper._files import (
+    damage_reported,
+    load_weights,
+    read_bespoke,
+    write_bespoke,
+)
 from torchdiffeq_hyper._finite import is_finite
 from torchdiffeq_hyper._grid import check_times
 from torchdiffeq_hyper._layout import StateLayout, is_half
@@ -18,6 +23,7 @@ from torchdiffeq_hyper._report import FitReport
 from torchdiffeq_hyper._stepping import Correction, stage_call
 from torchdiffeq_hyper._types import Hypernet, State, VectorField
 from torchdiffeq_hyper.bespoke._checks import (
+    check_knots,
     check_weights,
     is_whole_span,
     raise_non_finite,
@@ -92,7 +98,7 @@ class BespokeSolver(HyperSolver, kind="bns"):
         nn.Module.__init__(self)  # a hypersolver's base is a method of its own
         checked = check_weights(weights)
         self.weights = nn.Parameter(checked, requires_grad=False)
-        values, slopes = polynomial_knots(checked) if knots is None else knots
+        values, slopes = polynomial_knots(checked) if knots is None else check_knots(knots, checked)
         self.register_buffer("knot_values", values)
         self.register_buffer("knot_slopes", slopes)
         self.hypernet = hypernet  # type: ignore[assignment]
@@ -238,9 +244,10 @@ class BespokeSolver(HyperSolver, kind="bns"):
     def load(cls, path: str | os.PathLike[str], hypernet: nn.Module | None = None) -> BespokeSolver:
         """Read a solver that `save` wrote, as `HyperSolver.load` does, which reads it as well."""
         arguments, net, weights = read_bespoke(path, hypernet)
-        solver = cls(hypernet=net, **arguments)
+        with damage_reported(path):
+            solver = cls(hypernet=net, **arguments)
         if net is not None:
-            net.load_state_dict(weights, assign=hypernet is None)
+            load_weights([(net, weights, hypernet is not None)], path)
         return solver.eval().requires_grad_(requires_grad=False)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdiffeq_hyper._files import damage_reported, load_weights
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.dise import storage
 from torchdiffeq_hyper.dise._analysed import Analysed
 from torchdiffeq_hyper.dise.advice import one_candidate
-from torchdiffeq_hyper.dise.candidates import Candidate
+from torchdiffeq_hyper.dise.candidates import Candidate, check_candidates
 from torchdiffeq_hyper.dise.config import SelectorConfig
 from torchdiffeq_hyper.dise.costs import Cost
 from torchdiffeq_hyper.dise.labels import Labels
@@ -180,7 +181,11 @@ class Dise(Analysed):
             FileFormatError: truncated, of another kind, or of a newer format.
             BaseMismatchError: an instance's weights are not those saved.
         """
-        candidates, selector, unit, report = storage.read(path, selector, hypernets or {})
+        contents = storage.read(path, selector, hypernets or {})
+        candidates, selector, unit, report, weights = contents
+        with damage_reported(path):
+            check_candidates(candidates)
+        load_weights(weights, path)
         loaded = cls(candidates, selector)
         loaded.unit, loaded.report = unit, report
         return loaded.eval().requires_grad_(requires_grad=False)

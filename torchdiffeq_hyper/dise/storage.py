@@ -5,16 +5,39 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper import _files
+from torchdiffeq_hyper._files._rules import HEADER, MOST_STEPS
+from torchdiffeq_hyper._schema import (
+    FLOATS,
+    Anything,
+    Default,
+    Items,
+    Maybe,
+    Mismatch,
+    Real,
+    Record,
+    Row,
+    Such,
+    Table,
+    Tagged,
+    TensorOf,
+    Text,
+    Whole,
+    checked,
+    mismatch,
+    refused,
+    shown,
+)
 from torchdiffeq_hyper.bespoke import BespokeSolver
 from torchdiffeq_hyper.dise.candidates import Candidate
 from torchdiffeq_hyper.dise.report import DiseReport
 from torchdiffeq_hyper.dise.selectors import ReadySelector, from_architecture
+from torchdiffeq_hyper.dise.selectors._ready import ARCHITECTURES
 from torchdiffeq_hyper.dise.training import Scale
 from torchdiffeq_hyper.errors import (
     BaseMismatchError,
@@ -27,6 +50,43 @@ from torchdiffeq_hyper.hypersolver import HyperSolver
 
 KIND = "dise"
 _SETTINGS = ("steps", "rtol", "atol", "options")
+
+Weights: TypeAlias = tuple[nn.Module, Mapping[str, Tensor], bool]
+"""A net, its weights, and whether it is an instance of the caller's."""
+
+_TOLERANCE = Maybe(Real(low=0.0))
+_CANDIDATE = Record(
+    {
+        "method": Text(100),
+        "steps": Maybe(Whole(1, MOST_STEPS)),
+        "rtol": _TOLERANCE,
+        "atol": _TOLERANCE,
+        "options": Table(Anything(is_json=True)),
+        "solver": Default(Maybe(Table(Anything())), None),  # checked as it is rebuilt
+    }
+)
+_SECONDS = Real(low=0.0)
+DISE = Record(
+    {
+        "candidates": Items(_CANDIDATE, least=1, most=1000),
+        "selector": Tagged("kind", {**ARCHITECTURES, "custom": Record({"class": Text(1000)})}),
+        "unit": Row((Real(), Real(above=0.0))),
+        "report": Maybe(
+            Record(
+                {
+                    "names": Items(Text(), most=1000),
+                    "alpha": Real(above=0.0),
+                    "penalty": Real(above=0.0),
+                    "losses": Items(Row((Whole(), Real(is_finite=False), Real(is_finite=False)))),
+                    "label_seconds": _SECONDS,
+                    "seconds": _SECONDS,
+                }
+            )
+        ),
+    },
+    ignored=tuple(HEADER),
+)
+"""The description in a file of kind "dise"."""
 
 
 def write(
@@ -74,21 +134,89 @@ def read(
     path: str | os.PathLike[str],
     selector: nn.Module | None,
     hypernets: Mapping[int, nn.Module],
-) -> tuple[list[Candidate], nn.Module, Scale, DiseReport | None]:
-    """Return the contents of a file; see `Dise.load`."""
+) -> tuple[list[Candidate], nn.Module, Scale, DiseReport | None, list[Weights]]:
+    """Return the contents of a file, and the weights to load once all of it is known to be right.
+
+    See `Dise.load`.
+    """
     tensors, metadata = _files.read(path, KIND)
-    with _files.damage_reported(path):
-        described = list(metadata["candidates"])
-        unit = Scale(*map(float, metadata["unit"]))
-        report = metadata["report"]
-        if report is not None:
-            report = DiseReport.from_parts(report, _under("report", tensors))
-    candidates = [
-        _rebuild(settings, position, tensors, hypernets.get(position), path)
-        for position, settings in enumerate(described)
-    ]
-    net = _rebuild_selector(metadata["selector"], _under("selector", tensors), selector, path)
-    return candidates, net, unit, report
+    what = _files.described_in(path)
+    found = checked(DISE, metadata, what)
+    with refused(what):
+        _check_tensors(tensors, found)
+        report = None if found["report"] is None else _report(found, tensors)
+    candidates: list[Candidate] = []
+    weights: list[Weights] = []
+    for position, settings in enumerate(found["candidates"]):
+        own = _files.under(f"candidates.{position}.", tensors)
+        candidate, loadable = _rebuild(settings, position, own, hypernets.get(position), path)
+        candidates.append(candidate)
+        weights += [] if loadable is None else [loadable]
+    n_predicted = found["selector"].get("n_candidates", len(candidates))
+    if n_predicted != len(candidates):
+        with refused(what):
+            place, expected = "selector.n_candidates", f"{len(candidates)}, one a candidate"
+            raise mismatch(place, n_predicted, expected)
+    own = _files.under("selector.", tensors)
+    net = _rebuild_selector(found["selector"], own, selector, path)
+    weights.append((net, own, selector is not None))
+    return candidates, net, Scale(*map(float, found["unit"])), report, weights
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], found: Mapping[str, Any]) -> None:
+    """Refuse tensors that belong to nothing in the description.
+
+    Raises:
+        Mismatch: there are some.
+    """
+    owners = {"selector"} | {
+        f"candidates.{position}"
+        for position, settings in enumerate(found["candidates"])
+        if settings.get("solver") is not None
+    }
+    owners |= set() if found["report"] is None else {"report"}
+    for name in tensors:
+        first, _, rest = name.partition(".")
+        owner = f"{first}.{rest.partition('.')[0]}" if first == "candidates" else first
+        if owner not in owners:
+            problem = f"the tensor {name!r} belongs to nothing described."
+            raise Mismatch(problem, f"tensors of {', '.join(sorted(owners)[:8])}")
+
+
+def _report(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> DiseReport:
+    """Return the report.
+
+    Raises:
+        Mismatch: it is none of these candidates' and samples'.
+        OptionError: its M is smaller than what a right answer costs.
+    """
+    n = len(found["candidates"])
+    names = Items(Text(), least=n, most=n)
+    names.check(found["report"]["names"], "report.names")
+    own = _files.under("report.", tensors)
+    batch = own["nfe"].shape[0] if "nfe" in own and own["nfe"].dim() == 2 else None
+    integer, real = (torch.int64, torch.int32), FLOATS
+    rules = Record(
+        {
+            "nfe": TensorOf((*integer, *real), (batch, n), is_finite=True),
+            "is_right": TensorOf((torch.bool,), (batch, n)),
+            "weight": TensorOf((*integer, *real), (batch, n)),
+            "selection": _positions(n, batch),
+            "held_out": _positions(batch or 0, None),
+        }
+    )
+    report = DiseReport.from_parts(found["report"], rules.check(own, "report"))
+    _ = report.costs
+    return report
+
+
+def _positions(n: int, count: int | None) -> Such:
+    """Return the rule for a tensor of positions among ``n``."""
+    return Such(
+        TensorOf((torch.int64,), (count,)),
+        lambda index: index.numel() == 0 or 0 <= int(index.min()) <= int(index.max()) < n,
+        f"each from 0 to {n - 1}",
+    )
 
 
 def _describe(candidate: Candidate, position: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -115,40 +243,43 @@ def _describe(candidate: Candidate, position: int) -> tuple[dict[str, Any], dict
 def _rebuild(
     settings: Mapping[str, Any],
     position: int,
-    tensors: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
     hypernet: nn.Module | None,
     path: str | os.PathLike[str],
-) -> Candidate:
-    with _files.damage_reported(path):
-        given = {name: settings[name] for name in _SETTINGS}
-        described = settings.get("solver")
-        if described is None:
-            return Candidate(str(settings["method"]), **given)
-        net_described = described["hypernet"]
-        kind = "none" if net_described is None else net_described["kind"]
+) -> tuple[Candidate, Weights | None]:
+    given = {name: settings[name] for name in _SETTINGS}
+    described = settings.get("solver")
+    if described is None:
+        with _files.damage_reported(path):
+            return Candidate(settings["method"], **given), None
+    net_described = described.get("hypernet")
+    kind = net_described.get("kind") if isinstance(net_described, dict) else None
     if kind == "custom" and hypernet is None:
         raise FileFormatError(
             explain(
                 f"candidate {position} in {os.fspath(path)!r} has a hypernet of your own, a "
-                f"{described['hypernet'].get('class')}; the file holds weights and no code.",
+                f"{shown(net_described.get('class'))}; the file holds weights and no code.",
                 "an instance of that net to load them into.",
                 f"tdh.Dise.load({os.fspath(path)!r}, hypernets={{{position}: net}})",
             )
         )
-    weights = _under(f"candidates.{position}", tensors)
+    at = f"candidates[{position}].solver"
     solver: HyperSolver
     net: nn.Module | None
-    if described["base"] == "bns":
-        arguments, net, weights = _files.rebuild_bespoke(described, weights, hypernet, path)
+    if described.get("base") == "bns":
+        arguments, net, own = _files.rebuild_bespoke(described, weights, hypernet, path, at)
         with _files.damage_reported(path):
             solver = BespokeSolver(hypernet=net, **arguments)
     else:
-        arguments, net = _files.rebuild_hypersolver(described, weights, hypernet, path)
-        with _files.damage_reported(path):
-            solver = HyperSolver(hypernet=net, **arguments)
-    if net is not None:
-        net.load_state_dict(weights, assign=hypernet is None)
-    return Candidate(solver, **given)
+        own = dict(weights)
+        arguments, net = _files.rebuild_hypersolver(described, own, hypernet, path, at)
+        solver = HyperSolver(hypernet=net, **arguments)
+    with refused(_files.described_in(path)):
+        if settings["method"] != solver.method:
+            place = f"candidates[{position}].method"
+            raise mismatch(place, settings["method"], f'"{solver.method}", its solver\'s')
+        candidate = Candidate(solver, **given)
+    return candidate, None if net is None else (net, own, hypernet is not None)
 
 
 def _describe_selector(selector: nn.Module) -> dict[str, Any]:
@@ -175,8 +306,10 @@ def _rebuild_selector(
                     f"tdh.Dise.load({os.fspath(path)!r}, selector=MySelector())",
                 )
             )
+        _check_finite(tensors, path)
         with torch.device("meta"):
-            selector = from_architecture(description)
+            what = _files.described_in(path)
+            selector = from_architecture(description, tensors, what=what, at="selector")
     expected = {name: tensor.shape for name, tensor in selector.state_dict().items()}
     if expected != {name: tensor.shape for name, tensor in tensors.items()}:
         raise (BaseMismatchError if is_own else FileFormatError)(
@@ -187,14 +320,12 @@ def _rebuild_selector(
                 "print({name: w.shape for name, w in selector.state_dict().items()})",
             )
         )
-    selector.load_state_dict(tensors, assign=not is_own)
     return selector
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    start = f"{prefix}."
-    return {
-        name.removeprefix(start): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(start)
-    }
+def _check_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Refuse weights that no ready selector can have: all of one dtype, and finite."""
+    dtypes = {tensor.dtype for tensor in tensors.values()} & {*FLOATS}
+    rule = TensorOf(tuple(dtypes)[:1] or FLOATS, is_finite=True)
+    for name, tensor in tensors.items():
+        checked(rule, tensor, repr(os.fspath(path)), f"the tensor 'selector.{name}'")

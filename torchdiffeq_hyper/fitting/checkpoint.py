@@ -10,12 +10,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchdiffeq_hyper._report import LossPoint
+from torchdiffeq_hyper._schema import (
+    Anything,
+    Choice,
+    Record,
+    Table,
+    checked,
+    record_of,
+    refused,
+    shown,
+)
 from torchdiffeq_hyper.errors import FileFormatError, FileWriteError, OptionError, explain
+from torchdiffeq_hyper.fitting.field import SHARES
+from torchdiffeq_hyper.fitting.fingerprint import differing, fingerprint
+from torchdiffeq_hyper.fitting.state_rules import RULES, check_state
 
-FORMAT = "torchdiffeq_hyper fit 1"
+FUNC = "func(t, y)"
+POINTS_OF: dict[str, Sequence[str]] = {
+    "y0": ("",),
+    FUNC: [f", {share:.0%} of t_span passed" for share in SHARES],
+}
+"""Entries of a signature that are fingerprints, and how each of their points is called."""
+FORMAT = "torchdiffeq_hyper fit 2"
 
 
 @dataclass
@@ -69,6 +88,16 @@ class FitState:
     references: dict[str, Any] | None = None
 
 
+CHECKPOINT = Record(
+    {
+        "format": Choice((FORMAT,)),
+        "signature": Table(Anything()),
+        "state": record_of(FitState, is_complete=True, **RULES),
+    }
+)
+"""What the file holds."""
+
+
 class Store:
     """Where a fit's state is kept: a file, or nowhere.
 
@@ -117,29 +146,38 @@ class Store:
             return None
         try:
             content = torch.load(self._path, map_location="cpu", weights_only=True)
-            found, values = content["signature"], content["state"]
-            history = [LossPoint(**point) for point in values.pop("history")]
-            state = FitState(history=history, **values)
         except Exception as error:  # whatever a reader of damaged archives may raise
             reason = next(iter(str(error).splitlines()), "")
-            raise FileFormatError(
-                explain(
-                    f"{str(self._path)!r} is not a checkpoint of a fit, or is damaged: "
-                    f"{type(error).__name__}: {reason}",
-                    f"a file that a fit of this version wrote ({FORMAT}).",
-                    _remedy(self._path),
-                )
-            ) from error
-        self._check(self._path, found)
-        return state
+            reason = f"{type(error).__name__}: {reason}"
+            raise self._unusable(reason) from error
+        if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
+            reason = f"its format is {shown(content['format'])}"
+            raise self._unusable(reason)
+        what = f"{str(self._path)!r} is not a checkpoint of a fit, or is damaged: it"
+        content = checked(CHECKPOINT, content, what)
+        self._check(self._path, content["signature"])
+        with refused(what):
+            check_state(content["state"], self._signature)
+        values = content["state"]
+        return FitState(**{**values, "history": [LossPoint(**p) for p in values["history"]]})
+
+    def _unusable(self, reason: str) -> FileFormatError:
+        assert self._path is not None
+        return FileFormatError(
+            explain(
+                f"{str(self._path)!r} is not a checkpoint of a fit, or is damaged: {reason}",
+                f"a file that a fit of this version wrote ({FORMAT}).",
+                _remedy(self._path),
+            )
+        )
 
     def _check(self, path: Path, found: Mapping[str, Any]) -> None:
         name = _difference(found, self._signature)
         if name is not None:
             raise OptionError(
                 explain(
-                    f"the checkpoint {str(path)!r} belongs to another fit: {name} is "
-                    f"{found.get(name)!r} there and {self._signature[name]!r} here.",
+                    f"the checkpoint {str(path)!r} belongs to another fit: "
+                    f"{_told(name, found, self._signature, 'there', 'here')}.",
                     "the same call as the one that was interrupted.",
                     _remedy(path),
                 )
@@ -156,22 +194,81 @@ def check_same_call(signatures: Sequence[Mapping[str, Any]]) -> None:
         OptionError: two differ.
     """
     first = signatures[0]
-    for rank, other in enumerate(signatures):
+    for rank, other in enumerate(signatures[1:], 1):
         name = _difference(other, first)
         if name is not None:
             raise OptionError(
                 explain(
-                    f"process {rank} of this fit makes another call than process 0: {name} is "
-                    f"{other.get(name)!r} there and {first[name]!r} in process 0.",
+                    f"process {rank} of this fit makes another call than process 0: "
+                    f"{_told(name, other, first, 'there', 'in process 0')}.",
                     "the same arguments in every process, y0 among them: fit shares it out itself.",
                     "torch.manual_seed(0)   # before y0 is drawn; and no DistributedSampler",
                 )
             )
 
 
+def check_same_field(found: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> None:
+    """Refuse what was fitted to another field, if it was looked at from the same starts.
+
+    Args:
+        found: what `signs_of_field` returned then, None if it was not kept.
+        wanted: what it returns now.
+
+    Raises:
+        OptionError: func has other values.
+    """
+    if found is None or not _are_same("y0", found.get("y0"), wanted["y0"]):
+        return
+    if not _are_same(FUNC, found.get(FUNC), wanted[FUNC]):
+        raise OptionError(
+            explain(
+                "the checkpoint belongs to another field: "
+                f"{_told(FUNC, found, wanted, 'there', 'here')}.",
+                "the func that it was fitted to.",
+                "a new fit that begins with its net: HyperSolverModule(func, ..., hypernet=net)",
+            )
+        )
+
+
+def signs_of_field(probes: Sequence[Tensor]) -> dict[str, Any]:
+    """Return what tells starts and a field from others.
+
+    Args:
+        probes: the starts, flat, and what `field.check_field` returned.
+    """
+    dtype = probes[0].dtype
+    return {
+        "y0": fingerprint(probes[:1], dtype),
+        FUNC: fingerprint(probes[1:], dtype),
+    }
+
+
+def signs_of_net(net: nn.Module) -> dict[str, list[Any]]:
+    """Return what a checkpoint's weights are held against: shapes and dtypes."""
+    return {
+        name: [*value.shape, str(value.dtype)]
+        for name, value in net.state_dict().items()
+        if isinstance(value, Tensor)
+    }
+
+
 def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
     """Return the name of the first entry of ``wanted`` that is another one in ``found``."""
-    return next((key for key, value in wanted.items() if not _agree(found.get(key), value)), None)
+    return next((key for key in wanted if not _are_same(key, found.get(key), wanted[key])), None)
+
+
+def _are_same(name: str, first: object, second: object) -> bool:
+    return differing(first, second) is None if name in POINTS_OF else _agree(first, second)
+
+
+def _told(
+    name: str, found: Mapping[str, Any], wanted: Mapping[str, Any], there: str, here: str
+) -> str:
+    """Return in which way an entry differs."""
+    if name not in POINTS_OF:
+        return f"{name} is {shown(found.get(name))} {there} and {shown(wanted[name])} {here}"
+    position = differing(found.get(name), wanted[name]) or 0
+    return f"{name} has other values {there} than {here}{POINTS_OF[name][position]}"
 
 
 def _remedy(path: Path) -> str:
@@ -189,9 +286,11 @@ def _not_writable(path: Path, reason: str) -> FileWriteError:
 
 
 def _agree(first: Any, second: Any) -> bool:
-    if isinstance(first, float) and isinstance(second, float):
-        # Sums depend on the number of threads in their last digits.
-        return abs(first - second) <= 1e-4 * max(abs(first), abs(second))
     if isinstance(first, list) and isinstance(second, list):
         return len(first) == len(second) and all(map(_agree, first, second))
-    return bool(first == second)
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_agree(first[k], second[k]) for k in second)
+    kinds = {type(first), type(second)}
+    if kinds <= {int, float}:
+        return bool(first == second) or (first != first and second != second)  # noqa: PLR0124
+    return len(kinds) == 1 and not isinstance(first, Tensor) and bool(first == second)

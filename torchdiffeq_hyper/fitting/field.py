@@ -14,7 +14,8 @@ from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.errors import NoisyFieldError, NonFiniteError, explain
 from torchdiffeq_hyper.fitting.budget import Budget, Deadline
 from torchdiffeq_hyper.fitting.context import Starts, bind
-from torchdiffeq_hyper.fitting.units import Units, root_mean_square
+from torchdiffeq_hyper.fitting.fingerprint import SEED, size_of
+from torchdiffeq_hyper.fitting.units import Units
 from torchdiffeq_hyper.tableaus import Edge
 
 
@@ -103,8 +104,12 @@ def check_start(y0: Tensor) -> None:
         )
 
 
+SHARES = (0.0, 0.1, 0.5, 1.0, 0.0, 0.77)
+"""Shares of the span passed at the points that `check_field` looks at."""
+
+
 @torch.no_grad()
-def check_field(field: Field, span: tuple[float, float], y0: Tensor) -> tuple[Tensor, Tensor]:
+def check_field(field: Field, span: tuple[float, float], y0: Tensor) -> tuple[Tensor, ...]:
     """Refuse a field that has no solution to fit, before one is looked for.
 
     Args:
@@ -113,7 +118,9 @@ def check_field(field: Field, span: tuple[float, float], y0: Tensor) -> tuple[Te
         y0: flat state at the start.
 
     Returns:
-        The field at the start and a little later, like ``y0``.
+        The field at the start and a little later, which have to be finite; and, to tell it
+        from others, at the middle and end of the span and at perturbed states; each like
+        ``y0``.
 
     Raises:
         StateShapeError: func returned another shape.
@@ -122,10 +129,27 @@ def check_field(field: Field, span: tuple[float, float], y0: Tensor) -> tuple[Te
     """
     check_start(y0)
     start = torch.tensor(span[0], dtype=wide_dtype(y0.device), device=y0.device)
+    times = [start + share * (span[1] - span[0]) for share in SHARES]
     k = _answer(field, start, y0)
     # Noise may vanish at the start, e.g. at y = 0: look a step further, too.
-    little = (span[1] - span[0]) / 10
-    return k, _answer(field, start + little, y0 + little * k)
+    later = y0 + SHARES[1] * (span[1] - span[0]) * k
+    second = _answer(field, times[1], later)
+    states = (later, later, *_perturbed(y0, later))
+    others = (field(t, y) for t, y in zip(times[2:], states, strict=True))
+    return k, second, *others
+
+
+def _perturbed(y0: Tensor, later: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two states near ``later``: each number off by a tenth of it and of its way there.
+
+    In their own units, and small enough that what has to be positive mostly stays so.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    way, states = later - y0, []
+    for _ in range(2):
+        draws = (2 * torch.rand(2, *y0.shape, generator=generator) - 1).to(y0)
+        states.append(later + 0.1 * (draws[0] * later + draws[1] * way))
+    return states[0], states[1]
 
 
 def _answer(field: Field, t: Tensor, y: Tensor) -> Tensor:
@@ -157,8 +181,10 @@ def check_repeatable(first: Tensor, second: Tensor, dtype: torch.dtype, t: float
     """
     # Parallel sums may differ in the last digits from call to call; noise is far above.
     slack = min(1e3 * torch.finfo(dtype).eps, 0.05)
-    size = max(root_mean_square(first), root_mean_square(second))
-    change = root_mean_square(first - second) / size if size else 0.0
+    # Sizes that neither overflow nor vanish in any unit.
+    wide = second.cpu() if second.is_complex() else second.cpu().double()
+    size, difference = size_of(first), size_of(first.cpu().to(wide.dtype) - wide)
+    change = difference / size if size > 0 else float(difference > 0)
     if change > slack:
         raise NoisyFieldError(
             explain(

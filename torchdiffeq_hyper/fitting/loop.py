@@ -20,6 +20,7 @@ from torchdiffeq_hyper.fitting.field import OutOfTimeError
 from torchdiffeq_hyper.fitting.guard import random_state, set_random_state
 from torchdiffeq_hyper.fitting.phases import Phase
 from torchdiffeq_hyper.fitting.progress import Progress
+from torchdiffeq_hyper.fitting.state_rules import restore
 
 VALIDATIONS = 40
 """Validations in a phase."""
@@ -124,7 +125,7 @@ class Loop:
         )
         if len(state.planned) > state.phase:
             if state.optimizer is not None:
-                optimizer.load_state_dict(state.optimizer)
+                restore(optimizer, state.optimizer)
             if is_last:  # a fit that its clock had cut short goes on if it has more time now
                 state.planned[-1] = min(wanted, state.landing or wanted)
             return optimizer

@@ -19,7 +19,13 @@ from torchdiffeq_hyper.fitting.auto import choose
 from torchdiffeq_hyper.fitting.batches import Batches, n_samples, select
 from torchdiffeq_hyper.fitting.budget import Budget, Deadline
 from torchdiffeq_hyper.fitting.calibration import calibrate, measuring_time_in
-from torchdiffeq_hyper.fitting.checkpoint import FitState, Store, check_same_call
+from torchdiffeq_hyper.fitting.checkpoint import (
+    FitState,
+    Store,
+    check_same_call,
+    signs_of_field,
+    signs_of_net,
+)
 from torchdiffeq_hyper.fitting.context import context_signature
 from torchdiffeq_hyper.fitting.data import Data
 from torchdiffeq_hyper.fitting.distributed import budget_of
@@ -270,10 +276,8 @@ def _signature(
         "dtype": str(probes[0].dtype),
         **described(problem.config),
         "context": context_signature(context),
-        "size of y0 and func(t, y0)": [float(probe.norm()) for probe in probes],
-        "hypernet": given
-        if isinstance(given, str)
-        else {name: list(value.shape) for name, value in given.state_dict().items()},
+        **signs_of_field(probes),
+        "hypernet": given if isinstance(given, str) else signs_of_net(given),
     }
 
 

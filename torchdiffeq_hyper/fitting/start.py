@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torchdiffeq_hyper._layout import StateLayout
 from torchdiffeq_hyper.fitting.batches import n_samples, select
 from torchdiffeq_hyper.fitting.budget import Budget
 from torchdiffeq_hyper.fitting.calibration import calibrate, measuring_time_in
+from torchdiffeq_hyper.fitting.checkpoint import signs_of_field
 from torchdiffeq_hyper.fitting.context import Starts
 from torchdiffeq_hyper.fitting.data import Batch, measure_batch
 from torchdiffeq_hyper.fitting.field import Field, check_field
@@ -36,6 +38,7 @@ class Start:
         noise: noise floor.
         tolerances: of the reference solutions.
         units: those of the reference solutions.
+        signs: what tells the starts and the field from others.
     """
 
     net: nn.Module
@@ -43,6 +46,7 @@ class Start:
     noise: float
     tolerances: Tolerances
     units: Units
+    signs: dict[str, Any]
 
     @classmethod
     def of(cls, problem: Problem, starts: Starts, net: nn.Module | None) -> Start:
@@ -61,8 +65,9 @@ class Start:
         unlimited = Budget(math.inf)
         probing = Field(problem.func, starts, unlimited)
         check_samples(probing, n_samples(starts), problem.span)
-        f0, *_ = check_field(probing, problem.span, flat)
-        units = Units.of(problem.span, flat, f0)
+        answers = check_field(probing, problem.span, flat)
+        signs = signs_of_field((flat, *answers))
+        units = Units.of(problem.span, flat, answers[0])
         tolerances = Tolerances.of(problem.config, flat.dtype, units)
         field = Field(problem.func, starts, unlimited, units)
         probes = select(starts, torch.arange(min(PROBES, n_samples(starts))))
@@ -78,7 +83,7 @@ class Start:
             net = ready(y0, problem.tableau, time_unit=problem.width)
         with measuring_time_in(net, problem.width, problem.tableau.order):
             calibrate(net, batch)
-        return cls(net, batch, noise, tolerances, units)
+        return cls(net, batch, noise, tolerances, units, signs)
 
     def scale(self, phase: Phase, route: int) -> float:
         """Return the base's loss in a phase on a route, to which losses are relative."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from torchdiffeq_hyper.fitting.fingerprint import size_of
 
 DRIVEN = 1e-2
 """Share of the way that the first derivative would go over the span, below which starts count as
@@ -41,7 +42,7 @@ class Units:
             f0: func at the start, like ``y0``.
         """
         width = abs(span[1] - span[0])
-        size = max(root_mean_square(y0), DRIVEN * width * root_mean_square(f0))
+        size = max(size_of(y0), DRIVEN * width * size_of(f0))
         return cls(span[0], width, size if 0 < size < math.inf else 1.0)
 
     def times(self, t: Tensor) -> Tensor:
@@ -59,14 +60,3 @@ class Units:
         for _ in range(order + 1):
             unit /= self.time
         return unit
-
-
-def root_mean_square(x: Tensor) -> float:
-    """Return the root mean square of all numbers, without overflow; 0 for none."""
-    if x.numel() == 0:
-        return 0.0
-    largest = float(x.abs().max())
-    if not 0 < largest < math.inf:
-        return largest
-    scaled = (x / largest).abs()
-    return largest * float(torch.linalg.vector_norm(scaled)) / math.sqrt(x.numel())

@@ -9,16 +9,57 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._layout import StateLayout, is_half
+from torchdiffeq_hyper._schema import (
+    Choice,
+    Default,
+    Items,
+    Mismatch,
+    Real,
+    Record,
+    Rule,
+    Such,
+    Tagged,
+    Whole,
+    check_sizes,
+    checked,
+    refused,
+)
 from torchdiffeq_hyper._types import State
-from torchdiffeq_hyper.errors import FileFormatError, HyperError, closest, explain
 from torchdiffeq_hyper.hypernets._channels import join_channels
-from torchdiffeq_hyper.hypernets._concat import check_real
+from torchdiffeq_hyper.hypernets._concat import NAMES, check_real
 from torchdiffeq_hyper.hypernets._convolutional import Bottleneck, Conv
 from torchdiffeq_hyper.hypernets._ready import MLP, Linear, ReadyHypernet
 from torchdiffeq_hyper.hypernets._scaled import CONVOLUTIONS
 from torchdiffeq_hyper.tableaus import Tableau
 
 KINDS: dict[str, type[ReadyHypernet]] = {net.kind: net for net in (Linear, MLP, Conv, Bottleneck)}
+
+MOST_LAYERS = 1000
+MOST_STAGES = 1000
+
+NAMES_OF_INPUTS = Items(Choice(NAMES), least=1, most=1000)
+_COUNT = Whole(1)
+_COMMON: dict[str, Rule | Default] = {
+    "channels": _COUNT,
+    "inputs": Default(NAMES_OF_INPUTS),
+    "n_stages": Default(Whole(1, MOST_STAGES)),
+    "time_unit": Default(Real(above=0.0)),
+    "order": Default(Whole(0, MOST_STAGES)),
+}
+_CONVOLUTION: dict[str, Rule | Default] = {
+    **_COMMON,
+    "hidden": Default(_COUNT),
+    "kernel_size": Default(Such(_COUNT, lambda k: k % 2 == 1, "odd")),
+    "n_spatial": Default(Whole(min(CONVOLUTIONS), max(CONVOLUTIONS))),
+}
+ARCHITECTURES: dict[str, Record] = {
+    Linear.kind: Record(_COMMON),
+    MLP.kind: Record({**_COMMON, "hidden": Default(Items(_COUNT, most=MOST_LAYERS))}),
+    Conv.kind: Record(_CONVOLUTION),
+    Bottleneck.kind: Record(_CONVOLUTION),
+}
+"""What describes a ready net of each kind in a file. A field that a later version adds is a
+`Default` with the value that nets of older files have."""
 
 INPUTS = ("y", "stages", "dt", "t")
 """What ready nets are given: all that a step knows, but for the start."""
@@ -88,27 +129,36 @@ def from_architecture(architecture: Mapping[str, Any]) -> ReadyHypernet:
         >>> from_architecture(Linear(channels=2).architecture).channels
         2
     """
-    arguments = dict(architecture)
-    kind = arguments.pop("kind", None)
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise FileFormatError(
-            explain(
-                f"a hypernet of kind {kind!r} is not one of the ready nets of this version.",
-                "one of " + ", ".join(f'"{known}"' for known in KINDS) + ".",
-                f'"kind": "{closest(kind, KINDS)}"   # or: pip install -U torchdiffeq_hyper',
-            )
-        )
+    return rebuilt(architecture, None, "the description of a hypernet", "")
+
+
+def rebuilt(
+    architecture: Mapping[str, Any], weights: Mapping[str, Tensor] | None, what: str, at: str
+) -> ReadyHypernet:
+    """Return the same as `from_architecture`, for a net whose weights are known.
+
+    Args:
+        architecture: the net's.
+        weights: its ``state_dict()``: a larger net is refused before it is built. None for
+            any size.
+        what: what the description was read from, for messages.
+        at: its place in there.
+
+    Raises:
+        FileFormatError: as above, or the net is larger than its weights.
+    """
+    arguments = checked(Tagged("kind", ARCHITECTURES), architecture, what, at)
+    kind = arguments.pop("kind")
     # Files of before time units have none.
     time_unit, order = arguments.pop("time_unit", 1.0), arguments.pop("order", 0)
-    try:
-        net = KINDS[kind](**arguments)
-    except (TypeError, HyperError) as error:
-        raise FileFormatError(
-            explain(
-                f"the description of a hypernet of kind {kind!r} is damaged: {error}",
-                "what the net's own `architecture` holds.",
-                "fit and save it again",
-            )
-        ) from error
+    with refused(what):
+        if weights is not None:
+            # n_stages is no size unless the stages are among the inputs: it has its own limit.
+            check_sizes(arguments, weights, at, but=("n_stages",))
+        try:
+            net = KINDS[kind](**arguments)
+        except RuntimeError as error:  # tensors of more numbers than can be counted
+            problem = f"a net of kind {kind!r} cannot be built: {error}"
+            raise Mismatch(problem, "sizes that fit its weights") from error
     net.measure_time_in(time_unit, order)
     return net

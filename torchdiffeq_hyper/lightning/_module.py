@@ -15,8 +15,10 @@ from torch import Tensor, nn, optim
 from torchdiffeq_hyper._context import Conditioned
 from torchdiffeq_hyper._grid import Steps
 from torchdiffeq_hyper._report import FitReport, LossPoint
+from torchdiffeq_hyper._schema import Anything, Default, Maybe, Record, Table, checked, record_of
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.fitting.batches import check_like, checked_batch, n_samples
+from torchdiffeq_hyper.fitting.checkpoint import check_same_field
 from torchdiffeq_hyper.fitting.config import FitConfig
 from torchdiffeq_hyper.fitting.context import many_batches
 from torchdiffeq_hyper.fitting.data import Batch
@@ -39,6 +41,14 @@ if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule
 else:
     Callback, LightningModule = find_lightning().Callback, find_lightning().LightningModule
+
+CHECKPOINT = Record(
+    {
+        "torchdiffeq_hyper": record_of(Findings),
+        "torchdiffeq_hyper_field": Default(Maybe(Table(Anything())), None),
+    }
+)
+"""What the module adds to a checkpoint; earlier versions did not tell fields apart."""
 
 
 class HyperSolverModule(LightningModule):
@@ -128,6 +138,7 @@ class HyperSolverModule(LightningModule):
             routes = range(len(self._problem.plan.routes))
             self._scales = [[start.scale(phase, r) for r in routes] for phase in self._phases]
         self._noise = start.noise
+        self._signs = start.signs
         self._kept = KeptBatches(self._problem, start.tolerances, start.units)
         self._schedule = Schedule.of(1, len(self._phases))
         self._train = [0.0, 0.0]
@@ -228,12 +239,23 @@ class HyperSolverModule(LightningModule):
         return [LeftAsFound(self._as_found)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what was measured."""
+        """Add what was measured, and what tells the field from others."""
         checkpoint["torchdiffeq_hyper"] = asdict(self._found)
+        checkpoint["torchdiffeq_hyper_field"] = self._signs
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up what was measured."""
-        self._found = Findings.from_dict(checkpoint["torchdiffeq_hyper"])
+        """Take up what was measured.
+
+        Raises:
+            FileFormatError: the checkpoint is of another module, or damaged.
+            OptionError: it belongs to another field: with the same ``y0``, func has other
+                values. With another ``y0`` they cannot be compared.
+        """
+        names = CHECKPOINT.fields
+        own = {name: checkpoint[name] for name in names if name in checkpoint}
+        own = checked(CHECKPOINT, own, "the checkpoint")
+        check_same_field(own["torchdiffeq_hyper_field"], self._signs)
+        self._found = Findings.from_dict(own["torchdiffeq_hyper"])
 
     def _measure(self, key: tuple[Any, ...], batch: Any) -> Batch:
         with self._measuring(), torch.autocast(self.device.type, enabled=False):

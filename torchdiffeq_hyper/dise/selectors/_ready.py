@@ -6,16 +6,50 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from torchdiffeq_hyper._layout import is_half
+from torchdiffeq_hyper._schema import (
+    Default,
+    Items,
+    Mismatch,
+    Real,
+    Record,
+    Rule,
+    Tagged,
+    Whole,
+    check_sizes,
+    checked,
+    refused,
+)
 from torchdiffeq_hyper._types import State
 from torchdiffeq_hyper.dise.samples import parts_of
 from torchdiffeq_hyper.dise.selectors._base import CONVOLUTIONS, ReadySelector
 from torchdiffeq_hyper.dise.selectors._perceptrons import MLP, TanhMLP, flattened
 from torchdiffeq_hyper.dise.selectors._residual import ResidualConv
-from torchdiffeq_hyper.errors import FileFormatError, HyperError, closest, explain
 
 _KINDS: dict[str, type[ReadySelector]] = {net.kind: net for net in (MLP, TanhMLP, ResidualConv)}
+
+_COUNT, _WIDTHS = Whole(1), Items(Whole(1), most=1000)
+_PERCEPTRON: dict[str, Rule | Default] = {
+    "n_inputs": _COUNT,
+    "n_candidates": _COUNT,
+    "hidden": Default(_WIDTHS),
+}
+ARCHITECTURES: dict[str, Record] = {
+    MLP.kind: Record({**_PERCEPTRON, "dropout": Default(Real(low=0.0, high=1 - 1e-9))}),
+    TanhMLP.kind: Record(_PERCEPTRON),
+    ResidualConv.kind: Record(
+        {
+            "channels": _COUNT,
+            "n_candidates": _COUNT,
+            "hidden": Default(_COUNT),
+            "blocks": Default(Whole(1, 1000)),
+            "n_spatial": Default(Whole(min(CONVOLUTIONS), max(CONVOLUTIONS))),
+        }
+    ),
+}
+"""What describes a ready selector of each kind in a file."""
 
 
 def ready(y0: State, n_candidates: int) -> ReadySelector:
@@ -39,21 +73,32 @@ def ready(y0: State, n_candidates: int) -> ReadySelector:
     return net.to(first.device, torch.float32 if is_half(dtype) else dtype)
 
 
-def from_architecture(architecture: Mapping[str, Any]) -> ReadySelector:
+def from_architecture(
+    architecture: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    what: str = "the description of a selector",
+    at: str = "",
+) -> ReadySelector:
     """Rebuild a ready selector, with new weights, from its ``architecture``.
+
+    Args:
+        architecture: the selector's.
+        weights: its ``state_dict()``: a larger one is refused before it is built. None for
+            any size.
+        what: what the description was read from, for messages.
+        at: its place in there.
 
     Raises:
         FileFormatError: the kind is unknown, or an argument is impossible.
     """
-    arguments = dict(architecture)
-    kind = arguments.pop("kind", None)
-    try:
-        return _KINDS[kind](**arguments)
-    except (KeyError, TypeError, HyperError) as error:
-        raise FileFormatError(
-            explain(
-                f"a selector is described as {dict(architecture)!r}.",
-                "one of " + ", ".join(f'"{known}"' for known in _KINDS) + " and its arguments.",
-                f'"kind": "{closest(kind, _KINDS)}"   # or: pip install -U torchdiffeq_hyper',
-            )
-        ) from error
+    arguments = checked(Tagged("kind", ARCHITECTURES), architecture, what, at)
+    kind = arguments.pop("kind")
+    with refused(what):
+        if weights is not None:
+            check_sizes(arguments, weights, at)
+        try:
+            return _KINDS[kind](**arguments)
+        except RuntimeError as error:  # tensors of more numbers than can be counted
+            problem = f"a selector of kind {kind!r} cannot be built: {error}"
+            raise Mismatch(problem, "sizes that fit its weights") from error

@@ -17,7 +17,7 @@ from torchdiffeq_hyper.fitting.bespoke.pieces import samples_needed
 from torchdiffeq_hyper.fitting.bespoke.problem import BespokeProblem
 from torchdiffeq_hyper.fitting.bespoke.sensitivities import n_weights
 from torchdiffeq_hyper.fitting.budget import Budget
-from torchdiffeq_hyper.fitting.checkpoint import FitState
+from torchdiffeq_hyper.fitting.checkpoint import FitState, signs_of_field, signs_of_net
 from torchdiffeq_hyper.fitting.context import context_signature
 from torchdiffeq_hyper.fitting.data import Batch, Data
 from torchdiffeq_hyper.fitting.objectives import quantiles
@@ -42,8 +42,8 @@ def signature_of(
         "dtype": str(probes[0].dtype),
         **described(problem.config),
         "context": context_signature(context),
-        "size of y0 and func(t, y0)": [float(probe.norm()) for probe in probes],
-        "weights": {name: list(value.shape) for name, value in solver.state_dict().items()},
+        **signs_of_field(probes),
+        "weights": signs_of_net(solver),
     }
 
 

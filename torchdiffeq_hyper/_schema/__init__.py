@@ -1,0 +1,71 @@
+"""What the fields of a file may hold, declared as rules; checked here for every kind of file.
+
+A rule is a small object with ``expected``, for people, and ``check(value, name)``, which
+returns the value or raises `Mismatch` with the name of the field that is wrong. `Record`
+puts rules together, `record_of` reads them off a dataclass. A field that later versions
+write and earlier ones did not is a `Default`::
+
+    Record({"steps": Whole(1, MOST_STEPS), "unit": Default(Real(above=0.0), 1.0)})
+"""
+
+from torchdiffeq_hyper._schema._derived import record_of
+from torchdiffeq_hyper._schema._records import (
+    Default,
+    Either,
+    Items,
+    Maybe,
+    Record,
+    Row,
+    Such,
+    Table,
+    Tagged,
+    check_sizes,
+)
+from torchdiffeq_hyper._schema._rule import (
+    Mismatch,
+    Rule,
+    checked,
+    mismatch,
+    missing,
+    refused,
+    shown,
+)
+from torchdiffeq_hyper._schema._values import (
+    FLAG,
+    FLOATS,
+    Anything,
+    Choice,
+    Real,
+    TensorOf,
+    Text,
+    Whole,
+)
+
+__all__ = [
+    "FLAG",
+    "FLOATS",
+    "Anything",
+    "Choice",
+    "Default",
+    "Either",
+    "Items",
+    "Maybe",
+    "Mismatch",
+    "Real",
+    "Record",
+    "Row",
+    "Rule",
+    "Such",
+    "Table",
+    "Tagged",
+    "TensorOf",
+    "Text",
+    "Whole",
+    "check_sizes",
+    "checked",
+    "mismatch",
+    "missing",
+    "record_of",
+    "refused",
+    "shown",
+]

@@ -109,7 +109,7 @@ def missing(name: str, expected: str) -> Mismatch:
 def shown(value: object) -> str:
     """Return a value in a few words, however large it is."""
     if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)} of {value.dtype}"
+        return f"a tensor {reprlib.repr(tuple(value.shape))} of {value.dtype}"
     try:
         return reprlib.repr(value)
     except ValueError:  # an int with more digits than Python writes out

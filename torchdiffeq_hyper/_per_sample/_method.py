@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
+from torchdiffeq_hyper._finite import cast_back
 from torchdiffeq_hyper._grid import check_times
 from torchdiffeq_hyper._layout import is_half
 from torchdiffeq_hyper._per_sample._control import StepControl
@@ -80,7 +81,7 @@ class PerSampleDopri5(StepControl):
             StateTypeError: integer state, or t is no floating tensor.
             StateShapeError: no batch dimension, or func returned another shape.
             OptionError: func cannot be called as `time` says, or t goes back and forth.
-            NonFiniteError: func returned inf or nan.
+            NonFiniteError: func returned inf or nan, or the solution overflows the state's dtype.
             UnfinishedSolveError: too many steps, or too small ones; has the ``solution``
                 so far.
         """
@@ -125,4 +126,4 @@ class PerSampleDopri5(StepControl):
         if draft is not None and log is not None:
             draft.nfe, draft.sample_nfe = solved.calls, solved.nfe
             draft.steps = log.steps(y0)
-        return layout.split(solved.rows.to(dtype)), solved.nfe
+        return layout.split(cast_back(solved.rows, dtype)), solved.nfe

@@ -65,7 +65,8 @@ class Field:
         state = self._layout.split(y.to(self.dtype))
         # References are solved outside any scope that overrides a method; func is not.
         out = self._context.run(self._func, t.to(self.dtype), state)
-        k = self._layout.join(out).to(y.dtype)
+        # A copy: stages are kept over later calls of func, which may write into one buffer.
+        k = self._layout.join(out).to(y.dtype, copy=True)
         check_derivative(k, y)
         return k
 

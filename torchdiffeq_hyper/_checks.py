@@ -71,8 +71,13 @@ def check_derivative(k: Tensor, y: Tensor) -> None:
         )
 
 
-def check_correction(out: State, y: State) -> None:
+def check_correction(out: State, y: State, time_dtype: torch.dtype) -> None:
     """Refuse a correction that does not fit the state; a lower dtype is promoted.
+
+    Args:
+        out: what g returned.
+        y: the state, as g has seen it.
+        time_dtype: of dt: products of 0-d tensors, a 0-d state's, take the wider dtype.
 
     Raises:
         StateTypeError: another kind, device, or a dtype that does not promote to the state's.
@@ -82,14 +87,14 @@ def check_correction(out: State, y: State) -> None:
         if not isinstance(out, Tensor):
             _refuse_kind(out, y)
         if out.shape != y.shape or out.dtype != y.dtype or out.device != y.device:
-            _check_part(out, y, "")
+            _check_part(out, y, time_dtype, "")
         return
     if not isinstance(out, tuple) or len(out) != len(y):
         _refuse_kind(out, y)
     for index, (part, expected) in enumerate(zip(out, y, strict=True)):
         if not isinstance(part, Tensor):
             _refuse_kind(out, y)
-        _check_part(part, expected, f" for part {index}")
+        _check_part(part, expected, time_dtype, f" for part {index}")
 
 
 def _refuse_kind(out: object, y: State) -> NoReturn:
@@ -104,7 +109,7 @@ def _refuse_kind(out: object, y: State) -> NoReturn:
     )
 
 
-def _check_part(out: Tensor, y: Tensor, where: str) -> None:
+def _check_part(out: Tensor, y: Tensor, time_dtype: torch.dtype, where: str) -> None:
     if out.shape != y.shape:
         raise StateShapeError(
             explain(
@@ -113,7 +118,8 @@ def _check_part(out: Tensor, y: Tensor, where: str) -> None:
                 "return a correction shaped like step.y; check the net's output channels",
             )
         )
-    if out.dtype != y.dtype and torch.promote_types(out.dtype, y.dtype) != y.dtype:
+    widest = y.dtype if y.dim() else torch.promote_types(y.dtype, time_dtype)
+    if out.dtype != widest and torch.promote_types(out.dtype, widest) != widest:
         raise StateTypeError(
             explain(
                 f"the hypernet returned {out.dtype}{where}.",

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from torchdiffeq_hyper._layout import is_half
 from torchdiffeq_hyper._stepping import Step
 from torchdiffeq_hyper.errors import NonFiniteError, explain
 
@@ -26,9 +27,39 @@ def is_finite(y: Tensor) -> bool:
         return True
 
 
+def cast_back(solution: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a solution in the dtype of the user's state.
+
+    Raises:
+        NonFiniteError: it is finite, but not in that dtype.
+    """
+    if solution.dtype == dtype:
+        return solution
+    narrow = solution.to(dtype)
+    if not is_finite(narrow) and is_finite(solution):
+        raise NonFiniteError(_overflow(dtype, solution))
+    return narrow
+
+
+def _overflow(dtype: torch.dtype, solution: Tensor) -> str:
+    largest = float(solution.abs().amax())
+    return explain(
+        f"the solution grows to {largest:.6g} and overflows the state's dtype, {dtype}, which ends "
+        f"at {torch.finfo(dtype).max:.6g}.",
+        "a dtype that holds the solution.",
+        "y0 = y0.float()   # for a tuple, each part; func must take it\n"
+        "or a state in smaller units",
+    )
+
+
 @torch.no_grad()
 def raise_non_finite(
-    step: Step, grid: Iterable[tuple[Tensor, Tensor]], y0: Tensor, sign: int = 1
+    step: Step,
+    grid: Iterable[tuple[Tensor, Tensor]],
+    y0: Tensor,
+    sign: int = 1,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Replay a solve that ended in inf or nan, and say where that began.
 
@@ -37,6 +68,7 @@ def raise_non_finite(
         grid: its (t0, t1) pairs, in the host's time.
         y0: flat state at the start.
         sign: -1 where the host's time is negated.
+        dtype: of the user's state, where the solve steps in another one.
 
     Raises:
         NonFiniteError: always; the text names the step, the time and the culprit.
@@ -56,7 +88,8 @@ def raise_non_finite(
                 explain(
                     f"the base method left the finite range {where}: func's answers are the cause.",
                     "finite derivatives along the solution.",
-                    "more steps, or a reference: odeint(func, y0, t, method='dopri5')",
+                    "more steps, or a reference: odeint(func, y0, t, method='dopri5')"
+                    + wider_dtype(dtype),
                 )
             )
         dy, _ = step.increment(t0, t1 - t0, t1, y)
@@ -69,6 +102,8 @@ def raise_non_finite(
                 )
             )
         y = y + dy
+        if dtype is not None and not is_finite(y.to(dtype)):
+            raise NonFiniteError(_overflow(dtype, y))
     raise NonFiniteError(
         explain(
             "the solve ended in inf or nan, a replay of it did not: func or the hypernet "
@@ -77,3 +112,10 @@ def raise_non_finite(
             "func.eval(); hypernet.eval()",
         )
     )
+
+
+def wider_dtype(dtype: torch.dtype | None) -> str:
+    """Return one more fix for states of half precision, in which func is called."""
+    if dtype is None or not is_half(dtype):
+        return ""
+    return f"\nor y0.float(): func is called in {dtype}, which ends at {torch.finfo(dtype).max:.6g}"

@@ -59,6 +59,8 @@ def step_sizes(grid: Tensor, *, are_equal: bool) -> Tensor:
 def check_times(t: Tensor, y: Tensor) -> Tensor:
     """Return ``t`` on the device of ``y``, after checking that it is a list of times.
 
+    Half precision comes back as float32: steps between its points have other sizes there.
+
     Raises:
         StateTypeError: not a floating-point tensor.
         StateShapeError: not 1-D, or empty.
@@ -79,4 +81,4 @@ def check_times(t: Tensor, y: Tensor) -> Tensor:
                 "t = torch.tensor([0.0, 1.0])",
             )
         )
-    return t.to(y.device)
+    return t.to(y.device, torch.promote_types(t.dtype, torch.float32))

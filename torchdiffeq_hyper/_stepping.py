@@ -8,6 +8,7 @@ the hypernet, so that g sees the true problem.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torchdiffeq_hyper._checks import (
     check_hypernet_device,
 )
 from torchdiffeq_hyper._layout import StateLayout, is_half
+from torchdiffeq_hyper._reuse import owning, share_memory
 from torchdiffeq_hyper._types import Hypernet, State, StepInput, VectorField
 from torchdiffeq_hyper.tableaus import Edge, StageCall, Tableau
 
@@ -59,6 +61,7 @@ class Correction:
         self._y0 = self._view(y0)
         self._context = context
         self._is_direct = layout.shapes is None and not negated
+        self._is_in_range = False
 
     def _view(self, flat: Tensor) -> State:
         if self._layout.shapes is None:
@@ -66,15 +69,20 @@ class Correction:
         state = self._layout.split(flat)
         return state if self._part is None else state[self._part]
 
-    def power(self, dt: Tensor) -> Tensor:
-        """Return dt^(p+1) in units of time, with the true sign of dt."""
-        dt = -dt if self._negated else dt
-        if self.time_unit != 1:
-            dt = dt / self.time_unit
-        power = dt
-        for _ in range(self._power - 1):  # cheaper than torch.pow, and its gradient too
-            power = power * dt
-        return power
+    def look_at(self, dt: Tensor, dtype: torch.dtype) -> None:
+        """Note, once a solve, whether all its steps have a dt^(p+1) that ``dtype`` can hold.
+
+        Unless that is known, `factors` takes p more products on the state.
+        """
+        self._is_in_range = is_power_in_range(self._in_units(dt), self._power, dtype)
+
+    def factors(self, dt: Tensor, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return dt^(p+1) in units of time, with the true sign of dt, as `power_factors` does."""
+        dt = self._in_units(-dt if self._negated else dt)
+        return power_factors(dt, self._power, dtype, is_in_range=self._is_in_range)
+
+    def _in_units(self, dt: Tensor) -> Tensor:
+        return dt if self.time_unit == 1 else dt / self.time_unit
 
     def evaluate(self, t: Tensor, dt: Tensor, y: Tensor, stages: tuple[Tensor, ...]) -> State:
         """Return g's output for one step, times time_unit^(p+1), checked."""
@@ -82,12 +90,12 @@ class Correction:
             t, dt, stages = -t, -dt, tuple(-k for k in stages)
         if self._layout.shapes is None:
             out = self._hypernet(StepInput(dt, t, y, stages[0], stages, self._y0, self._context))
-            check_correction(out, y)
+            check_correction(out, y, dt.dtype)
             return out
         state = self._view(y)
         views = tuple(self._view(k) for k in stages)
         out = self._hypernet(StepInput(dt, t, state, views[0], views, self._y0, self._context))
-        check_correction(out, state)
+        check_correction(out, state, dt.dtype)
         return out
 
     def apply(
@@ -99,10 +107,11 @@ class Correction:
         stages: tuple[Tensor, ...],
         *,
         power: Tensor,
+        others: tuple[Tensor, ...] = (),
     ) -> Tensor:
         """Return ``dy + power * g``: `evaluate` and `add` in one, without detours for tensors."""
         if not self._is_direct:
-            return self.add(dy, power, self.evaluate(t, dt, y, stages))
+            return self.add(dy, self.evaluate(t, dt, y, stages), power, others)
         out = self._hypernet(StepInput(dt, t, y, stages[0], stages, self._y0, self._context))
         if (
             type(out) is Tensor
@@ -110,15 +119,26 @@ class Correction:
             and out.dtype == dy.dtype == power.dtype
             and out.device == dy.device
         ):
+            for factor in others:
+                out = out * factor
             return torch.addcmul(dy, power, out)
-        check_correction(out, y)
-        return self.add(dy, power, out)
+        check_correction(out, y, dt.dtype)
+        return self.add(dy, out, power, others)
 
-    def add(self, dy: Tensor, power: Tensor, out: State) -> Tensor:
-        """Return ``dy + power * out``, with g's output as `evaluate` returns it."""
+    def add(self, dy: Tensor, out: State, power: Tensor, others: tuple[Tensor, ...] = ()) -> Tensor:
+        """Return ``dy + power * out``, with g's output as `evaluate` returns it.
+
+        Args:
+            dy: what to add to, flat.
+            out: g's output.
+            power: dt^(p+1), or its first factor.
+            others: its other factors.
+        """
         g = out if isinstance(out, Tensor) else self._layout.join(out)
         if g.dtype != dy.dtype:
             g = g.to(dy.dtype)
+        for factor in others:
+            g = g * factor
         if power.dtype != dy.dtype:
             power = power.to(dy.dtype)
         if self._part is None:
@@ -128,13 +148,69 @@ class Correction:
         return torch.cat([dy[:start], corrected, dy[end:]])
 
 
-@dataclass(frozen=True)
+def power_factors(
+    dt: Tensor, exponent: int, dtype: torch.dtype, *, is_in_range: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return factors of dt^exponent, each finite in ``dtype``: the first, and the others.
+
+    Where ``dtype`` holds the power, it is the first factor, and the others are 1 or left out.
+    Elsewhere all are dt: products with g then grow or shrink step by step, so that 0 stays 0
+    and only what lies out of range itself is lost. Branches on no value.
+
+    Args:
+        dt: step sizes of any shape.
+        exponent: p + 1.
+        dtype: the dtype in which the state is stepped.
+        is_in_range: whether the power is known to lie in range, see `is_power_in_range`.
+    """
+    if is_in_range:
+        return _power(dt, exponent).to(dtype), ()
+    low, high = _limits(dt.dtype, dtype, exponent)
+    size = dt.detach().abs()
+    inside = (size >= low) & (size <= high)
+    one = torch.ones_like(dt)
+    # No power that overflows is formed: its gradient would be nan even where it is not taken.
+    power = _power(torch.where(inside, dt, one), exponent)
+    first, other = torch.where(inside, power, dt), torch.where(inside, one, dt)
+    return first.to(dtype), (other.to(dtype),) * (exponent - 1)
+
+
+def is_power_in_range(dt: Tensor, exponent: int, dtype: torch.dtype) -> bool:
+    """Return whether dt^exponent is known to be a normal number in ``dtype`` (one device sync)."""
+    if torch.compiler.is_compiling():
+        return False
+    if dt.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    low, high = _limits(dt.dtype, dtype, exponent)
+    try:
+        sizes = [abs(size) for size in dt.reshape(-1).tolist()]
+    except RuntimeError:  # no values to look at: vmap, fake and meta tensors
+        return False
+    return bool(low <= min(sizes) and max(sizes) <= high)
+
+
+def _power(dt: Tensor, exponent: int) -> Tensor:
+    power = dt
+    for _ in range(exponent - 1):  # cheaper than torch.pow, and its gradient too
+        power = power * dt
+    return power
+
+
+def _limits(first: torch.dtype, second: torch.dtype, exponent: int) -> tuple[float, float]:
+    """Return the sizes of dt between which dt^exponent is a normal number in both dtypes."""
+    infos = torch.finfo(first), torch.finfo(second)
+    low, high = max(info.tiny for info in infos), min(info.max for info in infos)
+    return low ** (1 / exponent) * 1.001, high ** (1 / exponent) * 0.999
+
+
+@dataclass
 class Step:
     """Base plus correction, bound to one solve's func.
 
     Attributes:
         tableau: the base method.
-        call: evaluates func for a stage, on the flat state.
+        call: evaluates func for a stage, on the flat state. It starts to copy func's answers
+            once they are seen to share their memory.
         correction: the learned term; None for the base alone.
     """
 
@@ -142,13 +218,28 @@ class Step:
     call: StageCall
     correction: Correction | None
 
+    def __post_init__(self) -> None:
+        """Watch the memory of derivatives that later calls of func might overwrite."""
+        self._is_watched = self.tableau.calls > 1
+
+    def base(
+        self, t0: Tensor, dt: Tensor, t1: Tensor, y: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the base's increment and its stages, none of them overwritten by a later one."""
+        dy, stages = self.tableau.increment(self.call, t0, dt, t1, y)
+        if self._is_watched and share_memory(stages):
+            self.call, self._is_watched = owning(self.call), False
+            return self.tableau.increment(self.call, t0, dt, t1, y)
+        return dy, stages
+
     def increment(self, t0: Tensor, dt: Tensor, t1: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return (y1 - y0, f0) for the step from t0 to t1."""
-        dy, stages = self.tableau.increment(self.call, t0, dt, t1, y)
+        dy, stages = self.base(t0, dt, t1, y)
         if self.correction is not None:
             # Event mode of the host steps with a plain number.
             dt = torch.as_tensor(dt, dtype=t0.dtype, device=t0.device)
-            dy = self.correction.apply(dy, t0, dt, y, stages, power=self.correction.power(dt))
+            power, others = self.correction.factors(dt, dy.dtype)
+            dy = self.correction.apply(dy, t0, dt, y, stages, power=power, others=others)
         return dy, stages[0]
 
 
@@ -165,20 +256,33 @@ def integrate(
         ends_only: keep no state between.
     """
     assert step.correction is not None
-    call, increment, correct = step.call, step.tableau.increment, step.correction.apply
+    base, correct = step.base, step.correction.apply
     times, dts = grid.unbind(), sizes.unbind()
-    powers = step.correction.power(sizes).to(y0.dtype).unbind()
+    # A 0-d state is stepped in the wider dtype of state and time, as by the host.
+    dtype = y0.dtype if y0.dim() else torch.promote_types(y0.dtype, sizes.dtype)
+    step.correction.look_at(sizes, dtype)
+    firsts, rest = step.correction.factors(sizes, dtype)
+    others = zip(*(factor.unbind() for factor in rest), strict=True) if rest else repeat(())
     y, kept = y0, [y0]
-    for t0, dt, t1, power in zip(times[:-1], dts, times[1:], powers, strict=True):
-        dy, stages = increment(call, t0, dt, t1, y)
-        y = y + correct(dy, t0, dt, y, stages, power=power)
+    for t0, dt, t1, power, more in zip(times[:-1], dts, times[1:], firsts.unbind(), others):  # noqa: B905
+        dy, stages = base(t0, dt, t1, y)
+        y = y + correct(dy, t0, dt, y, stages, power=power, others=more)
         if not ends_only:
             kept.append(y)
     return [y0, y] if ends_only else kept
 
 
-def stage_call(func: VectorField, layout: StateLayout, dtype: torch.dtype) -> StageCall:
-    """Return func on the flat state, checked; called in ``dtype``, answered in the state's."""
+def stage_call(
+    func: VectorField, layout: StateLayout, dtype: torch.dtype, *, is_scalar: bool = False
+) -> StageCall:
+    """Return func on the flat state, checked; called in ``dtype``, answered in the state's.
+
+    Args:
+        func: the user's vector field.
+        layout: how the state lies flat.
+        dtype: of the user's state.
+        is_scalar: whether the state is 0-d: it takes the dtype of a wider time, as in the host.
+    """
     t_dtype = dtype.to_real() if dtype.is_complex else dtype
 
     def call(t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
@@ -194,4 +298,11 @@ def stage_call(func: VectorField, layout: StateLayout, dtype: torch.dtype) -> St
         check_derivative(k, y)
         return k.to(y.dtype) if is_half(k.dtype) else k
 
-    return call if layout.shapes is None and not is_half(dtype) else call_on_parts
+    def call_on_scalar(t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
+        k: Tensor = func(t.to(y.dtype.to_real() if y.dtype.is_complex else y.dtype), y)
+        check_derivative(k, y)
+        return k.to(y.dtype) if is_half(k.dtype) else k
+
+    if layout.shapes is not None or is_half(dtype):
+        return call_on_parts
+    return call_on_scalar if is_scalar else call

@@ -20,7 +20,7 @@ from torchdiffeq_hyper._files import (
     read_metadata,
     write_hypersolver,
 )
-from torchdiffeq_hyper._finite import is_finite, raise_non_finite
+from torchdiffeq_hyper._finite import cast_back, is_finite, raise_non_finite
 from torchdiffeq_hyper._grid import Steps, check_steps, check_times, equal_steps, step_sizes
 from torchdiffeq_hyper._layout import StateLayout, is_half
 from torchdiffeq_hyper._report import FitReport
@@ -132,7 +132,7 @@ class HyperSolver(nn.Module):
         Raises:
             StateTypeError: integer state, or a net on another device.
             StateShapeError: ``t`` is not 1-D, or func or g returned another shape.
-            NonFiniteError: the solve ended in inf or nan.
+            NonFiniteError: the solve ended in inf or nan, or overflows the state's dtype.
 
         Example:
             >>> import torch, torchdiffeq_hyper as tdh
@@ -148,7 +148,7 @@ class HyperSolver(nn.Module):
         if flat.numel() == 0 or len(grid) == 1:
             return layout.split(flat.unsqueeze(0).expand(n_points, *flat.shape).clone())
         if is_half(dtype):
-            flat, grid = flat.float(), grid.to(torch.promote_types(grid.dtype, torch.float32))
+            flat = flat.float()
         part = None if self.domain is None else self.domain.corrected_part(y0)
         correction = Correction(
             self.hypernet,
@@ -158,13 +158,14 @@ class HyperSolver(nn.Module):
             part=part,
             context=context_of(func),
         )
-        step = Step(self.tableau, stage_call(func, layout, dtype), correction)
+        call = stage_call(func, layout, dtype, is_scalar=flat.dim() == 0)
+        step = Step(self.tableau, call, correction)
         sizes = step_sizes(grid, are_equal=n_points == 2)
         self.warn_outside_fit(sizes)
         states = integrate(step, grid, sizes, flat, ends_only=n_points == 2)
         if not is_finite(states[-1]):
-            raise_non_finite(step, zip(grid[:-1], grid[1:], strict=True), flat)
-        return layout.split(torch.stack(states).to(dtype))
+            raise_non_finite(step, zip(grid[:-1], grid[1:], strict=True), flat, dtype=dtype)
+        return layout.split(cast_back(torch.stack(states), dtype))
 
     def warn_outside_fit(self, dt: Tensor, sign: int = 1) -> None:
         """Warn, once a kind, when signed step sizes lie outside the fit.

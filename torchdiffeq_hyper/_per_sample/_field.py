@@ -13,6 +13,7 @@ from torchdiffeq_hyper._independence import check_independence
 from torchdiffeq_hyper._layout import is_half
 from torchdiffeq_hyper._per_sample._rows import RowLayout
 from torchdiffeq_hyper._restrict import HOW_TO_RESTRICT, can_restrict, restrict
+from torchdiffeq_hyper._reuse import own
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.errors import HyperError, OptionError, StateShapeError, explain
 
@@ -64,13 +65,15 @@ class SampleField:
 
     def _in_mode(self, t: Tensor, y: Tensor, index: Tensor) -> Tensor:
         if self.mode == "loop":
-            calls = [self._one(i, s, row) for i, s, row in zip(index, t, y, strict=True)]
+            calls = [own(self._one(i, s, row)) for i, s, row in zip(index, t, y, strict=True)]
             return torch.stack(calls)
         evaluate: Callable[[Tensor, Tensor, Tensor], Tensor] = (
             torch.func.vmap(self._one) if self.mode == "vmap" else self._all
         )
         try:
-            return evaluate(index, t, y)
+            k = evaluate(index, t, y)
+            # Stages are kept over later calls; under vmap func cannot write into a buffer.
+            return own(k) if self.mode == "vector" else k
         except HyperError:
             raise
         except _REFUSALS as error:

@@ -9,7 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._finite import is_finite
+from torchdiffeq_hyper._finite import is_finite, wider_dtype
+from torchdiffeq_hyper._layout import is_half
+from torchdiffeq_hyper._reuse import own
 from torchdiffeq_hyper.bespoke._dense import stage_times
 from torchdiffeq_hyper.errors import (
     NonFiniteError,
@@ -118,7 +120,7 @@ def is_whole_span(t: Tensor, span: tuple[float, float] | None) -> bool:
     except RuntimeError:  # no values to look at: vmap, fake and meta tensors
         return False
     start, end = span
-    slack = slack_of(span) * abs(end - start)
+    slack = slack_of(span, t.dtype) * abs(end - start)
     low, high = min(span) - slack, max(span) + slack
     if abs(points[0] - start) > slack or not all(low <= point <= high for point in points):
         raise OptionError(
@@ -144,19 +146,34 @@ def is_whole_span(t: Tensor, span: tuple[float, float] | None) -> bool:
     return len(t) == 2 and abs(points[1] - end) <= slack and not t.requires_grad
 
 
-def slack_of(span: tuple[float, float] | None) -> float:
-    """Return the share of a span by which times may miss it: those of float32 do."""
+def slack_of(span: tuple[float, float] | None, dtype: torch.dtype) -> float:
+    """Return the share of a span by which times may miss it: those of float32 do.
+
+    Args:
+        span: start and end.
+        dtype: of the times as the user gave them; half precision rounds the span's ends more.
+    """
     if span is None:
         return math.inf  # any times will do
     start, end = span
-    return 1e-5 + 1e-6 * max(abs(start), abs(end)) / abs(end - start)
+    rounding = torch.finfo(dtype).eps if is_half(dtype) else 1e-6
+    return 1e-5 + rounding * max(abs(start), abs(end)) / abs(end - start)
 
 
 @torch.no_grad()
 def raise_non_finite(
-    call: StageCall, schedule: tuple[Sequence[Tensor], Sequence[Tensor]], y0: Tensor
+    call: StageCall,
+    schedule: tuple[Sequence[Tensor], Sequence[Tensor]],
+    y0: Tensor,
+    dtype: torch.dtype,
 ) -> None:
     """Replay a solve that ended in inf or nan, and say where that began.
+
+    Args:
+        call: evaluates func.
+        schedule: times and weights.
+        y0: flat state at the start.
+        dtype: of the user's state.
 
     Raises:
         NonFiniteError: always; the text names the stage, the time and the culprit.
@@ -167,7 +184,7 @@ def raise_non_finite(
         )
     x, stages = y0, []
     for i, (t, row) in enumerate(zip(*schedule, strict=True)):
-        stages.append(call(t, x))
+        stages.append(own(call(t, x)))
         x = y0 + torch.tensordot(row, torch.stack(stages), 1)
         if not is_finite(stages[-1]) or not is_finite(x):
             raise NonFiniteError(
@@ -175,7 +192,7 @@ def raise_non_finite(
                     f"the solve left the finite range at call {i} of func, t = {float(t):.6g}.",
                     "finite derivatives along the solution.",
                     "starts like those the solver was fitted on\n"
-                    "or a reference: odeint(func, y0, t, method='dopri5')",
+                    "or a reference: odeint(func, y0, t, method='dopri5')" + wider_dtype(dtype),
                 )
             )
     raise NonFiniteError(

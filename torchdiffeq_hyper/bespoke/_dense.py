@@ -102,7 +102,9 @@ def added_at_end(
     t_dtype = x.dtype.to_real() if x.dtype.is_complex else x.dtype
     t0, t1 = (torch.as_tensor(s, dtype=t_dtype, device=x.device) for s in span)
     out = correction.evaluate(t0, t1 - t0, x, tuple(stages))
-    return correction.add(torch.zeros_like(x), correction.power(t1 - t0), out)
+    if x.device.type == "cpu":
+        correction.look_at(t1 - t0, x.dtype)
+    return correction.add(torch.zeros_like(x), out, *correction.factors(t1 - t0, x.dtype))
 
 
 def between(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchdiffeq_hyper._reuse import owning, share_memory
 from torchdiffeq_hyper.bespoke._dense import stage_times
 from torchdiffeq_hyper.tableaus import StageCall
 
@@ -72,6 +73,12 @@ def roll_out(call: StageCall, calls: Schedule, y: Tensor) -> tuple[Tensor, list[
         calls: times and weights.
         y: flat state at the start.
     """
+    x, stages = _roll_out(call, calls, y)
+    # Two calls may have told; a func may also start with its buffer only later.
+    return _roll_out(owning(call), calls, y) if share_memory(stages) else (x, stages)
+
+
+def _roll_out(call: StageCall, calls: Schedule, y: Tensor) -> tuple[Tensor, list[Tensor]]:
     if torch.compiler.is_compiling() or calls[1][-1].requires_grad:
         return chained(call, calls, y)
     if y.device.type == "cpu" and y.numel() > CHUNK:
@@ -86,6 +93,8 @@ def chained(
     x, stages = y, []
     for i, (t, row) in enumerate(zip(*calls, strict=True)):
         stages.append(call(t, x) if i or first is None else first)
+        if i == 1 and share_memory(stages):
+            return x, stages  # a func that reuses its buffer: all is to be done again
         x = y
         for weight, k in zip(row.unbind(), stages, strict=True):
             x = torch.addcmul(x, weight, k)
@@ -117,6 +126,8 @@ def chunked(call: StageCall, calls: Schedule, y: Tensor) -> tuple[Tensor, list[T
     for i, weights in enumerate(calls[1]):
         if i:
             stages.append(call(calls[0][i], x))
+            if i == 1 and share_memory(stages):
+                return x, stages  # as in `chained`
         try:
             x = add(memory, weights.tolist(), y, *stages)
         except RuntimeError:

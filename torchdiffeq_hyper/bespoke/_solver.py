@@ -16,7 +16,7 @@ from torchdiffeq_hyper._files import (
     read_bespoke,
     write_bespoke,
 )
-from torchdiffeq_hyper._finite import is_finite
+from torchdiffeq_hyper._finite import cast_back, is_finite
 from torchdiffeq_hyper._grid import check_times
 from torchdiffeq_hyper._layout import StateLayout, is_half
 from torchdiffeq_hyper._report import FitReport
@@ -175,7 +175,7 @@ class BespokeSolver(HyperSolver, kind="bns"):
             OptionError: ``t`` starts elsewhere, or leaves the span.
             StateTypeError: integer state, or a net on another device.
             StateShapeError: ``t`` is not 1-D, or func or g returned another shape.
-            NonFiniteError: the solve ended in inf or nan.
+            NonFiniteError: the solve ended in inf or nan, or overflows the state's dtype.
 
         Example:
             >>> import torch
@@ -189,11 +189,11 @@ class BespokeSolver(HyperSolver, kind="bns"):
         flat = layout.join(y0)
         dtype = flat.dtype
         ends_at_end = is_whole_span(t, self.span)
-        t = check_times(t, flat)
+        t, t_dtype = check_times(t, flat), t.dtype
         if flat.numel() == 0 or len(t) == 1:
             return layout.split(flat.unsqueeze(0).expand(len(t), *flat.shape).clone())
         if is_half(dtype):
-            flat, t = flat.float(), t.to(torch.promote_types(t.dtype, torch.float32))
+            flat = flat.float()
         start, end = self.span or (t[0], t[-1])
         call = stage_call(func, layout, dtype)
         x, stages = self._roll_out(call, start, end, flat)
@@ -212,11 +212,12 @@ class BespokeSolver(HyperSolver, kind="bns"):
             knots = self.get_buffer("knot_values"), self.get_buffer("knot_slopes")
             own = (part.to(flat.device) for part in (self.weights, *knots))
             weights = hermite_weights(passed, *own) * (end - start)
-            weights = blank_outside(weights, share, slack_of(self.span))
+            weights = blank_outside(weights, share, slack_of(self.span, t_dtype))
             y = between(passed, weights.to(flat.dtype), flat, stages, added)
         if not is_finite(y[-1]):
-            raise_non_finite(call, schedule(self.weights.to(y.device), start, end, y.dtype), flat)
-        return layout.split(torch.cat([flat.unsqueeze(0), y]).to(dtype))
+            calls = schedule(self.weights.to(y.device), start, end, y.dtype)
+            raise_non_finite(call, calls, flat, dtype)
+        return layout.split(cast_back(torch.cat([flat.unsqueeze(0), y]), dtype))
 
     def _roll_out(
         self, call: StageCall, start: Any, end: Any, y: Tensor

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
+from torchdiffeq_hyper._finite import cast_back
 from torchdiffeq_hyper._independence import cannot_take_part, check_independence, is_probing
 from torchdiffeq_hyper._layout import is_half
 from torchdiffeq_hyper._restrict import can_restrict, restrict
+from torchdiffeq_hyper._reuse import own
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.dise.candidates import Candidate
 from torchdiffeq_hyper.dise.samples import cast, concatenate, count, parts_of, take
@@ -73,7 +75,11 @@ class GroupField:
             what = f"returned shapes {got} for {expected}"
             raise self._clash(what)
         wide = parts_of(y)[0].dtype
-        return cast(k, wide) if any(is_half(part.dtype) for part in parts_of(k)) else k
+        if any(is_half(part.dtype) for part in parts_of(k)):
+            return cast(k, wide)
+        # The host keeps stages over later calls of func, which may write into the same buffer;
+        # those of tuples it copies itself.
+        return own(k) if isinstance(k, Tensor) else k
 
     def _takes_the_whole(self, t: Tensor) -> bool:
         """Return whether func fails on this part of the batch only."""
@@ -113,11 +119,14 @@ def solve_group(
     y0, index = field.y0, field.index
     start = y0 if index is None else take(y0, index)
     rtol, atol = (_restricted(tolerance, y0, index) for tolerance in (rtol, atol))
-    dtype = parts_of(y0)[0].dtype
+    dtype, t = parts_of(y0)[0].dtype, t.to(torch.promote_types(t.dtype, torch.float32))
     if not is_half(dtype):
         return candidate.solve(field, start, t, rtol=rtol, atol=atol)
-    start, t = cast(start, torch.float32), t.to(torch.promote_types(t.dtype, torch.float32))
-    return cast(candidate.solve(field, start, t, rtol=rtol, atol=atol), dtype)
+    start = cast(start, torch.float32)
+    solution = candidate.solve(field, start, t, rtol=rtol, atol=atol)
+    if isinstance(solution, Tensor):
+        return cast_back(solution, dtype)
+    return tuple(cast_back(part, dtype) for part in solution)
 
 
 def dispatch(

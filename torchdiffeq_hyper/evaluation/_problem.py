@@ -12,6 +12,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from torchdiffeq_hyper._layout import StateLayout, is_half
+from torchdiffeq_hyper._reuse import own
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.errors import NonFiniteError, OptionError, StateShapeError, explain
 from torchdiffeq_hyper.fitting.field import check_repeatable
@@ -84,7 +85,7 @@ class Problem:
             NoisyFieldError: func answers differently twice at one point.
             NonFiniteError: it is not finite, or dopri5 breaks off on the way to it.
         """
-        func, y0 = self.func, self.y0
+        func, y0 = self._answering_in_own_memory, self.y0
         # An adaptive solve of a noisy field may never end.
         first, second = (torch.cat([p.flatten() for p in parts(func(self.t[0], y0))]) for _ in "ab")
         check_repeatable(first, second, self.dtype, float(self.t[0]))
@@ -106,6 +107,11 @@ class Problem:
                 )
             )
         return y
+
+    def _answering_in_own_memory(self, t: Tensor, y: State) -> State:
+        # dopri5 chooses its first step by two calls, and keeps the first one's answer.
+        k: State = self.func(t, y)
+        return own(k) if isinstance(k, Tensor) else k
 
     def _answering_in_float32(self, t: Tensor, y: State) -> State:
         return _cast(self.func(t.to(self.dtype), _cast(y, self.dtype)), torch.float32)

@@ -85,6 +85,7 @@ class Field:
         out = self._context.run(self._bound, time, state)
         k = self._layout.join(out)
         check_derivative(k, y)
+        # A product anew: stages are kept over later calls of func, which may write into one buffer.
         return k.to(y.dtype) * (units.time / units.state)
 
 

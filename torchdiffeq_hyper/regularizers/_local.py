@@ -7,6 +7,7 @@ from torch import Tensor
 
 from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._layout import StateLayout
+from torchdiffeq_hyper._reuse import own
 from torchdiffeq_hyper.errors import explain
 from torchdiffeq_hyper.recording import NothingRecordedError, SampledStep
 from torchdiffeq_hyper.regularizers._steps import Record, solves_of
@@ -71,7 +72,7 @@ def _local_error(step: SampledStep, part: int | None) -> Tensor:
     t1 = (step.t0 + step.dt).to(real)
 
     def derivative(t: Tensor, y: Tensor) -> Tensor:
-        return layout.join(step.func(t, layout.split(y))).expand_as(y0)
+        return own(layout.join(step.func(t, layout.split(y))).expand_as(y0))
 
     # Within the step, as in the host: its ends may be discontinuities of func.
     stages = [derivative(torch.nextafter(t0, t1), y0)]

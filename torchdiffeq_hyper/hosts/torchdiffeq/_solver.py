@@ -10,10 +10,11 @@ from torch import Tensor
 
 from torchdiffeq_hyper._checks import check_derivative
 from torchdiffeq_hyper._context import context_of
-from torchdiffeq_hyper._finite import is_finite, raise_non_finite
+from torchdiffeq_hyper._finite import cast_back, is_finite, raise_non_finite
 from torchdiffeq_hyper._grid import equal_steps
 from torchdiffeq_hyper._layout import check_dtype, is_half
 from torchdiffeq_hyper._registry import Method
+from torchdiffeq_hyper._reuse import own
 from torchdiffeq_hyper._stepping import Correction, Step
 from torchdiffeq_hyper.errors import OptionError, closest, explain
 from torchdiffeq_hyper.hosts.torchdiffeq import _bound
@@ -134,7 +135,8 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         dy, f0 = self._step.increment(t0, dt, t1, y0)
         if self._taken is not None:
             self._taken.append((t0, t1, dy))
-        return dy, f0
+        # The host's cubic calls func once more before it uses f0.
+        return dy, f0 if self.interp == "linear" else own(f0)
 
     def integrate(self, t: Tensor) -> Tensor:
         """Return the state at every point of ``t``, as the host's solvers do."""
@@ -148,11 +150,19 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
             self._solver.warn_outside_fit(grid.diff(), self._call.sign)
         if self._call.is_adjoint_forward:
             self._call.leave_plan(ForwardPlan(self._step.tableau, grid=grid.detach()))
+        self._look_at(grid.diff())
         solution: Tensor = super().integrate(t)
         if self._step.correction is not None and not is_finite(solution[-1]):
             pairs = zip(grid[:-1], grid[1:], strict=True)
-            raise_non_finite(self._step, pairs, self.y0, self._call.sign)
-        return solution.to(self._dtype)
+            raise_non_finite(self._step, pairs, self.y0, self._call.sign, dtype=self._dtype)
+        return cast_back(solution, self._dtype)
+
+    def _look_at(self, sizes: Tensor) -> None:
+        """Let the correction see the sizes of all steps beforehand, once."""
+        dtype = self.y0.dtype
+        if self._step.correction is not None and len(sizes):
+            dtype = dtype if self.y0.dim() else torch.promote_types(dtype, sizes.dtype)
+            self._step.correction.look_at(sizes, dtype)
 
     def integrate_until_event(
         self, t0: Tensor, event_fn: Callable[..., Any]
@@ -160,8 +170,10 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         """Return the event's time and the states at start and event, as the host's do."""
         if self.step_size is None:
             self.step_size = self._fitted_step_size()
+        time_dtype = torch.promote_types(t0.dtype, torch.float32)
+        size = torch.as_tensor(self.step_size, dtype=time_dtype).reshape(1)
+        self._look_at(size)
         if self._solver is not None:
-            size = torch.as_tensor(self.step_size, dtype=t0.dtype).reshape(1)
             self._solver.warn_outside_fit(size, self._call.sign)
         if self._call.is_adjoint_forward:
             plan = ForwardPlan(self._step.tableau, step_size=float(self.step_size))
@@ -173,8 +185,8 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         # A state that is not a number ends the host's search as if it were the event.
         if not is_finite(self._taken[-1][2]):
             pairs = [(t0, t1) for t0, t1, _ in self._taken]
-            raise_non_finite(self._step, pairs, self.y0, self._call.sign)
-        return event_time, solution.to(dtype)
+            raise_non_finite(self._step, pairs, self.y0, self._call.sign, dtype=dtype)
+        return event_time, cast_back(solution, dtype)
 
     def _fitted_step_size(self) -> float:
         solver = self._solver

@@ -147,22 +147,32 @@ class HyperSolver(nn.Module):
         correction = Correction(self.hypernet, self.tableau.order, layout, flat, part=part)
         step = Step(self.tableau, stage_call(func, layout, dtype), correction)
         sizes = step_sizes(grid, are_equal=n_points == 2)
-        self.warn_outside_fit(sizes)
+        self.warn_outside_fit(sizes, readable=None if n_points == 2 else self._read_off_by)
         states = integrate(step, grid, sizes, flat, ends_only=n_points == 2)
         if not is_finite(states[-1]):
             raise_non_finite(step, zip(grid[:-1], grid[1:], strict=True), flat)
         return layout.split(torch.stack(states).to(dtype))
 
-    def warn_outside_fit(self, dt: Tensor, sign: int = 1) -> None:
+    @property
+    def _read_off_by(self) -> str:
+        return (
+            f'torchdiffeq.odeint(func, y0, t, method="{self.method}", options={{"solver": solver, '
+            "{options}})"
+        )
+
+    def warn_outside_fit(self, dt: Tensor, sign: int = 1, readable: str | None = None) -> None:
         """Warn, once a kind, when signed step sizes lie outside the fit.
 
         Args:
             dt: 1-D tensor of step sizes.
             sign: -1 where the host's time is negated.
+            readable: see `FitDomain.outside`.
         """
-        if self.domain is None or torch.compiler.is_compiling() or len(self._warned) == 2:
+        if self.domain is None or torch.compiler.is_compiling():
             return
-        for kind, text in self.domain.outside(dt, sign).items():
+        if self._warned >= {"direction", "dt" if readable is None else "points"}:
+            return
+        for kind, text in self.domain.outside(dt, sign, readable).items():
             if kind not in self._warned:
                 self._warned.add(kind)
                 warnings.warn(text, OutsideFitWarning, stacklevel=4)

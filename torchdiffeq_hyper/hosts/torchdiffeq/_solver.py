@@ -57,6 +57,9 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         self._has_grid_option = not {"step_size", "grid_constructor"}.isdisjoint(grid)
         self._solver: HyperSolver | None = None
         self._taken: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        self._ends: _KeptEnds | None = None
+        if self.interp == "cubic":
+            self.func = self._ends = _KeptEnds(self.func)
         if self._call.is_adjoint_backward:
             self._step = self._uncorrected_step()
         else:
@@ -117,8 +120,10 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         return Step(bound.tableau, self._evaluate, correction)
 
     def _evaluate(self, t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
-        if self._direct is None:
-            k: Tensor = self.func(t, y, perturb=_PERTURB[edge] if self.perturb else Perturb.NONE)
+        if self._ends is not None and self._ends.y is y and not self.perturb:
+            k: Tensor = self._ends.k
+        elif self._direct is None:
+            k = self.func(t, y, perturb=_PERTURB[edge] if self.perturb else Perturb.NONE)
         else:
             if t.dtype != y.dtype:
                 t = t.to(y.dtype.to_real() if y.dtype.is_complex else y.dtype)
@@ -143,7 +148,9 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         grid: Tensor = self.grid_constructor(self.func, self.y0, t)
         self.grid_constructor = lambda func, y0, t: grid
         if self._solver is not None:
-            self._solver.warn_outside_fit(grid.diff(), self._call.sign)
+            follows_t = len(t) > 2 and not self._has_grid_option
+            readable = "options={..., {options}}" if follows_t else None
+            self._solver.warn_outside_fit(grid.diff(), self._call.sign, readable)
         if self._call.is_adjoint_forward:
             self._call.leave_plan(ForwardPlan(self._step.tableau, grid=grid.detach()))
         solution: Tensor = super().integrate(t)
@@ -201,6 +208,29 @@ class _InHalf:
 
     def callback_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
         self.func.callback_step(t0, y0.to(self._dtype), dt)
+
+
+class _KeptEnds:
+    """The host's func where points are read off by cubics: called once at the end of a step.
+
+    The host asks for the derivative there for each point that it reads off, and the next
+    step for its first stage.
+    """
+
+    def __init__(self, func: Any) -> None:
+        self._func = func
+        self.y: Tensor | None = None
+        self.k: Any = None
+
+    def __call__(self, t: Tensor, y: Tensor, **perturb: Any) -> Any:
+        if perturb:
+            return self._func(t, y, **perturb)
+        if self.y is not y:
+            self.y, self.k = y, self._func(t, y)
+        return self.k
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._func, name)
 
 
 def _check_values(options: dict[str, Any]) -> None:

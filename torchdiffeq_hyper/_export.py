@@ -53,7 +53,7 @@ def export_solve(
             shapes = (batch_dims, {})
         module = _Solve(solve, modules)
         try:
-            content = _saved(module, (y0, t), shapes)
+            content: bytes | None = _saved(module, (y0, t), shapes)
         except HyperError:
             raise
         except Exception as error:  # torch gives its reasons under a dozen types

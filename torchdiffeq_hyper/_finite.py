@@ -56,7 +56,8 @@ def raise_non_finite(
                 explain(
                     f"the base method left the finite range {where}: func's answers are the cause.",
                     "finite derivatives along the solution.",
-                    "more steps, or a reference: odeint(func, y0, t, method='dopri5')",
+                    "more steps, or a reference, outside of tdh.override: "
+                    "odeint(func, y0, t, method='dopri5')",
                 )
             )
         dy, _ = step.increment(t0, t1 - t0, t1, y)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
+from torchdiffeq_hyper._checks import check_kind
 from torchdiffeq_hyper._layout import is_half
 from torchdiffeq_hyper._restrict import HOW_TO_RESTRICT, can_restrict, restrict
 from torchdiffeq_hyper._types import State, VectorField
@@ -66,6 +67,7 @@ class GroupField:
                 clash = self._clash(f"fails ({reason})")
                 raise StateShapeError(clash) from error
             raise
+        check_kind(k, y)
         expected = [tuple(part.shape) for part in parts_of(y)]
         got = [tuple(getattr(part, "shape", ())) for part in parts_of(k)]
         if got != expected or isinstance(k, tuple) != isinstance(y, tuple):

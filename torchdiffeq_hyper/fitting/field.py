@@ -7,7 +7,7 @@ import contextvars
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._checks import check_derivative
+from torchdiffeq_hyper._checks import check_answer
 from torchdiffeq_hyper._finite import is_finite
 from torchdiffeq_hyper._layout import StateLayout, is_half
 from torchdiffeq_hyper._types import State, VectorField
@@ -65,9 +65,8 @@ class Field:
         state = self._layout.split(y.to(self.dtype))
         # References are solved outside any scope that overrides a method; func is not.
         out = self._context.run(self._func, t.to(self.dtype), state)
-        k = self._layout.join(out).to(y.dtype)
-        check_derivative(k, y)
-        return k
+        check_answer(out, state)
+        return self._layout.join(out).to(y.dtype)
 
 
 def _out_of_time(budget: Budget) -> OutOfTimeError:
@@ -94,7 +93,7 @@ def check_start(y0: Tensor) -> None:
             explain(
                 "y0 holds inf or nan.",
                 "finite starts.",
-                "y0 = y0[torch.isfinite(y0).flatten(1).all(1)]",
+                "y0 = y0[torch.isfinite(y0.flatten(1)).all(1)]   # of a tuple, every part",
             )
         )
 

@@ -53,13 +53,14 @@ def export_solve(
             shapes = (batch_dims, {})
         module = _Solve(solve, modules)
         try:
-            content: bytes | None = _saved(module, (y0, t), shapes)
+            content = _saved(module, (y0, t), shapes)
         except HyperError:
             raise
         except Exception as error:  # torch gives its reasons under a dozen types
-            content = _saved_with_derivatives(module, (y0, t), shapes)
-            if content is None:
+            traced = _saved_with_derivatives(module, (y0, t), shapes)
+            if traced is None:
                 raise _explained(error, dynamic_batch=dynamic_batch) from error
+            content = traced
     write_bytes(path, content)
 
 

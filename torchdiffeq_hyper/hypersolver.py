@@ -111,8 +111,9 @@ class HyperSolver(nn.Module):
         Gives the numbers of ``odeint(func, y0, t, method=self.method)``. With two points
         in ``t`` it takes ``steps`` equal steps, with more it takes one step between
         consecutive points. It never branches on values, so that
-        ``torch.compile(solver.solve, fullgraph=True)`` makes one graph of it; without
-        gradients, two points keep no state between.
+        ``torch.compile(solver.solve, fullgraph=True)`` makes one graph of it (a counter in
+        func, ``self.nfe += 1``, has torch compile anew each time); without gradients, two
+        points keep no state between.
 
         Args:
             func: called as ``func(t, y)`` with a 0-d ``t``; returns a state like ``y``.
@@ -198,11 +199,12 @@ class HyperSolver(nn.Module):
 
         ``torch.export.load(path).module()(y0, t)`` gives the numbers of ``solve(func, y0, t)``
         for every start and time of the shapes exported, in either direction ("bns": its span
-        alone, else nan), unchecked. func and net stay in train or eval mode as they are.
+        alone, else nan), unchecked. func and net stay in train or eval mode; func's attributes as they are.
 
         Args:
             path: the file, by custom ``*.pt2``; an old one stays until it is complete.
-            func: called as ``func(t, y)``, of tensor operations alone.
+            func: called as ``func(t, y)``, of tensor operations alone, among them derivatives
+                by ``torch.autograd.grad`` or ``torch.func.vjp``.
             y0: example of a state, for shapes, dtype and device.
             t: example of times, for their number and dtype.
             dynamic_batch: take any size of dim 0; of a tuple, in all parts that have the

@@ -185,6 +185,7 @@ def test_func_that_differentiates_is_exported_for_any_batch(
     _assert_same(solve(y0, T), solver.solve(func, y0, T))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own
 def test_advice_for_forward_derivatives_holds(tmp_path: Path) -> None:
     solver, func, path = _tuple_solver(), LogDensity("jvp"), tmp_path / "solve.pt2"
     y0 = torch.randn(4, 2), torch.randn(4)

@@ -199,7 +199,7 @@ class HyperSolver(nn.Module):
 
         ``torch.export.load(path).module()(y0, t)`` gives the numbers of ``solve(func, y0, t)``
         for every start and time of the shapes exported, in either direction ("bns": its span
-        alone, else nan), unchecked. func and net stay in train or eval mode; func's attributes as they are.
+        alone, else nan), unchecked. func and net stay in train or eval mode as they are.
 
         Args:
             path: the file, by custom ``*.pt2``; an old one stays until it is complete.

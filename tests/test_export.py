@@ -144,3 +144,52 @@ def test_missing_folder_is_a_write_error(tmp_path: Path) -> None:
     func = MLPField(dtype=torch.float32)
     with pytest.raises(tdh.errors.FileWriteError, match="cannot be written"):
         _solver().export(tmp_path / "no" / "solve.pt2", func, torch.randn(4, 2), T)
+
+
+class LogDensity(nn.Module):
+    """A field of (x, log-density), its divergence taken in one of several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.field = MLPField(dtype=torch.float32)
+        self.way = way
+
+    def forward(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, _ = state
+        if self.way == "grad":
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                v = self.field(t, x)
+                rows = [torch.autograd.grad(v[:, i].sum(), x, create_graph=True) for i in (0, 1)]
+            return v.detach(), -sum(row[0][:, i] for i, row in enumerate(rows)).detach()
+        e = torch.ones_like(x)
+        if self.way == "vjp":
+            v, pull = torch.func.vjp(lambda x: self.field(t, x), x)
+            return v, -(pull(e)[0] * e).sum(1)
+        v, change = torch.func.jvp(lambda x: self.field(t, x), (x,), (e,))
+        return v, -(change * e).sum(1)
+
+
+def _tuple_solver() -> tdh.HyperSolver:
+    return tdh.HyperSolver("heun", lambda step: tuple(0 * part for part in step.y), steps=2)
+
+
+@pytest.mark.parametrize("batch", [2, 5])  # 2: that of the channels, too
+@pytest.mark.parametrize("way", ["grad", "vjp"])
+def test_func_that_differentiates_is_exported_for_any_batch(
+    way: str, batch: int, tmp_path: Path
+) -> None:
+    solver, func = _tuple_solver(), LogDensity(way)
+    solve = _export(tmp_path, solver, func, (torch.zeros(batch, 2), torch.zeros(batch)))
+    y0 = torch.randn(7, 2), torch.randn(7)
+    _assert_same(solve(y0, T), solver.solve(func, y0, T))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own
+def test_advice_for_forward_derivatives_holds(tmp_path: Path) -> None:
+    solver, func, path = _tuple_solver(), LogDensity("jvp"), tmp_path / "solve.pt2"
+    y0 = torch.randn(4, 2), torch.randn(4)
+    with pytest.raises(tdh.errors.ExportError, match=r"dynamic_batch=False"):
+        solver.export(path, func, y0, T)
+    solver.export(path, func, y0, T, dynamic_batch=False)
+    _assert_same(torch.export.load(path).module()(y0, T), solver.solve(func, y0, T))

@@ -46,7 +46,7 @@ def check_hypernet_device(hypernet: Hypernet, y: Tensor) -> None:
         )
 
 
-def check_derivative(k: Tensor, y: Tensor) -> None:
+def check_derivative(k: object, y: Tensor) -> None:
     """Refuse a derivative that is none, or would broadcast against the state.
 
     Raises:
@@ -57,8 +57,8 @@ def check_derivative(k: Tensor, y: Tensor) -> None:
         raise StateTypeError(
             explain(
                 f"func returned a {type(k).__name__}.",
-                "a tensor of the state's shape (for a tuple state, a tuple of them).",
-                "return torch.as_tensor(derivative)",
+                "a tensor of the state's shape.",
+                _how_to_answer(k),
             )
         )
     if k.shape != y.shape:
@@ -69,6 +69,65 @@ def check_derivative(k: Tensor, y: Tensor) -> None:
                 "check func(t[0], y0).shape == y0.shape",
             )
         )
+
+
+def check_answer(k: object, state: State) -> None:
+    """Refuse what func returned if it is not built as the state is.
+
+    Raises:
+        StateTypeError: not a tensor, or for a tuple state no tuple of as many.
+        StateShapeError: the shapes differ; for a part of a tuple, its number of elements.
+    """
+    check_kind(k, state)
+    if isinstance(state, Tensor):
+        check_derivative(k, state)
+        return
+    assert isinstance(k, tuple | list)
+    for index, (part, like) in enumerate(zip(k, state, strict=True)):
+        if part.numel() != like.numel():
+            raise StateShapeError(
+                explain(
+                    f"func returned shape {tuple(part.shape)} for part {index} of the state, of "
+                    f"shape {tuple(like.shape)}.",
+                    "derivatives of the parts' own shapes, in their order.",
+                    f"check func(t[0], y0)[{index}].shape == y0[{index}].shape",
+                )
+            )
+
+
+def check_kind(k: object, state: State) -> None:
+    """Refuse what func returned if it is no tensor, or for a tuple state no tuple of as many.
+
+    Raises:
+        StateTypeError: it is not.
+    """
+    if isinstance(state, Tensor):
+        if not isinstance(k, Tensor):
+            check_derivative(k, state)
+        return
+    parts = k if isinstance(k, tuple | list) else ()
+    if len(parts) == len(state) and all(isinstance(part, Tensor) for part in parts):
+        return
+    got = f"a {type(k).__name__}"
+    if parts:
+        got += " of " + ", ".join(type(part).__name__ for part in parts)
+    raise StateTypeError(
+        explain(
+            f"func returned {got} for a state that is a tuple of {len(state)} tensors.",
+            "a tuple of as many tensors, one derivative for each part.",
+            "return " + ", ".join(f"derivative_{i}" for i in range(len(state))),
+        )
+    )
+
+
+def _how_to_answer(k: object) -> str:
+    if k is None:
+        return "return derivative   # func ends without a return"
+    if isinstance(k, int | float | complex):
+        return "return torch.full_like(y, value)"
+    if isinstance(k, tuple | list):
+        return "return torch.stack(components, dim=1)   # or y0 = (...), if the state has parts"
+    return "return torch.as_tensor(derivative)"
 
 
 def check_correction(out: State, y: State, time_dtype: torch.dtype) -> None:

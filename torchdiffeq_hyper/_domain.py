@@ -47,8 +47,17 @@ class FitDomain:
             1 + slack
         )
 
-    def outside(self, dt: Tensor, sign: int = 1) -> dict[str, str]:
-        """Return what to warn of for step sizes ``sign * dt``: texts by "direction" or "dt"."""
+    def outside(self, dt: Tensor, sign: int = 1, readable: str | None = None) -> dict[str, str]:
+        """Return what to warn of for step sizes ``sign * dt``, by kind.
+
+        Kinds are "direction", "dt", and "points" for steps that follow the points asked for.
+
+        Args:
+            dt: 1-D tensor of step sizes.
+            sign: -1 where the host's time is negated.
+            readable: where each step goes from point to point of the call's t: a call that
+                reads the points off larger steps, with ``{options}`` left open.
+        """
         try:
             sizes = [sign * size for size in dt.tolist()]
         except RuntimeError:  # no values to look at: vmap, fake and meta tensors
@@ -59,13 +68,36 @@ class FitDomain:
                 continue
             fitted = " and ".join("forward" if sign > 0 else "reverse" for sign in self.directions)
             kind = "dt" if (1 if size >= 0 else -1) in self.directions else "direction"
+            text = (
+                f"dt = {size:.4g} is outside what this solver was fitted for: {fitted}, |dt| from "
+                f"{self.dt_min:.4g} to {self.dt_max:.4g}. The solve goes on; "
+            )
+            if kind == "dt" and readable is not None and self._n_steps(sizes):
+                texts.setdefault("points", text + self._how_to_read_off(sizes, readable))
+                continue
             texts.setdefault(
                 kind,
-                f"dt = {size:.4g} is outside what this solver was fitted for: {fitted}, |dt| from "
-                f"{self.dt_min:.4g} to {self.dt_max:.4g}. The solve goes on; measure it with "
-                "tdh.evaluate, or fit with direction='both' or steps=(low, high).",
+                text + "measure it with tdh.evaluate, or fit with direction='both' or "
+                "steps=(low, high).",
             )
         return texts
+
+    def _n_steps(self, sizes: list[float]) -> int:
+        """Return the number of fitted steps over the way that the sizes make up, 0 if none."""
+        way = abs(sum(sizes))
+        n = round(way / self.dt_min)
+        return n if n > 0 and self.covers(way / n * self.directions[0]) else 0
+
+    def _how_to_read_off(self, sizes: list[float], readable: str) -> str:
+        n = self._n_steps(sizes)
+        # A little too large: the host would put a tiny step at the end of one too small.
+        step_size = abs(sum(sizes)) / n * (1 + 2e-4 / n)
+        options = f'"step_size": {step_size:.7g}, "interp": "cubic"'
+        return (
+            f"t has {len(sizes) + 1} points, and each step goes from one to the next. To take "
+            f"{n} step{'s' * (n > 1)} as fitted and read the points off: "
+            + readable.replace("{options}", options)
+        )
 
     def corrected_part(self, y0: State) -> int | None:
         """Return which part of a tuple state a tensor-fitted solver corrects.

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from torchdiffeq_hyper._attributes import attributes_as_found
 from torchdiffeq_hyper._files import write_bytes
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.errors import ExportError, HyperError, explain
@@ -40,23 +43,84 @@ def export_solve(
         FileWriteError: the file cannot be written; nothing half-written is left.
     """
     y0, t = example
-    with torch.no_grad():
-        solve(modules[0], y0, t)  # type: ignore[arg-type]  # what is wrong without export says so
-    shapes: Any = None
-    if dynamic_batch:
-        y0, batch_dims = _example(y0)
-        shapes = (batch_dims, {})
+    func = modules[0]
+    with attributes_as_found(func):  # counts of calls, or what tracing left there
+        with torch.no_grad():
+            solve(func, y0, t)  # type: ignore[arg-type]  # what is wrong without export says so
+        shapes: Any = None
+        if dynamic_batch:
+            y0, batch_dims = _example(y0)
+            shapes = (batch_dims, {})
+        module = _Solve(solve, modules)
+        try:
+            content = _saved(module, (y0, t), shapes)
+        except HyperError:
+            raise
+        except Exception as error:  # torch gives its reasons under a dozen types
+            traced = _saved_with_derivatives(module, (y0, t), shapes)
+            if traced is None:
+                raise _explained(error, dynamic_batch=dynamic_batch) from error
+            content = traced
+    write_bytes(path, content)
+
+
+def _saved(module: nn.Module, example: tuple[State, Tensor], shapes: Any) -> bytes:
+    program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    return file.getvalue()
+
+
+def _saved_with_derivatives(
+    module: nn.Module, example: tuple[State, Tensor], shapes: Any
+) -> bytes | None:
+    """Return the program of a func that differentiates, None if it still is none.
+
+    `torch.export` follows no backward pass (``torch.autograd.grad``, ``torch.func.vjp``), as
+    log-densities need. What it is given here has been traced to plain operations before.
+    """
+    y0, t = example
+    if shapes is not None:
+        y0 = _of_odd_size(y0, shapes[0])
+    leaves, spec = tree_flatten((y0, t))
+
+    def flat(*leaves: Tensor) -> State:
+        solution: State = module(*tree_unflatten(list(leaves), spec))
+        return solution
+
     try:
-        program = torch.export.export(
-            _Solve(solve, modules), (y0, t), dynamic_shapes=shapes, strict=False
-        )
-        file = io.BytesIO()
-        torch.export.save(program, file)
-    except HyperError:
-        raise
-    except Exception as error:  # torch gives its reasons under a dozen types
-        raise _explained(error, dynamic_batch=dynamic_batch) from error
-    write_bytes(path, file.getvalue())
+        traced = make_fx(flat, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*leaves)
+        content = _saved(_Traced(traced), (y0, t), shapes)
+        program = torch.export.load(io.BytesIO(content)).module()
+        with torch.no_grad():
+            torch.testing.assert_close(program(y0, t), module(y0, t))
+    except Exception:  # noqa: BLE001 - the reason to tell is that of the first attempt
+        return None
+    return content
+
+
+def _of_odd_size(y0: State, dims: Any) -> State:
+    """Return the example with a batch of a size that no other dimension has."""
+    parts, each = ((y0,), (dims,)) if isinstance(y0, Tensor) else (y0, dims)
+    taken = {size for part in parts for size in part.shape}
+    size = next(n for n in (3, 5, 7, 11, 13, 17, 19, 23) if n not in taken) if taken else 3
+    resized = [
+        part[torch.arange(size, device=part.device) % len(part)] if dim else part
+        for part, dim in zip(parts, each, strict=True)
+    ]
+    return resized[0] if isinstance(y0, Tensor) else tuple(resized)
+
+
+class _Traced(nn.Module):
+    """A traced solve, called with a state and times again."""
+
+    def __init__(self, graph: nn.Module) -> None:
+        super().__init__()
+        self.traced = graph
+
+    def forward(self, y0: State, t: Tensor) -> State:
+        solution: State = self.traced(*tree_flatten((y0, t))[0])
+        return solution
 
 
 class _Solve(nn.Module):
@@ -101,10 +165,22 @@ def _explained(error: Exception, *, dynamic_batch: bool) -> ExportError:
                 "y.shape[0] in place of a number or len(y), or dynamic_batch=False",
             )
         )
+    if dynamic_batch and "symbolic sizes" in reason:
+        return ExportError(
+            explain(
+                f"{problem}\n  func or the hypernet differentiates forward (torch.func.jvp), which "
+                "torch traces for one batch size only.",
+                "derivatives by torch.func.vjp or torch.autograd.grad, which export for any.",
+                "torch.func.vjp(f, x)[1](v) in place of torch.func.jvp, or dynamic_batch=False",
+            )
+        )
     return ExportError(
         explain(
             problem,
-            "a func and a hypernet of tensor operations: no if on values, no float(t), no numpy.",
-            "torch.where(condition, a, b) in place of if; t in place of float(t)",
+            "a func and a hypernet of tensor operations: no if on values, no float(t), no numpy, "
+            "no counters in Python. Derivatives within func: by torch.autograd.grad or "
+            "torch.func.vjp.",
+            "torch.where(condition, a, b) in place of if; t in place of float(t)\n"
+            "calls counted outside: tdh.record() in place of self.nfe += 1",
         )
     )

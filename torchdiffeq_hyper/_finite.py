@@ -88,8 +88,8 @@ def raise_non_finite(
                 explain(
                     f"the base method left the finite range {where}: func's answers are the cause.",
                     "finite derivatives along the solution.",
-                    "more steps, or a reference: odeint(func, y0, t, method='dopri5')"
-                    + wider_dtype(dtype),
+                    "more steps, or a reference, outside of tdh.override: "
+                    "odeint(func, y0, t, method='dopri5')" + wider_dtype(dtype),
                 )
             )
         dy, _ = step.increment(t0, t1 - t0, t1, y)

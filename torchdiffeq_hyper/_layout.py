@@ -45,7 +45,7 @@ class StateLayout:
         shapes = []
         for part in parts:
             assert isinstance(part, Tensor)
-            check_dtype(part.dtype)
+            check_dtype(part.dtype, is_tuple=True)
             shapes.append(tuple(part.shape))
         return cls(tuple(shapes))
 
@@ -76,8 +76,22 @@ class StateLayout:
 _TENSOR = StateLayout(None)
 
 
-def check_dtype(dtype: torch.dtype) -> None:
+def how_to_batch(y0: State) -> str:
+    """Return the fix for a state without samples along dim 0."""
+    if isinstance(y0, Tensor):
+        return "y0 = y0.unsqueeze(0)   # for a single sample"
+    return (
+        "y0 = tuple(part.unsqueeze(0) for part in y0)   # for a single sample\n"
+        "part.expand(n_samples, *part.shape)            # for a part that all samples share"
+    )
+
+
+def check_dtype(dtype: torch.dtype, *, is_tuple: bool = False) -> None:
     """Refuse states of integers.
+
+    Args:
+        dtype: the state's, or that of a part.
+        is_tuple: whether the state is a tuple.
 
     Raises:
         StateTypeError: the dtype is neither floating nor complex.
@@ -87,7 +101,7 @@ def check_dtype(dtype: torch.dtype) -> None:
             explain(
                 f"y0 has dtype {dtype}: derivatives would be rounded to integers.",
                 "a floating-point (or complex) state.",
-                "y0 = y0.float()",
+                "y0 = tuple(part.float() for part in y0)" if is_tuple else "y0 = y0.float()",
             )
         )
 

@@ -117,8 +117,9 @@ class HyperSolver(nn.Module):
         Gives the numbers of ``odeint(func, y0, t, method=self.method)``. With two points
         in ``t`` it takes ``steps`` equal steps, with more it takes one step between
         consecutive points. It never branches on values, so that
-        ``torch.compile(solver.solve, fullgraph=True)`` makes one graph of it; without
-        gradients, two points keep no state between.
+        ``torch.compile(solver.solve, fullgraph=True)`` makes one graph of it (a counter in
+        func, ``self.nfe += 1``, has torch compile anew each time); without gradients, two
+        points keep no state between.
 
         Args:
             func: called as ``func(t, y)`` with a 0-d ``t``; returns a state like ``y``.
@@ -161,22 +162,32 @@ class HyperSolver(nn.Module):
         call = stage_call(func, layout, dtype, is_scalar=flat.dim() == 0)
         step = Step(self.tableau, call, correction)
         sizes = step_sizes(grid, are_equal=n_points == 2)
-        self.warn_outside_fit(sizes)
+        self.warn_outside_fit(sizes, readable=None if n_points == 2 else self._read_off_by)
         states = integrate(step, grid, sizes, flat, ends_only=n_points == 2)
         if not is_finite(states[-1]):
             raise_non_finite(step, zip(grid[:-1], grid[1:], strict=True), flat, dtype=dtype)
         return layout.split(cast_back(torch.stack(states), dtype))
 
-    def warn_outside_fit(self, dt: Tensor, sign: int = 1) -> None:
+    @property
+    def _read_off_by(self) -> str:
+        return (
+            f'torchdiffeq.odeint(func, y0, t, method="{self.method}", options={{"solver": solver, '
+            "{options}})"
+        )
+
+    def warn_outside_fit(self, dt: Tensor, sign: int = 1, readable: str | None = None) -> None:
         """Warn, once a kind, when signed step sizes lie outside the fit.
 
         Args:
             dt: 1-D tensor of step sizes.
             sign: -1 where the host's time is negated.
+            readable: see `FitDomain.outside`.
         """
-        if self.domain is None or torch.compiler.is_compiling() or len(self._warned) == 2:
+        if self.domain is None or torch.compiler.is_compiling():
             return
-        for kind, text in self.domain.outside(dt, sign).items():
+        if self._warned >= {"direction", "dt" if readable is None else "points"}:
+            return
+        for kind, text in self.domain.outside(dt, sign, readable).items():
             if kind not in self._warned:
                 self._warned.add(kind)
                 warnings.warn(text, OutsideFitWarning, stacklevel=4)
@@ -206,7 +217,8 @@ class HyperSolver(nn.Module):
 
         Args:
             path: the file, by custom ``*.pt2``; an old one stays until it is complete.
-            func: called as ``func(t, y)``, of tensor operations alone.
+            func: called as ``func(t, y)``, of tensor operations alone, among them derivatives
+                by ``torch.autograd.grad`` or ``torch.func.vjp``.
             y0: example of a state, for shapes, dtype and device.
             t: example of times, for their number and dtype.
             dynamic_batch: take any size of dim 0; of a tuple, in all parts that have the

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import tempfile
 from functools import partial
 from typing import Any
 
@@ -193,3 +195,110 @@ def test_y0_is_not_written_to() -> None:
     )
     assert torch.equal(y0, Y0)
     assert y0.grad is None
+
+
+class Counting(nn.Module):
+    """Counts on a class's default, on the instance, in a part; keeps a cache and its size."""
+
+    nfe = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Inner()
+        self.time = 1.5
+        self.size, self.cache = 2, torch.ones(2)
+        self.fails_at: int | None = None
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        self.nfe += 1
+        self.time = float(t)
+        if self.nfe == self.fails_at:
+            raise KeyboardInterrupt
+        if self.size != len(y):
+            self.size, self.cache = len(y), torch.ones(len(y), dtype=y.dtype)
+        return self.inner(t, y) * self.cache.to(y.dtype).unsqueeze(1)
+
+    def field(self, t: Tensor, y: Tensor) -> Tensor:
+        return self(t, y)
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.was_called = 3, False
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        self.calls, self.was_called = self.calls + 1, True
+        return torch.sin(t) - y
+
+
+class Plain:
+    """No module: a count on the object of a bound method, or of a callable."""
+
+    def __init__(self) -> None:
+        self.nfe = 7
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        self.nfe += 1
+        return torch.sin(t) - y
+
+    def field(self, t: Tensor, y: Tensor) -> Tensor:
+        return self(t, y)
+
+
+def plain_function(t: Tensor, y: Tensor) -> Tensor:
+    plain_function.calls += 1  # type: ignore[attr-defined]
+    return torch.sin(t) - y
+
+
+def run_fit(func: Any, base: str = "euler") -> None:
+    tdh.fit(func, Y0, (0.0, 1.0), base=base, steps=3, config=QUICK, progress=False)
+
+
+def run_evaluate(func: Any) -> None:
+    tdh.evaluate(func, Y0, (0.0, 1.0), ["euler", "dopri5"], steps=[2], repeats=1, progress=False)
+
+
+def run_dise(func: Any) -> None:
+    candidates = [tdh.Candidate("euler", steps=1), tdh.Candidate("rk4", steps=1)]
+    cost = tdh.RegressionCost(
+        lambda y, index: y.flatten(1).norm(dim=1), threshold=9.0, alpha=0.3, penalty=1e3
+    )
+    config = tdh.dise.SelectorConfig(iterations=3)
+    dise = tdh.Dise(candidates)
+    dise.fit(func, Y0, torch.tensor([0.0, 1.0]), cost=cost, config=config, progress=False)
+
+
+def run_export(func: Any) -> None:
+    solver = tdh.HyperSolver("euler", lambda step: step.y * 0, steps=2)
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(tdh.errors.ExportError):
+        solver.export(f"{folder}/solve.pt2", func, Y0, torch.tensor([0.0, 1.0]))
+
+
+RUNS = [run_fit, partial(run_fit, base="bns"), run_evaluate, run_dise, run_export]
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.filterwarnings("ignore::torchdiffeq_hyper.errors.OneCandidateWarning")
+def test_counters_come_back_as_found(run: Any) -> None:
+    func, plain = Counting(), Plain()
+    plain_function.calls = 0  # type: ignore[attr-defined]
+    cache = func.cache
+    for form in (func, func.field, partial(func), plain, plain.field, plain_function):
+        run(form)
+        assert "nfe" not in vars(func)
+        assert (func.time, func.size, func.inner.calls) == (1.5, 2, 3)
+        assert func.inner.was_called is False
+        assert func.cache is cache
+        assert plain.nfe == 7
+        assert plain_function.calls == 0  # type: ignore[attr-defined]
+
+
+def test_counters_come_back_as_found_after_an_interruption() -> None:
+    func = Counting()
+    for fails_at in (1, 60):
+        func.fails_at = fails_at
+        with pytest.raises(KeyboardInterrupt):
+            run_fit(func)
+        assert "nfe" not in vars(func)
+        assert func.inner.calls == 3

@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from torchdiffeq_hyper._checks import check_kind
 from torchdiffeq_hyper._independence import check_independence
 from torchdiffeq_hyper._layout import is_half
 from torchdiffeq_hyper._per_sample._rows import RowLayout
@@ -91,6 +92,7 @@ class SampleField:
 
     def _check(self, k: State, y: State) -> None:
         """Refuse what would broadcast: shapes are known under vmap too."""
+        check_kind(k, y)
         got, expected = (
             [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in s]
             for s in (k if isinstance(k, tuple) else (k,), y if isinstance(y, tuple) else (y,))

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._layout import StateLayout
+from torchdiffeq_hyper._layout import StateLayout, how_to_batch
 from torchdiffeq_hyper._types import State
 from torchdiffeq_hyper.errors import StateShapeError, StateTypeError, explain
 
@@ -47,7 +47,7 @@ class RowLayout:
                     "y0 has shape" + "s" * (len(parts) > 1) + " "
                     f"{', '.join(str(tuple(part.shape)) for part in parts)}.",
                     "the samples along dim 0, as many in every part.",
-                    "y0.unsqueeze(0)   # for a single sample",
+                    how_to_batch(y),
                 )
             )
         return cls(tuple(tuple(part.shape[1:]) for part in parts), isinstance(y, tuple))

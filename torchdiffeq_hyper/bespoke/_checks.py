@@ -98,12 +98,13 @@ def check_knots(knots: tuple[Tensor, Tensor], weights: Tensor) -> tuple[Tensor, 
     return knots
 
 
-def is_whole_span(t: Tensor, span: tuple[float, float] | None) -> bool:
+def is_whole_span(t: Tensor, span: tuple[float, float] | None, calls: int) -> bool:
     """Return whether ``t`` is known to be the two ends of the span and no more.
 
     Args:
         t: the times of a solve.
         span: where the solver starts and ends, None where any span will do.
+        calls: the solver's calls of func.
 
     Raises:
         OptionError: ``t`` starts elsewhere, or leaves the span.
@@ -130,8 +131,7 @@ def is_whole_span(t: Tensor, span: tuple[float, float] | None) -> bool:
                 f"times that start at {start:.6g} and stay in that span: all weights and times "
                 'of method "bns" belong to it.',
                 f"t = torch.tensor([{start:.6g}, {end:.6g}])\n"
-                f"or a fit of its own: tdh.fit(func, y0, ({points[0]:.6g}, {points[-1]:.6g}), "
-                'base="bns", steps=8)   # direction="reverse" for the way back',
+                + _fit_of_its_own(points, (start, end), slack, calls),
             )
         )
     forward = 1 if end > start else -1
@@ -144,6 +144,23 @@ def is_whole_span(t: Tensor, span: tuple[float, float] | None) -> bool:
             )
         )
     return len(t) == 2 and abs(points[1] - end) <= slack and not t.requires_grad
+
+
+def _fit_of_its_own(
+    points: list[float], span: tuple[float, float], slack: float, calls: int
+) -> str:
+    """Return the call that fits a solver for these points."""
+    first, last = points[0], points[-1]
+    if first == last:  # t turns back, or is one point: no span
+        return f"or a fit from {first:.6g} on"
+    ends = f"{first:.6g}, {last:.6g}"
+    comment = "   # y0: states at the first of the two"
+    more = ""
+    if abs(first - span[1]) <= slack and abs(last - span[0]) <= slack:
+        ends = f"{span[0]:.6g}, {span[1]:.6g}"
+        more, comment = ', direction="reverse"', f"   # y0: states at {span[0]:.6g}"
+    call = f'tdh.fit(func, y0, ({ends}), base="bns", steps={calls}{more})'
+    return f"or a fit of its own: {call}{comment}"
 
 
 def slack_of(span: tuple[float, float] | None, dtype: torch.dtype) -> float:
@@ -192,7 +209,8 @@ def raise_non_finite(
                     f"the solve left the finite range at call {i} of func, t = {float(t):.6g}.",
                     "finite derivatives along the solution.",
                     "starts like those the solver was fitted on\n"
-                    "or a reference: odeint(func, y0, t, method='dopri5')" + wider_dtype(dtype),
+                    "or a reference, outside of tdh.override: odeint(func, y0, t, method='dopri5')"
+                    + wider_dtype(dtype),
                 )
             )
     raise NonFiniteError(

@@ -188,7 +188,7 @@ class BespokeSolver(HyperSolver, kind="bns"):
         layout = StateLayout.of(y0)
         flat = layout.join(y0)
         dtype = flat.dtype
-        ends_at_end = is_whole_span(t, self.span)
+        ends_at_end = is_whole_span(t, self.span, len(self.weights))
         t, t_dtype = check_times(t, flat), t.dtype
         if flat.numel() == 0 or len(t) == 1:
             return layout.split(flat.unsqueeze(0).expand(len(t), *flat.shape).clone())

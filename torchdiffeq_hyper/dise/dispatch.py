@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
+from torchdiffeq_hyper._checks import check_kind
 from torchdiffeq_hyper._finite import cast_back
 from torchdiffeq_hyper._independence import cannot_take_part, check_independence, is_probing
 from torchdiffeq_hyper._layout import is_half
@@ -69,6 +70,7 @@ class GroupField:
                 clash = self._clash(f"fails ({reason})")
                 raise clash from error
             raise
+        check_kind(k, y)
         expected = [tuple(part.shape) for part in parts_of(y)]
         got = [tuple(getattr(part, "shape", ())) for part in parts_of(k)]
         if got != expected or isinstance(k, tuple) != isinstance(y, tuple):

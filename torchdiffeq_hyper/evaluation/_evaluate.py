@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from torchdiffeq_hyper._attributes import attributes_as_found
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.errors import OptionError, OutsideFitWarning, explain
 from torchdiffeq_hyper.evaluation._measure import (
@@ -61,7 +62,8 @@ def evaluate(
     20 ms of them. So the cost is about ``repeats + 2`` solves a row, and the reference.
 
     ``func`` is used as it is: call ``func.eval()`` first if it has dropout or batch
-    norm. Its mode and buffers, and those of the hypernets, come back as they were. That
+    norm. Its mode, buffers and attributes (a count of calls, say), and the buffers of the
+    hypernets, come back as they were. That
     a solver is used outside its fitted range is not warned about: the table shows it.
     A method that breaks off or ends in inf or nan gets a row with infinite errors.
 
@@ -118,6 +120,7 @@ def evaluate(
         torch.no_grad(),
         warnings.catch_warnings(),
         buffers_kept([func, *(trial.solver for trial in trials)]),
+        attributes_as_found(func),
         attributes_kept(field),
         tqdm(total=1 + len(trials) * (2 + repeats), disable=not progress, unit="solve") as bar,
     ):

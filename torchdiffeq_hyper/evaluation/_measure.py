@@ -15,12 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._checks import check_derivative
+from torchdiffeq_hyper._checks import check_answer
 from torchdiffeq_hyper._flops import FlopCounter
 from torchdiffeq_hyper._independence import is_probing
 from torchdiffeq_hyper._timing import median_seconds
 from torchdiffeq_hyper._types import State, VectorField
-from torchdiffeq_hyper.errors import StateTypeError, explain
 from torchdiffeq_hyper.evaluation._problem import Problem, parts
 
 
@@ -47,23 +46,8 @@ class Counted:
             self.flops += counter.get_total_flops()
         else:
             k = self.base_func(t, y)
-        _check_like(k, y)
+        check_answer(k, y)
         return k
-
-
-def _check_like(k: State, y: State) -> None:
-    ks, ys = parts(k), parts(y)
-    if isinstance(k, Tensor) != isinstance(y, Tensor) or len(ks) != len(ys):
-        raise StateTypeError(
-            explain(
-                f"func returned a {type(k).__name__} of {len(ks)} for a state that is a "
-                f"{type(y).__name__} of {len(ys)}.",
-                "a derivative built as the state is.",
-                "check func(t0, y0) against y0",
-            )
-        )
-    for part, like in zip(ks, ys, strict=True):
-        check_derivative(part, like)
 
 
 def count_macs(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from torchdiffeq_hyper._layout import StateLayout, is_half
+from torchdiffeq_hyper._layout import StateLayout, how_to_batch, is_half
 from torchdiffeq_hyper._reuse import own
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.errors import NonFiniteError, OptionError, StateShapeError, explain
@@ -65,7 +65,7 @@ class Problem:
                 explain(
                     f"y0 has shape {shapes}.",
                     "at least one sample along dimension 0, as many in every part.",
-                    "y0 = y0.unsqueeze(0)   # for a single sample",
+                    how_to_batch(y0),
                 )
             )
         dtype = tensors[0].dtype

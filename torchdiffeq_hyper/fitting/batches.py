@@ -8,7 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._layout import StateLayout
+from torchdiffeq_hyper._layout import StateLayout, how_to_batch
 from torchdiffeq_hyper._types import State
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, explain
 from torchdiffeq_hyper.fitting.config import FitConfig
@@ -165,7 +165,9 @@ def _checked_starts(state: State, context: tuple[Tensor, ...]) -> Starts:
                 f"y0 has shape{'s' * (len(parts) > 1)} "
                 f"{', '.join(str(tuple(part.shape)) for part in parts)}.",
                 "the samples along dim 0, as many in every part.",
-                "y0 = y0.unsqueeze(0)",
+                how_to_batch(state)
+                if len(parts) > 1
+                else "y0 = torch.stack(starts)   # a fit takes many samples",
             )
         )
     if layout.join(state).numel() == 0:
@@ -185,9 +187,9 @@ def _unwrapped(batch: object) -> State:
         raise StateTypeError(
             explain(
                 f"a batch is a list of {len(batch)} tensors, one of them of integers (labels?).",
-                "a list of the state's parts only; or, for a func that is called with the rest, "
-                "batches (state, *context).",
-                'context="batch"   # func(t, y, labels); else y0 = (batch[0] for batch in loader)',
+                "a list of the state's parts only, or word that the rest is context.",
+                'tdh.fit(func, loader, ..., context="batch")   # func(t, y, labels)\n'
+                "y0 = (batch[0] for batch in loader)          # if func needs no labels",
             )
         )
     return batch[0] if len(batch) == 1 else tuple(batch)

@@ -7,7 +7,7 @@ import contextvars
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._checks import check_derivative
+from torchdiffeq_hyper._checks import check_answer
 from torchdiffeq_hyper._finite import is_finite
 from torchdiffeq_hyper._layout import StateLayout, is_half
 from torchdiffeq_hyper._types import State, VectorField
@@ -83,10 +83,10 @@ class Field:
         time = (units.start + units.time * t).to(self.dtype)
         # References are solved outside any scope that overrides a method; func is not.
         out = self._context.run(self._bound, time, state)
-        k = self._layout.join(out)
-        check_derivative(k, y)
-        # A product anew: stages are kept over later calls of func, which may write into one buffer.
-        return k.to(y.dtype) * (units.time / units.state)
+        check_answer(out, state)
+        k = self._layout.join(out).to(y.dtype)
+        # A product anew: stages are kept over later calls, and func may write into one buffer.
+        return k * (units.time / units.state)
 
 
 def check_start(y0: Tensor) -> None:
@@ -100,7 +100,7 @@ def check_start(y0: Tensor) -> None:
             explain(
                 "y0 holds inf or nan.",
                 "finite starts.",
-                "y0 = y0[torch.isfinite(y0).flatten(1).all(1)]",
+                "y0 = y0[torch.isfinite(y0.flatten(1)).all(1)]   # of a tuple, every part",
             )
         )
 

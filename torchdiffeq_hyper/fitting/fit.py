@@ -62,10 +62,10 @@ def fit(
     one number of calls belong to the result.
 
     func is fitted in evaluation mode. Its modules come back as found (mode,
-    ``requires_grad``, gradients, buffers), on errors, too: func itself, the instance of a
-    bound method, what a `functools.partial` holds. What a closure hides is neither put in
-    evaluation mode nor restored: call ``model.eval()`` yourself there. The global random
-    state is not touched.
+    ``requires_grad``, gradients, buffers, attributes such as ``self.nfe``), on errors, too:
+    func itself, the instance of a bound method, what a `functools.partial` holds. What a
+    closure hides is neither put in evaluation mode nor restored: call ``model.eval()``
+    yourself there. The global random state is not touched.
 
     Where ``torch.distributed.init_process_group`` was called (under torchrun, say), all
     its processes must call `fit`, with the same arguments. Each takes its share of every

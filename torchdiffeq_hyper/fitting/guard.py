@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from torchdiffeq_hyper._attributes import attributes_as_found
 from torchdiffeq_hyper._context import Conditioned
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -58,18 +59,20 @@ def left_as_found(func: object) -> Iterator[None]:
     """Put func's modules in evaluation mode without gradients, and back afterwards.
 
     Modules are found in func itself, in the object of a bound method and in what a
-    `functools.partial` holds. What a closure or another object hides is not.
+    `functools.partial` holds. What a closure or another object hides is not. Attributes,
+    such as a count of calls, come back too; see `attributes_as_found`.
     """
     modules = modules_in(func)
     states = [ModuleState(module) for module in modules]
-    try:
-        for module in modules:
-            module.eval()
-            module.requires_grad_(False)  # noqa: FBT003
-        yield
-    finally:
-        for state in states:
-            state.restore()
+    with attributes_as_found(func):
+        try:
+            for module in modules:
+                module.eval()
+                module.requires_grad_(False)  # noqa: FBT003
+            yield
+        finally:
+            for state in states:
+                state.restore()
 
 
 def modules_in(func: object) -> list[nn.Module]:

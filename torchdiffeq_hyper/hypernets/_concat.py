@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdiffeq_hyper._layout import how_to_batch
 from torchdiffeq_hyper._types import State, StepInput
 from torchdiffeq_hyper.errors import (
     OptionError,
@@ -141,6 +142,17 @@ class ConcatHypernet(nn.Module):
         per_state = join_channels(step.y).shape[1]
         sizes = {"stages": len(step.stages) * per_state, **dict.fromkeys(SCALARS, 1)}
         sizes["context"] = sum(_n_channels(part) for part in step.context)
+        if self._is_without_batch(step.y, wanted, sizes):
+            shape = tuple(step.y.shape) if isinstance(step.y, Tensor) else "a tuple"
+            raise StateShapeError(
+                explain(
+                    f"the state ({shape}) has no batch dimension: dim 0 was taken for the samples, "
+                    f"and the net's first layer, a {type(layer).__name__}, got {joined.shape[1]} "
+                    f"channels in place of {wanted}.",
+                    "the samples along dim 0, the channels along dim 1.",
+                    how_to_batch(step.y),
+                )
+            ) from error
         given = ", ".join(f'"{name}" {sizes.get(name, per_state)}' for name in self.inputs)
         raise StateShapeError(
             explain(
@@ -151,6 +163,17 @@ class ConcatHypernet(nn.Module):
                 f"{self.inputs}",
             )
         ) from error
+
+    def _is_without_batch(self, y: State, wanted: int, sizes: dict[str, int]) -> bool:
+        """Return whether the net would fit if the first dimension were the channels'."""
+        parts = (y,) if isinstance(y, Tensor) else y
+        channels = sum(part.shape[0] if part.dim() else 1 for part in parts)
+        per_state = join_channels(y).shape[1]
+        sizes = {
+            name: size * channels // per_state if name == "stages" else size
+            for name, size in sizes.items()
+        }
+        return sum(sizes.get(name, channels) for name in self.inputs) == wanted
 
 
 def _context_columns(context: tuple[Tensor, ...], y: Tensor) -> list[Tensor]:

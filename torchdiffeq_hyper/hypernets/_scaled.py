@@ -63,14 +63,22 @@ class Scaled(nn.Module):
             return self._evaluate(x.movedim(1, -1)).movedim(-1, 1)
         if x.dim() != self.n_spatial + 2:
             # torch would take a missing dimension for an unbatched input.
+            is_short = x.dim() == self.n_spatial + 1
             raise StateShapeError(
                 explain(
                     f"the hypernet convolves over n_spatial={self.n_spatial} dimensions, the "
                     f"state has {x.dim() - 2} after (batch, channels).",
                     f"a state of {self.n_spatial + 2} dimensions.",
-                    f"tdh.hypernets.Conv(..., n_spatial={x.dim() - 2})"
-                    if x.dim() - 2 in CONVOLUTIONS
-                    else "tdh.hypernets.MLP(...), which takes any number of dimensions",
+                    (
+                        "y0 = y0.unsqueeze(0)   # if the batch dimension is missing\n"
+                        if is_short
+                        else ""
+                    )
+                    + (
+                        f"tdh.hypernets.Conv(..., n_spatial={x.dim() - 2})"
+                        if x.dim() - 2 in CONVOLUTIONS
+                        else "tdh.hypernets.MLP(...), which takes any number of dimensions"
+                    ),
                 )
             )
         return self._evaluate(x)

@@ -100,7 +100,9 @@ def find_part(method: _registry.Method, func: Any, options: dict[str, Any]) -> A
             explain(
                 f'the part for method "{method.name}" is a {type(part).__name__}.',
                 f"a {whole.kind.__name__}.",
-                f'options={{"{whole.option}": {whole.example}}}',
+                f'odeint(..., method="{part.method}")   # the method of this solver'
+                if isinstance(part, HyperSolver)
+                else f'options={{"{whole.option}": {whole.example}}}',
             )
         )
     return part

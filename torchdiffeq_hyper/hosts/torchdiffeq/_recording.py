@@ -114,7 +114,9 @@ def _watch(method: str, build: Callable[..., Any], func: Any, y0: Tensor, **opti
             explain(
                 f'y0 is {y0.dtype}: "{method}" would control its steps by rounding errors.',
                 "float32 or float64 where errors are recorded.",
-                "odeint(func, y0.float(), t, ...)",
+                "y0 = tuple(part.float() for part in y0)"
+                if call.layout.shapes
+                else "odeint(func, y0.float(), t, ...)",
             )
         )
     log = StepLog(call, draft, y0, keeps_outputs="max_num_steps" in options)

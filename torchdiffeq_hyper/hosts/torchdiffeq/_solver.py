@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._checks import check_derivative
+from torchdiffeq_hyper._checks import check_answer, check_derivative
 from torchdiffeq_hyper._context import context_of
 from torchdiffeq_hyper._finite import cast_back, is_finite, raise_non_finite
 from torchdiffeq_hyper._grid import equal_steps
@@ -41,24 +41,28 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
 
     entry: ClassVar[Method]
     also_accepted: ClassVar[frozenset[str]] = frozenset()
+    func: Any
     step_size: Any
     grid_constructor: Callable[[Any, Tensor, Tensor], Tensor]
 
     def __init__(self, func: Any, y0: Tensor, rtol: Any, atol: Any, **options: Any) -> None:
         options.pop("norm", None)
         options = self._check_options(options)
-        check_dtype(y0.dtype)
+        self._call = HostCall.of(func)
+        check_dtype(y0.dtype, is_tuple=self._call.layout.shapes is not None)
         self._dtype = y0.dtype
         if is_half(y0.dtype):
             func, y0 = _InHalf(func, y0.dtype), y0.float()
         grid = {name: options[name] for name in _GRID if name in options}
         super().__init__(func=func, y0=y0, rtol=rtol, atol=atol, **grid)
-        self._call = HostCall.of(func.func if isinstance(func, _InHalf) else func)
         # The host's outermost wrapper only casts t, at the cost of several small kernels.
         self._direct = None if self.perturb else unperturbed(self.func)
         self._has_grid_option = not {"step_size", "grid_constructor"}.isdisjoint(grid)
         self._solver: HyperSolver | None = None
         self._taken: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        self._ends: _KeptEnds | None = None
+        if self.interp == "cubic":
+            self.func = self._ends = _KeptEnds(self.func)
         if self._call.is_adjoint_backward:
             self._step = self._uncorrected_step()
         else:
@@ -120,14 +124,27 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         return Step(bound.tableau, self._evaluate, correction)
 
     def _evaluate(self, t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
-        if self._direct is None:
-            k: Tensor = self.func(t, y, perturb=_PERTURB[edge] if self.perturb else Perturb.NONE)
-        else:
-            if t.dtype != y.dtype:
-                t = t.to(y.dtype.to_real() if y.dtype.is_complex else y.dtype)
-            k = self._direct(t, y)
+        try:
+            if self._ends is not None and self._ends.y is y and not self.perturb:
+                k: Tensor = self._ends.k
+            elif self._direct is None:
+                k = self.func(t, y, perturb=_PERTURB[edge] if self.perturb else Perturb.NONE)
+            else:
+                if t.dtype != y.dtype:
+                    t = t.to(y.dtype.to_real() if y.dtype.is_complex else y.dtype)
+                k = self._direct(t, y)
+        except (TypeError, AttributeError):
+            self._check_answer(t, y)
+            raise
         check_derivative(k, y)
         return k.to(y.dtype) if is_half(k.dtype) else k
+
+    @torch.no_grad()
+    def _check_answer(self, t: Tensor, y: Tensor) -> None:
+        """Refuse a func whose answer the host's wrappers choke on."""
+        state = self._call.layout.split(y.to(self._dtype))
+        times = self._call.sign * t.to(self._dtype.to_real())
+        check_answer(self._call.func(times, state), state)
 
     def _step_func(
         self, func: Any, t0: Tensor, dt: Any, t1: Tensor, y0: Tensor
@@ -147,7 +164,9 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         grid: Tensor = self.grid_constructor(self.func, self.y0, t)
         self.grid_constructor = lambda func, y0, t: grid
         if self._solver is not None:
-            self._solver.warn_outside_fit(grid.diff(), self._call.sign)
+            follows_t = len(t) > 2 and not self._has_grid_option
+            readable = "options={..., {options}}" if follows_t else None
+            self._solver.warn_outside_fit(grid.diff(), self._call.sign, readable)
         if self._call.is_adjoint_forward:
             self._call.leave_plan(ForwardPlan(self._step.tableau, grid=grid.detach()))
         self._look_at(grid.diff())
@@ -215,6 +234,29 @@ class _InHalf:
 
     def callback_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
         self.func.callback_step(t0, y0.to(self._dtype), dt)
+
+
+class _KeptEnds:
+    """The host's func where points are read off by cubics: called once at the end of a step.
+
+    The host asks for the derivative there for each point that it reads off, and the next
+    step for its first stage.
+    """
+
+    def __init__(self, func: Any) -> None:
+        self._func = func
+        self.y: Tensor | None = None
+        self.k: Any = None
+
+    def __call__(self, t: Tensor, y: Tensor, **perturb: Any) -> Any:
+        if perturb:
+            return self._func(t, y, **perturb)
+        if self.y is not y:
+            self.y, self.k = y, self._func(t, y)
+        return self.k
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._func, name)
 
 
 def _check_values(options: dict[str, Any]) -> None:

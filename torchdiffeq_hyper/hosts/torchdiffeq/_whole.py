@@ -104,11 +104,22 @@ class WholeProblemSolver:
         Raises:
             OptionError: always: samples would stop at different times.
         """
+        name, served = self.entry.name, self.entry.name
+        fix = 'odeint_event(..., method="dopri5")'
+        if self.entry.owner == "override":
+            served = getattr(self.part, "method", type(self.part).__name__)
+            fix = (
+                f'the call outside of the block: with tdh.override("{name}", solver)\n'
+                "or a solver that steps up to the event: tdh.fit(func, y0, (0.0, 1.0), "
+                'base="heun", steps=10)'
+            )
         raise OptionError(
             explain(
-                f'method "{self.entry.name}" does not look for events.',
+                f'method "{name}" '
+                + (f'is overridden by a solver of method "{served}", which ' * (served != name))
+                + "does not look for events.",
                 "a method that takes the whole batch along, up to one event.",
-                'odeint_event(..., method="dopri5")',
+                fix,
             )
         )
 

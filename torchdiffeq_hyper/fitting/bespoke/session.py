@@ -167,7 +167,7 @@ class Session:
 
     def _start(self, name: str, dtype: torch.dtype) -> FitState:
         """Return the state before the first iteration: a classical method."""
-        self.solver.weights.copy_(compositions(self._problem.calls)[name])
+        self.solver.set_weights(compositions(self._problem.calls)[name])
         base_error = mean_error(self._held_out, self.solver.weights)
         noise = self._noise(dtype)
         if base_error <= 2 * noise:

@@ -26,7 +26,10 @@ _NET = "hypernet."
 class SaveableBespoke(Protocol):
     """What is saved of a bespoke solver."""
 
-    weights: nn.Parameter
+    @property
+    def weights(self) -> Tensor:
+        """The weights, (n, n)."""
+        ...
 
     @property
     def hypernet(self) -> Hypernet | None:
@@ -66,7 +69,7 @@ def describe_bespoke(solver: SaveableBespoke) -> tuple[dict[str, Tensor], dict[s
         StateTypeError: the hypernet is a plain function, or holds more than tensors.
     """
     tensors = {
-        "weights": solver.weights,
+        "weights": solver.weights.detach(),
         **{name: solver.get_buffer(name) for name in _OWN[1:]},
     }
     description = None

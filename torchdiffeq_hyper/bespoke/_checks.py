@@ -13,6 +13,8 @@ from torchdiffeq_hyper._finite import is_finite, wider_dtype
 from torchdiffeq_hyper._layout import is_half
 from torchdiffeq_hyper._reuse import own
 from torchdiffeq_hyper.bespoke._dense import stage_times
+from torchdiffeq_hyper.bespoke._differentiated import is_differentiated
+from torchdiffeq_hyper.bespoke._weights import SLACK
 from torchdiffeq_hyper.errors import (
     NonFiniteError,
     OptionError,
@@ -21,9 +23,6 @@ from torchdiffeq_hyper.errors import (
     explain,
 )
 from torchdiffeq_hyper.tableaus import StageCall
-
-SLACK = 1e-6
-"""By which sums of weights may miss: those of float32 do."""
 
 
 def check_weights(weights: Tensor) -> Tensor:
@@ -101,6 +100,8 @@ def check_knots(knots: tuple[Tensor, Tensor], weights: Tensor) -> tuple[Tensor, 
 def is_whole_span(t: Tensor, span: tuple[float, float] | None, calls: int) -> bool:
     """Return whether ``t`` is known to be the two ends of the span and no more.
 
+    Not where something is differentiated by it: then the state at the end moves with it.
+
     Args:
         t: the times of a solve.
         span: where the solver starts and ends, None where any span will do.
@@ -143,7 +144,7 @@ def is_whole_span(t: Tensor, span: tuple[float, float] | None, calls: int) -> bo
                 f"t = t.sort(descending={forward < 0}).values",
             )
         )
-    return len(t) == 2 and abs(points[1] - end) <= slack and not t.requires_grad
+    return len(t) == 2 and abs(points[1] - end) <= slack and not is_differentiated(t)
 
 
 def _fit_of_its_own(
@@ -175,6 +176,14 @@ def slack_of(span: tuple[float, float] | None, dtype: torch.dtype) -> float:
     start, end = span
     rounding = torch.finfo(dtype).eps if is_half(dtype) else 1e-6
     return 1e-5 + rounding * max(abs(start), abs(end)) / abs(end - start)
+
+
+def rounding_of(span: tuple[float, float] | None, dtype: torch.dtype) -> float:
+    """Return the share of a span by which times of that dtype miss it by rounding alone."""
+    if span is None:
+        return math.inf
+    start, end = span
+    return 8 * torch.finfo(dtype).eps * (1 + max(abs(start), abs(end)) / abs(end - start))
 
 
 @torch.no_grad()

@@ -21,6 +21,8 @@ from torchdiffeq_hyper._stepping import Correction
 
 DEGREE = 3
 """Degree of the polynomials in time that stand in for fitted knots."""
+NEAR = 1e-6
+"""Share of the span within which two times are one."""
 
 
 def polynomial_knots(weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,6 +42,92 @@ def polynomial_knots(weights: Tensor) -> tuple[Tensor, Tensor]:
     knots = torch.linspace(0, 1, n + 1, dtype=times.dtype, device=times.device)[:, None]
     values = knots ** (powers + 1) / (powers + 1) @ solve
     return values[1:-1].clone(), knots**powers @ solve
+
+
+def default_knots(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the knots of weights that none were fitted for: values and slopes.
+
+    Weights that are some steps of a method, one after the other, give those of the
+    steps' ends; others a polynomial through all derivatives.
+    """
+    starts = [] if weights.is_meta else step_starts(weights)
+    return composed_knots(weights, starts) if len(starts) > 1 else polynomial_knots(weights)
+
+
+def step_starts(weights: Tensor) -> list[int]:
+    """Return the calls of func that begin a step: all later ones start from their state.
+
+    Call m does if the first m weights are those of row m - 1 in every later row. Steps that
+    take no time are left out.
+    """
+    n = len(weights)
+    # Leading weights that a row has in common with the one before it, then the least of all
+    # later rows.
+    common = (weights[1:] == weights[:-1]).long().cumprod(1).sum(1)
+    least = common.flip(0).cummin(0).values.flip(0).tolist() if n > 1 else []
+    times = stage_times(weights).tolist()
+    starts = [0]
+    for m in range(1, n):
+        if least[m - 1] >= m and times[starts[-1]] + NEAR < times[m] < 1 - NEAR:
+            starts.append(m)
+    return starts
+
+
+def composed_knots(weights: Tensor, starts: list[int]) -> tuple[Tensor, Tensor]:
+    """Return knots that lie on the cubic Hermite through the ends of a composition's steps.
+
+    So what is read off has the order of the steps, up to 4. The derivative at the start of a
+    step is its first stage. At the end of the span there is none: it is that of the
+    polynomial through the states and derivatives of the last two steps and the last state.
+
+    Args:
+        weights: (n, n) the solver's.
+        starts: calls that begin a step, from `step_starts`.
+    """
+    n = len(weights)
+    first = torch.tensor(starts, device=weights.device)
+    values = torch.cat([torch.zeros_like(weights[:1]), weights[first[1:] - 1], weights[-1:]])
+    slopes = torch.eye(n, dtype=weights.dtype, device=weights.device)[first]
+    times = torch.cat([stage_times(weights)[first], weights.new_ones(1)])
+    last = _slope_at_end(times[-3:], values[-3:], slopes[-2:])
+    slopes = torch.cat([slopes, last[None]])
+    knots = torch.linspace(0, 1, n + 1, dtype=weights.dtype, device=weights.device)
+    left = (torch.searchsorted(times, knots, right=True) - 1).clamp(0, len(starts) - 1)
+    size = times.diff()[left][:, None]
+    x = (knots - times[left])[:, None] / size
+    y0, y1, f0, f1 = values[left], values[left + 1], slopes[left], slopes[left + 1]
+    at = (1 + 2 * x) * (1 - x) ** 2 * y0 + x**2 * (3 - 2 * x) * y1
+    at = at + size * (x * (1 - x) ** 2 * f0 - x**2 * (1 - x) * f1)
+    slope = 6 * x * (1 - x) * (y1 - y0) / size + (1 - x) * (1 - 3 * x) * f0
+    return at[1:-1].contiguous(), slope - x * (2 - 3 * x) * f1
+
+
+def _slope_at_end(times: Tensor, values: Tensor, slopes: Tensor) -> Tensor:
+    """Return the derivative at the last time, of the quartic through all but that one.
+
+    Args:
+        times: (3,).
+        values: (3, n) there.
+        slopes: (2, n) at the first two.
+    """
+    size = times[-1] - times[-2]
+    x = ((times - times[-2]) / size)[:, None]
+    powers = torch.arange(5, dtype=times.dtype, device=times.device)
+    slope = powers * x ** (powers - 1).clamp(min=0)
+    system = torch.cat([x**powers, slope[:2]])
+    rows: Tensor = torch.linalg.solve(system.t(), slope[2])
+    return rows[:3] @ values / size + rows[3:] @ slopes
+
+
+def passed_share(share: Tensor, rounding: float) -> Tensor:
+    """Return shares of the span with what misses its ends by rounding set to these.
+
+    Args:
+        share: (m,) shares of the span.
+        rounding: what counts as such.
+    """
+    missed = share - share.clamp(0, 1)
+    return share - torch.where(missed.abs() <= rounding, missed, 0).detach()
 
 
 def blank_outside(weights: Tensor, share: Tensor, slack: float) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torchdiffeq_hyper._reuse import owning, share_memory
 from torchdiffeq_hyper.bespoke._dense import stage_times
+from torchdiffeq_hyper.bespoke._differentiated import is_differentiated
 from torchdiffeq_hyper.tableaus import StageCall
 
 Schedule = tuple[Sequence[Tensor], Sequence[Tensor]]
@@ -36,24 +37,26 @@ class KeptSchedule:
     """The last solve's schedule: a dozen small operations that a small state would notice."""
 
     def __init__(self) -> None:
-        self._key: tuple[Any, ...] | None = None
-        self._weights: Tensor | None = None
-        self._schedule: Schedule | None = None
+        # Key, weights, a copy of these and the schedule: published as one tuple, so that
+        # threads never mix up those of two solves.
+        self._kept: tuple[tuple[Any, ...], Tensor, Tensor, Schedule] | None = None
 
     def of(self, weights: Tensor, span: tuple[float, float], y: Tensor) -> Schedule:
         """Return the schedule for the span, made anew if anything it is made of has changed."""
         key = (y.dtype, y.device, span, weights.dtype, weights.device, weights._version)  # noqa: SLF001
-        if self._schedule is None or self._key != key or not self._is_of(weights):
-            self._key, self._weights = key, weights.detach().clone()
-            self._schedule = schedule(weights.to(y.device), *span, y.dtype)
-        return self._schedule
-
-    def _is_of(self, weights: Tensor) -> bool:
-        # What is written through ``.data`` leaves the version as it was. To look at the
-        # values of another device would wait for it.
-        kept = self._weights
-        assert kept is not None
-        return torch.equal(kept, weights) if weights.device.type == "cpu" else True
+        kept = self._kept
+        # What is written through ``.data`` leaves the version as it was. To look at the values
+        # of another device would wait for it.
+        if (
+            kept is not None
+            and kept[0] == key
+            and kept[1] is weights
+            and (weights.device.type != "cpu" or torch.equal(kept[2], weights))
+        ):
+            return kept[3]
+        calls = schedule(weights.to(y.device), *span, y.dtype)
+        self._kept = (key, weights, weights.detach().clone(), calls)
+        return calls
 
     def __reduce__(self) -> tuple[type[KeptSchedule], tuple[()]]:
         """Copy and pickle as an empty one."""
@@ -79,7 +82,7 @@ def roll_out(call: StageCall, calls: Schedule, y: Tensor) -> tuple[Tensor, list[
 
 
 def _roll_out(call: StageCall, calls: Schedule, y: Tensor) -> tuple[Tensor, list[Tensor]]:
-    if torch.compiler.is_compiling() or calls[1][-1].requires_grad:
+    if torch.compiler.is_compiling() or is_differentiated(calls[1][-1]):
         return chained(call, calls, y)
     if y.device.type == "cpu" and y.numel() > CHUNK:
         return chunked(call, calls, y)

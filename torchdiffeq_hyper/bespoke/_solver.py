@@ -27,6 +27,7 @@ from torchdiffeq_hyper.bespoke._checks import (
     check_weights,
     is_whole_span,
     raise_non_finite,
+    rounding_of,
     slack_of,
 )
 from torchdiffeq_hyper.bespoke._classical import classical
@@ -34,11 +35,14 @@ from torchdiffeq_hyper.bespoke._dense import (
     added_at_end,
     between,
     blank_outside,
+    default_knots,
     hermite_weights,
-    polynomial_knots,
+    passed_share,
     stage_times,
 )
+from torchdiffeq_hyper.bespoke._differentiated import following, is_differentiated
 from torchdiffeq_hyper.bespoke._rollout import KeptSchedule, is_plain, roll_out, schedule
+from torchdiffeq_hyper.bespoke._weights import KeptWeights, is_method
 from torchdiffeq_hyper.hypersolver import HyperSolver
 from torchdiffeq_hyper.tableaus import StageCall, Tableau
 
@@ -65,11 +69,13 @@ class BespokeSolver(HyperSolver, kind="bns"):
 
     Args:
         weights: (n, n) lower triangular; see `bespoke.classical`. Kept frozen;
-            ``solver.requires_grad_()`` thaws them.
+            ``solver.requires_grad_()`` thaws them. Whatever values an optimizer gives to
+            the parameter, ``solver.weights`` are those of a method.
         hypernet: a correction at the end of the span, None for none.
         knots: what is read off between the ends: values (n - 1, n) at the inner of n + 1
-            equidistant times and slopes (n + 1, n) at all. None takes a cubic in time
-            through the derivatives.
+            equidistant times and slopes (n + 1, n) at all. None takes the ends of the steps
+            that the weights are made of (classical ones), else a cubic in time through
+            the derivatives.
         domain: what the solver was fitted for; without it any span will do.
         report: what the fit measured.
 
@@ -97,8 +103,9 @@ class BespokeSolver(HyperSolver, kind="bns"):
     ) -> None:
         nn.Module.__init__(self)  # a hypersolver's base is a method of its own
         checked = check_weights(weights)
-        self.weights = nn.Parameter(checked, requires_grad=False)
-        values, slopes = polynomial_knots(checked) if knots is None else check_knots(knots, checked)
+        # Not registered as usual: torch takes the name of a property for taken.
+        self._parameters["weights"] = nn.Parameter(checked, requires_grad=False)
+        values, slopes = default_knots(checked) if knots is None else check_knots(knots, checked)
         self.register_buffer("knot_values", values)
         self.register_buffer("knot_slopes", slopes)
         self.hypernet = hypernet  # type: ignore[assignment]
@@ -107,6 +114,7 @@ class BespokeSolver(HyperSolver, kind="bns"):
         self.report = report
         self._warned = set()
         self._kept = KeptSchedule()
+        self._in_use = KeptWeights()
 
     @classmethod
     def classical(cls, method: str, calls: int) -> BespokeSolver:
@@ -131,7 +139,32 @@ class BespokeSolver(HyperSolver, kind="bns"):
     @property
     def tableau(self) -> Tableau:  # type: ignore[override]
         """One step over the whole span, without the correction."""
-        return Tableau("bns", ORDER, len(self.weights), self._increment)
+        return Tableau("bns", ORDER, len(self._parameter), self._increment)
+
+    @property
+    def _parameter(self) -> Tensor:
+        parameter = self._parameters.get("weights")
+        found: Tensor = self.__dict__["_plain_weights"] if parameter is None else parameter
+        return found
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights in use, (n, n): always those of a method, whatever an optimizer did.
+
+        They are a differentiable function of the one parameter of that name, which they equal
+        where it is a method's: see `set_weights`, and ``solver.parameters()`` for an optimizer.
+        """
+        return self._in_use.of(self._parameter)
+
+    @weights.setter
+    def weights(self, value: Tensor) -> None:
+        # Where torch puts a plain tensor in the parameter's place: the replicas of DataParallel.
+        self.__dict__["_plain_weights"] = value
+
+    @torch.no_grad()
+    def set_weights(self, weights: Tensor) -> None:
+        """Write weights (n, n) of any dtype and device into the parameter."""
+        self._parameter.copy_(weights)
 
     @property
     def span(self) -> tuple[float, float] | None:
@@ -157,7 +190,9 @@ class BespokeSolver(HyperSolver, kind="bns"):
         """Solve dy/dt = func(t, y) over the fitted span, without a host.
 
         Costs n calls of func, wherever the points of ``t`` lie, and one of g. Without
-        autograd it keeps n derivatives.
+        autograd it keeps n derivatives. Gradients flow to every point of ``t``: the first
+        costs one more call where the span is fitted, and second derivatives by it alone are
+        not those of the solution.
 
         Args:
             func: called as ``func(t, y)`` with a 0-d ``t``; returns a state like ``y``.
@@ -195,7 +230,9 @@ class BespokeSolver(HyperSolver, kind="bns"):
         if is_half(dtype):
             flat = flat.float()
         start, end = self.span or (t[0], t[-1])
-        call = stage_call(func, layout, dtype)
+        call, first = stage_call(func, layout, dtype), flat
+        if self.span is not None and not ends_at_end and is_differentiated(t):
+            flat = following(call, t, self.span[0], flat)
         x, stages = self._roll_out(call, start, end, flat)
         added = None
         if self.hypernet is not None:
@@ -208,7 +245,7 @@ class BespokeSolver(HyperSolver, kind="bns"):
             y = (x if added is None else x + added).unsqueeze(0)
         else:
             share = (t - start) / (end - start)
-            passed = share[1:].to(self.weights.dtype).clamp(0, 1)
+            passed = passed_share(share[1:].to(self.weights.dtype), rounding_of(self.span, t.dtype))
             knots = self.get_buffer("knot_values"), self.get_buffer("knot_slopes")
             own = (part.to(flat.device) for part in (self.weights, *knots))
             weights = hermite_weights(passed, *own) * (end - start)
@@ -216,8 +253,8 @@ class BespokeSolver(HyperSolver, kind="bns"):
             y = between(passed, weights.to(flat.dtype), flat, stages, added)
         if not is_finite(y[-1]):
             calls = schedule(self.weights.to(y.device), start, end, y.dtype)
-            raise_non_finite(call, calls, flat, dtype)
-        return layout.split(cast_back(torch.cat([flat.unsqueeze(0), y]), dtype))
+            raise_non_finite(call, calls, first, dtype)
+        return layout.split(cast_back(torch.cat([first.unsqueeze(0), y]), dtype))
 
     def _roll_out(
         self, call: StageCall, start: Any, end: Any, y: Tensor
@@ -251,10 +288,17 @@ class BespokeSolver(HyperSolver, kind="bns"):
             load_weights([(net, weights, hypernet is not None)], path)
         return solver.eval().requires_grad_(requires_grad=False)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Load as any module does; weights may come from the middle of a training."""
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if prefix + "weights" in state_dict and not is_method(self._parameter.detach()):
+            self._in_use.is_fixed = False
+
     def __getstate__(self) -> dict[str, Any]:
         """Pickle as any module: the tableau is made when asked for."""
+        self._in_use.watch(self._parameter)  # for the copy, which may be averaged or loaded
         return self.__dict__.copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle as any module."""
-        nn.Module.__setstate__(self, state)
+        nn.Module.__setstate__(self, {"_in_use": KeptWeights(), **state})  # older ones have none

@@ -76,7 +76,7 @@ class Descents:
                 continue
             began = self._budget.seconds
             if number > first:
-                self._solver.weights.copy_(compositions(self._problem.calls)[name])
+                self._solver.set_weights(compositions(self._problem.calls)[name])
                 state.net, state.optimizer, state.since_best = snapshot(self._solver), None, 0
             self._loop(state, number).run()
             now = self._budget.seconds

@@ -147,7 +147,7 @@ class WeightLoop:
                 return False
             if new is not None and after < before:
                 loss, moved = after, new - vector
-                self._solver.weights.copy_(unpacked(new, self._n))
+                self._solver.set_weights(unpacked(new, self._n))
                 if tried == 0:
                     optimizer["damping"] = max(optimizer["damping"] / 4, LEAST_DAMPING)
                 break

@@ -189,7 +189,7 @@ class Session:
 
     def _start(self, name: str, noise: float, dtype: torch.dtype) -> FitState:
         """Return the state before the first iteration: a classical method."""
-        self.solver.weights.copy_(compositions(self._problem.calls)[name])
+        self.solver.set_weights(compositions(self._problem.calls)[name])
         base_error = mean_error(self._held_out, self.solver.weights)
         if base_error <= 2 * noise and not self._plan.is_looser:
             refuse_exact(name, self._problem.calls, base_error, noise, dtype)
@@ -243,7 +243,7 @@ class Session:
         batches = self._data.held_out, self._data.first
         if not any(is_worse(fitted, self._problem, batch) for batch in batches):
             return False
-        self.solver.weights.copy_(start.weights)
+        self.solver.set_weights(start.weights)
         state.best_error = state.base_error
         return True
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper._wrappers import look_through
 from torchdiffeq_hyper.errors import StateShapeError, StateTypeError, explain
 
 HOW_TO_RESTRICT = (
@@ -108,3 +109,6 @@ class Conditioned(nn.Module):
         part = copy.copy(self)
         part.inputs = tuple(item[index.to(item.device)] for item in self.inputs)
         return part
+
+
+look_through(Conditioned, "func")

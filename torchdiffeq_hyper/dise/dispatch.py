@@ -12,6 +12,7 @@ from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._layout import is_half
 from torchdiffeq_hyper._restrict import HOW_TO_RESTRICT, can_restrict, restrict
 from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper._wrappers import look_through
 from torchdiffeq_hyper.dise.candidates import Candidate
 from torchdiffeq_hyper.dise.samples import cast, concatenate, count, parts_of, take
 from torchdiffeq_hyper.errors import HyperError, OptionError, StateShapeError, explain
@@ -100,6 +101,10 @@ class GroupField:
             f"{HOW_TO_RESTRICT}\n"
             "or, if batch norm in training mode couples the samples: func.eval()",
         )
+
+
+# What is restricted is a copy; what is attached to the whole serves its samples.
+look_through(GroupField, "base_func", "_func")
 
 
 def solve_group(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, MethodWrapperType
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
@@ -67,6 +67,8 @@ def owner_of(func: object) -> Owner:
         if not any(_is_method(target, name, function) for name in ("forward", "__call__")):
             return Owner(target, function)
         func = target
+    elif isinstance(func, MethodWrapperType) and func.__name__ == "__call__":
+        func = func.__self__  # of a function or a partial, made anew at every access
     for field_of in _fields_of:
         field = field_of(func)
         if field is not None:

@@ -162,8 +162,8 @@ class Times:
             points = t[:: max(1, len(t) - 1)].tolist()
         except RuntimeError:  # no values to look at: vmap, fake and meta tensors
             return None, None
-        ends = [self.direction * point for point in points]
-        return ends[0], ends[1] if len(ends) > 1 else None
+        ends = [self.direction * point for point in points] + [None, None]
+        return ends[0], ends[1]
 
 
 def find_bound(func: VectorField, method: str, times: Times) -> Fitted | None:

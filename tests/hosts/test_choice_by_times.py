@@ -311,6 +311,16 @@ def test_values_of_t_are_not_looked_at_where_there_is_one_solver() -> None:
         assert _find(func, "hyperheun", _Unreadable()) is plain
 
 
+def test_times_that_the_host_would_refuse_choose_by_what_there_is() -> None:
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return damped_wave(t, y)
+
+    tdh.attach(func, hyper((0.0, 1.0), 3))
+    latest = tdh.attach(func, hyper((0.0, 2.0), 3))
+    assert _find(func, "hypereuler", T[:0]) is latest
+    assert _find(func, "hypereuler", T[:1]) is latest
+
+
 @pytest.mark.parametrize("kind", ["meta", "fake", "vmap"])
 def test_times_without_values_choose_by_direction(kind: str) -> None:
     def func(t: Tensor, y: Tensor) -> Tensor:

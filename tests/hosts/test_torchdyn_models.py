@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -53,7 +54,7 @@ def _installed() -> Iterator[None]:
 @pytest.mark.parametrize("kind", [NeuralODE, ODEProblem])
 def test_solver_object_is_no_part_of_the_model(make: Any, kind: Any, y0: Tensor) -> None:
     func, solver = Field(), make()
-    node = kind(func, solver=solver)
+    node = kind(func, solver=solver, atol=1e-3, rtol=1e-3)
     assert node.solver is node.solver_adjoint is solver
     assert set(node.state_dict()) == set(kind(func, solver="dopri5").state_dict())
     assert {id(p) for p in node.parameters()} == {id(p) for p in func.parameters()}
@@ -80,8 +81,6 @@ def test_solver_given_later_is_no_part_of_the_model_either() -> None:
     assert "solver" not in dict(node.named_children())
     node.solver = own  # a module of torchdyn's
     assert node.solver is own is dict(node.named_children())["solver"]
-    node.solver = "anything"
-    assert node.solver == "anything"
 
 
 def test_own_attributes_that_hold_a_solver_are_what_torch_makes_of_them() -> None:
@@ -165,6 +164,21 @@ def test_solver_that_a_checkpoint_does_not_fit_keeps_its_weights() -> None:
     assert all(torch.equal(before[k], v) for k, v in solver.state_dict().items())
 
 
+def test_whole_models_are_saved_with_their_solver(y0: Tensor) -> None:
+    tdh.uninstall()
+    older = NeuralODE(Field(), solver=hyper())
+    assert "solver" in dict(older.named_children())
+    tdh.install()
+    for node in (older, NeuralODE(Field(), solver=hyper())):
+        buffer = io.BytesIO()
+        torch.save(node, buffer)
+        buffer.seek(0)
+        loaded = torch.load(buffer, weights_only=False)
+        assert isinstance(loaded.solver, tdh.HyperSolver)
+        assert not [key for key in loaded.state_dict() if "solver" in key]
+        assert torch.equal(loaded(y0, T)[1], node(y0, T)[1])
+
+
 def test_other_unknown_keys_are_refused_as_before() -> None:
     node = NeuralODE(Field(), solver=hyper())
     with pytest.raises(RuntimeError, match="solver_of_mine"):
@@ -189,7 +203,7 @@ def test_solver_in_a_parallel_method_is_no_part_of_it() -> None:
 
 
 def test_uninstall_leaves_torchdyns_classes_as_found(y0: Tensor) -> None:
-    names = ("__setattr__", "_apply", "_load_from_state_dict")
+    names = ("__setattr__", "__setstate__", "_apply", "_load_from_state_dict")
     node = NeuralODE(Field(), solver=hyper())
     wanted = node(y0, T)[1]
     tdh.uninstall()

@@ -40,7 +40,7 @@ def _functions(kind: type[Any], names: Sequence[str]) -> dict[str, Any]:
     """Return what a class of torchdyn's is given to hold solvers under these names."""
 
     def set_attribute(model: Any, name: str, value: Any) -> None:
-        if name in names and isinstance(value, nn.Module) and isinstance(value, _bound.kinds()):
+        if name in names and _is_ours(value):
             model._modules.pop(name, None)
             object.__setattr__(model, name, value)
         else:
@@ -58,7 +58,22 @@ def _functions(kind: type[Any], names: Sequence[str]) -> dict[str, Any]:
         _take_out_solvers(model, names, state, prefix, metadata)
         super(kind, model)._load_from_state_dict(state, prefix, metadata, *others, **named)
 
-    return {"__setattr__": set_attribute, "_apply": apply, "_load_from_state_dict": load}
+    def set_state(model: Any, state: dict[str, Any]) -> None:
+        super(kind, model).__setstate__(state)
+        for name in names:  # whole models saved while the solver was part of them
+            if _is_ours(model._modules.get(name)):
+                set_attribute(model, name, model._modules[name])
+
+    return {
+        "__setattr__": set_attribute,
+        "__setstate__": set_state,
+        "_apply": apply,
+        "_load_from_state_dict": load,
+    }
+
+
+def _is_ours(value: object) -> bool:
+    return isinstance(value, nn.Module) and isinstance(value, _bound.kinds())
 
 
 def _held(model: Any, names: Sequence[str]) -> Iterator[nn.Module]:

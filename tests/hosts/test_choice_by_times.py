@@ -321,13 +321,18 @@ def test_times_that_the_host_would_refuse_choose_by_what_there_is() -> None:
     assert _find(func, "hypereuler", T[:1]) is latest
 
 
-@pytest.mark.parametrize("kind", ["meta", "fake", "vmap"])
-def test_times_without_values_choose_by_direction(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["meta", "fake", "vmap", "compiled"])
+def test_times_without_values_choose_by_direction(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def func(t: Tensor, y: Tensor) -> Tensor:
         return damped_wave(t, y)
 
     def find(*, is_negated: bool, method: str = "bns") -> Any:
         found: list[Any] = []
+        if kind == "compiled":
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+            return _find(func, method, T, is_negated=is_negated)
         if kind == "meta":
             return _find(func, method, T.to("meta"), is_negated=is_negated)
         if kind == "fake":

@@ -9,12 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper._wrappers import look_through, owners_in
 from torchdiffeq_hyper.errors import StateShapeError, StateTypeError, explain
-
-MOST_WRAPPERS = 8
-"""Wrappers around a func that are looked through."""
-
-_INNER = ("base_func", "_orig_mod", "_torchdynamo_orig_callable")
 
 
 class Conditioned(nn.Module):
@@ -76,15 +72,15 @@ class Conditioned(nn.Module):
         return part
 
 
+look_through(Conditioned, "func")
+
+
 def context_of(func: VectorField) -> tuple[Tensor, ...]:
     """Return the inputs of the `Conditioned` func that a solve is of; none for other funcs.
 
-    Looks through what counts, checks or compiles a func, not through what changes it.
+    Looks through wrappers that are known to change nothing.
     """
-    current: object = func
-    for _ in range(MOST_WRAPPERS):
-        if isinstance(current, Conditioned):
-            return current.inputs
-        inner = (getattr(current, name, None) for name in _INNER)
-        current = next((item for item in inner if item is not None), None)
+    for owner in owners_in(func):
+        if isinstance(owner.target, Conditioned):
+            return owner.target.inputs
     return ()

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 from torch import Tensor
 
 from torchdiffeq_hyper._types import State
 from torchdiffeq_hyper.errors import StateShapeError, StateTypeError, explain
+
+
+class Match(IntEnum):
+    """How well a fit suits the times of a solve; the better, the larger."""
+
+    NONE = 0
+    """The solver cannot serve them."""
+    OUTSIDE = 1
+    """The solver serves them, and was fitted for the other direction."""
+    DIRECTION = 2
+    """The direction was fitted."""
+    SPAN = 3
+    """Direction and span were fitted."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,31 @@ class FitDomain:
         return sign in self.directions and self.dt_min * (1 - slack) <= abs(dt) <= self.dt_max * (
             1 + slack
         )
+
+    def match(self, direction: int, start: float | None = None, end: float | None = None) -> Match:
+        """Return how well the fit suits a solve.
+
+        Args:
+            direction: 1 where time grows, -1 where it falls.
+            start: the solve's first time, None if unknown.
+            end: its last time, None if unknown.
+
+        Example:
+            >>> from torchdiffeq_hyper import FitDomain
+            >>> domain = FitDomain((0.0, 1.0), 0.1, 0.1, (1,), ((2,),), False, "float32")
+            >>> domain.match(1, 0.0, 1.0).name, domain.match(1, 0.0, 2.0).name
+            ('SPAN', 'DIRECTION')
+        """
+        if direction not in self.directions:
+            return Match.OUTSIDE
+        if start is None:
+            return Match.DIRECTION
+        low, high = sorted(self.span)
+        first, last = (low, high) if direction > 0 else (high, low)
+        # Times in float32 miss the span by their rounding errors.
+        slack = 1e-5 * (high - low) + 1e-6 * max(abs(low), abs(high))
+        is_span = abs(start - first) <= slack and (end is None or abs(end - last) <= slack)
+        return Match.SPAN if is_span else Match.DIRECTION
 
     def outside(self, dt: Tensor, sign: int = 1, readable: str | None = None) -> dict[str, str]:
         """Return what to warn of for step sizes ``sign * dt``, by kind.

@@ -47,16 +47,17 @@ def register_plugin(plugin: object, name: str | None = None) -> None:
         >>> tdh.unregister_plugin("my-plugin")
     """
     owner = name or str(getattr(plugin, "__name__", type(plugin).__name__))
-    notify()  # a host may have got methods of its own meanwhile
-    try:
-        with _registry.rollback_on_error():
-            _collect(plugin, owner)
+    with _registry.lock:
+        notify()  # a host may have got methods of its own meanwhile
+        try:
+            with _registry.rollback_on_error():
+                _collect(plugin, owner)
+                notify()
+        except BaseException:
+            if _manager.get_plugin(owner) is plugin:
+                _manager.unregister(plugin)
             notify()
-    except BaseException:
-        if _manager.get_plugin(owner) is plugin:
-            _manager.unregister(plugin)
-        notify()
-        raise
+            raise
 
 
 def unregister_plugin(name: str) -> None:
@@ -65,19 +66,20 @@ def unregister_plugin(name: str) -> None:
     Raises:
         OptionError: no plugin has that name.
     """
-    if _manager.get_plugin(name) is None:
-        raise OptionError(
-            explain(
-                f"no plugin is called {name!r}.",
-                "one of " + ", ".join(repr(known) for known, _ in _manager.list_name_plugin()),
-                "tdh.register_plugin(plugin, name=...) first",
+    with _registry.lock:
+        if _manager.get_plugin(name) is None:
+            raise OptionError(
+                explain(
+                    f"no plugin is called {name!r}.",
+                    "one of " + ", ".join(repr(known) for known, _ in _manager.list_name_plugin()),
+                    "tdh.register_plugin(plugin, name=...) first",
+                )
             )
-        )
-    _manager.unregister(name=name)
-    for method in _registry.methods().values():
-        if method.owner == name:
-            _registry.remove(method.name)
-    notify()
+        _manager.unregister(name=name)
+        for method in _registry.methods().values():
+            if method.owner == name:
+                _registry.remove(method.name)
+        notify()
 
 
 def _collect(plugin: object, owner: str) -> None:
@@ -169,5 +171,6 @@ def on_change(listener: Callable[[], None]) -> None:
 
 def notify() -> None:
     """Tell all listeners that methods have come or gone."""
-    for listener in _listeners:
-        listener()
+    with _registry.lock:
+        for listener in _listeners:
+            listener()

@@ -7,6 +7,7 @@ of torchdiffeq's kind.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,9 +71,15 @@ class Method:
         return isinstance(self.solver, Tableau)
 
 
-_methods: dict[str, Method] = {}
-_host_methods: dict[str, bool] = {}
-_host_owner: dict[str, str] = {}
+lock = threading.RLock()
+"""Held by whoever changes the registry, or what hosts hold of it, from the first look on.
+
+Reentrant: the garbage collector may end a scope while the lock is held.
+"""
+
+# Replaced, never changed: readers need no lock.
+_methods: Mapping[str, Method] = {}
+_hosts: Mapping[str, Mapping[str, bool]] = {}
 
 
 def reserve(follows_grid: Mapping[str, bool], owner: str) -> None:
@@ -82,15 +89,14 @@ def reserve(follows_grid: Mapping[str, bool], owner: str) -> None:
         follows_grid: for each name, whether the method steps along a time grid.
         owner: the host's name, for messages.
     """
-    for name in [name for name, host in _host_owner.items() if host == owner]:
-        del _host_methods[name], _host_owner[name]
-    _host_methods.update(follows_grid)
-    _host_owner.update(dict.fromkeys(follows_grid, owner))
+    global _hosts  # noqa: PLW0603 - one registry for the whole process
+    with lock:
+        _hosts = {**_hosts, owner: dict(follows_grid)}
 
 
 def host_methods() -> Mapping[str, bool]:
     """Return the hosts' own method names and whether each follows a time grid."""
-    return dict(_host_methods)
+    return {name: follows for names in _hosts.values() for name, follows in names.items()}
 
 
 def add(method: Method) -> None:
@@ -101,7 +107,12 @@ def add(method: Method) -> None:
         OptionError: the entry's declarations make no sense.
     """
     _check(method)
-    taken = _methods[method.name].owner if method.name in _methods else _host_owner.get(method.name)
+    with lock:
+        owners = {name: host for host, names in _hosts.items() for name in names}
+        owners.update({name: other.owner for name, other in _methods.items()})
+        taken = owners.get(method.name)
+        if taken is None:
+            _replace({**_methods, method.name: method})
     if taken is not None:
         raise DuplicateMethodError(
             explain(
@@ -110,7 +121,11 @@ def add(method: Method) -> None:
                 f'choose another name, e.g. "{method.name}-2"',
             )
         )
-    _methods[method.name] = method
+
+
+def _replace(methods: Mapping[str, Method]) -> None:
+    global _methods  # noqa: PLW0603 - one registry for the whole process
+    _methods = methods
 
 
 def _check(method: Method) -> None:
@@ -146,8 +161,10 @@ def remove(name: str) -> Method:
     Raises:
         UnknownMethodError: there is no such entry.
     """
-    find(name)
-    return _methods.pop(name)
+    with lock:
+        method = find(name)
+        _replace({other: entry for other, entry in _methods.items() if other != name})
+    return method
 
 
 def find(name: str) -> Method:
@@ -156,15 +173,16 @@ def find(name: str) -> Method:
     Raises:
         UnknownMethodError: there is no such entry.
     """
-    if name not in _methods:
+    known = _methods
+    if name not in known:
         raise UnknownMethodError(
             explain(
                 f"no method is called {name!r}.",
-                "one of " + ", ".join(f'"{known}"' for known in _methods) + ".",
-                f'method="{closest(name, _methods or ["hypereuler"])}"',
+                "one of " + ", ".join(f'"{other}"' for other in known) + ".",
+                f'method="{closest(name, known or ["hypereuler"])}"',
             )
         )
-    return _methods[name]
+    return known[name]
 
 
 def methods() -> Mapping[str, Method]:
@@ -217,11 +235,11 @@ def find_tableau(base: str, alpha: float | None = None) -> Tableau:
 
 @contextmanager
 def rollback_on_error() -> Iterator[None]:
-    """Leave the registry as it was if the block raises."""
-    before = dict(_methods)
-    try:
-        yield
-    except BaseException:
-        _methods.clear()
-        _methods.update(before)
-        raise
+    """Leave the registry as it was if the block raises; others wait for the end of it."""
+    with lock:
+        before = _methods
+        try:
+            yield
+        except BaseException:
+            _replace(before)
+            raise

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchdiffeq_hyper import _registry
 from torchdiffeq_hyper._checks import check_hypernet
 from torchdiffeq_hyper._context import context_of
-from torchdiffeq_hyper._domain import FitDomain
+from torchdiffeq_hyper._domain import FitDomain, Match
 from torchdiffeq_hyper._export import export_solve
 from torchdiffeq_hyper._files import (
     load_weights,
@@ -167,6 +167,18 @@ class HyperSolver(nn.Module):
         if not is_finite(states[-1]):
             raise_non_finite(step, zip(grid[:-1], grid[1:], strict=True), flat, dtype=dtype)
         return layout.split(cast_back(torch.stack(states), dtype))
+
+    @property
+    def is_tied_to_span(self) -> bool:
+        """Whether it serves no times but those of its span."""
+        return False
+
+    def match(self, direction: int, start: float | None = None, end: float | None = None) -> Match:
+        """Return how well the solver suits a solve: see `FitDomain.match`.
+
+        Without a domain it suits every solve.
+        """
+        return Match.SPAN if self.domain is None else self.domain.match(direction, start, end)
 
     @property
     def _read_off_by(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import functools
 import gc
 import threading
 from typing import Any
@@ -17,7 +16,6 @@ from torchdiffeq._impl.odeint import SOLVERS
 import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import MLPField, damped_wave
-from torchdiffeq_hyper import _binding
 from torchdiffeq_hyper.errors import (
     DuplicateMethodError,
     OptionError,
@@ -123,42 +121,6 @@ def test_equal_objects_do_not_share_an_attachment() -> None:
     with pytest.raises(tdh.MissingHypernetError):
         _mark(second)
     tdh.detach(first)
-
-
-class _Wrapper:
-    def __init__(self, **inner: Any) -> None:
-        self.__dict__.update(inner)
-
-    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        return damped_wave(t, y)
-
-
-def test_look_up_walks_wrappers_and_bound_methods() -> None:
-    model = _Model()
-    tdh.attach(model.field, _constant(2.0))
-    wrappers: list[Any] = [
-        model,
-        model.field,
-        functools.partial(model),
-        nn.DataParallel(model),
-        torch.compile(model, backend="eager"),
-        *(_Wrapper(**{name: model}) for name in ("base_func", "_orig_mod", "module", "vf")),
-        _Wrapper(vf=_Wrapper(module=model)),
-    ]
-    for wrapper in wrappers:
-        assert _binding.find_bound(wrapper, "hypereuler") is not None
-    assert _mark(_Wrapper(vf=model)) == 2.0
-    tdh.detach(model)
-
-
-def test_attachment_ends_with_the_func() -> None:
-    model = _Model()
-    tdh.attach(model, _constant(2.0))
-    key = id(model)
-    assert key in _binding._attached
-    del model
-    gc.collect()
-    assert key not in _binding._attached
 
 
 def test_scopes_nest_and_the_innermost_of_a_method_wins() -> None:

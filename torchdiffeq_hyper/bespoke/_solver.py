@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._context import context_of
-from torchdiffeq_hyper._domain import FitDomain
+from torchdiffeq_hyper._domain import FitDomain, Match
 from torchdiffeq_hyper._files import (
     damage_reported,
     load_weights,
@@ -174,6 +174,26 @@ class BespokeSolver(HyperSolver, kind="bns"):
         first, last = self.domain.span
         is_along = (last > first) == (self.domain.directions[0] > 0)
         return (first, last) if is_along else (last, first)
+
+    @property
+    def is_tied_to_span(self) -> bool:
+        """Whether it serves no times but those of its span: unless it has none."""
+        return self.span is not None
+
+    def match(self, direction: int, start: float | None = None, end: float | None = None) -> Match:
+        """Return how well the solver suits a solve: not at all outside of its span."""
+        found, span = super().match(direction, start, end), self.span
+        if span is None:
+            return found
+        if found == Match.OUTSIDE:
+            return Match.NONE
+        if start is None:
+            return found
+        # Times may come in half precision; `solve`, which knows, looks closer.
+        slack = slack_of(span, torch.bfloat16) * abs(span[1] - span[0])
+        last = span[0] if end is None else end
+        is_inside = min(span) - slack <= last <= max(span) + slack
+        return found if abs(start - span[0]) <= slack and is_inside else Match.NONE
 
     @property
     def times(self) -> Tensor:

@@ -16,6 +16,7 @@ from torchdiffeq_hyper._layout import is_half
 from torchdiffeq_hyper._restrict import can_restrict, restrict
 from torchdiffeq_hyper._reuse import own
 from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper._wrappers import look_through
 from torchdiffeq_hyper.dise.candidates import Candidate
 from torchdiffeq_hyper.dise.samples import cast, concatenate, count, parts_of, take
 from torchdiffeq_hyper.errors import HyperError, OptionError, StateShapeError, explain
@@ -104,6 +105,10 @@ class GroupField:
                 "check func(t[0], y0).shape == y0.shape",
             )
         )
+
+
+# What is restricted is a copy; what is attached to the whole serves its samples.
+look_through(GroupField, "base_func", "_func")
 
 
 def solve_group(

@@ -20,6 +20,7 @@ from torchdiffeq_hyper._flops import FlopCounter
 from torchdiffeq_hyper._independence import is_probing
 from torchdiffeq_hyper._timing import median_seconds
 from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper._wrappers import look_through
 from torchdiffeq_hyper.evaluation._problem import Problem, parts
 
 
@@ -27,7 +28,7 @@ class Counted:
     """A vector field that counts its calls and, if asked to, its FLOPs.
 
     Args:
-        func: the field; solvers attached to it are found through ``base_func``.
+        func: the field; solvers attached to it are found.
         counts_flops: whether to have torch count FLOPs, which slows the calls down.
     """
 
@@ -48,6 +49,9 @@ class Counted:
             k = self.base_func(t, y)
         check_answer(k, y)
         return k
+
+
+look_through(Counted, "base_func")
 
 
 def count_macs(

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper._wrappers import look_through
 from torchdiffeq_hyper.errors import OptionError, StateTypeError, explain
 from torchdiffeq_hyper.fitting.guard import own_random_state
 
@@ -22,7 +23,7 @@ class NeuralODEField:
     """A `NeuralODE`'s vector field as ``func(t, y)``.
 
     Args:
-        neural_ode: the module; solvers attached to it are found through ``vf``.
+        neural_ode: the module; solvers attached to it are found.
     """
 
     def __init__(self, neural_ode: nn.Module) -> None:
@@ -82,6 +83,10 @@ class ConditionedField(NeuralODEField):
         """Return the field of the samples at ``index``; the module is shared."""
         values = [(part, name, value[index.to(value.device)]) for part, name, value in self._values]
         return ConditionedField(self.vf, values)
+
+
+look_through(NeuralODEField, "vf")
+look_through(ConditionedField, "vf")
 
 
 def _conditions(neural_ode: nn.Module, y0: Tensor) -> Iterator[tuple[nn.Module, str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torchdiffeq_hyper import _registry
 from torchdiffeq_hyper.errors import OptionError, explain
 from torchdiffeq_hyper.hosts import torchdiffeq, torchdyn
 
@@ -33,8 +34,9 @@ def install(host: str | None = None) -> None:
                 'tdh.install("torchdyn")',
             )
         )
-    torchdiffeq.install()
-    torchdyn.install()
+    with _registry.lock:
+        torchdiffeq.install()
+        torchdyn.install()
     if host == "torchdyn":
         torchdyn.load()
 
@@ -47,5 +49,6 @@ def uninstall() -> None:
         >>> tdh.uninstall()
         >>> tdh.install()
     """
-    torchdiffeq.uninstall()
-    torchdyn.uninstall()
+    with _registry.lock:
+        torchdiffeq.uninstall()
+        torchdyn.uninstall()

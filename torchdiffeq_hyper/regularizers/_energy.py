@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchdiffeq_hyper._layout import StateLayout
 from torchdiffeq_hyper._restrict import restrict
 from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper._wrappers import look_through
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, explain
 
 Parts = tuple[Tensor, ...]
@@ -84,7 +85,6 @@ class EnergyField(nn.Module):
                     "EnergyField(func, kinetic=True, jacobian=False)",
                 )
             )
-        # The name under which look-ups of attached solvers find the field inside.
         self.base_func = func
         self.kinetic = kinetic
         self.jacobian = jacobian
@@ -235,6 +235,10 @@ class EnergyField(nn.Module):
                     "odeint(field, field.start(y0), t)   # start before every solve",
                 )
             )
+
+
+# It adds integrals to the state, and leaves the field of the other parts as it is.
+look_through(EnergyField, "base_func")
 
 
 def _parts(y: Any) -> Parts:

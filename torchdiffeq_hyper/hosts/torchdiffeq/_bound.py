@@ -41,13 +41,16 @@ class Bound:
     solver: HyperSolver | None
 
 
-def find(method: _registry.Method, func: Any, options: dict[str, Any]) -> Bound:
+def find(
+    method: _registry.Method, func: Any, options: dict[str, Any], times: _binding.Times
+) -> Bound:
     """Return the fitted part for a call; the first match wins.
 
     Args:
         method: the method called.
         func: the user's vector field.
         options: "hypernet", "solver" and "alpha" of the call, where given.
+        times: the call's.
 
     Raises:
         MissingHypernetError: nothing found.
@@ -66,7 +69,7 @@ def find(method: _registry.Method, func: Any, options: dict[str, Any]) -> Bound:
         return Bound(_check_hypernet(net, method), tableau, None)
     found = solver
     if found is None:
-        found = _binding.find_bound(func, method.name) or method.fitted
+        found = _binding.find_bound(func, method.name, times) or method.fitted
     if found is None:
         raise MissingHypernetError(_how_to_bind(method.name, tableau.name))
     solver = _checked_solver(found, method, tableau)
@@ -74,16 +77,20 @@ def find(method: _registry.Method, func: Any, options: dict[str, Any]) -> Bound:
     return Bound(solver.hypernet, own, solver)
 
 
-def find_part(method: _registry.Method, func: Any, options: dict[str, Any]) -> Any:
+def find_part(
+    method: _registry.Method, func: Any, options: dict[str, Any], times: _binding.Times
+) -> Any:
     """Return the part that solves the whole problem of a call; the first match wins.
 
     Args:
         method: the method called; its solver is a `WholeSolve`.
         func: the user's vector field.
         options: the call's.
+        times: the call's.
 
     Raises:
         MissingHypernetError: nothing found.
+        OptionError: several were found, and none serves the times.
         StateTypeError: what was found is not such a part.
     """
     whole = method.solver
@@ -92,7 +99,7 @@ def find_part(method: _registry.Method, func: Any, options: dict[str, Any]) -> A
         return whole.kind(**options)
     part = options.get(whole.option)
     if part is None:
-        part = _binding.find_bound(func, method.name) or method.fitted
+        part = _binding.find_bound(func, method.name, times) or method.fitted
     if part is None:
         raise MissingHypernetError(_how_to_bind_part(method.name, whole))
     if not isinstance(part, whole.kind):

@@ -32,49 +32,53 @@ def install() -> None:
         DuplicateMethodError: torchdiffeq has got a method of the same name meanwhile.
     """
     global _is_installed  # noqa: PLW0603 - the one switch of the process-wide dict SOLVERS
-    _is_installed = True
-    follow_registry()
+    with _registry.lock:
+        _is_installed = True
+        follow_registry()
 
 
 def uninstall() -> None:
     """Remove everything that `install` added: torchdiffeq is as it was before the import."""
     global _is_installed  # noqa: PLW0603 - the one switch of the process-wide dict SOLVERS
-    _is_installed = False
-    follow_registry()
+    with _registry.lock:
+        _is_installed = False
+        follow_registry()
 
 
 def follow_registry() -> None:
     """Make torchdiffeq's dict hold what the registry holds, if installed."""
-    reserve_host_names()
-    wanted = _registry.methods() if _is_installed else {}
-    for name in [name for name in _installed if name not in wanted]:
-        del _installed[name]
-        SOLVERS.pop(name, None)
-    for name, method in wanted.items():
-        if name in _installed:
-            continue
-        if name in SOLVERS:
-            raise DuplicateMethodError(
-                explain(
-                    f'method "{name}" of {method.owner} is already a method of torchdiffeq.',
-                    "a name that torchdiffeq does not have.",
-                    f'choose another name, e.g. "{name}-2"',
+    with _registry.lock:
+        reserve_host_names()
+        wanted = _registry.methods() if _is_installed else {}
+        for name in [name for name in _installed if name not in wanted]:
+            del _installed[name]
+            SOLVERS.pop(name, None)
+        for name, method in wanted.items():
+            if name in _installed:
+                continue
+            if name in SOLVERS:
+                raise DuplicateMethodError(
+                    explain(
+                        f'method "{name}" of {method.owner} is already a method of torchdiffeq.',
+                        "a name that torchdiffeq does not have.",
+                        f'choose another name, e.g. "{name}-2"',
+                    )
                 )
-            )
-        SOLVERS[name] = _installed[name] = solver_class(method)
-    _patches.follow()
+            SOLVERS[name] = _installed[name] = solver_class(method)
+        _patches.follow()
 
 
 def reserve_host_names() -> None:
     """Tell the registry which names torchdiffeq has of its own."""
-    own = {n: _patches.unpatched(cls) for n, cls in SOLVERS.items() if n not in _installed}
-    _registry.reserve(
-        {
-            name: isinstance(cls, type) and issubclass(cls, FixedGridODESolver)
-            for name, cls in own.items()
-        },
-        "torchdiffeq",
-    )
+    with _registry.lock:
+        own = {n: _patches.unpatched(cls) for n, cls in SOLVERS.items() if n not in _installed}
+        _registry.reserve(
+            {
+                name: isinstance(cls, type) and issubclass(cls, FixedGridODESolver)
+                for name, cls in own.items()
+            },
+            "torchdiffeq",
+        )
 
 
 def solver_class(method: _registry.Method, also_accepted: frozenset[str] = frozenset()) -> Any:
@@ -142,14 +146,15 @@ def register_method(name: str, solver: Fitted) -> None:
         tensor([0.3685])
         >>> tdh.unregister_method("decay-fast")
     """
-    reserve_host_names()
-    try:
-        with _registry.rollback_on_error():
-            _registry.add(published(name, solver, _PUBLISHED))
-            _plugins.notify()  # every host
-    except BaseException:
-        _plugins.notify()
-        raise
+    with _registry.lock:
+        reserve_host_names()
+        try:
+            with _registry.rollback_on_error():
+                _registry.add(published(name, solver, _PUBLISHED))
+                _plugins.notify()  # every host
+        except BaseException:
+            _plugins.notify()
+            raise
 
 
 def unregister_method(name: str) -> None:
@@ -158,14 +163,15 @@ def unregister_method(name: str) -> None:
     Raises:
         UnknownMethodError: no such name was published.
     """
-    method = _registry.methods().get(name)
-    if method is None or method.owner != _PUBLISHED:
-        raise UnknownMethodError(
-            explain(
-                f"{name!r} is not a published name.",
-                "a name given to tdh.register_method.",
-                f'tdh.register_method("{name}", solver) first',
+    with _registry.lock:
+        method = _registry.methods().get(name)
+        if method is None or method.owner != _PUBLISHED:
+            raise UnknownMethodError(
+                explain(
+                    f"{name!r} is not a published name.",
+                    "a name given to tdh.register_method.",
+                    f'tdh.register_method("{name}", solver) first',
+                )
             )
-        )
-    _registry.remove(name)
-    _plugins.notify()
+        _registry.remove(name)
+        _plugins.notify()

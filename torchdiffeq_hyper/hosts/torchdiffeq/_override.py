@@ -40,15 +40,16 @@ def override(method: str, solver: FittedT) -> Iterator[FittedT]:
         ...     odeint(lambda t, y: -y, torch.ones(1), t, method="dopri5")[-1]
         tensor([0.3685])
     """
-    if method not in SOLVERS:
+    known = dict(SOLVERS)
+    if method not in known:
         raise UnknownMethodError(
             explain(
                 f"torchdiffeq has no method {method!r} to override.",
-                "one of " + ", ".join(f'"{name}"' for name in SOLVERS) + ".",
-                f'tdh.override("{closest(method, SOLVERS)}", solver)',
+                "one of " + ", ".join(f'"{name}"' for name in known) + ".",
+                f'tdh.override("{closest(method, known)}", solver)',
             )
         )
-    original = _patches.unpatched(SOLVERS[method])
+    original = _patches.unpatched(known[method])
     served = solver_class(published(method, solver, "override"), options_of(original))
 
     def build(func: Any, y0: Any, rtol: Any, atol: Any, **options: Any) -> Any:

@@ -7,13 +7,13 @@ them. They nest in any order; what a scope replaced is watched like any other me
 from __future__ import annotations
 
 import contextvars
-import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+from torchdiffeq_hyper import _registry
 from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
 from torchdiffeq_hyper.hosts.torchdiffeq._scopes import overrides
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import SOLVERS, Dopri5Solver, options_of
@@ -27,8 +27,6 @@ _watch: contextvars.ContextVar[Watch | None] = contextvars.ContextVar("watch", d
 
 _SERVED = "_torchdiffeq_hyper_served_backward"
 
-# Reentrant: a graph may die, and give its method back, while the lock is held.
-_lock = threading.RLock()
 _replacing: Counter[str] = Counter()
 _watching = 0
 
@@ -114,13 +112,13 @@ def unpatched(solver: Any) -> Any:
 
 def follow() -> None:
     """Bring `SOLVERS` in line with the open scopes (after methods have come or gone)."""
-    with _lock:
+    with _registry.lock:
         _sync()
 
 
 def _count(method: str | None, change: int) -> None:
     global _watching  # noqa: PLW0603 - SOLVERS is one dict for the whole process
-    with _lock:
+    with _registry.lock:
         if method is None:
             _watching += change
         else:

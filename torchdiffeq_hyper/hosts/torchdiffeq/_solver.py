@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from torchdiffeq_hyper._binding import Times
 from torchdiffeq_hyper._checks import check_answer, check_derivative
 from torchdiffeq_hyper._context import context_of
 from torchdiffeq_hyper._finite import cast_back, is_finite, raise_non_finite
@@ -63,10 +64,8 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         self._ends: _KeptEnds | None = None
         if self.interp == "cubic":
             self.func = self._ends = _KeptEnds(self.func)
-        if self._call.is_adjoint_backward:
-            self._step = self._uncorrected_step()
-        else:
-            self._step = self._corrected_step(options)
+        self._options = options
+        self._step: Step
 
     def _check_options(self, options: dict[str, Any]) -> dict[str, Any]:
         tableau = self.entry.solver
@@ -90,6 +89,13 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
             name: value for name, value in options.items() if name in known and name not in foreign
         }
 
+    def _prepare(self, t: Tensor) -> None:
+        """Choose the step, by the host's times: those of the call, or an event's start."""
+        if self._call.is_adjoint_backward:
+            self._step = self._uncorrected_step()
+        else:
+            self._step = self._corrected_step(Times(t, is_negated=self._call.negated))
+
     def _uncorrected_step(self) -> Step:
         """Return the base alone, stepping as the forward solve did."""
         plan = self._call.plan()
@@ -100,8 +106,8 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
             self.grid_constructor = lambda func, y0, t: plan.grid_between(t)
         return Step(plan.tableau, self._evaluate, None)
 
-    def _corrected_step(self, options: dict[str, Any]) -> Step:
-        bound = _bound.find(self.entry, self._call.func, options)
+    def _corrected_step(self, times: Times) -> Step:
+        bound = _bound.find(self.entry, self._call.func, self._options, times)
         if self._call.is_adjoint_forward:
             _bound.warn_if_trained_through_adjoint(bound.hypernet)
         part, self._solver = None, bound.solver
@@ -157,6 +163,7 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
 
     def integrate(self, t: Tensor) -> Tensor:
         """Return the state at every point of ``t``, as the host's solvers do."""
+        self._prepare(t)
         if self.y0.numel() == 0:
             empty: Tensor = self.y0.unsqueeze(0).expand(len(t), *self.y0.shape)
             return empty.to(self._dtype, copy=True)
@@ -187,6 +194,7 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         self, t0: Tensor, event_fn: Callable[..., Any]
     ) -> tuple[Tensor, Tensor]:
         """Return the event's time and the states at start and event, as the host's do."""
+        self._prepare(t0)
         if self.step_size is None:
             self.step_size = self._fitted_step_size()
         time_dtype = torch.promote_types(t0.dtype, torch.float32)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
+from torchdiffeq_hyper._binding import Times
 from torchdiffeq_hyper._registry import Method, WholeSolve
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.errors import OptionError, closest, explain
@@ -48,9 +49,7 @@ class WholeProblemSolver:
         norm = options.pop("norm", None)
         if not is_default_norm(norm):
             options["norm"] = norm
-        self.part = _bound.find_part(self.entry, self._call.func, self._checked(options))
-        if self._call.is_adjoint_forward and isinstance(self.part, HyperSolver):
-            _bound.warn_if_trained_through_adjoint(self.part, "solver")
+        self._options = self._checked(options)
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
         """Return the options that the method has; refuse unknown ones."""
@@ -80,12 +79,16 @@ class WholeProblemSolver:
             backward: Tensor = self._backward.integrate(t)
             return backward
         layout, call = self._call.layout, self._call
+        times = Times(t, is_negated=call.negated)
+        part = _bound.find_part(self.entry, call.func, self._options, times)
+        if call.is_adjoint_forward and isinstance(part, HyperSolver):
+            _bound.warn_if_trained_through_adjoint(part, "solver")
         # A part may call the very method that it stands in for.
-        with no_overrides(), recording.handed_over(self.part) as draft:
+        with no_overrides(), recording.handed_over(part) as draft:
             func = call.func
-            if draft is not None and isinstance(self.part, HyperSolver):
+            if draft is not None and isinstance(part, HyperSolver):
                 func = _Counted(func, draft)  # other parts tell the record themselves
-            solution: State = self.part.solve(
+            solution: State = part.solve(
                 func,
                 layout.split(self._y0),
                 -t if call.negated else t,
@@ -107,7 +110,8 @@ class WholeProblemSolver:
         name, served = self.entry.name, self.entry.name
         fix = 'odeint_event(..., method="dopri5")'
         if self.entry.owner == "override":
-            served = getattr(self.part, "method", type(self.part).__name__)
+            solver = self.entry.fitted
+            served = getattr(solver, "method", type(solver).__name__)
             fix = (
                 f'the call outside of the block: with tdh.override("{name}", solver)\n'
                 "or a solver that steps up to the event: tdh.fit(func, y0, (0.0, 1.0), "

@@ -16,22 +16,24 @@ from torchdiffeq_hyper.hypersolver import HyperSolver
 from torchdiffeq_hyper.tableaus import Tableau
 
 
-def find(method: _registry.Method, func: Any) -> Any:
+def find(method: _registry.Method, func: Any, times: _binding.Times) -> Any:
     """Return the part that serves a method's call; the first match wins.
 
     Args:
         method: the method called.
         func: the user's vector field, in torchdyn's wrappers.
+        times: the call's.
 
     Raises:
         MissingHypernetError: nothing found.
         StateTypeError: what was found is not such a part.
         BaseMismatchError: a solver of another base was found.
+        OptionError: several were found, and none serves the times.
     """
     whole = method.solver
     if isinstance(whole, _registry.WholeSolve) and whole.option is None:
         return whole.kind()
-    part = _binding.find_bound(func, method.name) or method.fitted
+    part = _binding.find_bound(func, method.name, times) or method.fitted
     if part is None:
         raise MissingHypernetError(_how_to_bind(method))
     kind = whole.kind if isinstance(whole, _registry.WholeSolve) else HyperSolver

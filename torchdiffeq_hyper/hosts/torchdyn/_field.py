@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torchdiffeq_hyper._restrict import can_restrict, restrict
 from torchdiffeq_hyper._types import VectorField
+from torchdiffeq_hyper._wrappers import look_through
 from torchdiffeq_hyper.hosts.torchdyn import _upstream
 
 Held: TypeAlias = tuple[nn.Module, str, Tensor | None]
@@ -108,3 +109,7 @@ def _lent(held: Sequence[Held]) -> Iterator[None]:
     finally:
         for (module, name, _), value in zip(held, before, strict=True):
             setattr(module, name, value)
+
+
+for _wrapper in (Field, RestrictableField, HoldingField):
+    look_through(_wrapper, "base_func")

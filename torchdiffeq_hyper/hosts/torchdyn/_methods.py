@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import threading
 import warnings
 from functools import partial
 from typing import Any
@@ -25,23 +24,24 @@ from torchdiffeq_hyper.tableaus import Tableau
 _installed: dict[str, Any] = {}
 _clashing: set[str] = set()
 _is_installed = False
-_lock = threading.RLock()
 
 
 def install() -> None:
     """Add the registered methods to torchdyn: now if it is imported, else when it is."""
     global _is_installed  # noqa: PLW0603 - the one switch of the process-wide SOLVER_DICT
-    _is_installed = True
-    _hook.add()
-    follow_registry()
+    with _registry.lock:
+        _is_installed = True
+        _hook.add()
+        follow_registry()
 
 
 def uninstall() -> None:
     """Remove everything that `install` added, and the import hook."""
     global _is_installed  # noqa: PLW0603 - the one switch of the process-wide SOLVER_DICT
-    _is_installed = False
-    _hook.remove()
-    follow_registry()
+    with _registry.lock:
+        _is_installed = False
+        _hook.remove()
+        follow_registry()
 
 
 def load() -> None:
@@ -71,7 +71,7 @@ def follow_registry() -> None:
         DuplicateMethodError: torchdyn has a method of the same name, which was not known
             before; all others are added.
     """
-    with _lock:
+    with _registry.lock:
         solvers = _upstream.solver_dict()
         if solvers is None:
             return

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from torchdiffeq_hyper.hosts.torchdyn import _bound, _upstream
+from torchdiffeq_hyper.hosts.torchdyn import _bound, _models, _upstream
 from torchdiffeq_hyper.hosts.torchdyn._adjoint import CheckedFunction
 from torchdiffeq_hyper.hosts.torchdyn._stepper import Stepper
 
@@ -26,6 +26,7 @@ def put() -> None:
                 wrapper = functools.wraps(own)(wrap(own))
                 setattr(wrapper, _HOSTS_OWN, own)
                 setattr(module, name, wrapper)
+    _models.put()
     for kind in _bound.kinds():
         for name, value in _PROTOCOL.items():
             if not hasattr(kind, name):
@@ -38,6 +39,7 @@ def take_back() -> None:
     for name in _WRAPPERS:
         for module in _upstream.holders(name):
             setattr(module, name, getattr(getattr(module, name), _HOSTS_OWN, getattr(module, name)))
+    _models.take_back()
     while _given:
         delattr(*_given.pop())
 

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from torchdiffeq_hyper._binding import Times
 from torchdiffeq_hyper._registry import Method, WholeSolve, find
 from torchdiffeq_hyper.errors import StateTypeError, explain
 from torchdiffeq_hyper.hosts.torchdyn import _bound, _defects, _field, _upstream
@@ -116,7 +117,7 @@ class Stepper:
         """Solve from t to t + dt, as between two points: in the fitted number of steps."""
         ends = torch.stack([t, t + dt]).reshape(2)
         call = HostCall.of(f, ends)
-        part = self._part_for(call.func)
+        part = self._part_for(call)
         solution = self._solve(call, part, x, args, None)
         return None, solution[-1], None
 
@@ -150,7 +151,7 @@ class Stepper:
                 self._base, rtol, atol, is_trained=False, is_interpolated=False
             )
             return t_span, adjoint.solve_backward(call, x)
-        part = self._part_for(call.func)
+        part = self._part_for(call)
         saved = saved_points(save_at, call.t) if len(save_at) else None
         if self._adjoint is not None:
             self._adjoint.begin(call, part)
@@ -169,8 +170,11 @@ class Stepper:
             _defects.warn("t_eval", part)
         return t_span, solution
 
-    def _part_for(self, func: Any) -> Any:
-        return _bound.find(self.method, func) if self.part is None else self.part
+    def _part_for(self, call: HostCall) -> Any:
+        if self.part is not None:
+            return self.part
+        times = Times(-call.t if call.negated else call.t, is_negated=call.negated)
+        return _bound.find(self.method, call.func, times)
 
     def _solve(
         self, call: HostCall, part: Any, x: Tensor, args: Any, tolerances: Tolerances | None

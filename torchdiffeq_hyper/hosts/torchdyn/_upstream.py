@@ -19,9 +19,11 @@ _SOLVERS = "torchdyn.numerics.solvers.ode"
 _ODEINT = "torchdyn.numerics.odeint"
 _SENSITIVITY = "torchdyn.numerics.sensitivity"
 _PROBLEMS = "torchdyn.core.problems"
+_FIELDS = "torchdyn.core.defunc"
+_SHOOTING = "torchdyn.numerics.solvers.templates"
 
-ENTRANCES = (_ODEINT, _SENSITIVITY)
-"""The modules that whoever uses torchdyn's numerics, or its adjoints, imports first."""
+ENTRANCES = (_ODEINT, _SENSITIVITY, _PROBLEMS)
+"""The modules that whoever uses torchdyn's numerics, adjoints or models imports first."""
 
 FIXED_LOOP = "_fixed_odeint"
 ADAPTIVE_LOOP = "_adaptive_odeint"
@@ -36,6 +38,11 @@ _HOLDERS = {
     INTERPOLATED_ADJOINT: (_SENSITIVITY, _PROBLEMS),
 }
 
+_SOLVER_HOLDERS = (
+    (_PROBLEMS, "ODEProblem", ("solver", "solver_adjoint")),
+    (_SHOOTING, "MultipleShootingDiffeqSolver", ("coarse_method", "fine_method")),
+)
+
 
 def holders(name: str) -> Iterator[ModuleType]:
     """Yield the imported modules through which torchdyn calls its function ``name``."""
@@ -43,6 +50,14 @@ def holders(name: str) -> Iterator[ModuleType]:
         module = sys.modules.get(module_name)
         if module is not None and hasattr(module, name):
             yield module
+
+
+def holders_of_solvers() -> Iterator[tuple[type[Any], tuple[str, ...]]]:
+    """Yield the imported classes whose objects hold solvers, and under which attributes."""
+    for module_name, name, attributes in _SOLVER_HOLDERS:
+        kind = getattr(sys.modules.get(module_name), name, None)
+        if kind is not None:
+            yield kind, attributes
 
 
 def solver_dict() -> dict[str, Any] | None:
@@ -108,6 +123,26 @@ def refine_spline(func: Any, t: Tensor, states: Tensor) -> None:
     coefficients = host.natural_cubic_coeffs(x=states.permute(1, 0, 2), t=t)
     cells = dict(zip(func.__code__.co_freevars, func.__closure__, strict=True))
     cells["x_spline"].cell_contents = host.CubicSpline(coeffs=coefficients, t=t)
+
+
+def field_of(problem: object) -> object | None:
+    """Return the field that a `NeuralODE`, or another `ODEProblem`, solves; None for others."""
+    kind = getattr(sys.modules.get(_PROBLEMS), "ODEProblem", None)
+    if kind is None or not isinstance(problem, kind):
+        return None
+    found: object = getattr(problem, "vf", None)
+    return found
+
+
+def wrapped_field(func: object) -> object | None:
+    """Return the field inside torchdyn's wrapper if the two are the same; else None."""
+    host = sys.modules.get(_FIELDS)
+    if host is None or type(func) not in (host.DEFunc, host.DEFuncBase):
+        return None
+    if type(func) is host.DEFunc and drops_args(func):
+        return None  # more states than the field inside
+    found: object = func.vf  # type: ignore[attr-defined]
+    return found
 
 
 def takes_args(func: Any, args: Any) -> bool:

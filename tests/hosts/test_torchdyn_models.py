@@ -1,0 +1,215 @@
+"""A solver object is given to torchdyn's models, and is no part of them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchdyn.core import NeuralODE, ODEProblem
+from torchdyn.numerics import HyperEuler, MSZero
+from torchdyn.numerics.solvers.templates import MultipleShootingDiffeqSolver
+
+import torchdiffeq_hyper as tdh
+from torchdiffeq_hyper.errors import HostWarning
+from torchdyn_stubs import Field, SmallNet, times
+
+T = times(0.0, 1.0)
+
+
+def hyper(seed: int = 0) -> tdh.HyperSolver:
+    torch.manual_seed(seed)
+    return tdh.HyperSolver("heun", SmallNet(), steps=2)
+
+
+def bespoke() -> tdh.BespokeSolver:
+    return tdh.BespokeSolver.classical("rk4", 8)
+
+
+def dise() -> tdh.Dise:
+    candidates = [tdh.Candidate("euler", steps=1), tdh.Candidate("rk4", steps=1)]
+    return tdh.Dise(candidates, tdh.dise.selectors.MLP(2, 2).double())
+
+
+MAKE = pytest.mark.parametrize("make", [hyper, bespoke, dise])
+
+
+@pytest.fixture
+def y0() -> Tensor:
+    return torch.randn(3, 2, dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def _installed() -> Iterator[None]:
+    yield
+    tdh.install()
+
+
+@MAKE
+@pytest.mark.parametrize("kind", [NeuralODE, ODEProblem])
+def test_solver_object_is_no_part_of_the_model(make: Any, kind: Any, y0: Tensor) -> None:
+    func, solver = Field(), make()
+    node = kind(func, solver=solver, atol=1e-3, rtol=1e-3)
+    assert node.solver is node.solver_adjoint is solver
+    assert set(node.state_dict()) == set(kind(func, solver="dopri5").state_dict())
+    assert {id(p) for p in node.parameters()} == {id(p) for p in func.parameters()}
+    assert not [name for name, _ in node.named_modules() if "solver" in name]
+    assert node(y0, T)[1].shape == (2, 3, 2)
+
+
+@MAKE
+def test_checkpoints_load_strictly_into_models_with_other_solvers(make: Any) -> None:
+    models = [NeuralODE(Field(), solver=s) for s in (make(), "dopri5", "hyperheun", hyper(1))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for source in models:
+            for target in models:
+                target.load_state_dict(source.state_dict())
+
+
+def test_solver_given_later_is_no_part_of_the_model_either() -> None:
+    node = NeuralODE(Field(), solver="dopri5")
+    own, keys = node.solver, set(node.state_dict())
+    node.solver = node.solver_adjoint = solver = hyper()
+    assert node.solver is solver
+    assert set(node.state_dict()) == keys
+    assert "solver" not in dict(node.named_children())
+    node.solver = own  # a module of torchdyn's
+    assert node.solver is own is dict(node.named_children())["solver"]
+
+
+def test_own_attributes_that_hold_a_solver_are_what_torch_makes_of_them() -> None:
+    class Model(NeuralODE):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(Field(), solver=hyper())
+            self.second = hyper()
+
+    assert {key.split(".")[0] for key in Model().state_dict()} == {"vf", "second"}
+
+
+@pytest.mark.parametrize("make", [hyper, bespoke])
+def test_solver_follows_the_model_to_dtypes_and_devices(make: Any, y0: Tensor) -> None:
+    solver = make()
+    node = nn.ModuleDict({"inner": NeuralODE(Field(), solver=solver)})
+    node.float()
+    assert {p.dtype for p in solver.parameters()} == {torch.float32}
+    assert node["inner"](y0.float(), T.float())[1].dtype == torch.float32
+    node.to("meta")
+    assert {p.device.type for p in solver.parameters()} == {"meta"}
+
+
+def test_training_and_freezing_the_model_leave_the_solver_alone() -> None:
+    solver = hyper().eval()
+    node = NeuralODE(Field(), solver=solver)
+    node.train()
+    node.requires_grad_(requires_grad=False)
+    node.zero_grad()
+    assert not solver.training
+    assert all(p.requires_grad for p in solver.parameters())
+
+
+def old_checkpoint(node: Any, solver: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """What a model's state_dict was while the solver was part of it."""
+    state = {f"{prefix}{key}": value for key, value in node.state_dict().items()}
+    for name in ("solver", "solver_adjoint"):
+        state |= {f"{prefix}{name}.{k}": v.clone() for k, v in solver.state_dict().items()}
+    return state
+
+
+@pytest.mark.parametrize("make", [hyper, bespoke])
+@pytest.mark.parametrize("prefix", ["", "model.ode."])
+@pytest.mark.parametrize("assign", [False, True])
+def test_older_checkpoints_load_their_solver_as_they_did(
+    make: Any, prefix: str, assign: bool
+) -> None:
+    source = NeuralODE(Field(), solver=hyper(5) if make is hyper else make())
+    state = old_checkpoint(source, source.solver, prefix)
+    solver = make()
+    target = outer = NeuralODE(Field(), solver=solver)
+    for name in reversed(prefix.split(".")[:-1]):
+        outer = nn.ModuleDict({name: outer})
+    keys = list(state)
+    assert not any(outer.load_state_dict(state, assign=assign))
+    assert list(state) == keys
+    for found, wanted in (
+        (target.state_dict(), source.state_dict()),
+        (solver.state_dict(), source.solver.state_dict()),
+    ):
+        assert all(torch.equal(found[key], value) for key, value in wanted.items())
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "hyperheun", bespoke(), dise()])
+def test_older_checkpoints_load_without_their_solver_and_say_so(solver: Any) -> None:
+    source, target = NeuralODE(Field(), solver=hyper()), NeuralODE(Field(), solver=solver)
+    state = old_checkpoint(source, source.solver)
+    with pytest.warns(HostWarning, match=r"solver\.hypernet.*left out.*HyperSolver\.load"):
+        target.load_state_dict(state)
+    assert torch.equal(next(target.vf.parameters()), next(source.vf.parameters()))
+
+
+def test_solver_that_a_checkpoint_does_not_fit_keeps_its_weights() -> None:
+    solver = hyper(1)
+    before = copy.deepcopy(solver.state_dict())
+    state = old_checkpoint(NeuralODE(Field(), solver=hyper()), hyper())
+    key = next(k for k in state if k.startswith("solver.") and k.endswith("weight"))
+    state[key] = state[key][:1]
+    state[key.replace("solver.", "solver_adjoint.")] = state[key]
+    with pytest.warns(HostWarning, match="left out"):
+        NeuralODE(Field(), solver=solver).load_state_dict(state)
+    assert all(torch.equal(before[k], v) for k, v in solver.state_dict().items())
+
+
+def test_whole_models_are_saved_with_their_solver(y0: Tensor) -> None:
+    tdh.uninstall()
+    older = NeuralODE(Field(), solver=hyper())
+    assert "solver" in dict(older.named_children())
+    tdh.install()
+    for node in (older, NeuralODE(Field(), solver=hyper())):
+        buffer = io.BytesIO()
+        torch.save(node, buffer)
+        buffer.seek(0)
+        loaded = torch.load(buffer, weights_only=False)
+        assert isinstance(loaded.solver, tdh.HyperSolver)
+        assert not [key for key in loaded.state_dict() if "solver" in key]
+        assert torch.equal(loaded(y0, T)[1], node(y0, T)[1])
+
+
+def test_other_unknown_keys_are_refused_as_before() -> None:
+    node = NeuralODE(Field(), solver=hyper())
+    with pytest.raises(RuntimeError, match="solver_of_mine"):
+        node.load_state_dict({**node.state_dict(), "solver_of_mine.weight": torch.ones(1)})
+    with pytest.raises(RuntimeError, match="Missing key"):
+        node.load_state_dict({})
+
+
+def test_solvers_of_torchdyns_own_stay_part_of_the_model() -> None:
+    node = NeuralODE(Field(), solver=HyperEuler(nn.Linear(2, 2)))
+    assert [key for key in node.state_dict() if key.startswith("solver.hypernet")]
+    node.load_state_dict(node.state_dict())
+
+
+def test_solver_in_a_parallel_method_is_no_part_of_it() -> None:
+    parallel, keys = MSZero("euler", "rk4"), set(MSZero("euler", "rk4").state_dict())
+    parallel.coarse_method = solver = hyper()
+    assert parallel.coarse_method is solver
+    assert set(parallel.state_dict()) == keys
+    parallel.float()
+    assert next(solver.parameters()).dtype == torch.float32
+
+
+def test_uninstall_leaves_torchdyns_classes_as_found(y0: Tensor) -> None:
+    names = ("__setattr__", "__setstate__", "_apply", "_load_from_state_dict")
+    node = NeuralODE(Field(), solver=hyper())
+    wanted = node(y0, T)[1]
+    tdh.uninstall()
+    for kind in (ODEProblem, MultipleShootingDiffeqSolver, NeuralODE):
+        assert not [name for name in names if name in vars(kind)]
+    tdh.install()
+    for kind in (ODEProblem, MultipleShootingDiffeqSolver):
+        assert [name for name in names if name in vars(kind)] == list(names)
+    assert torch.equal(node(y0, T)[1], wanted)

@@ -1,0 +1,144 @@
+"""Wrappers around vector fields that are known, by their type, to change nothing.
+
+Whoever has such a wrapper registers its type here. An attribute's name alone says nothing:
+a user's module may call what it holds as ``module`` or ``func`` and return something else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import FunctionType, MethodType, MethodWrapperType
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+Look: TypeAlias = Callable[[object], object | None]
+"""Returns what an object wraps or stands for, None where it does not know the object."""
+
+_attributes: dict[type, tuple[str, ...]] = {}
+_looks: list[Look] = []
+_fields_of: list[Look] = []
+
+
+def look_through(wrapper: type, *attributes: str) -> None:
+    """Let look-ups go through the objects of a class, as long as they are called as it is.
+
+    Args:
+        wrapper: the class. A subclass that overrides ``__call__`` or ``forward`` is no
+            such wrapper.
+        attributes: where an object holds what it wraps; the first one is looked at first.
+    """
+    _attributes[wrapper] = attributes
+
+
+def look_through_by(look: Look) -> None:
+    """Let look-ups go through what ``look`` knows: for types that are not imported yet."""
+    _looks.append(look)
+
+
+def stand_for_field(field_of: Look) -> None:
+    """Let objects that ``field_of`` knows, such as a model, stand for their vector field."""
+    _fields_of.append(field_of)
+
+
+class Owner(NamedTuple):
+    """What a solver is attached to.
+
+    Attributes:
+        target: the object.
+        function: the function of a bound method of it; None for the object itself.
+    """
+
+    target: object
+    function: object | None
+
+
+def owner_of(func: object) -> Owner:
+    """Return what ``func`` is to attachments.
+
+    A bound method is its instance and its function; ``forward`` and ``__call__`` stand
+    for the instance, and a model of a host for its field.
+    """
+    if isinstance(func, MethodType):
+        target, function = func.__self__, func.__func__
+        if not any(_is_method(target, name, function) for name in ("forward", "__call__")):
+            return Owner(target, function)
+        func = target
+    elif isinstance(func, MethodWrapperType) and func.__name__ == "__call__":
+        func = func.__self__  # of a function or a partial, made anew at every access
+    for field_of in _fields_of:
+        field = field_of(func)
+        if field is not None:
+            return Owner(field, None)
+    return Owner(func, None)
+
+
+def owners_in(func: object) -> Iterator[Owner]:
+    """Yield what ``func`` is to attachments, then what is inside it, from the outermost on."""
+    seen: set[tuple[int, int]] = set()
+    pending = [func]
+    while pending:
+        owner = owner_of(pending.pop(0))
+        key = id(owner.target), id(owner.function)
+        if key in seen:
+            continue
+        seen.add(key)
+        yield owner
+        if owner.function is None:
+            pending.extend(item for item in _inside(owner.target) if item is not None)
+
+
+def _is_method(target: object, name: str, function: object) -> bool:
+    # `super().forward` has the name, and is another function.
+    found = getattr(target, name, None)
+    return isinstance(found, MethodType) and found.__func__ is function
+
+
+def _inside(wrapper: Any) -> Iterator[object | None]:
+    for known in type(wrapper).__mro__:
+        if known in _attributes and _is_called_as(wrapper, known):
+            yield from (getattr(wrapper, name, None) for name in _attributes[known])
+            return
+    for look in _looks:
+        yield look(wrapper)
+
+
+def _is_called_as(wrapper: object, known: type) -> bool:
+    kind = type(wrapper)
+    return "forward" not in getattr(wrapper, "__dict__", ()) and all(
+        getattr(kind, name, None) is getattr(known, name, None) for name in ("__call__", "forward")
+    )
+
+
+def _of_partial(func: object) -> object | None:
+    # One with arguments is another field.
+    is_plain = type(func) is partial and not func.args and not func.keywords
+    return func.func if is_plain else None  # type: ignore[attr-defined]
+
+
+def _of_compiled(func: object) -> object | None:
+    """Return what `torch.compile` was given (checked against torch 2.4 to 2.13)."""
+    # torch imports its compiler, which takes seconds, when it is asked for one.
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    if compiler is None:
+        return None
+    if type(func) is compiler.OptimizedModule:
+        return getattr(func, "_orig_mod", None)
+    # `functools.wraps` copies attributes to the user's functions, but not where these are from.
+    if not isinstance(func, FunctionType):
+        return None
+    name = func.__globals__.get("__name__")
+    if name == compiler.__name__:
+        return getattr(func, "_torchdynamo_orig_callable", None)
+    # Callable objects are put into one more function.
+    is_inline = name == "torch._dynamo.external_utils"
+    return getattr(func, "__wrapped__", None) if is_inline else None
+
+
+look_through(nn.DataParallel, "module")
+look_through(DistributedDataParallel, "module")
+look_through_by(_of_partial)
+look_through_by(_of_compiled)

@@ -62,41 +62,6 @@ class Classifier(nn.Module):
         return self.decode(z), z
 
 
-class WithPath(nn.Module):
-    """The CDE on the state (z, path): every sample carries its own path, which stands still.
-
-    `fit` takes its samples in batches; a field that holds the paths of all of them cannot
-    tell which are meant.
-    """
-
-    def __init__(self, field: Field) -> None:
-        super().__init__()
-        self.field = field
-
-    def forward(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return (dz/dt, 0)."""
-        z, coefficients = state
-        slope = torchcde.CubicSpline(coefficients).derivative(t)
-        return (self.field(t, z) @ slope.unsqueeze(-1)).squeeze(-1), torch.zeros_like(coefficients)
-
-
-class OnHidden(nn.Module):
-    """A hypernet that sees and corrects z, whether or not the path is a part of the state."""
-
-    def __init__(self, g: nn.Module) -> None:
-        super().__init__()
-        self.g = g
-
-    def forward(self, step: tdh.StepInput) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the correction of z; none of the path."""
-        if isinstance(step.y, Tensor):
-            alone: Tensor = self.g(step)
-            return alone
-        stages = tuple(k[0] for k in step.stages)
-        seen = tdh.StepInput(step.dt, step.t, step.y[0], stages[0], stages, step.y0[0])
-        return self.g(seen), torch.zeros_like(step.y[1])
-
-
 def sequences() -> tuple[Tensor, Tensor]:
     """Return the spline coefficients of all digits, time being the first channel, and labels."""
     digits = load_digits()
@@ -125,21 +90,27 @@ def train(coefficients: Tensor, labels: Tensor, epochs: int) -> Classifier:
     return model.eval().requires_grad_(requires_grad=False)
 
 
-def fit_solver(model: Classifier, coefficients: Tensor, seconds: float) -> tdh.HyperSolver:
-    """Return Heun's method with a correction of z, a step a row."""
+def fit_solver(model: Classifier, coefficients: Tensor, iterations: int) -> tdh.HyperSolver:
+    """Return Heun's method with a correction, a step a row."""
+
+    def field(t: Tensor, z: Tensor, coefficients: Tensor) -> Tensor:
+        slope = torchcde.CubicSpline(coefficients).derivative(t)
+        dz: Tensor = (model.field(t, z) @ slope.unsqueeze(-1)).squeeze(-1)
+        return dz
+
     z0 = model.encode(torchcde.CubicSpline(coefficients).evaluate(torch.tensor(0.0)))
-    g = OnHidden(tdh.hypernets.MLP(z0.shape[1], inputs=("y", "stages"), n_stages=2))
-    fitted = tdh.fit(
-        WithPath(model.field),
-        (z0, coefficients),
+    solver = tdh.fit(
+        field,
+        z0,
         (0.0, LENGTH - 1.0),
         base="heun",
         steps=LENGTH - 1,
-        hypernet=g,
-        config=tdh.FitConfig(max_seconds=seconds),
+        hypernet=tdh.hypernets.MLP(z0.shape[1], inputs=("y", "stages"), n_stages=2),
+        context=coefficients,  # every sample has a path of its own
+        config=tdh.FitConfig(iterations=iterations, max_seconds=600.0),
     )
-    print(f"\n{fitted.report}\n")
-    return tdh.HyperSolver("heun", g, steps=LENGTH - 1)
+    print(f"\n{solver.report}\n")
+    return solver
 
 
 def main() -> None:
@@ -152,7 +123,7 @@ def main() -> None:
     torch.set_num_threads(1)
     coefficients, labels = sequences()
     model = train(coefficients[:898], labels[:898], epochs=2 if arguments.quick else 60)
-    solver = fit_solver(model, coefficients[:898], seconds=3.0 if arguments.quick else 60.0)
+    solver = fit_solver(model, coefficients[:898], iterations=20 if arguments.quick else 2000)
     tdh.register_method("cde-fast", solver)
 
     step = {"options": {"step_size": 1.0}}

@@ -79,9 +79,27 @@ def full(folder: Path) -> Any:
     return fit(config=FULL)
 
 
+def by_label(t: Tensor, y: Tensor, labels: Tensor) -> Tensor:
+    return damped_wave(t, y) * (1 + labels.to(y.dtype).unsqueeze(1)) / 2
+
+
+def labels_of(y0: Tensor) -> Tensor:
+    return (4 * y0[:, 0]).long() % 3
+
+
+def context(folder: Path) -> Any:
+    """Every sample has a label, and each process its part of both."""
+    return fit(by_label, context=labels_of(starts()), objective="combined")
+
+
+def context_of_batches(folder: Path) -> Any:
+    batches = [(y0, labels_of(y0)) for y0 in starts(40).split([15, 13, 12])]
+    return fit(by_label, batches, context="batch", base="bns", steps=3)
+
+
 ALIKE: dict[str, Callable[[Path], Any]] = {
     scenario.__name__: scenario
-    for scenario in (residual, trajectory, combined, tuple_state, odd_batches)
+    for scenario in (residual, trajectory, combined, tuple_state, odd_batches, context)
 }
 
 
@@ -234,6 +252,7 @@ TOGETHER: dict[str, Callable[[Path], Any]] = {
         scenario.__name__: scenario
         for scenario in (
             full,
+            context_of_batches,
             other_weights,
             fails_in_a_reference,
             fails_in_a_roll_out,

@@ -103,6 +103,53 @@ def test_the_solver_serves_odeint_with_domain_and_report() -> None:
     assert report.validation == pytest.approx(float(mean), rel=1e-5)
 
 
+def labelled(y0: Tensor) -> tuple[Tensor, Tensor]:
+    return y0, (3 * y0[:, 0]).long() % 3
+
+
+def by_label(t: Tensor, y: Tensor, labels: Tensor) -> Tensor:
+    return damped_wave(t, y) * (1 + labels.to(y.dtype).unsqueeze(1))
+
+
+def test_batches_bring_the_context_of_their_samples() -> None:
+    module = make(by_label, labelled(starts(16, 5)), context="batch")
+    fitting = trainer(max_epochs=20)
+    data = (labelled(starts(48)), labelled(starts(24, 2)))
+    loaders = [DataLoader(TensorDataset(*part), batch_size=16) for part in data]
+    fitting.fit(module, *loaders)
+    report = module.report
+    assert report.validation < report.base_validation / 2
+    y0, labels = data[1]
+    from torchdiffeq import odeint
+
+    func, t = tdh.Conditioned(by_label, labels), torch.linspace(0, 1, 5, dtype=torch.float64)
+    exact = odeint(func, y0, t, rtol=1e-10, atol=1e-10)
+    mean = (module.solver.solve(func, y0, t) - exact).norm(dim=-1).sum(0).mean()
+    assert report.validation == pytest.approx(float(mean), rel=1e-5)
+
+
+def test_a_batch_with_other_context_is_measured_anew() -> None:
+    module = make(by_label, labelled(starts(16, 5)), context="batch")
+    y0, labels = labelled(starts(16))
+    first = module._measure(("train", 0), [y0, labels])
+    assert module._measure(("train", 0), [y0.clone(), labels.clone()]) is first
+    assert module._measure(("train", 0), [y0, labels + 1]) is not first
+
+
+def test_context_that_a_loader_cannot_bring_is_refused() -> None:
+    y0, labels = labelled(starts(16, 5))
+    for func, context in ((by_label, labels), (tdh.Conditioned(by_label, labels), None)):
+        with pytest.raises(OptionError, match='context="batch"'):
+            make(func, y0, context=context)
+    with pytest.raises(StateTypeError, match="a batch is a Tensor"):
+        make(by_label, y0, context="batch")
+    module = make(by_label, (y0, labels), context="batch")
+    with pytest.raises(StateShapeError, match="as the first batch"):
+        module._measure(("train", 0), [y0, labels.double()])
+    with pytest.raises(StateShapeError, match=r"tdh\.Conditioned"):
+        make(lambda t, y: by_label(t, y, labels), y0)
+
+
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 def test_without_a_validation_there_is_no_report_but_a_solver() -> None:
     module = make()

@@ -50,11 +50,21 @@ def test_a_whole_fit_ends_in_the_same_error(results: list[dict[str, Any]], tmp_p
         assert result["full"]["validation"] == pytest.approx(alone["validation"], rel=0.05)
 
 
+def test_context_of_batches_is_shared_out_with_them(
+    results: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    alone = ranks.outcome(ranks.context_of_batches(tmp_path))
+    for result in results:
+        found = result["context_of_batches"]["validation"]
+        assert found == pytest.approx(alone["validation"], rel=0.05)
+
+
 @pytest.mark.parametrize(
     "scenario",
     [
         *ranks.ALIKE,
         "full",
+        "context_of_batches",
         "other_weights",
         "resumed",
         "other_clocks",

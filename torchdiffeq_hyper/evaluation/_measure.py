@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchdiffeq_hyper._checks import check_answer
 from torchdiffeq_hyper._flops import FlopCounter
 from torchdiffeq_hyper._independence import is_probing
+from torchdiffeq_hyper._restrict import can_restrict, restrict
 from torchdiffeq_hyper._timing import median_seconds
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper._wrappers import look_through
@@ -30,21 +31,31 @@ class Counted:
     Args:
         func: the field; solvers attached to it are found.
         counts_flops: whether to have torch count FLOPs, which slows the calls down.
+        whole: the field of which this is that of some samples: it counts.
     """
 
-    def __init__(self, func: VectorField, *, counts_flops: bool = False) -> None:
+    def __init__(
+        self, func: VectorField, *, counts_flops: bool = False, whole: Counted | None = None
+    ) -> None:
         self.base_func = func
         self.calls = 0
         self.flops = 0
         self._counts_flops = counts_flops
+        self._counter = self if whole is None else whole
+        if can_restrict(func):
+            self.restrict = self._of_samples
+
+    def _of_samples(self, index: Tensor) -> Counted:
+        func = restrict(self.base_func, index)
+        return Counted(func, counts_flops=self._counts_flops, whole=self._counter)
 
     def __call__(self, t: Tensor, y: State) -> State:
         """Return ``func(t, y)``, checked to be like ``y``."""
-        self.calls += not is_probing()
+        self._counter.calls += not is_probing()
         if self._counts_flops and not is_probing():
             with FlopCounter() as counter:
                 k: State = self.base_func(t, y)
-            self.flops += counter.get_total_flops()
+            self._counter.flops += counter.get_total_flops()
         else:
             k = self.base_func(t, y)
         check_answer(k, y)

@@ -25,6 +25,8 @@ class Conv(ReadyHypernet):
         n_spatial: spatial dimensions of the state: 1, 2 or 3.
         inputs: see `ConcatHypernet`.
         n_stages: stages of the base method; matters if ``inputs`` has "stages".
+        n_context: channels of the context, all its tensors together; if ``inputs`` has
+            "context".
 
     Raises:
         OptionError: an argument is impossible.
@@ -47,8 +49,9 @@ class Conv(ReadyHypernet):
         *,
         inputs: Sequence[str] = ("y", "f0", "dt"),
         n_stages: int = 1,
+        n_context: int = 0,
     ) -> None:
-        n_in = sum(channel_counts(channels, inputs, n_stages))
+        n_in = sum(channel_counts(channels, inputs, n_stages, n_context))
         convolution = _convolution(hidden, kernel_size, n_spatial)
         layers = nn.Sequential(
             convolution(n_in, hidden, kernel_size, padding=kernel_size // 2),
@@ -56,7 +59,7 @@ class Conv(ReadyHypernet):
             convolution(hidden, channels, 1),
         )
         own = {"hidden": hidden, "kernel_size": kernel_size, "n_spatial": n_spatial}
-        super().__init__(layers, channels, inputs, n_stages, **own)
+        super().__init__(layers, channels, inputs, n_stages, n_context, **own)
 
 
 class Bottleneck(ReadyHypernet):
@@ -74,6 +77,8 @@ class Bottleneck(ReadyHypernet):
         n_spatial: spatial dimensions of the state: 1, 2 or 3.
         inputs: see `ConcatHypernet`.
         n_stages: stages of the base method; matters if ``inputs`` has "stages".
+        n_context: channels of the context, all its tensors together; if ``inputs`` has
+            "context".
 
     Raises:
         OptionError: an argument is impossible.
@@ -98,8 +103,9 @@ class Bottleneck(ReadyHypernet):
         *,
         inputs: Sequence[str] = ("y", "f0", "dt"),
         n_stages: int = 1,
+        n_context: int = 0,
     ) -> None:
-        n_in = sum(channel_counts(channels, inputs, n_stages))
+        n_in = sum(channel_counts(channels, inputs, n_stages, n_context))
         convolution = _convolution(hidden, kernel_size, n_spatial)
         layers = nn.Sequential(
             convolution(n_in, hidden, 1),
@@ -107,7 +113,7 @@ class Bottleneck(ReadyHypernet):
             convolution(hidden, channels, kernel_size, padding=kernel_size // 2),
         )
         own = {"hidden": hidden, "kernel_size": kernel_size, "n_spatial": n_spatial}
-        super().__init__(layers, channels, inputs, n_stages, **own)
+        super().__init__(layers, channels, inputs, n_stages, n_context, **own)
 
 
 def _convolution(

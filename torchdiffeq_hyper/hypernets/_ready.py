@@ -32,14 +32,16 @@ class ReadyHypernet(ConcatHypernet):
         channels: int,
         inputs: Sequence[str],
         n_stages: int,
+        n_context: int,
         **arguments: Any,
     ) -> None:
-        n_in = sum(channel_counts(channels, inputs, n_stages))
+        n_in = sum(channel_counts(channels, inputs, n_stages, n_context))
         super().__init__(Scaled(layers, n_in, channels, arguments.get("n_spatial")), inputs)
         self.channels = channels
         self.n_stages = n_stages
         self.time_unit = 1.0
         self._order = 0
+        self.n_context = n_context
         self._arguments = arguments
 
     @property
@@ -51,8 +53,9 @@ class ReadyHypernet(ConcatHypernet):
             **self._arguments,
             "inputs": list(self.inputs),
             "n_stages": self.n_stages,
-            "time_unit": self.time_unit,
-            "order": self._order,
+            # Only where they count, so that earlier versions read all other nets.
+            **({"n_context": self.n_context} if self.n_context else {}),
+            **({"time_unit": self.time_unit, "order": self._order} if self.time_unit != 1 else {}),
         }
 
     @property
@@ -115,7 +118,7 @@ class ReadyHypernet(ConcatHypernet):
             >>> g.net.output_scale
             tensor([30., 30.])
         """
-        counts = channel_counts(self.channels, self.inputs, self.n_stages)
+        counts = channel_counts(self.channels, self.inputs, self.n_stages, self.n_context)
         steady: list[float] = []
         for name, count in zip(self.inputs, counts, strict=True):
             # Steps cut from one float32 grid differ in their last digits, yet are one size.
@@ -138,6 +141,8 @@ class Linear(ReadyHypernet):
         channels: channels of the state, all parts of a tuple state together.
         inputs: see `ConcatHypernet`.
         n_stages: stages of the base method; matters if ``inputs`` has "stages".
+        n_context: channels of the context, all its tensors together; if ``inputs`` has
+            "context".
 
     Raises:
         OptionError: an argument is impossible.
@@ -154,10 +159,16 @@ class Linear(ReadyHypernet):
     kind = "linear"
 
     def __init__(
-        self, channels: int, *, inputs: Sequence[str] = ("y", "f0", "dt"), n_stages: int = 1
+        self,
+        channels: int,
+        *,
+        inputs: Sequence[str] = ("y", "f0", "dt"),
+        n_stages: int = 1,
+        n_context: int = 0,
     ) -> None:
-        n_in = sum(channel_counts(channels, inputs, n_stages))
-        super().__init__(nn.Sequential(nn.Linear(n_in, channels)), channels, inputs, n_stages)
+        n_in = sum(channel_counts(channels, inputs, n_stages, n_context))
+        layers = nn.Sequential(nn.Linear(n_in, channels))
+        super().__init__(layers, channels, inputs, n_stages, n_context)
 
 
 class MLP(ReadyHypernet):
@@ -170,6 +181,8 @@ class MLP(ReadyHypernet):
         hidden: widths of the hidden layers.
         inputs: see `ConcatHypernet`.
         n_stages: stages of the base method; matters if ``inputs`` has "stages".
+        n_context: channels of the context, all its tensors together; if ``inputs`` has
+            "context".
 
     Raises:
         OptionError: an argument is impossible.
@@ -189,18 +202,22 @@ class MLP(ReadyHypernet):
         *,
         inputs: Sequence[str] = ("y", "f0", "dt"),
         n_stages: int = 1,
+        n_context: int = 0,
     ) -> None:
-        widths = [sum(channel_counts(channels, inputs, n_stages))]
+        widths = [sum(channel_counts(channels, inputs, n_stages, n_context))]
         layers: list[nn.Module] = []
         for width in check_widths(hidden):
             # SiLU is smooth, and several times cheaper than tanh on CPUs.
             layers += [nn.Linear(widths[-1], width), nn.SiLU()]
             widths.append(width)
         layers.append(nn.Linear(widths[-1], channels))
-        super().__init__(nn.Sequential(*layers), channels, inputs, n_stages, hidden=widths[1:])
+        net, hidden = nn.Sequential(*layers), widths[1:]
+        super().__init__(net, channels, inputs, n_stages, n_context, hidden=hidden)
 
 
-def channel_counts(channels: int, inputs: Sequence[str], n_stages: int) -> list[int]:
+def channel_counts(
+    channels: int, inputs: Sequence[str], n_stages: int, n_context: int = 0
+) -> list[int]:
     """Return the number of channels of each input.
 
     Raises:
@@ -208,8 +225,19 @@ def channel_counts(channels: int, inputs: Sequence[str], n_stages: int) -> list[
     """
     check_count("channels", channels)
     check_count("n_stages", n_stages)
-    sizes = {"stages": n_stages * channels, **dict.fromkeys(SCALARS, 1)}
-    return [sizes.get(name, channels) for name in check_inputs(inputs)]
+    names = check_inputs(inputs)
+    if "context" in names:
+        check_count("n_context", n_context)
+    elif n_context != 0:
+        raise OptionError(
+            explain(
+                f'n_context is {n_context!r}, and the inputs are {names!r}, without "context".',
+                "both or neither.",
+                f"inputs={(*names, 'context')!r}",
+            )
+        )
+    sizes = {"stages": n_stages * channels, "context": n_context, **dict.fromkeys(SCALARS, 1)}
+    return [sizes.get(name, channels) for name in names]
 
 
 def check_count(name: str, value: object) -> None:

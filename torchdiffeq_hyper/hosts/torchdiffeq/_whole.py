@@ -137,10 +137,10 @@ class _Counted:
     """A vector field whose calls are counted in a record: the host's wrapper is not called."""
 
     def __init__(self, func: VectorField, draft: recording.Draft) -> None:
-        self._func = func
+        self.base_func = func
         self._draft = draft
 
     def __call__(self, t: Tensor, y: State) -> State:
         self._draft.nfe += 1
-        derivative: State = self._func(t, y)
+        derivative: State = self.base_func(t, y)
         return derivative

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint format clean
+.PHONY: demo test fuzz lint format clean
 
 ## Train a small Neural ODE on real digits, fit hypersolvers, print the table (5 minutes).
 demo: .venv/demo.stamp
@@ -12,6 +12,10 @@ demo: .venv/demo.stamp
 ## All checks, as CI runs them.
 test: lint
 	$(BIN)/python -m pytest --cov
+
+## Ten thousand random calls against an independent evaluation; FUZZ="--fuzz-seed 7" for others.
+fuzz: .venv/dev.stamp
+	$(BIN)/python -m pytest tests/fuzz --fuzz-calls 10000 $(FUZZ)
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check

@@ -186,3 +186,13 @@ def test_one_time_point_gives_the_start() -> None:
     y0 = coupled_start()
     y = tdh.HyperSolver("rk4", zero, steps=3).solve(coupled, y0, torch.tensor([0.4]))
     assert all(torch.equal(part[0], start) for part, start in zip(y, y0, strict=True))
+
+
+@pytest.mark.parametrize("start", [0.4, -3.0])
+def test_one_time_point_gives_the_start_of_a_fitted_solver_through_the_host(start: float) -> None:
+    domain = tdh.FitDomain((0.0, 1.0), 0.1, 0.5, (1,), ((2,),), is_tuple=False, dtype="float32")
+    solver = tdh.HyperSolver("euler", zero, steps=3, domain=domain)
+    y0, t = torch.ones(3, 2), torch.tensor([start])
+    for options in ({}, {"interp": "cubic"}):
+        y = odeint(damped_wave, y0, t, method="hypereuler", options={"solver": solver, **options})
+        assert torch.equal(y, y0[None])

@@ -102,7 +102,7 @@ class FitDomain:
         except RuntimeError:  # no values to look at: vmap, fake and meta tensors
             return {}
         texts: dict[str, str] = {}
-        for size in (min(sizes), max(sizes)):
+        for size in (min(sizes), max(sizes)) if sizes else ():  # one point in t: no step
             if self.covers(size):
                 continue
             fitted = " and ".join("forward" if sign > 0 else "reverse" for sign in self.directions)

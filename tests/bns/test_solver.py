@@ -293,6 +293,25 @@ def test_a_correction_is_added_at_the_end_with_the_span_squared() -> None:
     torch.testing.assert_close(step.stages[0], spiral(t[0], start()))
 
 
+@pytest.mark.parametrize("is_fitted", [True, False])
+def test_a_correction_far_from_zero_has_the_digits_of_the_state(is_fitted: bool) -> None:
+    seen: list[StepInput] = []
+
+    def g(step: StepInput) -> Tensor:
+        seen.append(step)
+        return torch.ones_like(step.y)  # type: ignore[arg-type]
+
+    span = (30000.0, 29999.7)
+    domain = FitDomain(span, 0.3, 0.3, (-1,), ((2,),), is_tuple=False, dtype="float32")
+    weights = classical("midpoint", 2)
+    solver = BespokeSolver(weights, hypernet=g, domain=domain if is_fitted else None)
+    t = torch.tensor(span, dtype=torch.float64)
+    y = solver.solve(lambda t, y: torch.zeros_like(y), torch.zeros(3, 2), t)
+    assert isinstance(y, Tensor)
+    torch.testing.assert_close(y[-1], torch.full((3, 2), 0.09), rtol=1e-6, atol=0)
+    assert seen[0].dt.dtype == torch.float32
+
+
 def test_it_is_a_hypersolver_of_method_bns() -> None:
     solver = random_solver(4)
     assert isinstance(solver, HyperSolver)

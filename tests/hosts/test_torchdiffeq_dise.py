@@ -440,6 +440,14 @@ def test_empty_batches_give_the_empty_solution_and_single_samples_work() -> None
     assert torch.equal(_solve(dise, spiral, one, T[:1]), one[None])
 
 
+def test_samples_without_numbers_give_the_empty_solution() -> None:
+    # dopri5 itself finds no step size for them.
+    dise = Dise([Candidate("dopri5"), Candidate("euler")], lambda y0: torch.zeros(len(y0), 2))
+    for y0, shape in ((torch.empty(3, 0), (3, 3, 0)), (torch.empty(3, 2, 0), (3, 3, 2, 0))):
+        y = odeint(damped_wave, y0, T, method="dise", options={"dise": dise})
+        assert y.shape == dise.dispatch(damped_wave, y0, T, torch.zeros(3).long()).shape == shape
+
+
 def test_a_state_without_samples_is_refused() -> None:
     dise = Dise([Candidate("euler")], Given(1))
     with pytest.raises(StateShapeError, match="dim 0"):

@@ -188,11 +188,13 @@ def added_at_end(
         span: its start and end, numbers or 0-d tensors.
     """
     t_dtype = x.dtype.to_real() if x.dtype.is_complex else x.dtype
-    t0, t1 = (torch.as_tensor(s, dtype=t_dtype, device=x.device) for s in span)
-    out = correction.evaluate(t0, t1 - t0, x, tuple(stages))
+    start, end = span
+    # The difference before the cast: far from zero the ends are rounded to a part of the span.
+    t0, dt = (torch.as_tensor(s, dtype=t_dtype, device=x.device) for s in (start, end - start))
+    out = correction.evaluate(t0, dt, x, tuple(stages))
     if x.device.type == "cpu":
-        correction.look_at(t1 - t0, x.dtype)
-    return correction.add(torch.zeros_like(x), out, *correction.factors(t1 - t0, x.dtype))
+        correction.look_at(dt, x.dtype)
+    return correction.add(torch.zeros_like(x), out, *correction.factors(dt, x.dtype))
 
 
 def between(

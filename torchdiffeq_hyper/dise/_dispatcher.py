@@ -91,7 +91,7 @@ class Dispatcher(nn.Module):
         """
         draft = recording.take_over(self)
         t = check_times(t, parts_of(y0)[0])
-        if count(y0) == 0:
+        if count(y0) == 0 or not any(part.numel() for part in parts_of(y0)):
             return _repeated(y0, len(t))
         chosen = self.select(y0)
         return dispatch(self.candidates, func, y0, t, chosen, rtol=rtol, atol=atol, draft=draft)
@@ -120,7 +120,7 @@ class Dispatcher(nn.Module):
             OptionError: ``selection`` is no choice of candidates for this batch.
         """
         t = check_times(t, parts_of(y0)[0])
-        if count(y0) == 0:
+        if count(y0) == 0 or not any(part.numel() for part in parts_of(y0)):
             return _repeated(y0, len(t))
         return dispatch(self.candidates, func, y0, t, selection, rtol=rtol, atol=atol)
 
@@ -158,6 +158,6 @@ class Dispatcher(nn.Module):
 
 
 def _repeated(y0: State, times: int) -> State:
-    """Return the solution of an empty batch."""
+    """Return the solution of an empty batch, or of samples without numbers."""
     parts = tuple(part.expand(times, *part.shape).clone() for part in parts_of(y0))
     return parts if isinstance(y0, tuple) else parts[0]

@@ -43,6 +43,7 @@ _COMMON: dict[str, Rule | Default] = {
     "channels": _COUNT,
     "inputs": Default(NAMES_OF_INPUTS),
     "n_stages": Default(Whole(1, MOST_STAGES)),
+    "n_context": Default(Whole()),
     "time_unit": Default(Real(above=0.0)),
     "order": Default(Whole(0, MOST_STAGES)),
 }
@@ -154,7 +155,7 @@ def rebuilt(
     with refused(what):
         if weights is not None:
             # n_stages is no size unless the stages are among the inputs: it has its own limit.
-            check_sizes(arguments, weights, at, but=("n_stages",))
+            check_sizes(arguments, weights, at, but=("n_stages", "n_context"))
         try:
             net = KINDS[kind](**arguments)
         except RuntimeError as error:  # tensors of more numbers than can be counted

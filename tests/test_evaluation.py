@@ -83,6 +83,31 @@ def test_error_is_that_of_exactly_n_equal_steps(span: tuple[float, float], n: in
     assert row.mape == pytest.approx(100 * float(((y - exact) / exact).abs().mean()), rel=1e-7)
 
 
+@pytest.mark.parametrize("span", [(0.0, 1.0), (1.5, -0.5)], ids=["forward", "reverse"])
+def test_errors_along_the_span_are_those_at_the_grids_points(span: tuple[float, float]) -> None:
+    y, errors = start(), []
+    for k in range(5):
+        ends = [span[0] + (span[1] - span[0]) * (k + i) / 5 for i in (0, 1)]
+        y = euler_by_hand(y, *ends, 1)
+        exact = forced_decay_solution(start(), *torch.tensor([span[0], ends[1]], dtype=y.dtype))
+        errors.append(float(((y - exact).norm(dim=1) / exact.norm(dim=1)).mean()))
+    row = evaluate(t_span=span, steps=[5]).rows[0]
+    assert row.along == pytest.approx(sum(errors) / 5, rel=1e-6)
+
+
+def test_fine_grids_are_looked_at_in_few_points_of_theirs() -> None:
+    func = Counted(forced_decay)
+    rows = evaluate(func, steps=[4, 50, 1000]).rows
+    assert rows[0].along > rows[1].along > rows[2].along > 0
+    assert rows[2].along == pytest.approx(rows[2].relative_l2, rel=0.9)
+
+
+def test_a_bespoke_solver_is_looked_at_between_its_ends() -> None:
+    solver = tdh.BespokeSolver.classical("rk4", 8)
+    rows = evaluate(methods=[solver, "dopri5"], tolerances=[1e-5]).rows
+    assert all(0 < row.along < 1e-2 for row in rows)
+
+
 @pytest.mark.parametrize(("method", "calls"), [("euler", 1), ("midpoint", 2), ("rk4", 4)])
 def test_host_methods_are_counted_without_a_spurious_step(method: str, calls: int) -> None:
     rows = evaluate(methods=[method], steps=[3, 7, 10, 49]).rows
@@ -299,7 +324,7 @@ def test_methods_that_fail_are_rows_and_do_not_stop_the_others() -> None:
     assert plain.metric is learned.metric is None
     assert len(seen) == 1
     assert adaptive.ms > 0
-    assert table.to_markdown().count("failed") == 6
+    assert table.to_markdown().count("failed") == 8
 
 
 def test_adaptive_method_that_runs_out_of_step_size_is_a_row() -> None:
@@ -385,7 +410,7 @@ def test_markdown_names_settings_errors_and_the_machine() -> None:
 
 
 def test_markdown_has_no_metric_column_without_a_metric() -> None:
-    assert evaluate(steps=[2]).to_markdown().splitlines()[0].split("|")[-2].strip() == "worst"
+    assert evaluate(steps=[2]).to_markdown().splitlines()[0].split("|")[-2].strip() == "along"
 
 
 def test_csv_holds_the_rows_in_full_precision(tmp_path: Path) -> None:
@@ -401,7 +426,7 @@ def test_csv_holds_the_rows_in_full_precision(tmp_path: Path) -> None:
         assert text["steps"] == ("" if row.steps is None else str(row.steps))
         assert text["tolerance"] == ("" if row.tolerance is None else str(row.tolerance))
         assert int(text["nfe"]) == row.nfe
-        for name in ("ms", "mape", "relative_l2", "worst_relative_l2", "macs_func", "macs_g"):
+        for name in ("ms", "mape", "relative_l2", "worst_relative_l2", "along", "macs_func"):
             assert float(text[name]) == getattr(row, name)
         assert float(text["third"]) == 1 / 3
 
@@ -413,7 +438,7 @@ def test_csv_has_empty_cells_for_what_a_failed_row_lacks(tmp_path: Path) -> None
     EvaluationTable((row,), "metric", "").to_csv(tmp_path / "table.csv")
     head, cells = (tmp_path / "table.csv").read_text().splitlines()
     assert "metric" not in head
-    assert cells == "euler,2,,2,,0.0,,inf,inf,inf"
+    assert cells == "euler,2,,2,,0.0,,inf,inf,inf,"
 
 
 def test_csv_into_a_missing_folder_is_refused(tmp_path: Path) -> None:

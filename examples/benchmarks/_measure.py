@@ -17,7 +17,7 @@ from torchdiffeq_hyper.evaluation import EvaluationRow, EvaluationTable, describ
 
 # Its measure is taken over whole: one definition of NFE, MACs, ms and errors.
 from torchdiffeq_hyper.evaluation._measure import Counted, errors, time_in_turn
-from torchdiffeq_hyper.evaluation._problem import Problem
+from torchdiffeq_hyper.evaluation._problem import Problem, state_at
 
 REFERENCE_TOLERANCE = 1e-6
 
@@ -30,7 +30,7 @@ def measure(
     problem = Problem.of(benchmark.func, benchmark.test_y0, benchmark.span)
     total = 1 + len(contestants) * (1 + repeats)
     with tqdm(total=total, unit="solve", desc=f"{benchmark.name}: reference") as bar:
-        reference = problem.reference(REFERENCE_TOLERANCE, REFERENCE_TOLERANCE)
+        reference = state_at(problem.reference(REFERENCE_TOLERANCE, REFERENCE_TOLERANCE), -1)
         bar.update()
         rows = []
         for contestant in contestants:

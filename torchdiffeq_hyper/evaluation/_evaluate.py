@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any, TypeAlias
 
 import torch
@@ -24,7 +25,7 @@ from torchdiffeq_hyper.evaluation._measure import (
     errors,
     time_in_turn,
 )
-from torchdiffeq_hyper.evaluation._problem import Problem, unless_broken
+from torchdiffeq_hyper.evaluation._problem import Problem, state_at, unless_broken
 from torchdiffeq_hyper.evaluation._row import EvaluationRow
 from torchdiffeq_hyper.evaluation._table import EvaluationTable
 from torchdiffeq_hyper.evaluation._trials import Trial, expand
@@ -59,7 +60,8 @@ def evaluate(
     in ``steps``, an adaptive one is run at each of ``tolerances``. Each row is solved
     once to count calls of func and to get its error, once to count MACs, and then for
     the clock: ``repeats`` rounds go through all rows in turn, a turn being one solve, or
-    20 ms of them. So the cost is about ``repeats + 2`` solves a row, and the reference.
+    20 ms of them. Errors along the span take one more solve. So the cost is about
+    ``repeats + 3`` solves a row, and the reference.
 
     ``func`` is used as it is: call ``func.eval()`` first if it has dropout or batch
     norm. Its mode, buffers and attributes (a count of calls, say), and the buffers of the
@@ -80,7 +82,7 @@ def evaluate(
         metric_name: its heading.
         rtol: of the reference; default 1e-7, in float64 1e-10. Half-precision states
             are integrated in float32, at 1e-3 (bfloat16: 1e-2).
-        atol: of the reference; same default.
+        atol: of the reference; default rtol times the states' size.
         repeats: timed rounds.
         progress: show a progress bar.
         context: what else func is called with, as in `fit`: a tensor or a tuple of tensors
@@ -115,18 +117,20 @@ def evaluate(
     trials = expand(methods, steps, tolerances)
     _check_repeats(repeats)
     rtol = problem.default_tolerance if rtol is None else rtol
-    atol = problem.default_tolerance if atol is None else atol
     with (
         torch.no_grad(),
         warnings.catch_warnings(),
         buffers_kept([func, *(trial.solver for trial in trials)]),
         attributes_as_found(func),
         attributes_kept(field),
-        tqdm(total=1 + len(trials) * (2 + repeats), disable=not progress, unit="solve") as bar,
+        tqdm(total=1 + len(trials) * (3 + repeats), disable=not progress, unit="solve") as bar,
     ):
         warnings.simplefilter("ignore", OutsideFitWarning)
         bar.set_description("reference")
-        reference = replace(problem, func=Counted(field)).reference(rtol, atol)
+        shares = sorted({share for trial in trials for share in trial.shares()})
+        atol = rtol * problem.size() if atol is None else atol
+        found = replace(problem, func=Counted(field)).reference(rtol, atol, shares)
+        reference = {share: state_at(found, i) for i, share in enumerate(shares)}
         bar.update()
         rows = [_measured(trial, problem, reference, metric, bar) for trial in trials]
         rows = _timed(rows, trials, problem, repeats, bar)
@@ -140,17 +144,25 @@ def evaluate(
 
 
 def _measured(
-    trial: Trial, problem: Problem, reference: State, metric: Metric | None, bar: Any
+    trial: Trial,
+    problem: Problem,
+    reference: dict[Fraction, State],
+    metric: Metric | None,
+    bar: Any,
 ) -> EvaluationRow:
     """Return a trial's row, its time still open: calls and errors, then MACs."""
     bar.set_description(trial.label)
     counted = Counted(problem.func)
     y = unless_broken(lambda: trial.solve(replace(problem, func=counted)))
     bar.update()
-    off = Errors.infinite() if y is None else errors(y, reference)
+    off, along = Errors.infinite(), math.inf
     macs = (math.nan, math.nan)
     if y is not None:
+        off = errors(y, reference[Fraction(1)])
         macs = count_macs(trial.solve, problem, has_hypernet=trial.is_learned)
+    bar.update()
+    if y is not None:
+        along = _along(trial, problem, reference)
     bar.update()
     has_metric = metric is not None and math.isfinite(off.worst)
     return EvaluationRow(
@@ -166,7 +178,18 @@ def _measured(
         worst_relative_l2=off.worst,
         metric=_number(metric(y)) if metric is not None and has_metric else None,
         is_learned=trial.is_learned,
+        along=along,
     )
+
+
+def _along(trial: Trial, problem: Problem, reference: dict[Fraction, State]) -> float:
+    """Return the mean relative error over the points of the method's own grid."""
+    shares = trial.shares()
+    y = unless_broken(lambda: trial.solve_at(problem, shares))
+    if y is None:
+        return math.inf
+    each = [errors(state_at(y, i), reference[s]).relative_l2 for i, s in enumerate(shares)]
+    return sum(each) / len(each)
 
 
 def _timed(

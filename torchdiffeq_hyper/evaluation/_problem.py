@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextvars
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torchdiffeq_hyper._reuse import own
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.errors import NonFiniteError, OptionError, StateShapeError, explain
 from torchdiffeq_hyper.fitting.field import check_repeatable
+from torchdiffeq_hyper.fitting.units import Units
 
 # In float32, tighter than 1e-7 gains nothing over rounding; in half precision every answer
 # of func is rounded to about 1e-3 (float16) or 1e-2 (bfloat16).
@@ -75,11 +77,25 @@ class Problem:
 
     @property
     def default_tolerance(self) -> float:
-        """The reference's rtol and atol where none are asked for."""
+        """The reference's rtol where none is asked for."""
         return _TOLERANCES.get(self.dtype, 1e-7)
 
-    def reference(self, rtol: float, atol: float) -> State:
-        """Return dopri5's final state; half precision is integrated in float32.
+    def times_at(self, shares: Sequence[Fraction]) -> Tensor:
+        """Return the times at which shares of the span have passed, (m,)."""
+        passed = torch.tensor([float(share) for share in shares]).to(self.t)
+        return torch.lerp(self.t[0], self.t[1], passed)
+
+    def size(self) -> float:
+        """Return the size of the states, by which absolute tolerances are multiplied."""
+        y0 = torch.cat([part.flatten() for part in parts(self.y0)])
+        k = torch.cat([part.flatten() for part in parts(self.func(self.t[0], self.y0))])
+        start, end = self.t.tolist()
+        return Units.of((start, end), y0, k).state
+
+    def reference(
+        self, rtol: float, atol: float, shares: Sequence[Fraction] = (Fraction(1),)
+    ) -> State:
+        """Return dopri5's states at shares of the span; half precision is integrated in float32.
 
         Raises:
             NoisyFieldError: func answers differently twice at one point.
@@ -93,7 +109,8 @@ class Problem:
             func, y0 = self._answering_in_float32, _cast(y0, torch.float32)
 
         def solve() -> State:
-            return last(odeint(func, y0, self.t, method="dopri5", rtol=rtol, atol=atol))
+            t = self.times_at((Fraction(0), *shares))
+            return without_start(odeint(func, y0, t, method="dopri5", rtol=rtol, atol=atol))
 
         # An empty context: no scope of ours may replace or record the reference.
         y = unless_broken(lambda: contextvars.Context().run(solve))
@@ -151,11 +168,18 @@ def parts(y: State) -> tuple[Tensor, ...]:
     return (y,) if isinstance(y, Tensor) else tuple(y)
 
 
-def last(solution: State) -> State:
-    """Return the state at the last point of a solution."""
+def without_start(solution: State) -> State:
+    """Return a solution at all its points but the first."""
     if isinstance(solution, Tensor):
-        return solution[-1]
-    return tuple(part[-1] for part in solution)
+        return solution[1:]
+    return tuple(part[1:] for part in solution)
+
+
+def state_at(solution: State, index: int) -> State:
+    """Return the state at one point of a solution."""
+    if isinstance(solution, Tensor):
+        return solution[index]
+    return tuple(part[index] for part in solution)
 
 
 def _cast(y: State, dtype: torch.dtype) -> State:

@@ -26,6 +26,8 @@ class EvaluationRow:
         worst_relative_l2: the largest of these.
         metric: the task metric of the final state, None where none was asked for.
         is_learned: whether the method corrects its base with a hypernet.
+        along: mean relative L2 error over samples and the points of the method's own grid (at
+            most 16; eight equidistant ones where it has none); nan where not measured.
     """
 
     method: str
@@ -40,6 +42,7 @@ class EvaluationRow:
     worst_relative_l2: float
     metric: float | None
     is_learned: bool
+    along: float = math.nan
 
     @property
     def failed(self) -> bool:

@@ -41,7 +41,8 @@ class EvaluationTable:
 
         NFE are calls of func; MACs are per sample and count products of matrices,
         convolutions and attention (k, M, G: thousands, millions, billions); ms are for
-        the whole batch; "worst" is the largest relative L2 error of one sample.
+        the whole batch; "worst" is the largest relative L2 error of one sample, "along" the
+        mean one over the points of the method's grid.
         """
         return markdown(self.rows, self.metric_name, self.measured)
 

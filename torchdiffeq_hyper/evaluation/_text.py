@@ -16,7 +16,7 @@ def markdown(rows: Sequence[EvaluationRow], metric_name: str, footer: str) -> st
     """Return the rows as an aligned Markdown table, with a line of text below it."""
     has_metric = any(row.metric is not None for row in rows)
     head = ["method", "steps", "NFE", "MACs func", "MACs g", "ms"]
-    head += ["MAPE %", "rel. L2", "worst", *([metric_name] if has_metric else [])]
+    head += ["MAPE %", "rel. L2", "worst", "along", *([metric_name] if has_metric else [])]
     body = [_cells(row) + [_metric(row)] * has_metric for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -32,8 +32,8 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 def _cells(row: EvaluationRow) -> list[str]:
     cost = [with_suffix(row.macs_func), with_suffix(row.macs_g), significant(row.ms)]
-    errors = [row.mape, row.relative_l2, row.worst_relative_l2]
-    shown = ["failed"] * 3 if row.failed else [significant(error) for error in errors]
+    errors = [row.mape, row.relative_l2, row.worst_relative_l2, row.along]
+    shown = ["failed"] * 4 if row.failed else [significant(error) for error in errors]
     return [row.method, row.setting, str(row.nfe), *cost, *shown]
 
 

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from torchdiffeq import odeint
 
@@ -20,8 +21,13 @@ from torchdiffeq_hyper.errors import (
     closest,
     explain,
 )
-from torchdiffeq_hyper.evaluation._problem import Problem, last
+from torchdiffeq_hyper.evaluation._problem import Problem, state_at, without_start
 from torchdiffeq_hyper.hypersolver import HyperSolver
+
+OWN_POINTS = 8
+"""Points along the span at which a method that chooses its own steps is looked at."""
+MOST_POINTS = 16
+"""Points of a grid that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +52,33 @@ class Trial:
     steps: int | None = None
     tolerance: float | None = None
 
+    def shares(self) -> list[Fraction]:
+        """Return shares of the span at which the method has states at no further call.
+
+        The points of its grid (at most 16 of them), or eight where it chooses its own.
+        """
+        n = self.steps or OWN_POINTS
+        every = -(-n // MOST_POINTS)
+        return [Fraction(k, n) for k in range(n, 0, -every)][::-1]
+
     def solve(self, problem: Problem) -> State:
         """Return the state at the end of the problem's span."""
+        return state_at(self.solve_at(problem, [Fraction(1)]), -1)
+
+    def solve_at(self, problem: Problem, shares: Sequence[Fraction]) -> State:
+        """Return the states at some shares of the problem's span, of those in `shares`."""
         options: dict[str, object] = {}
         tolerances: dict[str, float] = {}
         if self.steps is not None and self.follows_grid:
             # Not step_size: the host rounds the number of steps up, often to one too many.
-            options["grid_constructor"] = lambda func, y0, t: equal_steps(t, self.steps)
+            options["grid_constructor"] = lambda func, y0, t: equal_steps(t[[0, -1]], self.steps)
         if self.tolerance is not None:
             tolerances = {"rtol": self.tolerance, "atol": self.tolerance}
         if self.solver is not None:
             options["solver"] = self.solver
-        func, y0, t = problem.func, problem.y0, problem.t
-        return last(odeint(func, y0, t, method=self.method, options=options, **tolerances))
+        func, y0, t = problem.func, problem.y0, problem.times_at((Fraction(0), *shares))
+        solution = odeint(func, y0, t, method=self.method, options=options, **tolerances)
+        return without_start(solution)
 
 
 def expand(

@@ -137,7 +137,7 @@ def _growth(error: float, target: float, order: int) -> float:
 
 def _fewest_steps(task: _Task, name: str, work: float, target: float, most: int) -> Solve | None:
     """Return a method with the fewest steps that reach the target, if it does so in time."""
-    each, order, _ = FIXED[name]
+    each, order = FIXED[name].each, FIXED[name].order
     below, above, n = 0, most // each + 1, math.ceil(work / each)
     found = None
     for _ in range(MOST_TRIES):

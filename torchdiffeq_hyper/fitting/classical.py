@@ -36,11 +36,13 @@ class FixedStep(NamedTuple):
 
     Attributes:
         each: calls of func in a step.
+        start: calls of func that the first step takes beside.
         order: order of convergence.
         run: ``(func, y0, t, steps) -> solution`` at the two points of t.
     """
 
     each: int
+    start: int
     order: int
     run: Callable[..., State]
 
@@ -97,12 +99,12 @@ def _adams_bashforth(func: VectorField, y0: State, t: Tensor, steps: int, *, ord
 
 
 FIXED = {
-    "euler": FixedStep(1, 1, partial(_fixed, method="euler")),
-    "midpoint": FixedStep(2, 2, partial(_fixed, method="midpoint")),
-    "heun2": FixedStep(2, 2, partial(_fixed, method="heun2")),
-    "heun3": FixedStep(3, 3, partial(_fixed, method="heun3")),
-    "rk4": FixedStep(4, 4, partial(_fixed, method="rk4")),
-    "Adams-Bashforth 2": FixedStep(1, 2, partial(_adams_bashforth, order=2)),
-    "Adams-Bashforth 3": FixedStep(1, 3, partial(_adams_bashforth, order=3)),
+    "euler": FixedStep(1, 0, 1, partial(_fixed, method="euler")),
+    "midpoint": FixedStep(2, 0, 2, partial(_fixed, method="midpoint")),
+    "heun2": FixedStep(2, 0, 2, partial(_fixed, method="heun2")),
+    "heun3": FixedStep(3, 0, 3, partial(_fixed, method="heun3")),
+    "rk4": FixedStep(4, 0, 4, partial(_fixed, method="rk4")),
+    "Adams-Bashforth 2": FixedStep(1, 1, 2, partial(_adams_bashforth, order=2)),
+    "Adams-Bashforth 3": FixedStep(1, 1, 3, partial(_adams_bashforth, order=3)),
 }
-"""The methods with equal steps, by name; Adams-Bashforth takes one call more, at the start."""
+"""The methods with equal steps, by name."""

@@ -81,13 +81,16 @@ def _measured(
     steps = max(1, calls // method.each)
     first = method.with_steps(name, steps)
     seconds = _seconds(first.run, func, batch)
-    more = int(steps * own_seconds / max(seconds, 1e-9))
+    work = steps * method.each + method.start
+    in_time = work * own_seconds / max(seconds, 1e-9)
+    more = int((in_time - method.start) / method.each)
     if more <= steps:
         errors = end_errors(first.run, func, batch)
         return _Measured(first.label, ErrorSummary.of(errors), seconds)
     second = method.with_steps(name, more)
     errors = end_errors(second.run, func, batch)
-    return _Measured(second.label, ErrorSummary.of(errors), seconds * more / steps)
+    seconds *= (more * method.each + method.start) / work
+    return _Measured(second.label, ErrorSummary.of(errors), seconds)
 
 
 def _seconds(run: Run, func: VectorField, batch: Batch) -> float:

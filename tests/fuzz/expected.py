@@ -124,8 +124,8 @@ class Reference:
         span = (t[0], t[-1])
         if drawn.domain_span is not None:
             end = torch.tensor(drawn.domain_span[1], dtype=torch.float64)
-            misses = float((t[-1] - end).abs())
-            span = (t[0], t[-1] if misses <= 1e-6 * float((end - t[0]).abs()) else end)
+            misses = float((t[-1] - end).detach().abs())
+            span = (t[0], t[-1] if misses <= 1e-6 * float((end - t[0]).detach().abs()) else end)
         solved = reference.bespoke(stepper, weights, self.y0, span)
         states = [self.y0]
         for at in t[1:]:

@@ -83,8 +83,9 @@ def draw(name: str, seed: int, number: int) -> Draw:
     draw_part(rng, drawn)
     _entry(rng, drawn)
     can_differ = drawn.mode == "grad" and dtype in (torch.float64, torch.complex128)
-    can_differ &= shape != "large" and not (drawn.entry == "adjoint" and shape.startswith("empty"))
-    if can_differ and drawn.entry != "event" and (drawn.entry == "adjoint" or rng.random() < 0.5):
+    can_differ &= shape != "large" and not (drawn.entry == "adjoint" and drawn.is_empty)
+    can_differ &= drawn.entry != "event" and drawn.field_kind != "burst"
+    if can_differ and (drawn.entry == "adjoint" or rng.random() < 0.5):
         drawn.wants_gradient = not (dtype.is_complex and drawn.entry == "adjoint")
     return drawn
 
@@ -192,7 +193,7 @@ def _grid_options(rng: random.Random, drawn: Draw) -> None:
     if rng.random() < 0.15:
         drawn.options["perturb"] = True
     drawn.notes += [f"{k}={v}" for k, v in drawn.options.items() if isinstance(v, float | str)]
-    drawn.notes += [kind] if kind == "grid_constructor" else []
+    drawn.notes += [name for name in ("grid_constructor", "perturb") if name in drawn.options]
 
 
 def _event(rng: random.Random, drawn: Draw) -> None:

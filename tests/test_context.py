@@ -186,6 +186,17 @@ def test_ready_nets_take_context_and_come_back_from_files(kind: str) -> None:
     assert torch.equal(loaded.solve(func, y0, T), solver.solve(func, y0, T))
 
 
+@pytest.mark.parametrize("shape", [(6, 2), (6, 2, 4, 4)])
+def test_the_net_that_suits_a_state_takes_context(shape: tuple[int, ...]) -> None:
+    from torchdiffeq_hyper.tableaus import HEUN
+
+    y0 = torch.zeros(shape)
+    net = tdh.hypernets.ready(y0, HEUN, inputs=("y", "context"), n_context=2)
+    out = net(step_of(y0, RATE, LABELS))
+    assert isinstance(out, Tensor)
+    assert out.shape == shape
+
+
 def test_a_ready_net_must_know_the_channels_of_the_context() -> None:
     with pytest.raises(OptionError, match="n_context is 0"):
         tdh.hypernets.MLP(2, inputs=("y", "context"))
@@ -240,6 +251,7 @@ def test_evaluate_finds_what_is_attached_to_a_conditioned_func() -> None:
         ((RATE[:2], LABELS[:2]), StateShapeError, "y0 has 6 samples"),
         ((RATE, LABELS, RATE), StateTypeError, "3 tensors of context"),
         (None, StateTypeError, r"tdh\.Conditioned"),
+        ([RATE, LABELS[:2]], StateShapeError, r"\(6, 1\), \(2,\)"),
     ],
 )
 def test_evaluate_refuses_context_that_does_not_fit(
@@ -247,6 +259,10 @@ def test_evaluate_refuses_context_that_does_not_fit(
 ) -> None:
     with pytest.raises(error, match=text):
         tdh.evaluate(decay, Y0, (0.0, 1.0), ["euler"], steps=[2], context=context)
+    with pytest.raises(StateTypeError, match="y0 is a list"):
+        tdh.evaluate(conditioned(), [1.0], (0.0, 1.0), ["euler"], steps=[2])  # type: ignore[arg-type]
+    with pytest.raises(StateShapeError, match="y0 has no samples"):
+        tdh.evaluate(conditioned(), torch.tensor(1.0), (0.0, 1.0), ["euler"], steps=[2])
     with pytest.raises(StateShapeError, match="y0 has 3 samples"):
         tdh.evaluate(conditioned(), Y0[:3], (0.0, 1.0), ["euler"], steps=[2])
 

@@ -237,11 +237,17 @@ def test_evaluate_takes_the_context_of_its_samples() -> None:
     assert all(row.relative_l2 < 1e-2 for row in one.rows[1:])
 
 
-def test_evaluate_finds_what_is_attached_to_a_conditioned_func() -> None:
+@pytest.mark.parametrize("is_inner", [False, True])
+def test_evaluate_finds_what_is_attached_to_a_conditioned_func(is_inner: bool) -> None:
     func = conditioned()
-    tdh.attach(func, solver_of("heun", Watch()))
-    table = tdh.evaluate(func, Y0, (0.0, 1.0), ["hyperheun"], progress=False, steps=[2])
-    assert table.rows[0].is_learned
+    tdh.attach(decay if is_inner else func, solver_of("heun", Watch()))
+    try:
+        for field, context in ((func, None), *([(decay, func.inputs)] if is_inner else [])):
+            given: Any = {"context": context, "steps": [2], "progress": False}
+            table = tdh.evaluate(field, Y0, (0.0, 1.0), ["hyperheun"], **given)
+            assert table.rows[0].is_learned
+    finally:
+        tdh.detach(decay if is_inner else func)
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,28 @@ def test_torchdyn_passes_the_context_on() -> None:
     assert all(context is func.inputs for context in watch.seen)
 
 
+def test_a_compiled_solve_sees_the_context_and_is_not_compiled_anew_after_imports() -> None:
+    import sys
+    from types import ModuleType
+
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    solver, func = solver_of("heun", concat(2)), conditioned()
+    compiled = torch.compile(solver.solve, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        first = compiled(func, Y0, T)
+        sys.modules["imported_by_a_test"] = ModuleType("imported_by_a_test")
+        second = compiled(func, Y0, T)
+        del sys.modules["imported_by_a_test"]
+        assert torch.equal(first, second)
+        assert torch.allclose(first, solver.solve(func, Y0, T))
+    assert len(graphs) == 1
+
+
 def concat(n_context: int, inputs: tuple[str, ...] = ("y", "context")) -> tdh.ConcatHypernet:
     torch.manual_seed(0)
     return tdh.ConcatHypernet(nn.Linear(2 + n_context, 2), inputs=inputs)

@@ -121,6 +121,28 @@ def test_torchdyn_passes_the_context_on() -> None:
     assert all(context is func.inputs for context in watch.seen)
 
 
+def test_a_compiled_solve_sees_the_context_and_is_not_compiled_anew_after_imports() -> None:
+    import sys
+    from types import ModuleType
+
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    solver, func = solver_of("heun", concat(2)), conditioned()
+    compiled = torch.compile(solver.solve, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        first = compiled(func, Y0, T)
+        sys.modules["imported_by_a_test"] = ModuleType("imported_by_a_test")
+        second = compiled(func, Y0, T)
+        del sys.modules["imported_by_a_test"]
+        assert torch.equal(first, second)
+        assert torch.allclose(first, solver.solve(func, Y0, T))
+    assert len(graphs) == 1
+
+
 def concat(n_context: int, inputs: tuple[str, ...] = ("y", "context")) -> tdh.ConcatHypernet:
     torch.manual_seed(0)
     return tdh.ConcatHypernet(nn.Linear(2 + n_context, 2), inputs=inputs)
@@ -186,6 +208,17 @@ def test_ready_nets_take_context_and_come_back_from_files(kind: str) -> None:
     assert torch.equal(loaded.solve(func, y0, T), solver.solve(func, y0, T))
 
 
+@pytest.mark.parametrize("shape", [(6, 2), (6, 2, 4, 4)])
+def test_the_net_that_suits_a_state_takes_context(shape: tuple[int, ...]) -> None:
+    from torchdiffeq_hyper.tableaus import HEUN
+
+    y0 = torch.zeros(shape)
+    net = tdh.hypernets.ready(y0, HEUN, inputs=("y", "context"), n_context=2)
+    out = net(step_of(y0, RATE, LABELS))
+    assert isinstance(out, Tensor)
+    assert out.shape == shape
+
+
 def test_a_ready_net_must_know_the_channels_of_the_context() -> None:
     with pytest.raises(OptionError, match="n_context is 0"):
         tdh.hypernets.MLP(2, inputs=("y", "context"))
@@ -226,11 +259,17 @@ def test_evaluate_takes_the_context_of_its_samples() -> None:
     assert all(row.relative_l2 < 1e-2 for row in one.rows[1:])
 
 
-def test_evaluate_finds_what_is_attached_to_a_conditioned_func() -> None:
+@pytest.mark.parametrize("is_inner", [False, True])
+def test_evaluate_finds_what_is_attached_to_a_conditioned_func(is_inner: bool) -> None:
     func = conditioned()
-    tdh.attach(func, solver_of("heun", Watch()))
-    table = tdh.evaluate(func, Y0, (0.0, 1.0), ["hyperheun"], progress=False, steps=[2])
-    assert table.rows[0].is_learned
+    tdh.attach(decay if is_inner else func, solver_of("heun", Watch()))
+    try:
+        for field, context in ((func, None), *([(decay, func.inputs)] if is_inner else [])):
+            given: Any = {"context": context, "steps": [2], "progress": False}
+            table = tdh.evaluate(field, Y0, (0.0, 1.0), ["hyperheun"], **given)
+            assert table.rows[0].is_learned
+    finally:
+        tdh.detach(decay if is_inner else func)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +279,7 @@ def test_evaluate_finds_what_is_attached_to_a_conditioned_func() -> None:
         ((RATE[:2], LABELS[:2]), StateShapeError, "y0 has 6 samples"),
         ((RATE, LABELS, RATE), StateTypeError, "3 tensors of context"),
         (None, StateTypeError, r"tdh\.Conditioned"),
+        ([RATE, LABELS[:2]], StateShapeError, r"\(6, 1\), \(2,\)"),
     ],
 )
 def test_evaluate_refuses_context_that_does_not_fit(
@@ -247,6 +287,10 @@ def test_evaluate_refuses_context_that_does_not_fit(
 ) -> None:
     with pytest.raises(error, match=text):
         tdh.evaluate(decay, Y0, (0.0, 1.0), ["euler"], steps=[2], context=context)
+    with pytest.raises(StateTypeError, match="y0 is a list"):
+        tdh.evaluate(conditioned(), [1.0], (0.0, 1.0), ["euler"], steps=[2])  # type: ignore[arg-type]
+    with pytest.raises(StateShapeError, match="y0 has no samples"):
+        tdh.evaluate(conditioned(), torch.tensor(1.0), (0.0, 1.0), ["euler"], steps=[2])
     with pytest.raises(StateShapeError, match="y0 has 3 samples"):
         tdh.evaluate(conditioned(), Y0[:3], (0.0, 1.0), ["euler"], steps=[2])
 

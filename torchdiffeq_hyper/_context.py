@@ -6,10 +6,11 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._types import State, VectorField
-from torchdiffeq_hyper._wrappers import look_through, owners_in
+from torchdiffeq_hyper._wrappers import look_through, owners_in, registered_in
 from torchdiffeq_hyper.errors import StateShapeError, StateTypeError, explain
 
 
@@ -80,7 +81,6 @@ def context_of(func: VectorField) -> tuple[Tensor, ...]:
 
     Looks through wrappers that are known to change nothing.
     """
-    for owner in owners_in(func):
-        if isinstance(owner.target, Conditioned):
-            return owner.target.inputs
-    return ()
+    is_compiling = torch.compiler.is_compiling()
+    found = registered_in(func) if is_compiling else (o.target for o in owners_in(func))
+    return next((item.inputs for item in found if isinstance(item, Conditioned)), ())

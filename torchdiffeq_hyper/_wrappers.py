@@ -7,7 +7,7 @@ a user's module may call what it holds as ``module`` or ``func`` and return some
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import FunctionType, MethodType, MethodWrapperType
 from typing import Any, NamedTuple, TypeAlias
@@ -91,19 +91,35 @@ def owners_in(func: object) -> Iterator[Owner]:
             pending.extend(item for item in _inside(owner.target) if item is not None)
 
 
+def registered_in(func: object) -> Iterator[object]:
+    """Yield ``func`` and what is inside it, as far as wrappers of registered types go.
+
+    For calls that are compiled: what hosts know depends on the modules imported, and a
+    compiled call that looks at these is compiled anew after every import.
+    """
+    pending = [func]
+    while pending:
+        current = pending.pop(0)
+        yield current
+        pending.extend(item for item in _registered(current) if item is not None)
+
+
 def _is_method(target: object, name: str, function: object) -> bool:
     # `super().forward` has the name, and is another function.
     found = getattr(target, name, None)
     return isinstance(found, MethodType) and found.__func__ is function
 
 
-def _inside(wrapper: Any) -> Iterator[object | None]:
+def _inside(wrapper: Any) -> Sequence[object | None]:
+    return _registered(wrapper) or [look(wrapper) for look in _looks]
+
+
+def _registered(wrapper: Any) -> Sequence[object | None]:
+    """Return what a wrapper of a registered type holds; nothing of others."""
     for known in type(wrapper).__mro__:
         if known in _attributes and _is_called_as(wrapper, known):
-            yield from (getattr(wrapper, name, None) for name in _attributes[known])
-            return
-    for look in _looks:
-        yield look(wrapper)
+            return [getattr(wrapper, name, None) for name in _attributes[known]]
+    return []
 
 
 def _is_called_as(wrapper: object, known: type) -> bool:

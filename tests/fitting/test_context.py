@@ -81,10 +81,12 @@ def test_errors_are_those_of_the_samples_own_rows(base: str, direction: str) -> 
     means = []
     for times, states in routes[direction]:
         rolled = solver.solve(func, states[0], times)
-        means.append(float((rolled - states).norm(dim=-1).sum(0).mean()))
+        sizes = states.norm(dim=-1)
+        sizes = sizes.clamp_min(0.1 * float(sizes.square().mean().sqrt()))
+        means.append(float(((rolled - states).norm(dim=-1) / sizes)[1:].mean()))
     assert solver.report is not None
     assert solver.report.validation == pytest.approx(sum(means) / len(means), rel=1e-5)
-    assert solver.report.validation < solver.report.base_validation
+    assert solver.report.validation <= solver.report.base_validation
 
 
 @pytest.mark.parametrize("objective", ["residual", "trajectory"])

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor
 
 from torchdiffeq_hyper._context import Conditioned
+from torchdiffeq_hyper._layout import StateLayout
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, explain
 from torchdiffeq_hyper.fitting.neural_ode import NeuralODEField, check_call, vector_field
@@ -120,7 +121,11 @@ def check_rows(context: tuple[Tensor, ...], y0: State) -> None:
 
     Raises:
         StateShapeError: a tensor has another number of samples.
+        StateTypeError: ``y0`` is no state.
     """
+    if not context:
+        return
+    StateLayout.of(y0)
     first = y0 if isinstance(y0, Tensor) else y0[0]
     if any(part.shape[:1] != first.shape[:1] for part in context):
         shapes = ", ".join(str(tuple(part.shape)) for part in context)

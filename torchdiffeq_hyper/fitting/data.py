@@ -61,7 +61,7 @@ class Batch:
     @property
     def nbytes(self) -> int:
         """Memory that the batch takes."""
-        return sum(
+        return sum(part.nbytes for part in self.context) + sum(
             part.nbytes
             for samples in self.routes
             for part in (samples.y, samples.residual, *samples.stages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack, closing
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ def fit(
     direction: str = "forward",
     config: FitConfig | None = None,
     progress: bool = True,
-    context: Tensor | tuple[Tensor, ...] | str | None = None,
+    context: Tensor | tuple[Tensor, ...] | Literal["batch"] | None = None,
 ) -> HyperSolver:
     r"""Fit the correction g of a hypersolver to a vector field, in about two minutes.
 

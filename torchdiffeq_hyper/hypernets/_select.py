@@ -67,7 +67,12 @@ INPUTS = ("y", "stages", "dt", "t")
 
 
 def ready(
-    y0: State, tableau: Tableau, *, inputs: Sequence[str] = INPUTS, time_unit: float = 1.0
+    y0: State,
+    tableau: Tableau,
+    *,
+    inputs: Sequence[str] = INPUTS,
+    n_context: int = 0,
+    time_unit: float = 1.0,
 ) -> ReadyHypernet:
     """Return a new ready net that fits a state and a base method.
 
@@ -79,6 +84,7 @@ def ready(
         y0: the state, with its batch dimension.
         tableau: the base method, whose number of stages "stages" stands for.
         inputs: see `ConcatHypernet`; without "t" for autonomous problems.
+        n_context: channels of the context, if ``inputs`` has "context".
         time_unit: see `ReadyHypernet.measure_time_in`; best the length of the span.
 
     Raises:
@@ -95,11 +101,9 @@ def ready(
     """
     joined = join_channels(y0)
     channels, n_spatial = joined.shape[1], joined.dim() - 2
-    net: ReadyHypernet
-    if n_spatial in CONVOLUTIONS:
-        net = Conv(channels, n_spatial=n_spatial, inputs=inputs, n_stages=tableau.calls)
-    else:
-        net = MLP(channels, inputs=inputs, n_stages=tableau.calls)
+    given: Any = {"inputs": inputs, "n_stages": tableau.calls, "n_context": n_context}
+    is_image = n_spatial in CONVOLUTIONS
+    net = Conv(channels, n_spatial=n_spatial, **given) if is_image else MLP(channels, **given)
     net.measure_time_in(time_unit, tableau.order)
     return suited(net, joined)
 

@@ -14,6 +14,7 @@ from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._binding import Times
 from torchdiffeq_hyper._registry import Method, WholeSolve
 from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper._wrappers import look_through
 from torchdiffeq_hyper.errors import OptionError, closest, explain
 from torchdiffeq_hyper.hosts.torchdiffeq import _bound
 from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
@@ -144,3 +145,6 @@ class _Counted:
         self._draft.nfe += 1
         derivative: State = self.base_func(t, y)
         return derivative
+
+
+look_through(_Counted, "base_func")

@@ -11,7 +11,7 @@ demo: .venv/demo.stamp
 
 ## All checks, as CI runs them.
 test: lint
-	$(BIN)/python -m pytest --cov
+	$(BIN)/python -m pytest --cov -n auto --dist worksteal
 
 ## Ten thousand random calls against an independent evaluation; FUZZ="--fuzz-seed 7" for others.
 fuzz: .venv/dev.stamp

@@ -17,7 +17,7 @@ from torchdiffeq_hyper._types import VectorField
 from torchdiffeq_hyper.fitting.batches import n_samples
 from torchdiffeq_hyper.fitting.classical import FIXED, Solve, dopri5
 from torchdiffeq_hyper.fitting.data import Batch
-from torchdiffeq_hyper.fitting.judge import Run, end_errors
+from torchdiffeq_hyper.fitting.judge import BROKEN, Run, end_errors
 
 SHARE_OF_FIT = 0.05
 """Share of a fit's time that the measurement may take, if that is more than `LEAST_SECONDS`."""
@@ -158,7 +158,8 @@ def _fewest_steps(task: _Task, name: str, work: float, target: float, most: int)
 def _race(ours: Solve, rivals: list[Solve], task: _Task, fit_seconds: float) -> BreakEven | str:
     """Time all on the whole batch; a rival that breaks down there is none."""
     began = time.perf_counter()
-    left = [solve for solve in rivals if math.isfinite(task.error(solve))]
+    pairs = zip(rivals, task.runs(rivals), strict=True)
+    left = [solve for solve, run in pairs if _does_run(run)]
     error = task.error(ours)
     once = time.perf_counter() - began
     if not left:
@@ -177,3 +178,12 @@ def _race(ours: Solve, rivals: list[Solve], task: _Task, fit_seconds: float) -> 
         samples=n_samples(task.batch.y0),
         error=error,
     )
+
+
+def _does_run(run: Callable[[], object]) -> bool:
+    """Return whether a solve of the whole batch comes to its end; it is set up by that."""
+    try:
+        run()
+    except BROKEN:
+        return False
+    return True

@@ -16,7 +16,7 @@ from torchdiffeq_hyper.fitting.norms import sample_norms
 Run = Callable[[VectorField, State, Tensor], State]
 """``(func, y0, t) -> solution``, like ``y0`` with ``len(t)`` in front."""
 
-_BROKEN = (ArithmeticError, AssertionError)
+BROKEN = (ArithmeticError, AssertionError)
 """What our solvers and the host raise where a solve blows up."""
 
 
@@ -43,7 +43,7 @@ def _off(run: Run, func: VectorField, batch: Batch, route: int, *, is_whole: boo
     times = samples.times if is_whole else samples.times[[0, -1]]
     try:
         found = run(batch.field(func), batch.start(route), times)
-    except _BROKEN:
+    except BROKEN:
         if count == 1:
             return torch.full((len(times) - 1, 1), math.inf, device=samples.y.device)
         halves = torch.arange(count).tensor_split(2)

@@ -14,6 +14,7 @@ from torchdiffeq import odeint
 import torchdiffeq_hyper as tdh
 from stubs import Counted, MLPField, damped_wave
 from torchdiffeq_hyper._registry import methods
+from torchdiffeq_hyper.fitting import report
 from torchdiffeq_hyper.fitting.objectives import no_correction
 
 BASES = [method.solver.name for method in methods().values() if method.is_learned]
@@ -221,7 +222,8 @@ def test_an_overridden_method_does_not_serve_the_references() -> None:
     assert inside.report.losses == plain.report.losses
 
 
-def test_the_residual_phase_does_not_call_func() -> None:
+def test_the_residual_phase_does_not_call_func(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "best_classical", lambda *a, **k: None)  # as many as end in time
     calls = []
     for iterations in (40, 80):  # as many validations, one batch
         func = Counted(swirl)
@@ -231,7 +233,8 @@ def test_the_residual_phase_does_not_call_func() -> None:
     assert calls[0] == calls[1]
 
 
-def test_each_batch_is_solved_once() -> None:
+def test_each_batch_is_solved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "best_classical", lambda *a, **k: None)  # as many as end in time
     calls = []
     for iterations in (40, 80):
         func = Counted(swirl)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,25 @@ from torchdiffeq_hyper.fitting.norms import sample_norms
 
 Run = Callable[[VectorField, State, Tensor], State]
 """``(func, y0, t) -> solution``, like ``y0`` with ``len(t)`` in front."""
+
+
+class Fitted(NamedTuple):
+    """A fitted solver and the one it started as.
+
+    Attributes:
+        run: the fitted solver's ``(func, y0, t) -> solution``.
+        base: the same of the classical method that it started as.
+        name: that method's name, for people.
+        calls: calls of func in a solve between two points.
+        fewest: iterations below which a fit is a trial that nobody has to earn back.
+    """
+
+    run: Run
+    base: Run
+    name: str
+    calls: int
+    fewest: int
+
 
 BROKEN = (ArithmeticError, AssertionError)
 """What our solvers and the host raise where a solve blows up."""

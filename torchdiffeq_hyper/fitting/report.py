@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,10 +16,11 @@ from torchdiffeq_hyper.fitting.budget import Budget
 from torchdiffeq_hyper.fitting.checkpoint import FitState
 from torchdiffeq_hyper.fitting.config import FitConfig
 from torchdiffeq_hyper.fitting.data import Batch, Data
-from torchdiffeq_hyper.fitting.judge import Run, end_errors, errors_along
+from torchdiffeq_hyper.fitting.judge import Fitted, Run, end_errors, errors_along
 from torchdiffeq_hyper.fitting.objectives import QUANTILES
 from torchdiffeq_hyper.fitting.problem import Problem
 from torchdiffeq_hyper.fitting.rivals import best_classical
+from torchdiffeq_hyper.fitting.wider import wider_starts
 
 UNUSABLE = 0.3
 """Mean relative error from which on a result says little of the solution."""
@@ -29,24 +30,6 @@ CLEAR = 1.25
 """Ratio of errors below which a gain on some held-out samples may be none on others."""
 
 T = TypeVar("T")
-
-
-class Fitted(NamedTuple):
-    """A fitted solver and the one it started as.
-
-    Attributes:
-        run: the fitted solver's ``(func, y0, t) -> solution``.
-        base: the same of the classical method that it started as.
-        name: that method's name, for people.
-        calls: calls of func in a solve between two points.
-        fewest: iterations below which a fit is a trial that nobody has to earn back.
-    """
-
-    run: Run
-    base: Run
-    name: str
-    calls: int
-    fewest: int
 
 
 def is_worse(fitted: Fitted, problem: Problem, batch: Batch) -> bool:
@@ -91,6 +74,9 @@ def reported(
         pays = "its measurement failed"
     delta, base_delta = _or_none(deltas, "delta", failed) or (nothing(), nothing())
     own = tuple(_notes(errors, base_errors, rival, fitted.name))
+    wider = _or_none(lambda: wider_starts(fitted, func, data.first), "wider starts", failed)
+    if wider:
+        own = (*own, wider)
     return FitReport(
         losses=tuple(state.history),
         delta=delta,

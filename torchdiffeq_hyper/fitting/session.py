@@ -31,6 +31,7 @@ from torchdiffeq_hyper.fitting.data import Data
 from torchdiffeq_hyper.fitting.distributed import budget_of
 from torchdiffeq_hyper.fitting.field import Field, OutOfTimeError, check_field
 from torchdiffeq_hyper.fitting.guard import frozen_or_restored
+from torchdiffeq_hyper.fitting.judge import Fitted
 from torchdiffeq_hyper.fitting.loop import Loop, snapshot
 from torchdiffeq_hyper.fitting.noise import measure_noise
 from torchdiffeq_hyper.fitting.objectives import delta_quantiles, no_correction
@@ -41,7 +42,6 @@ from torchdiffeq_hyper.fitting.problem import Problem
 from torchdiffeq_hyper.fitting.progress import Progress
 from torchdiffeq_hyper.fitting.reference import Tolerances
 from torchdiffeq_hyper.fitting.report import (
-    Fitted,
     described,
     is_worse,
     reported,

@@ -20,8 +20,9 @@ from torchdiffeq_hyper.fitting.budget import Budget
 from torchdiffeq_hyper.fitting.checkpoint import FitState, signs_of_field, signs_of_net
 from torchdiffeq_hyper.fitting.context import context_signature
 from torchdiffeq_hyper.fitting.data import Batch, Data
+from torchdiffeq_hyper.fitting.judge import Fitted
 from torchdiffeq_hyper.fitting.objectives import quantiles
-from torchdiffeq_hyper.fitting.report import Fitted, described, reported
+from torchdiffeq_hyper.fitting.report import described, reported
 
 FEWEST_TO_PAY = 20
 """Iterations below which a fit is a trial that nobody has to earn back."""

@@ -72,7 +72,11 @@ def _answer(drawn: Draw, y0: Parts, t: Tensor) -> Any:
 def _is_representable(want: Expected, drawn: Draw) -> bool:
     """Return whether all that is wanted fits well into the dtype."""
     are_finite = all(bool(torch.isfinite(part).all()) for y in want.states for part in y)
-    return are_finite and size_of(want.states) < 0.9 * torch.finfo(drawn.dtype).max
+    return (
+        are_finite
+        and want.stays_finite
+        and size_of(want.states) < 0.9 * torch.finfo(drawn.dtype).max
+    )
 
 
 def _compare(drawn: Draw, answer: Any, want: Expected) -> str | None:

@@ -146,7 +146,8 @@ ENTRIES = ("odeint", "odeint", "attach", "using", "published", "override", "adjo
 def _entry(rng: random.Random, drawn: Draw) -> None:
     entries = ["odeint", "adjoint"] if drawn.part is None else [*ENTRIES]
     # torchdyn knows no tuples, and no solver classes of torchdiffeq.
-    if len(drawn.t) > 1 and not (drawn.is_tuple or drawn.is_plugins):
+    is_limited = "max_num_steps" in drawn.options  # which torchdyn has no place for
+    if len(drawn.t) > 1 and not (drawn.is_tuple or drawn.is_plugins or is_limited):
         entries += ["torchdyn", "NeuralODE"] if drawn.field_kind != "context" else []
     entries += [] if drawn.is_whole else ["event", "event"]
     if rng.random() < 0.02:

@@ -27,12 +27,14 @@ class Expected:
         slack: by how much a number may miss it.
         time: the time of an event, else None.
         calls: calls of func that the method costs; None where it is free to choose.
+        stays_finite: whether func itself does, called in the state's dtype.
     """
 
     states: list[Parts]
     slack: float
     time: float | None = None
     calls: int | None = None
+    stays_finite: bool = True
 
 
 class Reference:
@@ -236,7 +238,14 @@ def expected(drawn: Draw) -> Expected | None:
     is_free = drawn.tells_samples_apart or drawn.is_empty or time is not None
     is_free |= drawn.key[0] == "bns" and drawn.wants_gradient
     is_free |= drawn.field_kind == "buffer" or drawn.entry in ("torchdyn", "NeuralODE", "adjoint")
-    return Expected(states, slack, time, None if is_free else own.calls(evaluate))
+    # nan stands for what a method does not define, inf for nothing.
+    stays_finite = not any(
+        bool((~p.isfinite() & ~q.isnan()).any())
+        for x, y in zip(rough, states, strict=True)
+        for p, q in zip(x, y, strict=True)
+    )
+    count = None if is_free else own.calls(evaluate)
+    return Expected(states, slack, time, count, stays_finite)
 
 
 def must_refuse(drawn: Draw) -> bool:

@@ -36,8 +36,8 @@ def compare_gradients(drawn: Draw, answer: Any, leaves: tuple[Parts, Tensor]) ->
     size = size_of([tuple(want)])
     distance = size_of([tuple(one - two for one, two in zip(want, fine, strict=True))])
     for name, one, two in zip(names, got, want, strict=True):
-        if not one.numel():
-            continue
+        if not one.numel() or (name == "t" and is_fitted and drawn.solved_by["knots"]):
+            continue  # knots drawn at random have no slopes of a solution
         slack = _slack(drawn, size, drawn.t.dtype if name == "t" else torch.float64)
         if drawn.tells_samples_apart and name == "t":
             slack += 30 * size * drawn.rtol**0.75  # a derivative of the interpolant

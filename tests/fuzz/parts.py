@@ -42,6 +42,8 @@ def _step_control(rng: random.Random, drawn: Draw) -> None:
         drawn.options |= rng.choice([{"first_step": 0.05}, {"max_step": 0.2}, {"safety": 0.7}])
     if drawn.field_kind == "burst" and rng.random() < 0.5:
         drawn.options["min_step"] = 0.01
+    if drawn.field_kind in ("burst", "strong"):
+        drawn.options["max_num_steps"] = 1000  # at the edge of the dtype steps may never end
     drawn.notes += [f"{name}={value}" for name, value in drawn.options.items()]
 
 

@@ -185,9 +185,9 @@ def is_power_in_range(dt: Tensor, exponent: int, dtype: torch.dtype) -> bool:
     low, high = _limits(dt.dtype, dtype, exponent)
     try:
         sizes = [abs(size) for size in dt.reshape(-1).tolist()]
+        return bool(low <= min(sizes) and max(sizes) <= high)
     except RuntimeError:  # no values to look at: vmap, fake and meta tensors
         return False
-    return bool(low <= min(sizes) and max(sizes) <= high)
 
 
 def _power(dt: Tensor, exponent: int) -> Tensor:

@@ -161,7 +161,7 @@ def _raise_non_finite(solution: Tensor, rows: Tensor, t: Tensor) -> NoReturn:
     where = f"sample {sample} at t = {float(t[time]):.6g}"
     if bool(torch.isfinite(rows[time, sample]).all()):
         most = torch.finfo(solution.dtype).max
-        problem = f"{where} is larger than {solution.dtype} can hold ({most:.4g})."
+        problem = f"{where} overflows the state's dtype, {solution.dtype} (at most {most:.4g})."
         fix = "y0 = y0.float()"
     else:
         problem = f"{where} left the finite range of {rows.dtype}."

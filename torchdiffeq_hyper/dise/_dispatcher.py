@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper import recording
+from torchdiffeq_hyper._finite import is_finite
 from torchdiffeq_hyper._grid import check_times
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.dise.candidates import Candidate, check_candidates
 from torchdiffeq_hyper.dise.dispatch import dispatch
 from torchdiffeq_hyper.dise.samples import count, parts_of
 from torchdiffeq_hyper.dise.training import Scale, predict
-from torchdiffeq_hyper.errors import MissingHypernetError, StateTypeError, explain
+from torchdiffeq_hyper.errors import (
+    MissingHypernetError,
+    NonFiniteError,
+    StateTypeError,
+    explain,
+)
 
 
 class Dispatcher(nn.Module):
@@ -87,14 +93,31 @@ class Dispatcher(nn.Module):
             StateShapeError: v or func returned another shape, or func cannot take a part
                 of the batch.
             CoupledSamplesError: samples that depend on each other go to several candidates.
-            NonFiniteError: v predicted inf or nan.
+            NonFiniteError: v predicted inf or nan, or a solution ended so.
         """
         draft = recording.take_over(self)
         t = check_times(t, parts_of(y0)[0])
         if count(y0) == 0 or not any(part.numel() for part in parts_of(y0)):
             return _repeated(y0, len(t))
         chosen = self.select(y0)
-        return dispatch(self.candidates, func, y0, t, chosen, rtol=rtol, atol=atol, draft=draft)
+        solution = dispatch(self.candidates, func, y0, t, chosen, rtol=rtol, atol=atol, draft=draft)
+        # Candidates of the host do not look at what they return.
+        if not all(is_finite(part[-1]) for part in parts_of(solution)):
+            self._raise_non_finite(solution, chosen)
+        return solution
+
+    def _raise_non_finite(self, solution: State, chosen: Tensor) -> NoReturn:
+        """Name the first sample whose end is not finite, and its candidate."""
+        broken = [~torch.isfinite(p[-1]).flatten(1).all(1) for p in parts_of(solution)]
+        sample = int(torch.stack(broken).any(0).nonzero()[0])
+        candidate = self.candidates[int(chosen[sample])]
+        raise NonFiniteError(
+            explain(
+                f"the solution of sample {sample} by {candidate.label} ended in inf or nan.",
+                "a candidate that stays finite on the samples that are sent to it.",
+                'more steps for that candidate, or tdh.Candidate("dopri5_per_sample")',
+            )
+        )
 
     def dispatch(
         self,

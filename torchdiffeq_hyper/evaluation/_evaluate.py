@@ -128,8 +128,9 @@ def evaluate(
         warnings.simplefilter("ignore", OutsideFitWarning)
         bar.set_description("reference")
         shares = sorted({share for trial in trials for share in trial.shares()})
-        atol = rtol * problem.size() if atol is None else atol
-        found = replace(problem, func=Counted(field)).reference(rtol, atol, shares)
+        checked = replace(problem, func=Counted(field))
+        atol = rtol * checked.size() if atol is None else atol
+        found = checked.reference(rtol, atol, shares)
         reference = {share: state_at(found, i) for i, share in enumerate(shares)}
         bar.update()
         rows = [_measured(trial, problem, reference, metric, bar) for trial in trials]

@@ -80,7 +80,7 @@ def write_csv(
         FileWriteError: the file cannot be written.
     """
     names = ["method", "steps", "tolerance", "nfe", "macs_func", "macs_g", "ms"]
-    names += ["mape", "relative_l2", "worst_relative_l2", "metric"]
+    names += ["mape", "relative_l2", "worst_relative_l2", "along", "metric"]
     has_metric = any(row.metric is not None for row in rows)
     if not has_metric:
         names.remove("metric")

@@ -108,7 +108,8 @@ class Dispatcher(nn.Module):
 
     def _raise_non_finite(self, solution: State, chosen: Tensor) -> NoReturn:
         """Name the first sample whose end is not finite, and its candidate."""
-        broken = [~torch.isfinite(p[-1]).flatten(1).all(1) for p in parts_of(solution)]
+        ends = (part[-1].reshape(len(chosen), -1) for part in parts_of(solution))
+        broken = [~torch.isfinite(end).all(1) for end in ends]
         sample = int(torch.stack(broken).any(0).nonzero()[0])
         candidate = self.candidates[int(chosen[sample])]
         raise NonFiniteError(

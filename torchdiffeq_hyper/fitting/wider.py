@@ -49,7 +49,8 @@ def wider_starts(fitted: Fitted, func: VectorField, batch: Batch) -> str:
 def _note(what: str, name: str) -> str:
     return (
         f"starts unlike those fitted on may go wrong: of starts {FURTHER:g} times as far from "
-        f"their mean, {what} end far from where {name} ends; fit on starts that cover all you will meet"
+        f"their mean, {what} end far from where {name} ends; fit on starts that cover all that "
+        "you will meet"
     )
 
 

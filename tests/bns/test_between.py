@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 import torchdiffeq_hyper as tdh
-from stubs import Counted, convergence_order, damped_wave, spiral, spiral_solution
-from torchdiffeq_hyper.bespoke import classical, compositions, error_along, knot_times
+from stubs import convergence_order, damped_wave, spiral, spiral_solution
+from torchdiffeq_hyper.bespoke import classical, compositions
 from torchdiffeq_hyper.bespoke._dense import default_knots, step_starts
-from torchdiffeq_hyper.errors import NonFiniteError
 
 STAGES = {"euler": 1, "midpoint": 2, "heun": 2, "heun3": 3, "rk4": 4}
 ORDER = {"euler": 1, "midpoint": 2, "heun": 2, "heun3": 3, "rk4": 4}
@@ -106,46 +105,3 @@ def test_constant_derivatives_are_read_off_exactly_from_every_composition(calls:
         inner = torch.linspace(0, 1, calls + 1, dtype=torch.float64)[1:-1]
         torch.testing.assert_close(values.sum(1), inner)
         torch.testing.assert_close(slopes.sum(1), torch.ones(calls + 1, dtype=torch.float64))
-
-
-def test_the_error_along_the_span_is_relative_and_by_sample() -> None:
-    exact = spiral_solution(T, start())
-    func, solver = Counted(spiral), tdh.BespokeSolver.classical("heun3", 12)
-    errors = error_along(solver, func, start(), T, exact)
-    assert func.calls == 12
-    assert errors.shape == (len(T), len(start()))
-    assert not errors[0].any()
-    sizes = exact.norm(dim=2)
-    floor = 0.1 * sizes.square().mean(1, keepdim=True).sqrt()
-    found = solver.solve(spiral, start(), T)
-    expected = (found - exact).norm(dim=2) / torch.maximum(sizes, floor)
-    torch.testing.assert_close(errors, expected)
-
-
-def test_the_error_along_the_span_takes_tuples_together_and_single_precision() -> None:
-    t = knot_times(0.0, 2.0, 12, start().float())
-    assert (len(t), t.dtype) == (13, torch.float32)
-    solver = tdh.BespokeSolver.classical("heun3", 12)
-    exact = spiral_solution(t.double(), start())
-    both = error_along(
-        solver,
-        lambda t, s: (spiral(t, s[0]), spiral(t, s[1])),
-        (start().float(), start().float()),
-        t,
-        (exact, exact),
-    )
-    alone = error_along(solver, spiral, start().float(), t, exact)
-    torch.testing.assert_close(both, alone)
-    assert knot_times(0.0, 1.0, 2, torch.ones(1, dtype=torch.complex64)).dtype == torch.float32
-
-
-def test_the_error_along_the_span_of_a_solve_that_blows_up_is_no_number() -> None:
-    solver = tdh.BespokeSolver.classical("euler", 4)
-    exact = spiral_solution(T, start())
-    with pytest.raises(NonFiniteError):
-        error_along(solver, lambda t, y: y / 0, start(), T, exact)
-    exact[3] = torch.inf
-    assert bool(error_along(solver, spiral, start(), T, exact)[3].isinf().all())
-    zeros = torch.zeros(2, 3, 1)
-    t = torch.tensor([0.0, 1.0])
-    assert not error_along(solver, lambda t, y: -y, zeros[0], t, zeros).any()

@@ -1,6 +1,5 @@
 """Bespoke non-stationary solvers: n calls of func, every weight and time learned ([B])."""
 
-from torchdiffeq_hyper.bespoke._along import error_along, knot_times
 from torchdiffeq_hyper.bespoke._classical import classical, compositions
 from torchdiffeq_hyper.bespoke._dense import stage_times
 from torchdiffeq_hyper.bespoke._solver import ORDER, BespokeSolver
@@ -10,7 +9,5 @@ __all__ = [
     "BespokeSolver",
     "classical",
     "compositions",
-    "error_along",
-    "knot_times",
     "stage_times",
 ]

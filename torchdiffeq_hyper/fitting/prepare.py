@@ -14,8 +14,8 @@ from torchdiffeq_hyper.fitting.problem import Problem
 from torchdiffeq_hyper.fitting.reference import Tolerances
 from torchdiffeq_hyper.fitting.units import Units
 
-LATEST = (0.5, 0.8)
-"""Shares of all time after which a first and a second attempt at the data are given up."""
+LATEST = (0.5, 0.6)
+"""Shares of the time left after which a first and a second attempt at the data are given up."""
 
 
 def planned(
@@ -59,11 +59,18 @@ def to_keep(plan: ReferencePlan) -> dict[str, Any]:
 
 
 def measured(
-    problem: Problem, batches: Batches, plan: ReferencePlan, units: Units, budget: Budget
+    problem: Problem,
+    batches: Batches,
+    plan: ReferencePlan,
+    units: Units,
+    budget: Budget,
+    *,
+    goes_on: bool,
 ) -> tuple[Data, ReferencePlan]:
     """Return the data, its held-out and its first training batch measured, and what was cut.
 
-    Where the plan takes longer than foreseen, loose solutions of a few samples are tried.
+    Where a plan made just now takes longer than foreseen, loose solutions of a few samples
+    are tried; a fit that goes on has to meet its data again.
 
     Raises:
         OutOfTimeError: there was no time for these either.
@@ -77,8 +84,10 @@ def measured(
         has_noise=False,
         note=f"reference solutions: a tolerance of {LOOSEST:.0e} and few samples, {seconds}",
     )
-    for attempt, share in zip((plan, hurried), LATEST, strict=True):
+    attempts = ((plan, 1.0),) if goes_on else zip((plan, hurried), LATEST, strict=True)
+    for attempt, share in attempts:
         batches.keep(attempt.held_out, attempt.batch)
+        now = budget.elapsed
         try:
             data = Data(
                 problem.func,
@@ -87,7 +96,7 @@ def measured(
                 plan=problem.plan,
                 tolerances=attempt.tolerances,
                 units=units,
-                budget=Deadline(budget, share * budget.max_seconds),
+                budget=Deadline(budget, now + share * (budget.max_seconds - now)),
                 team=problem.team,
             )
             assert data.first.routes  # measured by all processes together

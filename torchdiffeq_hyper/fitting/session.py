@@ -131,7 +131,8 @@ def _fit_net(
         plan = planned(problem, batches, tolerances, units, budget=budget, kept=kept)
         if state is None:
             noise, plan = _noise(problem, batches, plan, units, budget)
-        data, plan = measured(problem, batches, plan, units, budget)
+        goes_on = state is not None
+        data, plan = measured(problem, batches, plan, units, budget, goes_on=goes_on)
     except OutOfTimeError:
         return _unfitted(problem, given, state, held_out.y0, budget, stack=stack)
     choice = None if state is None else state.choice

@@ -176,7 +176,9 @@ class Session:
         noise = plan.tolerances.rtol
         if state is None and plan.has_noise:
             noise = self._noise(plan)
-        self._data, self._plan = measured(problem, self.batches, plan, units, self._budget)
+        self._data, self._plan = measured(
+            problem, self.batches, plan, units, self._budget, goes_on=state is not None
+        )
         self._held_out = cut(self._data.held_out, problem.func, ENDLESS, None)
         held_out, n = self.batches.held_out, problem.calls
         first, last = problem.span

@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of tests/fuzz."""
     group = parser.getgroup("fuzz")
-    group.addoption("--fuzz-calls", type=int, default=1500, help="random calls in tests/fuzz")
+    group.addoption("--fuzz-calls", type=int, default=1000, help="random calls in tests/fuzz")
     group.addoption("--fuzz-seed", type=int, default=0, help="seed of the random calls")
     group.addoption("--fuzz-only", help='one random call: "method seed number"')
 

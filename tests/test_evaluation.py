@@ -102,6 +102,20 @@ def test_fine_grids_are_looked_at_in_few_points_of_theirs() -> None:
     assert rows[2].along == pytest.approx(rows[2].relative_l2, rel=0.9)
 
 
+def test_a_dise_has_no_points_of_its_own_between_the_ends() -> None:
+    dise = tdh.Dise(
+        [tdh.Candidate("rk4", steps=2)], selector=lambda y: torch.zeros(len(y), 1, dtype=y.dtype)
+    )
+    tdh.register_method("a-dise", dise)
+    try:
+        row, plain = evaluate(methods=["a-dise", "rk4"], steps=[2]).rows
+    finally:
+        tdh.unregister_method("a-dise")
+    assert row.relative_l2 == pytest.approx(plain.relative_l2)
+    assert math.isnan(row.along)
+    assert plain.along > 0
+
+
 def test_a_bespoke_solver_is_looked_at_between_its_ends() -> None:
     solver = tdh.BespokeSolver.classical("rk4", 8)
     rows = evaluate(methods=[solver, "dopri5"], tolerances=[1e-5]).rows

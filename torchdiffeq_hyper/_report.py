@@ -180,6 +180,8 @@ class FitReport:
 
     def __str__(self) -> str:
         """Return a few lines for people."""
+        if math.isnan(self.validation):  # there was no time for more
+            return "\n".join([*self.notes, f"{self.seconds:.1f} s", self._pays()])
         gain = _ratio(self.base_validation, self.validation)
         lines = [f"held-out error {self.validation:.4g} (base {self.base_validation:.4g}, {gain})"]
         if self.errors is not None and self.base_errors is not None:
@@ -207,11 +209,12 @@ class FitReport:
             f"({self.reference_seconds:.1f} s for references, {self.reference_nfe} calls of "
             f"func); stopped by {self.stopped}"
         )
+        return "\n".join([*lines, self._pays(), *self.notes]).replace("\n\n", "\n")
+
+    def _pays(self) -> str:
         if self.break_even is not None:
-            lines.append(str(self.break_even))
-        elif self.no_break_even:
-            lines.append(f"no break-even: {self.no_break_even}")
-        return "\n".join([*lines, *self.notes])
+            return str(self.break_even)
+        return f"no break-even: {self.no_break_even}" if self.no_break_even else ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
@@ -240,8 +243,12 @@ class FitReport:
 
 def _ratio(base: float, own: float) -> str:
     """Return a comparison of two errors in words, from the own one's side."""
-    if not (math.isfinite(base) and math.isfinite(own)):
-        return "no comparison" if math.isnan(base) or math.isnan(own) else "one of them blew up"
+    if math.isnan(base) or math.isnan(own):
+        return "no comparison"
+    if math.isinf(own):
+        return "the fitted solver blows up" + " as well" * math.isinf(base)
+    if math.isinf(base):
+        return "it blows up"
     if own <= base:
         return f"{base / own if own else math.inf:.3g}x smaller"
     return f"{own / base if base else math.inf:.3g}x LARGER"

@@ -22,6 +22,7 @@ from torchdiffeq_hyper.fitting.budget import Budget
 from torchdiffeq_hyper.fitting.classical import FIXED
 from torchdiffeq_hyper.fitting.data import Batch, Data
 from torchdiffeq_hyper.fitting.distributed import Team
+from torchdiffeq_hyper.fitting.judge import end_errors
 from torchdiffeq_hyper.fitting.reference import Tolerances
 from torchdiffeq_hyper.fitting.routes import Plan
 from torchdiffeq_hyper.fitting.units import Units
@@ -219,6 +220,28 @@ def test_reports_survive_json_and_older_ones_still_load() -> None:
     assert older.break_even is older.errors is older.rival is None
     assert older.notes == ()
     assert "held-out error" in str(older)
+
+
+def test_an_alternative_is_no_less_accurate_on_all_samples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(break_even, "SEARCH", math.inf)  # sought on a few
+    batch = held_out()
+    easy = batch.start(0)[: break_even.MOST_SAMPLES]  # type: ignore[index]
+
+    def better_on_the_others(func: Any, y0: Tensor, t: Tensor) -> Tensor:
+        steps = 4 if torch.equal(y0, easy) else 12
+        return FIXED["rk4"].with_steps("rk4", steps).run(func, y0, t)  # type: ignore[return-value]
+
+    found = measured(better_on_the_others, calls=16)
+    if isinstance(found, BreakEven):
+        own = end_errors(better_on_the_others, damped_wave, batch).mean()
+        assert found.error == pytest.approx(float(own))
+        name, _, rest = found.alternative.partition(" with ")
+        run = FIXED[name].with_steps(name, int(rest.split()[0])).run
+        assert end_errors(run, damped_wave, batch).mean() <= own
+    else:
+        assert "no classical solver is as accurate" in found
 
 
 def test_a_rival_that_breaks_down_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,8 @@ def test_what_a_call_costs_is_measured(clock: Clock) -> None:
     assert cost.of(0) == pytest.approx(0.5)
     assert cost.of(1000) == pytest.approx(10.5)
     assert cost.samples_in(1.0, 400) == 50
-    assert cost.samples_in(0.1, 400) == 0
+    assert 9 <= cost.samples_in(0.1, 400) <= 10  # they cost a fifth of the call without any
+    assert CallCost(0.004, 1e-6).samples_in(0.0035, 38) == 38
     assert cost.samples_in(99.0, 400) == 400
 
 
@@ -148,7 +149,8 @@ def test_a_fit_that_goes_on_without_time_returns_its_best(
     config = tdh.FitConfig(max_seconds=20.0, iterations=10_000, checkpoint=tmp_path / "fit.pt")
     first = report_of(fit(clock.field(each), 20.0, base=base, config=config))
     assert first.stopped == "max_seconds"
-    again = report_of(fit(clock.field(each), 20.0, base=base, config=config))
+    less = replace(config, max_seconds=5.0)
+    again = report_of(fit(clock.field(each), 5.0, base=base, config=less))
     assert 0 < again.iterations == first.iterations
     assert "best of the run before" in again.notes[0]
     more = replace(config, max_seconds=80.0)

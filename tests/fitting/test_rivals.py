@@ -190,6 +190,38 @@ def test_what_is_worse_than_its_start_is_not_returned(
     assert report.validation == pytest.approx(report.base_validation, rel=1e-6)
 
 
+class Wild(torch.nn.Module):
+    """A net of one's own that is far off, and hardly learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = torch.nn.Parameter(torch.tensor(50.0, dtype=torch.float64))
+
+    def forward(self, step: tdh.StepInput) -> Any:
+        return self.size * torch.ones_like(step.y)
+
+
+@pytest.mark.parametrize("base", ["euler", "rk4", "bns"])
+def test_a_net_that_is_worse_than_none_is_put_back(base: str, tmp_path: Any) -> None:
+    net = Wild()
+    config = tdh.FitConfig(iterations=3, lr=1e-6, checkpoint=tmp_path / "fit.pt")
+    given: dict[str, Any] = {"base": base, "steps": 4, "config": config, "progress": False}
+    solver = tdh.fit(damped_wave, Y0, SPAN, hypernet=net, **given)
+    assert solver.hypernet is not net
+    assert float(net.size.detach()) == 50.0
+    assert net.size.requires_grad
+    report = solver.report
+    assert report is not None
+    assert report.errors == report.base_errors
+    assert any("worse than" in note for note in report.notes)
+    solver.save(tmp_path / "base.safetensors")
+    again = tdh.fit(damped_wave, Y0, SPAN, hypernet=net, **given)  # the finished fit
+    t = torch.tensor(SPAN, dtype=torch.float64)
+    for other in (again, tdh.HyperSolver.load(tmp_path / "base.safetensors")):
+        expected = solver.solve(damped_wave, Y0, t)
+        torch.testing.assert_close(other.solve(damped_wave, Y0, t), expected)
+
+
 @pytest.mark.parametrize("measurement", ["best_classical", "measure_break_even", "errors_along"])
 @pytest.mark.parametrize("base", ["heun", "bns"])
 def test_no_measurement_that_fails_loses_the_fit(
@@ -218,6 +250,21 @@ def summary(mean: float, *, p95: float | None = None, worst: float | None = None
 
 def rival(mean: float, p95: float, own: ErrorSummary) -> Rival:
     return Rival("rk4 with 3 steps", summary(mean), own, p95, 1.0, 1.0)
+
+
+def test_channels_too_small_to_count_are_named() -> None:
+    sizes = torch.tensor([1.0, 1e-6], dtype=torch.float64)
+
+    def unlike(t: Tensor, y: Tensor) -> Tensor:
+        return damped_wave(t, y / sizes) * sizes
+
+    report = fit(unlike, Y0 * sizes)
+    assert any("hardly count" in note for note in report.notes)
+    assert not any("hardly count" in note for note in fit().notes)
+
+
+def test_few_held_out_samples_are_named() -> None:
+    assert any("too few to tell a tail" in note for note in fit(y0=Y0[:30]).notes)
 
 
 def test_notes_say_what_errors_mean() -> None:

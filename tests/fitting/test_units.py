@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import torchdiffeq_hyper as tdh
+from torchdiffeq_hyper.errors import FileFormatError
 from torchdiffeq_hyper.hypernets import MLP, from_architecture
 from torchdiffeq_hyper.hypernets import ready as ready_net
 from torchdiffeq_hyper.tableaus import RK4
@@ -106,3 +107,71 @@ def test_a_solve_does_not_depend_on_the_time_unit_of_its_net() -> None:
     plain = tdh.HyperSolver("rk4", function, steps=4).solve(pendulum, y0, t)
     found = tdh.HyperSolver("rk4", net, steps=4).solve(pendulum, y0, t)
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+
+
+def fitted_over(span: float, base: str = "euler", **arguments: Any) -> tdh.HyperSolver:
+    given = {"steps": 3, "config": CONFIG, "progress": False, **arguments}
+    return tdh.fit(lambda t, y: pendulum(t, y) / span, Y0, (0.0, span), base=base, **given)
+
+
+@pytest.mark.parametrize("span", [1e-9, 0.5, 1.0, 10.0])
+def test_the_time_unit_goes_with_the_weights(span: float, tmp_path: Any) -> None:
+    solver = fitted_over(span, hypernet=MLP(channels=2).double())
+    t = torch.tensor([0.0, span], dtype=torch.float64)
+    expected = solver.solve(lambda t, y: -y / span, Y0, t)
+    other = tdh.HyperSolver("euler", MLP(channels=2).double(), steps=3)
+    other.load_state_dict(solver.state_dict())
+    assert torch.equal(other.solve(lambda t, y: -y / span, Y0, t), expected)
+    solver.save(tmp_path / "fast.safetensors")
+    net = MLP(channels=2).double()
+    for loaded in (
+        tdh.HyperSolver.load(tmp_path / "fast.safetensors"),
+        tdh.HyperSolver.load(tmp_path / "fast.safetensors", hypernet=net),
+    ):
+        assert torch.equal(loaded.solve(lambda t, y: -y / span, Y0, t), expected)
+    assert net.time_unit == span
+
+
+def test_weights_of_before_time_units_are_those_of_unit_1() -> None:
+    net, plain = MLP(channels=2), MLP(channels=2)
+    net.measure_time_in(5.0, 2)
+    net.load_state_dict(plain.state_dict())
+    assert net.time_unit == 1.0
+    assert "time_unit" not in plain.state_dict()
+
+
+def test_a_damaged_time_unit_is_refused(tmp_path: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    solver = fitted_over(10.0)
+    path = tmp_path / "fast.safetensors"
+    solver.save(path)
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    for unit in ([-1.0, 1.0], [float("nan"), 1.0], [1.0], [0.0, 1.0]):
+        tensors = {**load_file(path), "time_unit": torch.tensor(unit, dtype=torch.float64)}
+        save_file(tensors, tmp_path / "damaged.safetensors", metadata)
+        with pytest.raises(FileFormatError, match="time_unit"):
+            tdh.HyperSolver.load(tmp_path / "damaged.safetensors")
+
+
+def test_a_net_fitted_on_for_another_base_answers_for_that_one() -> None:
+    net = MLP(channels=2).double()
+    fitted_over(10.0, hypernet=net)
+    net.requires_grad_()
+    solver = fitted_over(10.0, "heun", hypernet=net)
+    assert solver.hypernet is net
+    t = torch.tensor([0.0, 10.0], dtype=torch.float64)
+    plain = tdh.HyperSolver("heun", net.forward, steps=3)
+    expected = plain.solve(lambda t, y: -y / 10, Y0, t)
+    torch.testing.assert_close(solver.solve(lambda t, y: -y / 10, Y0, t), expected)
+
+
+def test_a_net_that_is_not_used_keeps_its_unit() -> None:
+    net = MLP(channels=2).double()
+    solver = fitted_over(10.0, hypernet=net, config=tdh.FitConfig(max_seconds=1e-6))
+    assert solver.hypernet is not net
+    assert net.time_unit == 1.0
+    assert all(parameter.requires_grad for parameter in net.parameters())

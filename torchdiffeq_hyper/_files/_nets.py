@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from torchdiffeq_hyper._files._container import described_in
-from torchdiffeq_hyper._schema import FLOATS, TensorOf, checked
+from torchdiffeq_hyper._schema import FLOATS, Such, TensorOf, checked
 from torchdiffeq_hyper._types import Hypernet
 from torchdiffeq_hyper.errors import (
     BaseMismatchError,
@@ -21,7 +21,7 @@ from torchdiffeq_hyper.errors import (
     explain,
 )
 from torchdiffeq_hyper.hypernets import ConcatHypernet
-from torchdiffeq_hyper.hypernets._ready import ReadyHypernet
+from torchdiffeq_hyper.hypernets._ready import TIME_UNIT, ReadyHypernet
 from torchdiffeq_hyper.hypernets._select import KINDS, from_architecture, rebuilt
 
 UNSEEN: nn.Module = nn.Identity()
@@ -124,6 +124,11 @@ def match(
 
 def _check_numbers(tensors: Mapping[str, Tensor], path: str) -> None:
     """Refuse weights that no ready net can have: all of one dtype, and finite."""
+    if TIME_UNIT in tensors:
+        unit = TensorOf((torch.float64,), (2,), is_finite=True)
+        positive = Such(unit, lambda unit: float(unit[0]) > 0 and float(unit[1]) >= 0, "above 0")
+        checked(positive, tensors[TIME_UNIT], repr(path), f"the tensor {TIME_UNIT!r}")
+    tensors = {name: tensor for name, tensor in tensors.items() if name != TIME_UNIT}
     dtypes = {tensor.dtype for tensor in tensors.values()} & {*FLOATS}
     rule = TensorOf(tuple(dtypes)[:1] or FLOATS, is_finite=True)
     for name, tensor in tensors.items():
@@ -144,6 +149,7 @@ def load_weights(
         BaseMismatchError: an instance cannot take its weights.
     """
     own = [net for net, _, is_own in parts if is_own]
+    times = [(net, net.time_unit, net.order) for net in own if isinstance(net, ReadyHypernet)]
     before = [
         [(value, value.clone()) for value in net.state_dict().values() if not is_lazy(value)]
         for net in own
@@ -155,6 +161,8 @@ def load_weights(
         for value, old in (pair for pairs in before for pair in pairs):
             if not torch.equal(value, old):
                 value.copy_(old)
+        for ready, time_unit, order in times:
+            ready.measure_time_in(time_unit, order)
         if not isinstance(error, RuntimeError):
             raise
         reasons = str(error).splitlines()
@@ -184,7 +192,9 @@ def _raise_custom(description: Mapping[str, Any], path: str) -> None:
 
 def _check_description(description: Mapping[str, Any], hypernet: nn.Module, path: str) -> None:
     own = _describe(hypernet)
-    for key in ("kind", *sorted({*description, *own} - {"kind", "class"})):
+    # The time unit is loaded with the weights.
+    others = {*description, *own} - {"kind", "class", TIME_UNIT, "order"}
+    for key in ("kind", *sorted(others)):
         if own.get(key) != description.get(key):
             raise BaseMismatchError(
                 explain(
@@ -199,8 +209,9 @@ def _check_description(description: Mapping[str, Any], hypernet: nn.Module, path
 
 
 def _check_names_and_shapes(hypernet: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
-    own = hypernet.state_dict()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    own = {name: value for name, value in hypernet.state_dict().items() if name != TIME_UNIT}
+    given = tensors.keys() - {TIME_UNIT}
+    missing, extra = sorted(own.keys() - given), sorted(given - own.keys())
     if missing or extra:
         raise BaseMismatchError(
             explain(
@@ -229,6 +240,8 @@ def _check_names_and_shapes(hypernet: nn.Module, tensors: Mapping[str, Tensor], 
 
 def _check_dtypes(hypernet: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
     for name, tensor in hypernet.state_dict().items():
+        if name == TIME_UNIT:
+            continue
         saved = tensors[name].dtype
         if tensor.dtype != saved:
             raise StateTypeError(

@@ -131,7 +131,8 @@ def is_whole_span(t: Tensor, span: tuple[float, float] | None, calls: int) -> bo
                 f"{start:.6g} to {end:.6g}.",
                 f"times that start at {start:.6g} and stay in that span: all weights and times "
                 'of method "bns" belong to it.',
-                f"t = torch.tensor([{start:.6g}, {end:.6g}])\n"
+                f"t = torch.tensor([{_plain(start)}, {_plain(end)}])\n"
+                + _with_start(points, (start, end), slack)
                 + _fit_of_its_own(points, (start, end), slack, calls),
             )
         )
@@ -145,6 +146,20 @@ def is_whole_span(t: Tensor, span: tuple[float, float] | None, calls: int) -> bo
             )
         )
     return len(t) == 2 and abs(points[1] - end) <= slack and not is_differentiated(t)
+
+
+def _plain(time: float) -> str:
+    """Return a time as a float that can be pasted."""
+    return repr(float(f"{time:.6g}"))
+
+
+def _with_start(points: list[float], span: tuple[float, float], slack: float) -> str:
+    """Return how to ask for points of the span alone, where the first is not its start."""
+    low, high = min(span) - slack, max(span) + slack
+    if not all(low <= point <= high for point in points):
+        return ""
+    start = _plain(span[0])
+    return f"or put the span's start in front: t = torch.cat([t.new_tensor([{start}]), t])\n"
 
 
 def _fit_of_its_own(

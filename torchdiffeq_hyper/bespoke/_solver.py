@@ -163,7 +163,11 @@ class BespokeSolver(HyperSolver, kind="bns"):
 
     @torch.no_grad()
     def set_weights(self, weights: Tensor) -> None:
-        """Write weights (n, n) of any dtype and device into the parameter."""
+        """Write weights (n, n) of any dtype and device into the parameter.
+
+        What is read off between the ends stays as it was: it belongs to the weights that
+        it was fitted with. So it does while the weights are trained.
+        """
         self._parameter.copy_(weights)
 
     @property

@@ -185,6 +185,8 @@ def _measured(
 
 def _along(trial: Trial, problem: Problem, reference: dict[Fraction, State]) -> float:
     """Return the mean relative error over the points of the method's own grid."""
+    if trial.steps_between_points:
+        return math.nan
     shares = trial.shares()
     y = unless_broken(lambda: trial.solve_at(problem, shares))
     if y is None:

@@ -17,6 +17,7 @@ from torchdiffeq_hyper._reuse import own
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.errors import NonFiniteError, OptionError, StateShapeError, explain
 from torchdiffeq_hyper.fitting.field import check_repeatable
+from torchdiffeq_hyper.fitting.reference import BROKEN_DOWN
 from torchdiffeq_hyper.fitting.units import Units
 
 # In float32, tighter than 1e-7 gains nothing over rounding; in half precision every answer
@@ -27,8 +28,6 @@ _TOLERANCES = {
     torch.float16: 1e-3,
     torch.bfloat16: 1e-2,
 }
-
-_BROKEN = ("underflow in dt", "non-finite values in state", "max_num_steps exceeded")
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def unless_broken(solve: Callable[[], State]) -> State | None:
     except NonFiniteError:
         return None
     except AssertionError as error:
-        if not str(error).startswith(_BROKEN):
+        if not str(error).startswith(BROKEN_DOWN):
             raise
         return None
 

@@ -42,6 +42,8 @@ class Trial:
         solver: the fitted solver behind it, where it is known here.
         steps: equal steps to take; for "bns" its calls of func, where known.
         tolerance: rtol = atol.
+        steps_between_points: whether more points mean more steps, as for "dise": there are
+            no other points to look at.
     """
 
     label: str
@@ -51,12 +53,15 @@ class Trial:
     solver: HyperSolver | None = None
     steps: int | None = None
     tolerance: float | None = None
+    steps_between_points: bool = False
 
     def shares(self) -> list[Fraction]:
         """Return shares of the span at which the method has states at no further call.
 
         The points of its grid (at most 16 of them), or eight where it chooses its own.
         """
+        if self.steps_between_points:
+            return [Fraction(1)]
         n = self.steps or OWN_POINTS
         every = -(-n // MOST_POINTS)
         return [Fraction(k, n) for k in range(n, 0, -every)][::-1]
@@ -151,12 +156,19 @@ def _first_trial(method: str | HyperSolver) -> Trial:
     if entry is not None:
         if isinstance(entry.fitted, HyperSolver):
             return replace(_first_trial(entry.fitted), label=method)
-        follows_grid, is_learned = entry.follows_grid, entry.is_learned
+        follows_grid, is_learned, is_dise = entry.follows_grid, entry.is_learned, False
         if isinstance(entry.solver, _registry.WholeSolve):
             is_learned = issubclass(entry.solver.kind, HyperSolver)
+            is_dise = entry.solver.option is not None and not is_learned
     else:
-        follows_grid, is_learned = _host_follows_grid(method), False
-    return Trial(label=method, method=method, follows_grid=follows_grid, is_learned=is_learned)
+        follows_grid, is_learned, is_dise = _host_follows_grid(method), False, False
+    return Trial(
+        label=method,
+        method=method,
+        follows_grid=follows_grid,
+        is_learned=is_learned,
+        steps_between_points=is_dise,
+    )
 
 
 def _host_follows_grid(method: str) -> bool:

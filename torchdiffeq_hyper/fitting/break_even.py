@@ -21,9 +21,11 @@ from torchdiffeq_hyper.fitting.judge import BROKEN, Run, end_errors
 
 SHARE_OF_FIT = 0.05
 """Share of a fit's time that the measurement may take, if that is more than `LEAST_SECONDS`."""
-LEAST_SECONDS = 0.25
+LEAST_SECONDS = 2.0
 MOST_SAMPLES = 8
-"""Samples on which the classical solvers' settings are sought."""
+"""Samples on which the classical solvers' settings are sought, where time is short."""
+SEARCH = 100
+"""Solves that such a search takes at most."""
 MOST_WORK = 16
 """Calls of func that a classical solver may take, over the fitted solver's."""
 MOST_TRIES = 6
@@ -90,7 +92,7 @@ def measure(
         calls: calls of func in one of the fitted solver's solves.
         fit_seconds: what the fit took.
         seconds_left: what the measurement may take at most; it takes a twentieth of the
-            fit's time, or a quarter of a second if that is more.
+            fit's time, or two seconds if that is more.
 
     Returns:
         The reason, where there is none.
@@ -101,14 +103,20 @@ def measure(
     task = _Task(func, batch, time.perf_counter() + allowed)
     ours = Solve("", run)
     try:
-        probe = task.some(MOST_SAMPLES)
+        began = time.perf_counter()
+        task.error(ours)
+        seconds = time.perf_counter() - began
+        # All samples, if there is time for the search on them.
+        probe = task if SEARCH * seconds < allowed else task.some(MOST_SAMPLES)
         target = probe.error(ours)
         if not math.isfinite(target):
             return "the fitted solver blows up on held-out samples"
         rivals = _rivals(probe, target, calls, probe.batch.units.state)
         return _race(ours, rivals, task, fit_seconds)
     except _NoTimeError:
-        return f"no time was left to measure it ({max(0.0, allowed):.2g} s)"
+        if allowed <= 0:
+            return "no time was left to measure it"
+        return f"its measurement would have taken more than {allowed:.2g} s"
 
 
 def _rivals(task: _Task, target: float, calls: int, size: float) -> list[Solve]:
@@ -159,8 +167,9 @@ def _race(ours: Solve, rivals: list[Solve], task: _Task, fit_seconds: float) -> 
     """Time all on the whole batch; a rival that breaks down there is none."""
     began = time.perf_counter()
     pairs = zip(rivals, task.runs(rivals), strict=True)
-    left = [solve for solve, run in pairs if _does_run(run)]
     error = task.error(ours)
+    # Settings were sought on a few samples: what is less accurate on all is no alternative.
+    left = [solve for solve, run in pairs if _does_run(run) and task.error(solve) <= error]
     once = time.perf_counter() - began
     if not left:
         return f"no classical solver is as accurate in {MOST_WORK} times as many calls of func"

@@ -8,6 +8,8 @@ FIRST_PHASE = 0.4
 """Share of the time left that a phase followed by another may take."""
 LAST_PHASE = 0.97
 """Share that the last phase may take; the rest is for measuring the result."""
+MOST_RESERVED = 0.25
+"""Share of the time left that may be kept for measuring the result."""
 REFERENCES = 0.3
 """Share of all time that new reference solutions may take."""
 EARLIEST = 4
@@ -19,10 +21,14 @@ class Budget:
 
     Args:
         max_seconds: the time there is.
+
+    Attributes:
+        reserved: seconds wanted for measuring the result.
     """
 
     def __init__(self, max_seconds: float) -> None:
         self.max_seconds = max_seconds
+        self.reserved = 0.0
         self._began = self._now()
 
     @property
@@ -55,9 +61,14 @@ class Budget:
 
     def start_phase(self, wanted: int, *, is_last: bool) -> Pace:
         """Return the pace of a phase that begins now."""
-        left = self.max_seconds - self.seconds
         share = LAST_PHASE if is_last else FIRST_PHASE
-        return Pace(self, self.seconds + share * left, wanted)
+        return Pace(self, self.seconds + share * self.to_train, wanted)
+
+    @property
+    def to_train(self) -> float:
+        """Seconds left for iterations."""
+        left = max(0.0, self.max_seconds - self.seconds)
+        return left - min(self.reserved, MOST_RESERVED * left)
 
     def _now(self) -> float:
         return time.perf_counter()

@@ -17,17 +17,18 @@ from torchdiffeq_hyper.hypernets import ReadyHypernet, join_channels
 def measuring_time_in(net: object, width: float, order: int) -> Iterator[None]:
     """Let a ready net that is still zero measure time in spans; as before on any error.
 
-    Every other net is left as it is.
+    One that was fitted before keeps its unit, for a base of this order from now on. Every
+    other net is left as it is.
     """
-    if not isinstance(net, ReadyHypernet) or not net.is_zero:
+    if not isinstance(net, ReadyHypernet):
         yield
         return
-    before = net.time_unit
-    net.measure_time_in(width, order)
+    before = net.time_unit, net.order
+    net.measure_time_in(width if net.is_zero else net.time_unit, order)
     try:
         yield
     except BaseException:
-        net.measure_time_in(before, order)
+        net.measure_time_in(*before)
         raise
 
 

@@ -62,6 +62,7 @@ class FitState:
         stopped: why the last phase ended, "" before.
         report: the finished fit's report, None while it runs.
         choice: the net that was chosen ("architecture") and why ("note"), None if it was given.
+        is_base: whether the base alone is the result.
         references: what is solved and how exactly, as `prepare.to_keep` returns it.
     """
 
@@ -86,6 +87,7 @@ class FitState:
     report: dict[str, Any] | None = None
     choice: dict[str, Any] | None = None
     references: dict[str, Any] | None = None
+    is_base: bool = False
 
 
 CHECKPOINT = Record(

@@ -29,7 +29,8 @@ class FitConfig:
         batch_size: samples in a batch (for tensor data; iterables bring their own).
         rtol: relative tolerance of the reference solutions. None chooses by dtype: 1e-9 for
             float64, 1e-6 for float32, 1e-3 for half precision.
-        atol: absolute tolerance of the same; None takes ``rtol``.
+        atol: absolute tolerance of the same, in the units of the state; None takes ``rtol``
+            times the size of the states.
         method: torchdiffeq method of the reference solutions, best one that controls its error.
         validation: fraction of the samples that is held out, at most two batches of them;
             with an iterable, of the first batch.

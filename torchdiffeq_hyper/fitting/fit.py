@@ -72,7 +72,8 @@ def fit(
     its processes must call `fit`, with the same arguments. Each takes its share of every
     batch (an iterable yields the same whole batches everywhere), rank 0 shows, writes the
     checkpoint and decides by its clock, and all return the same solver, that of a single
-    process but for rounding: losses are means over samples, and each batch's reference
+    process but for rounding (for "bns" also for how samples are weighed: against the mean error of
+    each process's share): losses are means over samples, and each batch's reference
     is solved by one process. An error in one is raised in all. Samples must not depend
     on each other, in func nor in the hypernet.
 

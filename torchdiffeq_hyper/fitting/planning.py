@@ -30,6 +30,8 @@ FEWEST = 16
 """Samples that are kept before digits are given up."""
 PLENTY = 4000
 """Calls of func for all references: where so many end in time, nothing is measured or cut."""
+FREE = 1.2
+"""Cost of a call relative to that of one without samples, up to which samples are free."""
 LOOSEST = 1e-3
 """Relative tolerance of the probe, beyond which nothing is loosened."""
 PROBE_SHARE = 0.1
@@ -88,10 +90,14 @@ class CallCost:
         return self._each + samples * self._per_sample
 
     def samples_in(self, seconds: float, most: int) -> int:
-        """Return how many samples a call of so many seconds has."""
-        if self.of(most) <= seconds:
+        """Return how many samples a call of so many seconds has.
+
+        At least as many as hardly add to the cost of a call without any: fewer save nothing.
+        """
+        if self.of(most) <= max(seconds, FREE * self._each):
             return most
-        return max(0, min(most, int((seconds - self._each) / max(self._per_sample, 1e-12))))
+        in_time = max(seconds, FREE * self._each) - self._each
+        return max(0, min(most, int(in_time / max(self._per_sample, 1e-12))))
 
 
 @torch.no_grad()

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, replace
 from typing import Any
+
+import torch
 
 from torchdiffeq_hyper.fitting.batches import Batches
 from torchdiffeq_hyper.fitting.budget import Budget, Deadline
 from torchdiffeq_hyper.fitting.data import Data
 from torchdiffeq_hyper.fitting.field import OutOfTimeError
+from torchdiffeq_hyper.fitting.judge import Run, end_errors
 from torchdiffeq_hyper.fitting.planning import FEWEST, LOOSEST, ReferencePlan, plan_references
 from torchdiffeq_hyper.fitting.problem import Problem
 from torchdiffeq_hyper.fitting.reference import Tolerances
 from torchdiffeq_hyper.fitting.units import Units
 
+SOLVES_OF_REPORT = 20
+"""Solves of the held-out samples that a report takes, about."""
 LATEST = (0.5, 0.6)
 """Shares of the time left after which a first and a second attempt at the data are given up."""
 
@@ -51,6 +57,18 @@ def planned(
             budget=budget,
         )
     )
+
+
+@torch.no_grad()
+def reserve(problem: Problem, run: Run, data: Data, budget: Budget) -> None:
+    """Keep time for the report: as many solves of the held-out samples as it takes."""
+
+    def one_solve() -> float:
+        began = time.perf_counter()
+        end_errors(run, problem.func, data.held_out)
+        return time.perf_counter() - began
+
+    budget.reserved = SOLVES_OF_REPORT * problem.team.from_first(one_solve)
 
 
 def to_keep(plan: ReferencePlan) -> dict[str, Any]:

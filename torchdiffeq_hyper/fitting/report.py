@@ -16,16 +16,22 @@ from torchdiffeq_hyper.fitting.budget import Budget
 from torchdiffeq_hyper.fitting.checkpoint import FitState
 from torchdiffeq_hyper.fitting.config import FitConfig
 from torchdiffeq_hyper.fitting.data import Batch, Data
+from torchdiffeq_hyper.fitting.fingerprint import size_of
 from torchdiffeq_hyper.fitting.judge import Fitted, Run, end_errors, errors_along
 from torchdiffeq_hyper.fitting.objectives import QUANTILES
 from torchdiffeq_hyper.fitting.problem import Problem
 from torchdiffeq_hyper.fitting.rivals import best_classical
 from torchdiffeq_hyper.fitting.wider import wider_starts
+from torchdiffeq_hyper.hypernets import join_channels
 
 UNUSABLE = 0.3
 """Mean relative error from which on a result says little of the solution."""
 HEAVY_TAIL = 20.0
 """Ratio of the worst to the median error from which on the worst decides."""
+FEW = 20
+"""Held-out samples below which their 95th percentile is their worst."""
+UNLIKE = 1e3
+"""Ratio of the sizes of channels from which on the smaller ones do not count in a norm."""
 CLEAR = 1.25
 """Ratio of errors below which a gain on some held-out samples may be none on others."""
 
@@ -74,6 +80,9 @@ def reported(
         pays = "its measurement failed"
     delta, base_delta = _or_none(deltas, "delta", failed) or (nothing(), nothing())
     own = tuple(_notes(errors, base_errors, rival, fitted.name))
+    unlike = _or_none(lambda: unlike_channels(held_out), "the size of channels", failed)
+    if unlike:
+        own = (*own, unlike)
     wider = _or_none(lambda: wider_starts(fitted, func, data.first), "wider starts", failed)
     if wider:
         own = (*own, wider)
@@ -147,6 +156,19 @@ def described(config: FitConfig) -> dict[str, Any]:
     return settings
 
 
+def unlike_channels(batch: Batch) -> str:
+    """Return what to say where some channels of the solution are far smaller than others."""
+    joined = join_channels(batch.layout.split(batch.routes[0].y[-1])).transpose(0, 1)
+    sizes = [size_of(channel) for channel in joined]
+    sizes = [size for size in sizes if size > 0]
+    if not sizes or max(sizes) < UNLIKE * min(sizes):
+        return ""
+    return (
+        f"channels of the state have sizes from {min(sizes):.2g} to {max(sizes):.2g}: errors of "
+        "the small ones hardly count; write func in units in which those that matter are alike"
+    )
+
+
 def _at_end(run: Run, problem: Problem, batch: Batch) -> ErrorSummary:
     """Return the errors at the end, or at both where both directions were fitted."""
     routes = {float(samples.times[0]): r for r, samples in enumerate(batch.routes)}.values()
@@ -202,13 +224,18 @@ def _notes(
         return
     if not errors.mean < UNUSABLE:
         yield (
-            f"unusable as it is: the mean relative error is {errors.mean:.2g}; pass a larger "
-            "steps, or a shorter span"
+            f"unusable as it is: the mean relative error is {errors.mean:.2g}; take more steps "
+            "or calls (steps=...), or a shorter span"
         )
     if errors.worst > HEAVY_TAIL * errors.median:
         yield (
             f"the errors have a heavy tail: the worst of {errors.samples} samples is off by "
             f"{errors.worst:.2g}, the median by {errors.median:.2g}; other starts may be worse"
+        )
+    if errors.samples < FEW:
+        yield (
+            f"measured on {errors.samples} held-out sample{'s' * (errors.samples > 1)}: too few to "
+            "tell a tail; pass more starts, or larger batches"
         )
     if base_errors is not None and not errors.mean * CLEAR < base_errors.mean:
         yield f"no clear gain over {name}, which it started as"
@@ -219,7 +246,7 @@ def _notes(
 def _compared(rival: Rival) -> Iterator[str]:
     errors = rival.own_errors
     if not errors.mean <= rival.errors.mean:
-        yield f"a classical solver wins: {rival.solver} is more accurate in the same time; use it"
+        yield f"a classical solver wins: {rival.solver} is more accurate in the same time"
     elif not errors.mean * CLEAR < rival.errors.mean:
         yield f"no clear gain over {rival.solver}, which takes the same time"
     elif not errors.p95 * CLEAR < rival.best_p95:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch import Tensor
 
 from torchdiffeq_hyper._layout import is_half
 from torchdiffeq_hyper._report import ErrorSummary, Rival
@@ -15,10 +13,10 @@ from torchdiffeq_hyper._types import VectorField
 from torchdiffeq_hyper.fitting.batches import n_samples
 from torchdiffeq_hyper.fitting.classical import FIXED, FixedStep
 from torchdiffeq_hyper.fitting.data import Batch
-from torchdiffeq_hyper.fitting.judge import BROKEN, Run, end_errors
+from torchdiffeq_hyper.fitting.judge import Run, end_errors
 
-RUNS = 2
-"""Runs of which the shorter one counts as a solver's time."""
+QUICK = 0.05
+"""Seconds of a solve below which a second run is timed, too, and the shorter one counts."""
 MOST_SECONDS = 2.0
 """Time that the comparison should take at most: with more to do, fewer samples are solved."""
 FEWEST = 8
@@ -53,12 +51,12 @@ def best_classical(run: Run, func: VectorField, batch: Batch, *, calls: int) -> 
     """
     if is_half(batch.dtype):
         return None
-    own_seconds = _seconds(run, func, batch)
+    own_errors, own_seconds = _timed(run, func, batch)
     count = n_samples(batch.y0)
-    wanted = int(count * MOST_SECONDS / max(2 * RUNS * len(FIXED) * own_seconds, 1e-9))
-    if wanted < count:
-        batch = batch.some(torch.arange(min(count, max(FEWEST, wanted))))
-        own_seconds = _seconds(run, func, batch)
+    wanted = int(count * MOST_SECONDS / max(2 * len(FIXED) * own_seconds, 1e-9))
+    if max(FEWEST, wanted) < count:
+        batch = batch.some(torch.arange(max(FEWEST, wanted)))
+        own_errors, own_seconds = _timed(run, func, batch)
     found = [
         _measured(name, method, func, batch, (calls, own_seconds)) for name, method in FIXED.items()
     ]
@@ -66,7 +64,7 @@ def best_classical(run: Run, func: VectorField, batch: Batch, *, calls: int) -> 
     return Rival(
         solver=best.label,
         errors=best.errors,
-        own_errors=ErrorSummary.of(end_errors(run, func, batch)),
+        own_errors=own_errors,
         best_p95=min(each.errors.p95 for each in found),
         seconds=best.seconds,
         own_seconds=own_seconds,
@@ -80,31 +78,24 @@ def _measured(
     calls, own_seconds = own
     steps = max(1, calls // method.each)
     first = method.with_steps(name, steps)
-    seconds = _seconds(first.run, func, batch)
+    errors, seconds = _timed(first.run, func, batch)
     work = steps * method.each + method.start
     in_time = work * own_seconds / max(seconds, 1e-9)
     more = int((in_time - method.start) / method.each)
     if more <= steps:
-        errors = end_errors(first.run, func, batch)
-        return _Measured(first.label, ErrorSummary.of(errors), seconds)
+        return _Measured(first.label, errors, seconds)
     second = method.with_steps(name, more)
-    errors = end_errors(second.run, func, batch)
-    seconds *= (more * method.each + method.start) / work
-    return _Measured(second.label, ErrorSummary.of(errors), seconds)
+    errors, seconds = _timed(second.run, func, batch)
+    return _Measured(second.label, errors, seconds)
 
 
-def _seconds(run: Run, func: VectorField, batch: Batch) -> float:
-    """Return the wall time of one solve; that of one that blows up counts as well."""
-    ends: Tensor = batch.routes[0].times[[0, -1]]
-    solve = partial(run, batch.field(func), batch.start(0), ends)
-    times = []
-    for _ in range(RUNS):
+def _timed(run: Run, func: VectorField, batch: Batch) -> tuple[ErrorSummary, float]:
+    """Return the errors at the end and the wall time of a solve."""
+    began = time.perf_counter()
+    errors = ErrorSummary.of(end_errors(run, func, batch))  # waits for the device
+    seconds = time.perf_counter() - began
+    if seconds < QUICK:  # what is set up once counts in the first
         began = time.perf_counter()
-        try:
-            solution = solve()
-            last = solution if isinstance(solution, Tensor) else solution[0]
-            float(last.sum())  # waits for the device
-        except BROKEN:
-            pass
-        times.append(time.perf_counter() - began)
-    return min(times)
+        end_errors(run, func, batch)
+        seconds = min(seconds, time.perf_counter() - began)
+    return errors, seconds

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +30,14 @@ from torchdiffeq_hyper.fitting.context import context_signature
 from torchdiffeq_hyper.fitting.data import Data
 from torchdiffeq_hyper.fitting.distributed import budget_of
 from torchdiffeq_hyper.fitting.field import Field, OutOfTimeError, check_field
-from torchdiffeq_hyper.fitting.guard import frozen_or_restored
+from torchdiffeq_hyper.fitting.guard import frozen_or_restored, own_random_state
 from torchdiffeq_hyper.fitting.judge import Fitted
 from torchdiffeq_hyper.fitting.loop import Loop, snapshot
 from torchdiffeq_hyper.fitting.noise import measure_noise
 from torchdiffeq_hyper.fitting.objectives import delta_quantiles, no_correction
 from torchdiffeq_hyper.fitting.phases import Phase, phases_of
 from torchdiffeq_hyper.fitting.planning import ReferencePlan
-from torchdiffeq_hyper.fitting.prepare import measured, planned, to_keep
+from torchdiffeq_hyper.fitting.prepare import measured, planned, reserve, to_keep
 from torchdiffeq_hyper.fitting.problem import Problem
 from torchdiffeq_hyper.fitting.progress import Progress
 from torchdiffeq_hyper.fitting.reference import Tolerances
@@ -69,6 +69,10 @@ MOST_BYTES = 2**30
 """Memory that the reference solutions kept may take."""
 
 
+class NotUsed(Exception):  # noqa: N818 - not an error
+    """Raised to leave a fit's contexts as on an error: a given net is as it was before."""
+
+
 def run(
     problem: Problem,
     y0: State | Iterable[object],
@@ -89,10 +93,12 @@ def run(
     if hypernet is None:
         given = ready(batches[0].y0, problem.tableau, time_unit=problem.width)
     assert given is not None
-    with ExitStack() as stack:
+    with suppress(NotUsed), ExitStack() as stack:
         stack.enter_context(measuring_time_in(given, problem.width, problem.tableau.order))
         net, report = _fit_net(problem, given, batches, budget, progress, stack=stack)
         problem.team.finish()
+        if isinstance(given, nn.Module) and net is not given:
+            raise NotUsed
     domain = problem.domain(batches.held_out.y0)
     return problem.solver(net, problem.steps, domain=domain, report=report).eval()
 
@@ -120,6 +126,9 @@ def _fit_net(
     state = team.from_first(store.read)
     if state is not None:
         budget.resume(state.seconds)
+        is_own = isinstance(given, nn.Module) and not isinstance(given, ReadyHypernet)
+        if state.report is not None and state.is_base and is_own:
+            return _zero(problem, held_out.y0), FitReport.from_dict(state.report)
         if state.report is not None:
             net = stack.enter_context(frozen_or_restored(_net(given, state.choice, held_out.y0)))
             net.load_state_dict(state.best)
@@ -149,6 +158,7 @@ def _fit_net(
         state = team.from_first(lambda: start)
         store.write(state)
     data.limit(state.most_batches)
+    reserve(problem, problem.solver(net, problem.steps).solve, data, budget)
     Loop(
         phases=phases,
         iterations=problem.iterations,
@@ -162,26 +172,40 @@ def _fit_net(
         progress=progress,
         save=store.write,
     ).run()
-    report = _finish(problem, net, data, state, budget, cut=plan.note)
+    used, report = _finish(problem, net, data, state, budget, cut=plan.note)
     if state.stopped != "max_seconds":  # else the next call goes on, should it have more time
         store.write(state)
-    return net, report
+    return used, report
 
 
 def _finish(
     problem: Problem, net: nn.Module, data: Data, state: FitState, budget: Budget, *, cut: str
-) -> FitReport:
-    """Give up what is worse than the base, and return the report."""
-    team = problem.team
+) -> tuple[Hypernet, FitReport]:
+    """Give up what is worse than the base; return what is used, and the report."""
+    team, used = problem.team, cast(Hypernet, net)
     net.eval()
-    fell_back = team.from_first(lambda: _fall_back(problem, net, data))
-    team.align(net)
-    if fell_back:
-        state.best, state.best_error = snapshot(net), state.base_error
-    notes = tuple(_notes(state, cut, fell_back=fell_back))
-    report = team.from_first(lambda: _report(problem, net, data, state, budget, notes=notes))
+    state.is_base = team.from_first(lambda: _is_worse(problem, net, data))
+    if state.is_base and isinstance(net, ReadyHypernet):
+        net.reset()
+        state.best = snapshot(net)
+    elif state.is_base:
+        used = _zero(problem, data.held_out.y0)
+    if state.is_base:
+        state.best_error = state.base_error
+    notes = tuple(_notes(state, cut))
+    report = team.from_first(lambda: _report(problem, used, data, state, budget, notes=notes))
     state.report = report.to_dict()
-    return report
+    return used, report
+
+
+def _zero(problem: Problem, y0: State) -> Hypernet:
+    """Return a ready net that is zero, so that the solver is its base and can be saved."""
+    try:
+        with own_random_state(problem.config.seed):
+            net = ready(y0, problem.tableau, time_unit=problem.width)
+    except HyperError:  # no ready net for such a state
+        return no_correction
+    return net.requires_grad_(requires_grad=False)
 
 
 def _unfitted(
@@ -199,13 +223,7 @@ def _unfitted(
         net.load_state_dict(state.best)
         return net, without_references(problem, "the best of the run before", budget, state)
     report = without_references(problem, f"{problem.tableau.name} without a correction", budget)
-    try:
-        zero: Hypernet = ready(y0, problem.tableau, time_unit=problem.width).requires_grad_(
-            requires_grad=False
-        )
-    except HyperError:  # no ready net for such a state
-        zero = no_correction
-    return zero, report
+    return _zero(problem, y0), report
 
 
 def _net(given: nn.Module | str, choice: dict[str, Any] | None, y0: State) -> nn.Module:
@@ -282,22 +300,17 @@ def _signature(
     }
 
 
-def _fall_back(problem: Problem, net: nn.Module, data: Data) -> bool:
-    """Make a ready net zero where the base alone is better; return whether that was done.
+def _is_worse(problem: Problem, net: nn.Module, data: Data) -> bool:
+    """Return whether the base alone is better.
 
     That is where errors at the end are smaller in mean or 95th percentile, on held-out
     samples or even on those fitted to.
     """
-    if not isinstance(net, ReadyHypernet) or net.is_zero:
-        return False
     fitted = _fitted(problem, net)
-    if not any(is_worse(fitted, problem, batch) for batch in (data.held_out, data.first)):
-        return False
-    net.reset()
-    return True
+    return any(is_worse(fitted, problem, batch) for batch in (data.held_out, data.first))
 
 
-def _fitted(problem: Problem, net: nn.Module) -> Fitted:
+def _fitted(problem: Problem, net: Hypernet) -> Fitted:
     """Return the solver, and its base alone, as the report compares them."""
     solver, base = (problem.solver(g, problem.steps) for g in (net, no_correction))
     assert solver.n_steps is not None
@@ -312,7 +325,7 @@ def _fitted(problem: Problem, net: nn.Module) -> Fitted:
 
 def _report(
     problem: Problem,
-    net: nn.Module,
+    net: Hypernet,
     data: Data,
     state: FitState,
     budget: Budget,
@@ -334,10 +347,10 @@ def _report(
     )
 
 
-def _notes(state: FitState, cut: str, *, fell_back: bool) -> Iterator[str]:
+def _notes(state: FitState, cut: str) -> Iterator[str]:
     if state.iteration == 0:
         yield "no iteration ended in time: this is the base; pass a larger max_seconds"
-    elif fell_back:
+    elif state.is_base:
         yield "the fitted net was worse than none in mean or tail: this is the base alone"
     elif not state.best_error < state.base_error:
         yield "no better than the base on held-out samples: do not use it as it is"

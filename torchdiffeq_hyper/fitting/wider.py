@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._types import State, VectorField
-from torchdiffeq_hyper.fitting.batches import n_samples, parts_of
+from torchdiffeq_hyper.fitting.batches import n_samples, parts_of, select
 from torchdiffeq_hyper.fitting.data import Batch
 from torchdiffeq_hyper.fitting.judge import BROKEN, Fitted, Run
 from torchdiffeq_hyper.fitting.norms import sample_norms, sample_sizes
@@ -33,24 +35,20 @@ def wider_starts(fitted: Fitted, func: VectorField, batch: Batch) -> str:
     start = batch.start(0)
     wide = tuple(_wider(part) for part in parts_of(start))
     y0: State = wide if isinstance(start, tuple) else wide[0]
-    times, field = batch.routes[0].times[[0, -1]], batch.field(func)
-    own, base = (_end(run, field, y0, times) for run in (fitted.run, fitted.base))
-    if base is None:
-        return ""
-    if own is None:
-        return _note("some blow up, and others", fitted.name)
+    own, base = (_ends(run, func, batch, y0) for run in (fitted.run, fitted.base))
     unit = batch.units.state
+    is_finite = torch.isfinite(sample_norms(base, unit)[0])
+    if not bool(is_finite.any()):
+        return ""
+    own, base = (tuple(part[:, is_finite] for part in ends) for ends in (own, base))
     off = sample_norms(tuple(a - b for a, b in zip(own, base, strict=True)), unit)[0]
-    ratio = off / sample_sizes(base, unit)[0]
-    astray = int((~(ratio < ASTRAY)).sum())
-    return _note(f"{astray} of {n_samples(y0)}", fitted.name) if astray else ""
-
-
-def _note(what: str, name: str) -> str:
+    astray = int((~(off / sample_sizes(base, unit)[0] < ASTRAY)).sum())
+    if not astray:
+        return ""
     return (
-        f"starts unlike those fitted on may go wrong: of starts {FURTHER:g} times as far from "
-        f"their mean, {what} end far from where {name} ends; fit on starts that cover all that "
-        "you will meet"
+        f"starts unlike those fitted on may go wrong: {astray} of {len(off)} starts {FURTHER:g} "
+        f"times as far from their mean end far from where {fitted.name} ends; fit on starts that "
+        "cover all that you will meet"
     )
 
 
@@ -59,11 +57,15 @@ def _wider(part: Tensor) -> Tensor:
     return mean + FURTHER * (part - mean)
 
 
-def _end(run: Run, func: VectorField, y0: State, times: Tensor) -> tuple[Tensor, ...] | None:
-    """Return the parts of the ends, (1, batch, ...) each; None where the solve blows up."""
+def _ends(run: Run, func: VectorField, batch: Batch, y0: State) -> tuple[Tensor, ...]:
+    """Return the parts of the ends, (1, batch, ...) each; inf where a sample blows up."""
     try:
-        solution = run(func, y0, times)
+        solution = run(batch.field(func), y0, batch.routes[0].times[[0, -1]])
     except BROKEN:
-        return None
-    ends = tuple(part[-1:] for part in parts_of(solution))
-    return ends if all(bool(torch.isfinite(end).all()) for end in ends) else None
+        count = n_samples(y0)
+        if count == 1:
+            return tuple(torch.full_like(part, math.inf).unsqueeze(0) for part in parts_of(y0))
+        halves = torch.arange(count).tensor_split(2)
+        found = [_ends(run, func, batch.some(half), select(y0, half)) for half in halves]
+        return tuple(torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return tuple(part[-1:] for part in parts_of(solution))

@@ -13,6 +13,9 @@ from torchdiffeq_hyper.errors import OptionError, explain
 from torchdiffeq_hyper.hypernets._concat import SCALARS, ConcatHypernet, check_inputs
 from torchdiffeq_hyper.hypernets._scaled import Scaled
 
+TIME_UNIT = "time_unit"
+"""Name of the time unit and the order in a ready net's ``state_dict()``, where it is not 1."""
+
 
 class ReadyHypernet(ConcatHypernet):
     """Base of the ready nets: a `ConcatHypernet` that is zero until it is fitted.
@@ -40,7 +43,7 @@ class ReadyHypernet(ConcatHypernet):
         self.channels = channels
         self.n_stages = n_stages
         self.time_unit = 1.0
-        self._order = 0
+        self.order = 0
         self.n_context = n_context
         self._arguments = arguments
 
@@ -55,7 +58,7 @@ class ReadyHypernet(ConcatHypernet):
             "n_stages": self.n_stages,
             # Only where they count, so that earlier versions read all other nets.
             **({"n_context": self.n_context} if self.n_context else {}),
-            **({"time_unit": self.time_unit, "order": self._order} if self.time_unit != 1 else {}),
+            **({"time_unit": self.time_unit, "order": self.order} if self.time_unit != 1 else {}),
         }
 
     @property
@@ -80,12 +83,25 @@ class ReadyHypernet(ConcatHypernet):
             time_unit: its length, above 0.
             order: order p of the base.
         """
-        self.time_unit, self._order = float(time_unit), order
+        self.time_unit, self.order = float(time_unit), order
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: Any) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.time_unit != 1:  # not a buffer: a cast of the net must not round it
+            unit = torch.tensor([self.time_unit, self.order], dtype=torch.float64)
+            destination[prefix + TIME_UNIT] = unit
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        # Taken out, so that it counts as expected; torch hands over a copy of the dictionary.
+        unit = state_dict.pop(prefix + TIME_UNIT, None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        time_unit, order = (1.0, 0) if unit is None else unit.tolist()
+        self.measure_time_in(time_unit, int(order))
 
     def forward(self, step: StepInput) -> State:
         """Return g, like ``step.y``."""
         out = self.scaled(step)
-        for _ in range(self._order + 1 if self.time_unit != 1 else 0):
+        for _ in range(self.order + 1 if self.time_unit != 1 else 0):
             out = _divided(out, self.time_unit)
         return out
 

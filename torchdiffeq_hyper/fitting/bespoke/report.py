@@ -74,7 +74,6 @@ def report_of(
     budget: Budget,
     name: str,
     cut: str,
-    fell_back: bool,
 ) -> FitReport:
     """Return the report of a fit that ends; of the solver fitted and the one it started as."""
     return reported(
@@ -84,7 +83,7 @@ def report_of(
         state,
         budget,
         deltas=lambda: _deltas(problem, solvers, data.held_out),
-        notes=tuple(_notes(state, data, name, problem.calls, cut=cut, fell_back=fell_back)),
+        notes=tuple(_notes(state, data, name, problem.calls, cut=cut)),
     )
 
 
@@ -101,12 +100,10 @@ def _deltas(
     return own, start
 
 
-def _notes(
-    state: FitState, data: Data, name: str, calls: int, *, cut: str, fell_back: bool
-) -> Iterator[str]:
+def _notes(state: FitState, data: Data, name: str, calls: int, *, cut: str) -> Iterator[str]:
     if state.iteration == 0:
         yield f"no iteration ended in time: this is {name}; pass a larger max_seconds"
-    elif fell_back:
+    elif state.is_base:
         yield f"the fitted weights were worse than {name} in mean or tail: this is {name}"
     elif not state.best_error < state.base_error:
         yield f"no better than {name} on held-out samples: do not use it as it is"

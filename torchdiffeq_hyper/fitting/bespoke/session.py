@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +36,17 @@ from torchdiffeq_hyper.fitting.field import Field, OutOfTimeError, check_field
 from torchdiffeq_hyper.fitting.guard import frozen_or_restored
 from torchdiffeq_hyper.fitting.loop import Loop, snapshot
 from torchdiffeq_hyper.fitting.planning import ReferencePlan
-from torchdiffeq_hyper.fitting.prepare import measured, planned, to_keep
+from torchdiffeq_hyper.fitting.prepare import measured, planned, reserve, to_keep
 from torchdiffeq_hyper.fitting.progress import Progress
 from torchdiffeq_hyper.fitting.reference import Tolerances
 from torchdiffeq_hyper.fitting.report import is_worse, without_references
-from torchdiffeq_hyper.fitting.session import ENDLESS, MOST_BYTES, NOISE_LATEST, PROBES
+from torchdiffeq_hyper.fitting.session import (
+    ENDLESS,
+    MOST_BYTES,
+    NOISE_LATEST,
+    PROBES,
+    NotUsed,
+)
 from torchdiffeq_hyper.fitting.undeclared import check_samples
 from torchdiffeq_hyper.fitting.units import Units
 
@@ -56,12 +62,15 @@ def run_bespoke(
 ) -> BespokeSolver:
     """Fit, or go on with an interrupted fit, or return a finished one."""
     with (
+        suppress(NotUsed),
         nullcontext() if hypernet is None else frozen_or_restored(hypernet),
         measuring_time_in(hypernet, problem.width, ORDER),
     ):
         session = Session(problem, y0, hypernet, progress)
         report = session.run()
         problem.team.finish()
+        if hypernet is not None and session.solver.hypernet is None:
+            raise NotUsed
     solver = session.solver
     solver.domain, solver.report = problem.domain(session.batches.held_out.y0), report
     return solver.eval().requires_grad_(requires_grad=False)
@@ -108,7 +117,9 @@ class Session:
         if state is not None:
             self._budget.resume(state.seconds)
             if state.report is not None:
-                self.solver.load_state_dict(state.best)
+                if state.is_base:
+                    self._take_start("euler")
+                self.solver.load_state_dict(state.best, strict=not state.is_base)
                 return FitReport.from_dict(state.report)
         try:
             noise = self._measure(flat.dtype, state)
@@ -123,24 +134,26 @@ class Session:
         self._data.limit(state.most_batches)
         if state.phase == 0:
             share = LAST_PHASE if self.solver.hypernet is None else WEIGHTS_FIRST
-            left = self._budget.max_seconds - self._budget.seconds
+            reserve(problem, self._new_solver(name).solve, self._data, self._budget)
             Descents(
                 problem,
                 self.solver,
                 self._data,
                 self._held_out,
                 rows=self._rows,
-                deadline=self._budget.seconds + share * left,
+                deadline=self._budget.seconds + share * self._budget.to_train,
                 budget=self._budget,
                 progress=self._progress,
                 save=store.write,
             ).run(starts, state)
         if self.solver.hypernet is not None:
             self._fit_correction(state, store.write)
-        fell_back = team.from_first(lambda: self._fall_back(name, state))
-        team.align(self.solver)
+        state.is_base = team.from_first(lambda: self._is_worse(name, state))
+        if state.is_base:
+            self._take_start(name)
+            state.best_error = state.base_error
         self._fit_knots()
-        state.best = snapshot(self.solver)
+        state.best = {**state.best, **snapshot(self.solver)}
         report = team.from_first(
             lambda: report_of(
                 problem,
@@ -150,7 +163,6 @@ class Session:
                 budget=self._budget,
                 name=name,
                 cut=self._plan.note,
-                fell_back=fell_back,
             )
         )
         state.report = report.to_dict()
@@ -230,24 +242,26 @@ class Session:
         else:
             name = default_start(self._problem.calls)
             self.solver = self._new_solver(name)
+            name = f"{name} in {self._problem.calls} calls of func"
         return without_references(self._problem, name, self._budget, state)
 
-    def _fall_back(self, name: str, state: FitState) -> bool:
-        """Take the classical start where it is better; return whether that was done.
+    def _take_start(self, name: str) -> None:
+        """Let the solver be a classical method again, without a correction."""
+        self.solver.hypernet = None  # type: ignore[assignment]
+        self.solver.set_weights(self._new_solver(name).weights)
+
+    def _is_worse(self, name: str, state: FitState) -> bool:
+        """Return whether the classical start is better.
 
         That is where errors at the end are smaller in mean or 95th percentile, on held-out
         samples or even on those fitted to.
         """
-        if state.iteration == 0 or self.solver.hypernet is not None:
+        if state.iteration == 0:
             return False
         start = self._new_solver(name)
         fitted = fitted_of(self._problem, (self.solver, start), name, self.batches.held_out.y0)
         batches = self._data.held_out, self._data.first
-        if not any(is_worse(fitted, self._problem, batch) for batch in batches):
-            return False
-        self.solver.set_weights(start.weights)
-        state.best_error = state.base_error
-        return True
+        return any(is_worse(fitted, self._problem, batch) for batch in batches)
 
     def _fit_correction(self, state: FitState, save: Callable[[FitState], None]) -> None:
         """Fit the correction, the weights staying as they are."""

@@ -41,15 +41,25 @@ def best_starts(held_out: Sequence[Piece], like: Tensor) -> list[str]:
         (name for name in errors if math.isfinite(errors[name])), key=errors.__getitem__
     )
     if not finite:
+        total = sum(len(piece.scale) for piece in held_out)
+        least = min(_blown_up(held_out, w.to(like)) for w in compositions(n).values())
         raise FitDivergedError(
             explain(
                 f"no classical method stays finite with {n} calls of func on the held-out "
-                "samples: there is nothing to start from.",
-                "one that does.",
-                f"more calls: steps={2 * n}",
+                f"samples: at best {least} of {total} blow up. There is nothing to start from.",
+                "a method that stays finite on all of them.",
+                f"a shorter span, starts without those, or more calls: steps={2 * n}",
             )
         )
     return finite
+
+
+def _blown_up(held_out: Sequence[Piece], weights: Tensor) -> int:
+    """Return the number of samples whose end is not finite."""
+    return sum(
+        int((~torch.isfinite(piece.errors(piece.roll_out.end(weights)[0]))).sum())
+        for piece in held_out
+    )
 
 
 def default_start(n: int) -> str:

@@ -212,7 +212,10 @@ def test_a_net_that_is_worse_than_none_is_put_back(base: str, tmp_path: Any) -> 
     assert net.size.requires_grad
     report = solver.report
     assert report is not None
-    assert report.errors == report.base_errors
+    assert report.errors is not None
+    assert report.base_errors is not None
+    assert report.errors.mean <= report.base_errors.mean
+    assert report.errors.p95 <= report.base_errors.p95
     assert any("worse than" in note for note in report.notes)
     solver.save(tmp_path / "base.safetensors")
     again = tdh.fit(damped_wave, Y0, SPAN, hypernet=net, **given)  # the finished fit

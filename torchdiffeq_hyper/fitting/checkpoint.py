@@ -62,7 +62,8 @@ class FitState:
         stopped: why the last phase ended, "" before.
         report: the finished fit's report, None while it runs.
         choice: the net that was chosen ("architecture") and why ("note"), None if it was given.
-        is_base: whether the base alone is the result.
+        fallback: what is returned in place of what was fitted: "" for nothing, "weights" for a
+            bespoke solver without its correction, "start" for the base or classical start.
         references: what is solved and how exactly, as `prepare.to_keep` returns it.
     """
 
@@ -87,7 +88,7 @@ class FitState:
     report: dict[str, Any] | None = None
     choice: dict[str, Any] | None = None
     references: dict[str, Any] | None = None
-    is_base: bool = False
+    fallback: str = ""
 
 
 CHECKPOINT = Record(

@@ -127,7 +127,7 @@ def _fit_net(
     if state is not None:
         budget.resume(state.seconds)
         is_own = isinstance(given, nn.Module) and not isinstance(given, ReadyHypernet)
-        if state.report is not None and state.is_base and is_own:
+        if state.report is not None and state.fallback and is_own:
             return _zero(problem, held_out.y0), FitReport.from_dict(state.report)
         if state.report is not None:
             net = stack.enter_context(frozen_or_restored(_net(given, state.choice, held_out.y0)))
@@ -184,13 +184,13 @@ def _finish(
     """Give up what is worse than the base; return what is used, and the report."""
     team, used = problem.team, cast(Hypernet, net)
     net.eval()
-    state.is_base = team.from_first(lambda: _is_worse(problem, net, data))
-    if state.is_base and isinstance(net, ReadyHypernet):
+    state.fallback = "start" if team.from_first(lambda: _is_worse(problem, net, data)) else ""
+    if state.fallback and isinstance(net, ReadyHypernet):
         net.reset()
         state.best = snapshot(net)
-    elif state.is_base:
+    elif state.fallback:
         used = _zero(problem, data.held_out.y0)
-    if state.is_base:
+    if state.fallback:
         state.best_error = state.base_error
     notes = tuple(_notes(state, cut))
     report = team.from_first(lambda: _report(problem, used, data, state, budget, notes=notes))
@@ -350,7 +350,7 @@ def _report(
 def _notes(state: FitState, cut: str) -> Iterator[str]:
     if state.iteration == 0:
         yield "no iteration ended in time: this is the base; pass a larger max_seconds"
-    elif state.is_base:
+    elif state.fallback:
         yield "the fitted net was worse than none in mean or tail: this is the base alone"
     elif not state.best_error < state.base_error:
         yield "no better than the base on held-out samples: do not use it as it is"

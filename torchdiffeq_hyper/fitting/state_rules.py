@@ -14,6 +14,7 @@ from torchdiffeq_hyper._schema import (
     FLAG,
     FLOATS,
     Anything,
+    Choice,
     Either,
     Items,
     Maybe,
@@ -98,6 +99,7 @@ RULES: dict[str, Rule] = {
     "choice": Maybe(CHOICE),
     "landing": Maybe(Whole(1)),
     "references": Maybe(REFERENCES),
+    "fallback": Choice(("", "weights", "start")),
     "seconds": Real(low=0.0),
 }
 """Rules of fields of a `FitState`; the others' come from their annotations."""

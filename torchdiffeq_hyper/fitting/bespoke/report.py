@@ -103,7 +103,9 @@ def _deltas(
 def _notes(state: FitState, data: Data, name: str, calls: int, *, cut: str) -> Iterator[str]:
     if state.iteration == 0:
         yield f"no iteration ended in time: this is {name}; pass a larger max_seconds"
-    elif state.is_base:
+    elif state.fallback == "weights":
+        yield "the correction was worse than none in mean or tail: these are the weights alone"
+    elif state.fallback:
         yield f"the fitted weights were worse than {name} in mean or tail: this is {name}"
     elif not state.best_error < state.base_error:
         yield f"no better than {name} on held-out samples: do not use it as it is"

@@ -117,9 +117,9 @@ class Session:
         if state is not None:
             self._budget.resume(state.seconds)
             if state.report is not None:
-                if state.is_base:
-                    self._take_start("euler")
-                self.solver.load_state_dict(state.best, strict=not state.is_base)
+                if state.fallback:
+                    self.solver.hypernet = None  # type: ignore[assignment]
+                self.solver.load_state_dict(state.best, strict=not state.fallback)
                 return FitReport.from_dict(state.report)
         try:
             noise = self._measure(flat.dtype, state)
@@ -148,10 +148,7 @@ class Session:
             ).run(starts, state)
         if self.solver.hypernet is not None:
             self._fit_correction(state, store.write)
-        state.is_base = team.from_first(lambda: self._is_worse(name, state))
-        if state.is_base:
-            self._take_start(name)
-            state.best_error = state.base_error
+        self._give_up_what_is_worse(name, state)
         self._fit_knots()
         state.best = {**state.best, **snapshot(self.solver)}
         report = team.from_first(
@@ -245,23 +242,34 @@ class Session:
             name = f"{name} in {self._problem.calls} calls of func"
         return without_references(self._problem, name, self._budget, state)
 
-    def _take_start(self, name: str) -> None:
-        """Let the solver be a classical method again, without a correction."""
+    def _give_up_what_is_worse(self, name: str, state: FitState) -> None:
+        """Let the solver be what is best, without its correction or as it started."""
+        state.fallback = self._problem.team.from_first(lambda: self._fallback(name, state))
+        if not state.fallback:
+            return
         self.solver.hypernet = None  # type: ignore[assignment]
-        self.solver.set_weights(self._new_solver(name).weights)
+        if state.fallback == "start":
+            self.solver.set_weights(self._new_solver(name).weights)
+        state.best_error = mean_error(self._held_out, self.solver.weights)
 
-    def _is_worse(self, name: str, state: FitState) -> bool:
-        """Return whether the classical start is better.
+    def _fallback(self, name: str, state: FitState) -> str:
+        """Return what is better than what was fitted: "weights", "start", or "" for nothing.
 
         That is where errors at the end are smaller in mean or 95th percentile, on held-out
         samples or even on those fitted to.
         """
         if state.iteration == 0:
-            return False
-        start = self._new_solver(name)
-        fitted = fitted_of(self._problem, (self.solver, start), name, self.batches.held_out.y0)
-        batches = self._data.held_out, self._data.first
-        return any(is_worse(fitted, self._problem, batch) for batch in batches)
+            return ""
+        solvers = {"": self.solver}
+        if self.solver.hypernet is not None:
+            solvers["weights"] = BespokeSolver(self.solver.weights)
+        start, y0 = self._new_solver(name), self.batches.held_out.y0
+        for fallback, solver in solvers.items():
+            fitted = fitted_of(self._problem, (solver, start), name, y0)
+            batches = self._data.held_out, self._data.first
+            if not any(is_worse(fitted, self._problem, batch) for batch in batches):
+                return fallback
+        return "start"
 
     def _fit_correction(self, state: FitState, save: Callable[[FitState], None]) -> None:
         """Fit the correction, the weights staying as they are."""

@@ -5,7 +5,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint
 
 .PHONY: demo test fuzz lint format clean
 
-## Train a small Neural ODE on real digits, fit hypersolvers, print the table (5 minutes).
+## Train a small Neural ODE on real digits, fit solvers to it, print the table (6 minutes).
 demo: .venv/demo.stamp
 	$(BIN)/python examples/a1_digits.py
 

@@ -19,7 +19,7 @@ from _digits import load_digits, train
 
 import torchdiffeq_hyper as tdh
 
-FITS = (("bns", 5, 40), ("bns", 10, 40), ("euler", 10, 500), ("heun", 5, 500))
+FITS = (("bns", 5, 100), ("bns", 10, 100), ("euler", 10, 800), ("heun", 5, 800))
 """Base, steps and iterations of each fit."""
 
 

@@ -21,7 +21,7 @@ from torchdiffeq_hyper.fitting.judge import BROKEN, Run, end_errors
 
 SHARE_OF_FIT = 0.05
 """Share of a fit's time that the measurement may take, if that is more than `LEAST_SECONDS`."""
-LEAST_SECONDS = 2.0
+LEAST_SECONDS = 5.0
 MOST_SAMPLES = 8
 """Samples on which the classical solvers' settings are sought, where time is short."""
 SEARCH = 100
@@ -92,7 +92,7 @@ def measure(
         calls: calls of func in one of the fitted solver's solves.
         fit_seconds: what the fit took.
         seconds_left: what the measurement may take at most; it takes a twentieth of the
-            fit's time, or two seconds if that is more.
+            fit's time, or five seconds if that is more.
 
     Returns:
         The reason, where there is none.

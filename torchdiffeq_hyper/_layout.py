@@ -76,6 +76,11 @@ class StateLayout:
 _TENSOR = StateLayout(None)
 
 
+def parts_of(y: State) -> tuple[Tensor, ...]:
+    """Return the tensors of a state."""
+    return y if isinstance(y, tuple) else (y,)
+
+
 def how_to_batch(y0: State) -> str:
     """Return the fix for a state without samples along dim 0."""
     if isinstance(y0, Tensor):

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from torchdiffeq_hyper._types import VectorField
 
+SHAPE_CLASHES = (RuntimeError, ValueError, IndexError, TypeError)
+"""What torch raises where shapes do not go together, e.g. in a func of the whole batch only."""
+
 HOW_TO_RESTRICT = (
     "tdh.Conditioned(func, noise)   # calls func(t, y, noise), with the rows of its samples\n"
     "or give func's class the method restrict(self, index) -> func of these samples"

@@ -120,6 +120,11 @@ class PluginWarning(HyperWarning):
     """A plugin broke or clashed and was skipped."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says; its class where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def explain(problem: str, expected: str, fix: str) -> str:
     """Lay out an error text: what was wrong, what was expected, a fix to paste.
 

@@ -19,6 +19,7 @@ from torchdiffeq_hyper.errors import (
     StateShapeError,
     StateTypeError,
     explain,
+    first_line,
 )
 from torchdiffeq_hyper.hypernets import ConcatHypernet
 from torchdiffeq_hyper.hypernets._ready import TIME_UNIT, ReadyHypernet
@@ -109,8 +110,7 @@ def match(
         except (BaseMismatchError, StateShapeError) as error:
             raise FileFormatError(
                 explain(
-                    f"the weights in {path!r} do not fit its own description: "
-                    f"{str(error).splitlines()[0]}",
+                    f"the weights in {path!r} do not fit its own description: {first_line(error)}",
                     "a file as `save` wrote it.",
                     "fit and save again",
                 )

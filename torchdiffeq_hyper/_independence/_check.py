@@ -23,7 +23,8 @@ from torchdiffeq_hyper._independence._parts import (
     ways_of_one_sample,
 )
 from torchdiffeq_hyper._independence._probe import Probe
-from torchdiffeq_hyper._independence._state import like, n_samples, parts_of, take
+from torchdiffeq_hyper._independence._state import like, n_samples, take
+from torchdiffeq_hyper._layout import parts_of
 from torchdiffeq_hyper._restrict import HOW_TO_RESTRICT, restrict
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.errors import CoupledSamplesError, StateShapeError, explain

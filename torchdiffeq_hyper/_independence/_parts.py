@@ -11,17 +11,21 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._independence._state import own, parts_of, shapes
-from torchdiffeq_hyper._restrict import HOW_TO_RESTRICT, restrict
+from torchdiffeq_hyper._independence._state import own, shapes
+from torchdiffeq_hyper._layout import parts_of
+from torchdiffeq_hyper._restrict import HOW_TO_RESTRICT, SHAPE_CLASHES, restrict
 from torchdiffeq_hyper._types import State, VectorField
-from torchdiffeq_hyper.errors import CoupledSamplesError, HyperError, StateShapeError, explain
+from torchdiffeq_hyper.errors import (
+    CoupledSamplesError,
+    HyperError,
+    StateShapeError,
+    explain,
+    first_line,
+)
 
 Alone: TypeAlias = Callable[[Tensor, State, Tensor], State]
 """``alone(t, y, index)``: the derivatives of the samples at positions ``index``, whose state is
 ``y``, without the other samples."""
-
-# What torch raises where shapes do not go together.
-_CLASHES = (RuntimeError, ValueError, IndexError, TypeError)
 
 _probing: contextvars.ContextVar[bool] = contextvars.ContextVar("probing", default=False)
 
@@ -61,8 +65,8 @@ def by_restricting(func: VectorField, y0: State) -> Alone:
             k: State = restrict(func, index)(t, y)
         except HyperError:
             raise
-        except _CLASHES as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+        except SHAPE_CLASHES as error:
+            reason = first_line(error)
             error_of_part = cannot_take_part(f"fails ({reason})", y0)
             raise error_of_part from error
         if shapes(k) != shapes(y):

@@ -15,14 +15,13 @@ from torchdiffeq_hyper._independence._state import (
     n_samples,
     nudged,
     own,
-    parts_of,
     relative_slack,
     scaled,
     shapes,
     size,
     take,
 )
-from torchdiffeq_hyper._layout import is_half
+from torchdiffeq_hyper._layout import is_half, parts_of
 from torchdiffeq_hyper._types import State, VectorField
 
 SLACK = 1e-5

@@ -5,13 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._layout import is_half
+from torchdiffeq_hyper._layout import is_half, parts_of
 from torchdiffeq_hyper._types import State
-
-
-def parts_of(y: State) -> tuple[Tensor, ...]:
-    """Return the tensors of a state."""
-    return y if isinstance(y, tuple) else (y,)
 
 
 def like(y: State, parts: tuple[Tensor, ...]) -> State:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from torchdiffeq_hyper._checks import check_kind
 from torchdiffeq_hyper._independence import check_independence
-from torchdiffeq_hyper._layout import is_half
+from torchdiffeq_hyper._layout import is_half, parts_of
 from torchdiffeq_hyper._per_sample._rows import RowLayout
 from torchdiffeq_hyper._restrict import HOW_TO_RESTRICT, can_restrict, restrict
 from torchdiffeq_hyper._reuse import own
 from torchdiffeq_hyper._types import State, VectorField
-from torchdiffeq_hyper.errors import HyperError, OptionError, StateShapeError, explain
+from torchdiffeq_hyper.errors import HyperError, OptionError, StateShapeError, explain, first_line
 
 TIME_MODES = {
     "vmap": "func is vectorised by torch.func.vmap: a 0-d t and a batch of 1 for each sample",
@@ -95,7 +95,7 @@ class SampleField:
         check_kind(k, y)
         got, expected = (
             [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in s]
-            for s in (k if isinstance(k, tuple) else (k,), y if isinstance(y, tuple) else (y,))
+            for s in (parts_of(k), parts_of(y))
         )
         if got == expected and isinstance(k, tuple) == isinstance(y, tuple):
             return
@@ -112,11 +112,10 @@ class SampleField:
 
     def _raise_refused(self, error: Exception) -> NoReturn:
         others = [mode for mode in TIME_MODES if mode != self.mode]
-        first = (str(error).splitlines() or [""])[0]
         raise OptionError(
             explain(
                 f'func failed with options["time"] = "{self.mode}" ({TIME_MODES[self.mode]}): '
-                f"{type(error).__name__}: {first}",
+                f"{type(error).__name__}: {first_line(error)}",
                 "a func that can be called that way, or another way of calling it"
                 + ("." if can_restrict(self.func) else "; what it holds of every sample is named."),
                 "\n".join(f'options={{"time": "{mode}"}}   # {TIME_MODES[mode]}' for mode in others)

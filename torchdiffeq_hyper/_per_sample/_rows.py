@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._layout import StateLayout, how_to_batch
+from torchdiffeq_hyper._layout import StateLayout, how_to_batch, parts_of
 from torchdiffeq_hyper._types import State
 from torchdiffeq_hyper.errors import StateShapeError, StateTypeError, explain
 
@@ -39,7 +39,7 @@ class RowLayout:
             StateShapeError: a part has no batch dimension, or another number of samples.
         """
         StateLayout.of(y)
-        parts = y if isinstance(y, tuple) else (y,)
+        parts = parts_of(y)
         sizes = {part.shape[0] if part.dim() else None for part in parts}
         if len(sizes) != 1 or None in sizes:
             raise StateShapeError(

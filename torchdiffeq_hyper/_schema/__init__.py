@@ -9,6 +9,7 @@ write and earlier ones did not is a `Default`::
 """
 
 from torchdiffeq_hyper._schema._derived import record_of
+from torchdiffeq_hyper._schema._nets import built, check_sizes
 from torchdiffeq_hyper._schema._records import (
     Default,
     Either,
@@ -19,7 +20,6 @@ from torchdiffeq_hyper._schema._records import (
     Such,
     Table,
     Tagged,
-    check_sizes,
 )
 from torchdiffeq_hyper._schema._rule import (
     Mismatch,
@@ -61,6 +61,7 @@ __all__ = [
     "TensorOf",
     "Text",
     "Whole",
+    "built",
     "check_sizes",
     "checked",
     "mismatch",

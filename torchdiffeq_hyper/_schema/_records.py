@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from torchdiffeq_hyper._schema._rule import UPGRADE, Mismatch, Rule, mismatch, missing, under
 
@@ -220,29 +218,3 @@ class Tagged:
             raise mismatch(under(name, self.tag), kind, f"one of {known}", UPGRADE)
         others = {key: item for key, item in value.items() if key != self.tag}
         return {self.tag: kind, **self.kinds[kind].check(others, name)}
-
-
-def check_sizes(
-    description: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    at: str,
-    but: Sequence[str] = (),
-) -> None:
-    """Refuse a net described as larger than its tensors are, before it is built.
-
-    Args:
-        description: the net's; its ints are sizes, lists of ints one size a layer.
-        tensors: its weights.
-        at: the place of the description, for the message.
-        but: ints that are no sizes.
-
-    Raises:
-        Mismatch: a size is above all numbers in the tensors, or there are more layers.
-    """
-    numbers = sum(tensor.numel() for tensor in tensors.values())
-    for name, value in description.items():
-        sizes = value if isinstance(value, list) else [value]
-        is_size = name not in but and all(type(size) is int for size in sizes)
-        if is_size and (max(sizes, default=0) > numbers or len(sizes) > len(tensors)):
-            expected = f"sizes that fit the {numbers:,} numbers in {len(tensors)} tensors"
-            raise mismatch(under(at, name), value, expected)

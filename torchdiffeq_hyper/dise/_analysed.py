@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchdiffeq_hyper._layout import parts_of
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.dise._dispatcher import Dispatcher
 from torchdiffeq_hyper.dise.config import SelectorConfig
 from torchdiffeq_hyper.dise.costs import Cost
 from torchdiffeq_hyper.dise.labels import Labels, collect
-from torchdiffeq_hyper.dise.samples import count, parts_of
+from torchdiffeq_hyper.dise.samples import count
 from torchdiffeq_hyper.dise.selectors import ready
 from torchdiffeq_hyper.dise.sweep import sweep
 from torchdiffeq_hyper.dise.tradeoff import Oracle, TradeOff

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._files import damage_reported, load_weights
+from torchdiffeq_hyper._layout import parts_of
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.dise import storage
 from torchdiffeq_hyper.dise._analysed import Analysed
@@ -21,7 +22,7 @@ from torchdiffeq_hyper.dise.config import SelectorConfig
 from torchdiffeq_hyper.dise.costs import Cost
 from torchdiffeq_hyper.dise.labels import Labels
 from torchdiffeq_hyper.dise.report import DiseReport
-from torchdiffeq_hyper.dise.samples import count, parts_of, take
+from torchdiffeq_hyper.dise.samples import count, take
 from torchdiffeq_hyper.dise.training import Split, check_fittable, predict, train
 from torchdiffeq_hyper.errors import OneCandidateWarning
 

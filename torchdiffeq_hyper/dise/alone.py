@@ -10,12 +10,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from torchdiffeq_hyper._independence import check_independence
+from torchdiffeq_hyper._layout import parts_of
 from torchdiffeq_hyper._per_sample import PerSampleDopri5
 from torchdiffeq_hyper._restrict import HOW_TO_RESTRICT
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.dise.candidates import Candidate
 from torchdiffeq_hyper.dise.dispatch import GroupField, solve_group
-from torchdiffeq_hyper.dise.samples import concatenate, count, parts_of, take
+from torchdiffeq_hyper.dise.samples import concatenate, count, take
 from torchdiffeq_hyper.errors import (
     NoisyFieldError,
     NonFiniteError,

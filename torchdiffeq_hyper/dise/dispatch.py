@@ -12,17 +12,14 @@ from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._checks import check_kind
 from torchdiffeq_hyper._finite import cast_back
 from torchdiffeq_hyper._independence import cannot_take_part, check_independence, is_probing
-from torchdiffeq_hyper._layout import is_half
-from torchdiffeq_hyper._restrict import can_restrict, restrict
+from torchdiffeq_hyper._layout import is_half, parts_of
+from torchdiffeq_hyper._restrict import SHAPE_CLASHES, can_restrict, restrict
 from torchdiffeq_hyper._reuse import own
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper._wrappers import look_through
 from torchdiffeq_hyper.dise.candidates import Candidate
-from torchdiffeq_hyper.dise.samples import cast, concatenate, count, parts_of, take
-from torchdiffeq_hyper.errors import HyperError, OptionError, StateShapeError, explain
-
-# What torch raises where shapes do not go together.
-_CLASHES = (RuntimeError, ValueError, IndexError, TypeError)
+from torchdiffeq_hyper.dise.samples import cast, concatenate, count, take
+from torchdiffeq_hyper.errors import HyperError, OptionError, StateShapeError, explain, first_line
 
 
 class GroupField:
@@ -65,9 +62,9 @@ class GroupField:
             k = self.base_func(t, state)
         except HyperError:
             raise
-        except _CLASHES as error:
+        except SHAPE_CLASHES as error:
             if self._takes_the_whole(t):
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                reason = first_line(error)
                 clash = self._clash(f"fails ({reason})")
                 raise clash from error
             raise

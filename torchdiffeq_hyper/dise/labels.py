@@ -11,11 +11,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from torchdiffeq_hyper._grid import check_times
+from torchdiffeq_hyper._layout import parts_of
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.dise.alone import Alone, check_field
 from torchdiffeq_hyper.dise.candidates import Candidate
 from torchdiffeq_hyper.dise.costs import Cost
-from torchdiffeq_hyper.dise.samples import are_finite, count, parts_of
+from torchdiffeq_hyper.dise.samples import are_finite, count
 from torchdiffeq_hyper.errors import OptionError, explain
 from torchdiffeq_hyper.fitting.context import Starts, bind
 from torchdiffeq_hyper.fitting.guard import left_as_found

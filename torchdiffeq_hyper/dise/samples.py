@@ -7,13 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchdiffeq_hyper._layout import parts_of
 from torchdiffeq_hyper._per_sample._rows import RowLayout
 from torchdiffeq_hyper._types import State
-
-
-def parts_of(y: State) -> tuple[Tensor, ...]:
-    """Return the tensors of a state."""
-    return y if isinstance(y, tuple) else (y,)
 
 
 def count(y0: State) -> int:

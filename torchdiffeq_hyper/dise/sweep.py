@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from torchdiffeq_hyper._layout import parts_of
 from torchdiffeq_hyper._types import State
 from torchdiffeq_hyper.dise.config import SelectorConfig
 from torchdiffeq_hyper.dise.costs import check_settings
 from torchdiffeq_hyper.dise.labels import Labels
-from torchdiffeq_hyper.dise.samples import parts_of, take
+from torchdiffeq_hyper.dise.samples import take
 from torchdiffeq_hyper.dise.tradeoff import TradeOff, TradeOffPoint, singles
 from torchdiffeq_hyper.dise.training import Split, predict, train
 

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torchdiffeq_hyper._checks import check_answer
 from torchdiffeq_hyper._flops import FlopCounter
 from torchdiffeq_hyper._independence import is_probing
+from torchdiffeq_hyper._layout import parts_of
 from torchdiffeq_hyper._restrict import can_restrict, restrict
 from torchdiffeq_hyper._timing import median_seconds
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper._wrappers import look_through
-from torchdiffeq_hyper.evaluation._problem import Problem, parts
+from torchdiffeq_hyper.evaluation._problem import Problem
 
 
 class Counted:
@@ -139,7 +140,7 @@ def errors(y: State, reference: State) -> Errors:
 
 def _float64(y: State) -> list[Tensor]:
     # On the CPU, because some accelerators have no float64.
-    wide = [part.detach().cpu() for part in parts(y)]
+    wide = [part.detach().cpu() for part in parts_of(y)]
     return [p.to(torch.complex128 if p.is_complex() else torch.float64) for p in wide]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from torchdiffeq_hyper._layout import StateLayout, how_to_batch, is_half
+from torchdiffeq_hyper._layout import StateLayout, how_to_batch, is_half, parts_of
 from torchdiffeq_hyper._reuse import own
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.errors import NonFiniteError, OptionError, StateShapeError, explain
@@ -58,7 +58,7 @@ class Problem:
             OptionError: ``t_span`` is not two different finite times.
         """
         StateLayout.of(y0)
-        tensors = parts(y0)
+        tensors = parts_of(y0)
         sizes = {part.shape[:1] for part in tensors}
         if len(sizes) != 1 or not sizes.pop() or 0 in (part.numel() for part in tensors):
             shapes = " and ".join(str(tuple(part.shape)) for part in tensors)
@@ -86,8 +86,8 @@ class Problem:
 
     def size(self) -> float:
         """Return the size of the states, by which absolute tolerances are multiplied."""
-        y0 = torch.cat([part.flatten() for part in parts(self.y0)])
-        k = torch.cat([part.flatten() for part in parts(self.func(self.t[0], self.y0))])
+        y0 = torch.cat([part.flatten() for part in parts_of(self.y0)])
+        k = torch.cat([part.flatten() for part in parts_of(self.func(self.t[0], self.y0))])
         start, end = self.t.tolist()
         return Units.of((start, end), y0, k).state
 
@@ -102,7 +102,9 @@ class Problem:
         """
         func, y0 = self._answering_in_own_memory, self.y0
         # An adaptive solve of a noisy field may never end.
-        first, second = (torch.cat([p.flatten() for p in parts(func(self.t[0], y0))]) for _ in "ab")
+        first, second = (
+            torch.cat([p.flatten() for p in parts_of(func(self.t[0], y0))]) for _ in "ab"
+        )
         check_repeatable(first, second, self.dtype, float(self.t[0]))
         if is_half(self.dtype):
             func, y0 = self._answering_in_float32, _cast(y0, torch.float32)
@@ -113,7 +115,7 @@ class Problem:
 
         # An empty context: no scope of ours may replace or record the reference.
         y = unless_broken(lambda: contextvars.Context().run(solve))
-        if y is None or not all(bool(torch.isfinite(part).all()) for part in parts(y)):
+        if y is None or not all(bool(torch.isfinite(part).all()) for part in parts_of(y)):
             raise NonFiniteError(
                 explain(
                     f"dopri5 finds no reference solution at rtol {rtol:g}, atol {atol:g}.",
@@ -160,11 +162,6 @@ def unless_broken(solve: Callable[[], State]) -> State | None:
         if not str(error).startswith(BROKEN_DOWN):
             raise
         return None
-
-
-def parts(y: State) -> tuple[Tensor, ...]:
-    """Return the tensors of a state."""
-    return (y,) if isinstance(y, Tensor) else tuple(y)
 
 
 def without_start(solution: State) -> State:

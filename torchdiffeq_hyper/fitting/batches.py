@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import overload
 
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._layout import StateLayout, how_to_batch
+from torchdiffeq_hyper._layout import StateLayout, how_to_batch, parts_of
 from torchdiffeq_hyper._types import State
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, explain
 from torchdiffeq_hyper.fitting.config import FitConfig
@@ -149,7 +149,7 @@ def _a(batch: object) -> str:
 
 def _checked_starts(state: State, context: tuple[Tensor, ...]) -> Starts:
     layout = StateLayout.of(state)  # refuses what is not a state
-    parts = state if isinstance(state, tuple) else (state,)
+    parts = parts_of(state)
     if any(part.is_complex() for part in parts):
         raise StateTypeError(
             explain(
@@ -293,8 +293,3 @@ def select(samples: State | Starts, index: Tensor) -> State | Starts:
         return Starts(select(samples.y0, index), context)
     parts = tuple(part[index.to(part.device)] for part in parts_of(samples))
     return parts if isinstance(samples, tuple) else parts[0]
-
-
-def parts_of(state: State) -> Sequence[Tensor]:
-    """Return the tensors of a state."""
-    return state if isinstance(state, tuple) else (state,)

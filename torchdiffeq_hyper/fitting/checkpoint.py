@@ -23,7 +23,13 @@ from torchdiffeq_hyper._schema import (
     refused,
     shown,
 )
-from torchdiffeq_hyper.errors import FileFormatError, FileWriteError, OptionError, explain
+from torchdiffeq_hyper.errors import (
+    FileFormatError,
+    FileWriteError,
+    OptionError,
+    explain,
+    first_line,
+)
 from torchdiffeq_hyper.fitting.field import SHARES
 from torchdiffeq_hyper.fitting.fingerprint import differing, fingerprint
 from torchdiffeq_hyper.fitting.state_rules import RULES, check_state
@@ -150,8 +156,7 @@ class Store:
         try:
             content = torch.load(self._path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a reader of damaged archives may raise
-            reason = next(iter(str(error).splitlines()), "")
-            reason = f"{type(error).__name__}: {reason}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
             raise self._unusable(reason) from error
         if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
             reason = f"its format is {shown(content['format'])}"

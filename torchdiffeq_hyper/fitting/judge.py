@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchdiffeq_hyper._layout import parts_of
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.fitting.batches import n_samples
 from torchdiffeq_hyper.fitting.data import Batch
@@ -70,13 +71,9 @@ def _off(run: Run, func: VectorField, batch: Batch, route: int, *, is_whole: boo
         parts = [_off(run, func, batch.some(half), route, is_whole=is_whole) for half in halves]
         return torch.cat(parts, dim=1)
     exact = batch.layout.split(samples.y if is_whole else samples.y[[0, -1]])
-    pairs = zip(_parts(found), _parts(exact), strict=True)
+    pairs = zip(parts_of(found), parts_of(exact), strict=True)
     difference = tuple(a[1:].to(b.dtype) - b[1:] for a, b in pairs)
     return sample_norms(difference, batch.units.state)
-
-
-def _parts(state: State) -> tuple[Tensor, ...]:
-    return state if isinstance(state, tuple) else (state,)
 
 
 def _finite_or_inf(errors: Tensor) -> Tensor:

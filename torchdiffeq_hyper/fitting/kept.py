@@ -9,7 +9,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper.fitting.batches import parts_of
+from torchdiffeq_hyper._layout import parts_of
 from torchdiffeq_hyper.fitting.budget import Budget
 from torchdiffeq_hyper.fitting.context import Starts
 from torchdiffeq_hyper.fitting.data import Batch, measure_batch

@@ -8,7 +8,7 @@ from typing import Any
 from torchdiffeq_hyper import _registry
 from torchdiffeq_hyper._domain import FitDomain
 from torchdiffeq_hyper._grid import Steps
-from torchdiffeq_hyper._layout import StateLayout
+from torchdiffeq_hyper._layout import StateLayout, parts_of
 from torchdiffeq_hyper._types import Hypernet, State, VectorField
 from torchdiffeq_hyper.fitting.config import FitConfig
 from torchdiffeq_hyper.fitting.context import Context, split_context
@@ -113,7 +113,7 @@ class Problem:
 
     def domain(self, y0: State) -> FitDomain:
         """Return what the solver is fitted for."""
-        parts = y0 if isinstance(y0, tuple) else (y0,)
+        parts = parts_of(y0)
         width, counts = self.width, step_counts(self.steps)
         return FitDomain(
             span=self.span,

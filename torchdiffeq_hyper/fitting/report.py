@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._report import BreakEven, ErrorSummary, FitReport, Rival
+from torchdiffeq_hyper.errors import first_line
 from torchdiffeq_hyper.fitting.break_even import measure as measure_break_even
 from torchdiffeq_hyper.fitting.budget import Budget
 from torchdiffeq_hyper.fitting.checkpoint import FitState
@@ -209,8 +210,7 @@ def _or_none(measure: Callable[[], T], what: str, failed: list[str]) -> T | None
 
 
 def _failure(what: str, error: Exception) -> str:
-    reason = next(iter(str(error).splitlines()), "")
-    return f"{what} could not be measured: {type(error).__name__}: {reason}"
+    return f"{what} could not be measured: {type(error).__name__}: {first_line(error)}"
 
 
 def _notes(

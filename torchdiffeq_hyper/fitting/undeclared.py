@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._layout import StateLayout
-from torchdiffeq_hyper.errors import CoupledSamplesError, StateShapeError, explain
+from torchdiffeq_hyper._restrict import SHAPE_CLASHES
+from torchdiffeq_hyper.errors import CoupledSamplesError, StateShapeError, explain, first_line
 from torchdiffeq_hyper.fitting.batches import n_samples, select
 from torchdiffeq_hyper.fitting.context import Starts
 from torchdiffeq_hyper.fitting.field import Field, wide_dtype
@@ -23,9 +24,6 @@ CHANGE = 1e-2
 """Relative change of the derivatives that is not rounding."""
 NOISE = 1e-2
 """Change at a second call, as a share of the change in another order, that is noise."""
-
-# What torch raises where shapes do not go together, and what this package makes of it.
-_CLASHES = (RuntimeError, ValueError, IndexError, TypeError)
 
 
 @torch.no_grad()
@@ -58,7 +56,7 @@ def check_samples(field: Field, count: int, span: tuple[float, float]) -> None:
             _check_order(field, k, (some, turn), t)
     except CoupledSamplesError:
         raise
-    except _CLASHES as error:
+    except SHAPE_CLASHES as error:
         if _takes(field, count, t):
             _refuse_size(field, count, len(some), error)
         raise
@@ -87,7 +85,7 @@ def _check_order(field: Field, k: Tensor, orders: tuple[Tensor, Tensor], t: floa
 
 
 def _refuse_size(field: Field, count: int, some: int, error: Exception) -> NoReturn:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     raise StateShapeError(
         explain(
             f"func takes all {count} samples and fails on {some} ({reason}): it holds something "
@@ -112,7 +110,7 @@ def _takes(field: Field, count: int, t: float) -> bool:
     """Return whether func takes ``count`` samples."""
     try:
         _derivative(field, torch.arange(count), t)
-    except _CLASHES:
+    except SHAPE_CLASHES:
         return False
     return True
 

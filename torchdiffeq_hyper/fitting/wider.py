@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from torchdiffeq_hyper._layout import parts_of
 from torchdiffeq_hyper._types import State, VectorField
-from torchdiffeq_hyper.fitting.batches import n_samples, parts_of, select
+from torchdiffeq_hyper.fitting.batches import n_samples, select
 from torchdiffeq_hyper.fitting.data import Batch
 from torchdiffeq_hyper.fitting.judge import BROKEN, Fitted, Run
 from torchdiffeq_hyper.fitting.norms import sample_norms, sample_sizes

@@ -13,14 +13,13 @@ from torchdiffeq_hyper._schema import (
     Choice,
     Default,
     Items,
-    Mismatch,
     Real,
     Record,
     Rule,
     Such,
     Tagged,
     Whole,
-    check_sizes,
+    built,
     checked,
     refused,
 )
@@ -153,17 +152,10 @@ def rebuilt(
         FileFormatError: as above, or the net is larger than its weights.
     """
     arguments = checked(Tagged("kind", ARCHITECTURES), architecture, what, at)
-    kind = arguments.pop("kind")
     # Files of before time units have none.
     time_unit, order = arguments.pop("time_unit", 1.0), arguments.pop("order", 0)
     with refused(what):
-        if weights is not None:
-            # n_stages is no size unless the stages are among the inputs: it has its own limit.
-            check_sizes(arguments, weights, at, but=("n_stages", "n_context"))
-        try:
-            net = KINDS[kind](**arguments)
-        except RuntimeError as error:  # tensors of more numbers than can be counted
-            problem = f"a net of kind {kind!r} cannot be built: {error}"
-            raise Mismatch(problem, "sizes that fit its weights") from error
+        # n_stages is no size unless the stages are among the inputs: it has its own limit.
+        net = built(KINDS, arguments, weights, at, but=("n_stages", "n_context"))
     net.measure_time_in(time_unit, order)
     return net

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from torchdiffeq_hyper._layout import parts_of
 from torchdiffeq_hyper._types import State
-from torchdiffeq_hyper.dise.samples import parts_of
 from torchdiffeq_hyper.dise.selectors._base import ReadySelector
 
 

@@ -8,22 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._layout import is_half
+from torchdiffeq_hyper._layout import is_half, parts_of
 from torchdiffeq_hyper._schema import (
     Default,
     Items,
-    Mismatch,
     Real,
     Record,
     Rule,
     Tagged,
     Whole,
-    check_sizes,
+    built,
     checked,
     refused,
 )
 from torchdiffeq_hyper._types import State
-from torchdiffeq_hyper.dise.samples import parts_of
 from torchdiffeq_hyper.dise.selectors._base import CONVOLUTIONS, ReadySelector
 from torchdiffeq_hyper.dise.selectors._perceptrons import MLP, TanhMLP, flattened
 from torchdiffeq_hyper.dise.selectors._residual import ResidualConv
@@ -93,12 +91,5 @@ def from_architecture(
         FileFormatError: the kind is unknown, or an argument is impossible.
     """
     arguments = checked(Tagged("kind", ARCHITECTURES), architecture, what, at)
-    kind = arguments.pop("kind")
     with refused(what):
-        if weights is not None:
-            check_sizes(arguments, weights, at)
-        try:
-            return _KINDS[kind](**arguments)
-        except RuntimeError as error:  # tensors of more numbers than can be counted
-            problem = f"a selector of kind {kind!r} cannot be built: {error}"
-            raise Mismatch(problem, "sizes that fit its weights") from error
+        return built(_KINDS, arguments, weights, at)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._layout import StateLayout
+from torchdiffeq_hyper._layout import StateLayout, parts_of
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.fitting.batches import n_samples, select
 from torchdiffeq_hyper.fitting.bespoke.gauss_newton import NormalEquations
@@ -93,7 +93,7 @@ class Piece:
         """Return per-sample values as a flat state."""
         layout = self.roll_out.layout
         state = layout.split(self.path[-1])
-        parts = state if isinstance(state, tuple) else (state,)
+        parts = parts_of(state)
         spread = tuple(values.reshape(-1, *[1] * (p.dim() - 1)).expand_as(p) for p in parts)
         return layout.join(spread if isinstance(state, tuple) else spread[0])
 
@@ -152,4 +152,4 @@ def rows_of(y0: State, n: int) -> int:
 
 
 def _numel(y0: State) -> int:
-    return sum(part.numel() for part in (y0 if isinstance(y0, tuple) else (y0,)))
+    return sum(part.numel() for part in parts_of(y0))

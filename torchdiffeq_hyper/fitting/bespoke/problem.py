@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torchdiffeq_hyper._domain import FitDomain
 from torchdiffeq_hyper._grid import Steps
+from torchdiffeq_hyper._layout import parts_of
 from torchdiffeq_hyper._types import State, VectorField
 from torchdiffeq_hyper.errors import OptionError, explain
 from torchdiffeq_hyper.fitting.bespoke.pieces import samples_needed
@@ -79,11 +80,7 @@ def with_large_batches(problem: BespokeProblem, y0: object) -> FitConfig:
     """Return the configuration with batches large enough for one step, where fit makes them."""
     if not isinstance(y0, Tensor | tuple):
         return problem.config
-    parts = [
-        part
-        for part in (y0 if isinstance(y0, tuple) else (y0,))
-        if isinstance(part, Tensor) and part.dim()
-    ]
+    parts = [part for part in parts_of(y0) if isinstance(part, Tensor) and part.dim()]
     if not parts or len(parts[0]) == 0:
         return problem.config  # refused where batches are made
     needed = samples_needed(y0, problem.calls)

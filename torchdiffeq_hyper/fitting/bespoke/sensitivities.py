@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._layout import StateLayout
+from torchdiffeq_hyper._layout import StateLayout, parts_of
 from torchdiffeq_hyper.bespoke import stage_times
 
 Call = Callable[[Tensor, Tensor], Tensor]
@@ -157,5 +157,4 @@ class RollOut:
         return torch.where(largest > 0, 1 / largest, 0.0).tolist()
 
     def _parts(self, flat: Tensor) -> tuple[Tensor, ...]:
-        state = self.layout.split(flat)
-        return state if isinstance(state, tuple) else (state,)
+        return parts_of(self.layout.split(flat))

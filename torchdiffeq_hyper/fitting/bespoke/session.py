@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torchdiffeq_hyper._independence import find_coupling
-from torchdiffeq_hyper._layout import StateLayout
+from torchdiffeq_hyper._layout import StateLayout, parts_of
 from torchdiffeq_hyper._report import FitReport
 from torchdiffeq_hyper._types import State
 from torchdiffeq_hyper.bespoke import ORDER, BespokeSolver, compositions
@@ -170,7 +170,7 @@ class Session:
     def _new_solver(self, method: str) -> BespokeSolver:
         solver = BespokeSolver.classical(method, self._problem.calls)
         solver.requires_grad_(requires_grad=False)
-        return solver.to(_parts(self.batches.held_out.y0)[0].device)
+        return solver.to(parts_of(self.batches.held_out.y0)[0].device)
 
     def _measure(self, dtype: torch.dtype, state: FitState | None) -> float:
         """Measure the data, see how samples may be taken apart, return the noise floor.
@@ -304,7 +304,3 @@ class Session:
         values, slopes = fit_knots(piece.knot_data(self.solver.weights, added) for piece in pieces)
         self.solver.get_buffer("knot_values").copy_(values)
         self.solver.get_buffer("knot_slopes").copy_(slopes)
-
-
-def _parts(state: State) -> tuple[Tensor, ...]:
-    return state if isinstance(state, tuple) else (state,)

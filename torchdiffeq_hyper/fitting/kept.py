@@ -14,9 +14,9 @@ from torchdiffeq_hyper.fitting.budget import Budget
 from torchdiffeq_hyper.fitting.context import Starts
 from torchdiffeq_hyper.fitting.data import Batch, measure_batch
 from torchdiffeq_hyper.fitting.field import Field
+from torchdiffeq_hyper.fitting.prepare import MOST_BYTES
 from torchdiffeq_hyper.fitting.problem import Problem
 from torchdiffeq_hyper.fitting.reference import Tolerances
-from torchdiffeq_hyper.fitting.session import MOST_BYTES
 from torchdiffeq_hyper.fitting.units import Units
 
 

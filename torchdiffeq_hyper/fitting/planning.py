@@ -25,7 +25,7 @@ from torchdiffeq_hyper.fitting.reference import Tolerances, solve_reference
 from torchdiffeq_hyper.fitting.units import Units
 
 PROBES = 8
-"""Samples that are measured first."""
+"""Samples that calls are timed, and the noise is measured, on."""
 FEWEST = 16
 """Samples that are kept before digits are given up."""
 PLENTY = 4000

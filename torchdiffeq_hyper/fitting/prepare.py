@@ -1,34 +1,117 @@
-"""The data of a fit, measured in the time there is."""
+"""Before the first iteration of any fit: the field is checked, its data measured in time."""
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from torchdiffeq_hyper._layout import StateLayout
 from torchdiffeq_hyper.fitting.batches import Batches
 from torchdiffeq_hyper.fitting.budget import Budget, Deadline
+from torchdiffeq_hyper.fitting.checkpoint import FitState, Store, check_same_call, signs_of_field
+from torchdiffeq_hyper.fitting.context import Starts, context_signature
 from torchdiffeq_hyper.fitting.data import Data
-from torchdiffeq_hyper.fitting.field import OutOfTimeError
+from torchdiffeq_hyper.fitting.field import Field, OutOfTimeError, check_field
 from torchdiffeq_hyper.fitting.judge import Run, end_errors
 from torchdiffeq_hyper.fitting.planning import FEWEST, LOOSEST, ReferencePlan, plan_references
 from torchdiffeq_hyper.fitting.problem import Problem
 from torchdiffeq_hyper.fitting.reference import Tolerances
+from torchdiffeq_hyper.fitting.undeclared import check_samples
 from torchdiffeq_hyper.fitting.units import Units
 
 SOLVES_OF_REPORT = 20
 """Solves of the held-out samples that a report takes, about."""
 LATEST = (0.5, 0.6)
 """Shares of the time left after which a first and a second attempt at the data are given up."""
+NOISE_LATEST = 0.25
+"""Share of all time after which the measurement of the noise is given up."""
+MOST_BYTES = 2**30
+"""Memory that the reference solutions kept may take."""
+ENDLESS = Budget(math.inf)
+
+
+class NotUsed(Exception):  # noqa: N818 - not an error
+    """Raised to leave a fit's contexts as on an error: a given net is as it was before."""
+
+
+@dataclass(frozen=True)
+class FieldCheck:
+    """A field that can be fitted, and what looking at it told.
+
+    Attributes:
+        dtype: the flat state's.
+        signs: what tells the starts and the field from others.
+        units: those of the solutions.
+        tolerances: those wanted of reference solutions.
+    """
+
+    dtype: torch.dtype
+    signs: dict[str, Any]
+    units: Units
+    tolerances: Tolerances
+
+    @classmethod
+    def of(cls, problem: Problem, starts: Starts, count: int) -> FieldCheck:
+        """Look at the field on some starts.
+
+        Args:
+            problem: what is fitted.
+            starts: the samples.
+            count: samples there are in all.
+
+        Raises:
+            HyperError: func cannot be fitted on these starts.
+        """
+        flat = StateLayout.of(starts.y0).join(starts.y0)
+        field = Field(problem.func, starts, ENDLESS)
+        check_samples(field, count, problem.span)
+        answers = check_field(field, problem.span, flat)
+        units = Units.of(problem.span, flat, answers[0])
+        tolerances = Tolerances.of(problem.config, flat.dtype, units)
+        return cls(flat.dtype, signs_of_field((flat, *answers)), units, tolerances)
+
+    def signature(self, problem: Problem, context: tuple[Tensor, ...]) -> dict[str, Any]:
+        """Return what tells fits of one kind apart, but for what is fitted."""
+        settings = asdict(problem.config)
+        for name in ("max_seconds", "checkpoint"):  # these may differ when a fit goes on
+            del settings[name]
+        return {
+            "t_span": list(problem.span),
+            "direction": problem.direction,
+            "dtype": str(self.dtype),
+            **settings,
+            "context": context_signature(context),
+            **self.signs,
+        }
+
+
+def opened(
+    problem: Problem, signature: Mapping[str, Any], budget: Budget
+) -> tuple[Store, FitState | None]:
+    """Return where the fit's state is kept, and what an interrupted run left there.
+
+    Raises:
+        OptionError: processes of this fit make different calls; or as `Store.read`.
+    """
+    team = problem.team
+    check_same_call(team.gather(signature))
+    store = Store(problem.config.checkpoint if team.is_first else None, signature)
+    state = team.from_first(store.read)
+    if state is not None:
+        budget.resume(state.seconds)
+    return store, state
 
 
 def planned(
     problem: Problem,
     batches: Batches,
-    tolerances: Tolerances,
-    units: Units,
+    field_check: FieldCheck,
     *,
     budget: Budget,
     kept: dict[str, Any] | None,
@@ -38,8 +121,7 @@ def planned(
     Args:
         problem: what is fitted.
         batches: the starts.
-        tolerances: those wanted.
-        units: those of the solutions.
+        field_check: of the field.
         budget: the time there is.
         kept: what `to_keep` returned in the run that goes on, None in the first.
     """
@@ -52,8 +134,8 @@ def planned(
             problem.func,
             sizes,
             problem.plan.times,
-            wanted=tolerances,
-            units=units,
+            wanted=field_check.tolerances,
+            units=field_check.units,
             budget=budget,
         )
     )
@@ -69,6 +151,12 @@ def reserve(problem: Problem, run: Run, data: Data, budget: Budget) -> None:
         return time.perf_counter() - began
 
     budget.reserved = SOLVES_OF_REPORT * problem.team.from_first(one_solve)
+
+
+def most_batches(data: Data, budget: Budget) -> int:
+    """Return how many training batches time and memory allow."""
+    in_time = budget.affordable_batches(data.seconds_per_batch, data.held_out_seconds)
+    return min(in_time, max(1, MOST_BYTES // data.first.nbytes))
 
 
 def to_keep(plan: ReferencePlan) -> dict[str, Any]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from torchdiffeq_hyper.errors import first_line
 from torchdiffeq_hyper.fitting.break_even import measure as measure_break_even
 from torchdiffeq_hyper.fitting.budget import Budget
 from torchdiffeq_hyper.fitting.checkpoint import FitState
-from torchdiffeq_hyper.fitting.config import FitConfig
 from torchdiffeq_hyper.fitting.data import Batch, Data
 from torchdiffeq_hyper.fitting.fingerprint import size_of
 from torchdiffeq_hyper.fitting.judge import Fitted, Run, end_errors, errors_along
@@ -39,10 +37,16 @@ CLEAR = 1.25
 T = TypeVar("T")
 
 
-def is_worse(fitted: Fitted, problem: Problem, batch: Batch) -> bool:
-    """Return whether the base has smaller errors at the end, in mean or 95th percentile."""
-    own, base = (_at_end(run, problem, batch) for run in (fitted.run, fitted.base))
-    return not (own.mean <= base.mean and own.p95 <= base.p95)
+def is_worse(fitted: Fitted, problem: Problem, data: Data) -> bool:
+    """Return whether the base has smaller errors at the end, in mean or 95th percentile.
+
+    That is on held-out samples, or even on those fitted to.
+    """
+    for batch in (data.held_out, data.first):
+        own, base = (_at_end(run, problem, batch) for run in (fitted.run, fitted.base))
+        if not (own.mean <= base.mean and own.p95 <= base.p95):
+            return True
+    return False
 
 
 def reported(
@@ -147,14 +151,6 @@ def without_references(
 def nothing() -> dict[str, float]:
     """Return quantiles of what was not measured."""
     return dict.fromkeys(QUANTILES, math.nan)
-
-
-def described(config: FitConfig) -> dict[str, Any]:
-    """Return the configuration, but for what may differ when an interrupted fit goes on."""
-    settings = asdict(config)
-    for name in ("max_seconds", "checkpoint"):
-        del settings[name]
-    return settings
 
 
 def unlike_channels(batch: Batch) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from torchdiffeq_hyper._layout import StateLayout
 from torchdiffeq_hyper._report import FitReport
 from torchdiffeq_hyper._types import Hypernet, State
 from torchdiffeq_hyper.errors import HyperError, NoiseFloorError
@@ -21,33 +19,36 @@ from torchdiffeq_hyper.fitting.budget import Budget, Deadline
 from torchdiffeq_hyper.fitting.calibration import calibrate, measuring_time_in
 from torchdiffeq_hyper.fitting.checkpoint import (
     FitState,
-    Store,
-    check_same_call,
-    signs_of_field,
     signs_of_net,
 )
-from torchdiffeq_hyper.fitting.context import context_signature
 from torchdiffeq_hyper.fitting.data import Data
 from torchdiffeq_hyper.fitting.distributed import budget_of
-from torchdiffeq_hyper.fitting.field import Field, OutOfTimeError, check_field
+from torchdiffeq_hyper.fitting.field import Field, OutOfTimeError
 from torchdiffeq_hyper.fitting.guard import frozen_or_restored, own_random_state
 from torchdiffeq_hyper.fitting.judge import Fitted
 from torchdiffeq_hyper.fitting.loop import Loop, snapshot
 from torchdiffeq_hyper.fitting.noise import measure_noise
 from torchdiffeq_hyper.fitting.objectives import delta_quantiles, no_correction
 from torchdiffeq_hyper.fitting.phases import Phase, phases_of
-from torchdiffeq_hyper.fitting.planning import ReferencePlan
-from torchdiffeq_hyper.fitting.prepare import measured, planned, reserve, to_keep
+from torchdiffeq_hyper.fitting.planning import PROBES, ReferencePlan
+from torchdiffeq_hyper.fitting.prepare import (
+    NOISE_LATEST,
+    FieldCheck,
+    NotUsed,
+    measured,
+    most_batches,
+    opened,
+    planned,
+    reserve,
+    to_keep,
+)
 from torchdiffeq_hyper.fitting.problem import Problem
 from torchdiffeq_hyper.fitting.progress import Progress
-from torchdiffeq_hyper.fitting.reference import Tolerances
 from torchdiffeq_hyper.fitting.report import (
-    described,
     is_worse,
     reported,
     without_references,
 )
-from torchdiffeq_hyper.fitting.undeclared import check_samples
 from torchdiffeq_hyper.fitting.units import Units
 from torchdiffeq_hyper.hypernets import (
     ReadyHypernet,
@@ -58,19 +59,8 @@ from torchdiffeq_hyper.hypernets import (
 )
 from torchdiffeq_hyper.hypersolver import HyperSolver
 
-PROBES = 8
-"""Samples the noise is measured on."""
-ENDLESS = Budget(math.inf)
-NOISE_LATEST = 0.25
-"""Share of all time after which the measurement of the noise is given up."""
 FEWEST_TO_PAY = 200
 """Iterations below which a fit is a trial that nobody has to earn back."""
-MOST_BYTES = 2**30
-"""Memory that the reference solutions kept may take."""
-
-
-class NotUsed(Exception):  # noqa: N818 - not an error
-    """Raised to leave a fit's contexts as on an error: a given net is as it was before."""
 
 
 def run(
@@ -115,29 +105,21 @@ def _fit_net(
     """Return the net in its best state, and what was measured."""
     progress.say("reference solutions")
     held_out = batches.held_out
-    y0 = StateLayout.of(held_out.y0).join(held_out.y0)
-    field = Field(problem.func, held_out, ENDLESS)
-    check_samples(field, batches.count, problem.span)
-    answers = check_field(field, problem.span, y0)
     team = problem.team
-    signature = _signature(problem, given, (y0, *answers), held_out.context)
-    check_same_call(team.gather(signature))
-    store = Store(problem.config.checkpoint if team.is_first else None, signature)
-    state = team.from_first(store.read)
-    if state is not None:
-        budget.resume(state.seconds)
+    field_check = FieldCheck.of(problem, held_out, batches.count)
+    signature = _signature(problem, given, field_check.signature(problem, held_out.context))
+    store, state = opened(problem, signature, budget)
+    if state is not None and state.report is not None:
         is_own = isinstance(given, nn.Module) and not isinstance(given, ReadyHypernet)
-        if state.report is not None and state.fallback and is_own:
+        if state.fallback and is_own:
             return _zero(problem, held_out.y0), FitReport.from_dict(state.report)
-        if state.report is not None:
-            net = stack.enter_context(frozen_or_restored(_net(given, state.choice, held_out.y0)))
-            net.load_state_dict(state.best)
-            return net, FitReport.from_dict(state.report)
-    units = Units.of(problem.span, y0, answers[0])
-    tolerances = Tolerances.of(problem.config, y0.dtype, units)
+        net = stack.enter_context(frozen_or_restored(_net(given, state.choice, held_out.y0)))
+        net.load_state_dict(state.best)
+        return net, FitReport.from_dict(state.report)
+    units = field_check.units
     kept = None if state is None else state.references
     try:
-        plan = planned(problem, batches, tolerances, units, budget=budget, kept=kept)
+        plan = planned(problem, batches, field_check, budget=budget, kept=kept)
         if state is None:
             noise, plan = _noise(problem, batches, plan, units, budget)
         goes_on = state is not None
@@ -184,7 +166,8 @@ def _finish(
     """Give up what is worse than the base; return what is used, and the report."""
     team, used = problem.team, cast(Hypernet, net)
     net.eval()
-    state.fallback = "start" if team.from_first(lambda: _is_worse(problem, net, data)) else ""
+    fitted = _fitted(problem, used)
+    state.fallback = "start" if team.from_first(lambda: is_worse(fitted, problem, data)) else ""
     if state.fallback and isinstance(net, ReadyHypernet):
         net.reset()
         state.best = snapshot(net)
@@ -271,43 +254,22 @@ def _start(net: nn.Module, data: Data, judge: Phase, noise: float, budget: Budge
         best_error=judge.error(data.held_out),
         base_error=judge.base_error(data.held_out),
         noise=noise,
-        most_batches=min(
-            budget.affordable_batches(data.seconds_per_batch, data.held_out_seconds),
-            max(1, MOST_BYTES // data.first.nbytes),
-        ),
+        most_batches=most_batches(data, budget),
     )
 
 
 def _signature(
-    problem: Problem,
-    given: nn.Module | str,
-    probes: tuple[Tensor, ...],
-    context: tuple[Tensor, ...],
+    problem: Problem, given: nn.Module | str, common: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return what tells this fit from others."""
     return {
         "base": problem.tableau.name,
         "alpha": problem.tableau.alpha,
-        "t_span": list(problem.span),
         "steps": str(problem.steps),
-        "direction": problem.direction,
         "objective": problem.objective,
-        "dtype": str(probes[0].dtype),
-        **described(problem.config),
-        "context": context_signature(context),
-        **signs_of_field(probes),
+        **common,
         "hypernet": given if isinstance(given, str) else signs_of_net(given),
     }
-
-
-def _is_worse(problem: Problem, net: nn.Module, data: Data) -> bool:
-    """Return whether the base alone is better.
-
-    That is where errors at the end are smaller in mean or 95th percentile, on held-out
-    samples or even on those fitted to.
-    """
-    fitted = _fitted(problem, net)
-    return any(is_worse(fitted, problem, batch) for batch in (data.held_out, data.first))
 
 
 def _fitted(problem: Problem, net: Hypernet) -> Fitted:

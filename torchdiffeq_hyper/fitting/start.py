@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from torchdiffeq_hyper._layout import StateLayout
 from torchdiffeq_hyper.fitting.batches import n_samples, select
-from torchdiffeq_hyper.fitting.budget import Budget
 from torchdiffeq_hyper.fitting.calibration import calibrate, measuring_time_in
-from torchdiffeq_hyper.fitting.checkpoint import signs_of_field
 from torchdiffeq_hyper.fitting.context import Starts
 from torchdiffeq_hyper.fitting.data import Batch, measure_batch
-from torchdiffeq_hyper.fitting.field import Field, check_field
+from torchdiffeq_hyper.fitting.field import Field
 from torchdiffeq_hyper.fitting.loop import usable_scale
 from torchdiffeq_hyper.fitting.noise import measure_noise
 from torchdiffeq_hyper.fitting.phases import Phase
+from torchdiffeq_hyper.fitting.planning import PROBES
+from torchdiffeq_hyper.fitting.prepare import ENDLESS, FieldCheck
 from torchdiffeq_hyper.fitting.problem import Problem
 from torchdiffeq_hyper.fitting.reference import Tolerances
-from torchdiffeq_hyper.fitting.session import PROBES
-from torchdiffeq_hyper.fitting.undeclared import check_samples
 from torchdiffeq_hyper.fitting.units import Units
 from torchdiffeq_hyper.hypernets import ready
 
@@ -61,18 +57,12 @@ class Start:
             HyperError: func, ``y0`` or the base cannot be fitted.
         """
         y0 = starts.y0
-        flat = StateLayout.of(y0).join(y0)
-        unlimited = Budget(math.inf)
-        probing = Field(problem.func, starts, unlimited)
-        check_samples(probing, n_samples(starts), problem.span)
-        answers = check_field(probing, problem.span, flat)
-        signs = signs_of_field((flat, *answers))
-        units = Units.of(problem.span, flat, answers[0])
-        tolerances = Tolerances.of(problem.config, flat.dtype, units)
-        field = Field(problem.func, starts, unlimited, units)
+        field_check = FieldCheck.of(problem, starts, n_samples(starts))
+        units, tolerances = field_check.units, field_check.tolerances
+        field = Field(problem.func, starts, ENDLESS, units)
         probes = select(starts, torch.arange(min(PROBES, n_samples(starts))))
         noise = measure_noise(
-            Field(problem.func, probes, unlimited, units),
+            Field(problem.func, probes, ENDLESS, units),
             probes.y0,
             problem.tableau,
             problem.plan,
@@ -83,7 +73,7 @@ class Start:
             net = ready(y0, problem.tableau, time_unit=problem.width)
         with measuring_time_in(net, problem.width, problem.tableau.order):
             calibrate(net, batch)
-        return cls(net, batch, noise, tolerances, units, signs)
+        return cls(net, batch, noise, tolerances, units, field_check.signs)
 
     def scale(self, phase: Phase, route: int) -> float:
         """Return the base's loss in a phase on a route, to which losses are relative."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from torchdiffeq_hyper._report import FitReport
 from torchdiffeq_hyper._types import State
@@ -17,35 +15,14 @@ from torchdiffeq_hyper.fitting.bespoke.pieces import samples_needed
 from torchdiffeq_hyper.fitting.bespoke.problem import BespokeProblem
 from torchdiffeq_hyper.fitting.bespoke.sensitivities import n_weights
 from torchdiffeq_hyper.fitting.budget import Budget
-from torchdiffeq_hyper.fitting.checkpoint import FitState, signs_of_field, signs_of_net
-from torchdiffeq_hyper.fitting.context import context_signature
+from torchdiffeq_hyper.fitting.checkpoint import FitState
 from torchdiffeq_hyper.fitting.data import Batch, Data
 from torchdiffeq_hyper.fitting.judge import Fitted
 from torchdiffeq_hyper.fitting.objectives import quantiles
-from torchdiffeq_hyper.fitting.report import described, reported
+from torchdiffeq_hyper.fitting.report import reported
 
 FEWEST_TO_PAY = 20
 """Iterations below which a fit is a trial that nobody has to earn back."""
-
-
-def signature_of(
-    problem: BespokeProblem,
-    solver: BespokeSolver,
-    probes: tuple[Tensor, ...],
-    context: tuple[Tensor, ...],
-) -> dict[str, Any]:
-    """Return what tells a fit from others."""
-    return {
-        "base": problem.method,
-        "t_span": list(problem.span),
-        "steps": problem.calls,
-        "direction": problem.direction,
-        "dtype": str(probes[0].dtype),
-        **described(problem.config),
-        "context": context_signature(context),
-        **signs_of_field(probes),
-        "weights": signs_of_net(solver),
-    }
 
 
 def fitted_of(

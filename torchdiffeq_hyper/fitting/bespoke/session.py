@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torchdiffeq_hyper._independence import find_coupling
-from torchdiffeq_hyper._layout import StateLayout, parts_of
+from torchdiffeq_hyper._layout import parts_of
 from torchdiffeq_hyper._report import FitReport
 from torchdiffeq_hyper._types import State
 from torchdiffeq_hyper.bespoke import ORDER, BespokeSolver, compositions
@@ -20,7 +20,7 @@ from torchdiffeq_hyper.fitting.bespoke.knots import fit_knots
 from torchdiffeq_hyper.fitting.bespoke.loop import mean_error
 from torchdiffeq_hyper.fitting.bespoke.pieces import cut, rows_of
 from torchdiffeq_hyper.fitting.bespoke.problem import BespokeProblem, with_large_batches
-from torchdiffeq_hyper.fitting.bespoke.report import fitted_of, report_of, signature_of
+from torchdiffeq_hyper.fitting.bespoke.report import fitted_of, report_of
 from torchdiffeq_hyper.fitting.bespoke.start import (
     best_starts,
     default_start,
@@ -29,26 +29,27 @@ from torchdiffeq_hyper.fitting.bespoke.start import (
 )
 from torchdiffeq_hyper.fitting.budget import LAST_PHASE, Deadline
 from torchdiffeq_hyper.fitting.calibration import measuring_time_in
-from torchdiffeq_hyper.fitting.checkpoint import FitState, Store, check_same_call
+from torchdiffeq_hyper.fitting.checkpoint import FitState, signs_of_net
 from torchdiffeq_hyper.fitting.context import bind
 from torchdiffeq_hyper.fitting.distributed import budget_of
-from torchdiffeq_hyper.fitting.field import Field, OutOfTimeError, check_field
+from torchdiffeq_hyper.fitting.field import Field, OutOfTimeError
 from torchdiffeq_hyper.fitting.guard import frozen_or_restored
 from torchdiffeq_hyper.fitting.loop import Loop, snapshot
-from torchdiffeq_hyper.fitting.planning import ReferencePlan
-from torchdiffeq_hyper.fitting.prepare import measured, planned, reserve, to_keep
-from torchdiffeq_hyper.fitting.progress import Progress
-from torchdiffeq_hyper.fitting.reference import Tolerances
-from torchdiffeq_hyper.fitting.report import is_worse, without_references
-from torchdiffeq_hyper.fitting.session import (
+from torchdiffeq_hyper.fitting.planning import PROBES, ReferencePlan
+from torchdiffeq_hyper.fitting.prepare import (
     ENDLESS,
-    MOST_BYTES,
     NOISE_LATEST,
-    PROBES,
+    FieldCheck,
     NotUsed,
+    measured,
+    most_batches,
+    opened,
+    planned,
+    reserve,
+    to_keep,
 )
-from torchdiffeq_hyper.fitting.undeclared import check_samples
-from torchdiffeq_hyper.fitting.units import Units
+from torchdiffeq_hyper.fitting.progress import Progress
+from torchdiffeq_hyper.fitting.report import is_worse, without_references
 
 WEIGHTS_FIRST = 0.5
 """Share of the time that the weights get where a correction is fitted after them."""
@@ -105,30 +106,27 @@ class Session:
         problem, team = self._problem, self._problem.team
         self._progress.say("reference solutions")
         held_out = self.batches.held_out
-        flat = StateLayout.of(held_out.y0).join(held_out.y0)
-        field = Field(problem.func, held_out, ENDLESS)
-        check_samples(field, self.batches.count, problem.span)
-        answers = check_field(field, problem.span, flat)
-        self._units = Units.of(problem.span, flat, answers[0])
-        signature = signature_of(problem, self.solver, (flat, *answers), held_out.context)
-        check_same_call(team.gather(signature))
-        store = Store(problem.config.checkpoint if team.is_first else None, signature)
-        state = team.from_first(store.read)
-        if state is not None:
-            self._budget.resume(state.seconds)
-            if state.report is not None:
-                if state.fallback:
-                    self.solver.hypernet = None  # type: ignore[assignment]
-                self.solver.load_state_dict(state.best, strict=not state.fallback)
-                return FitReport.from_dict(state.report)
+        self._field_check = FieldCheck.of(problem, held_out, self.batches.count)
+        signature = {
+            "base": problem.method,
+            "steps": problem.calls,
+            **self._field_check.signature(problem, held_out.context),
+            "weights": signs_of_net(self.solver),
+        }
+        store, state = opened(problem, signature, self._budget)
+        if state is not None and state.report is not None:
+            if state.fallback:
+                self.solver.hypernet = None  # type: ignore[assignment]
+            self.solver.load_state_dict(state.best, strict=not state.fallback)
+            return FitReport.from_dict(state.report)
         try:
-            noise = self._measure(flat.dtype, state)
+            noise = self._measure(state)
         except OutOfTimeError:
             return self._unfitted(state)
         starts = team.from_first(lambda: best_starts(self._held_out, self.solver.weights))
         name = starts[0]
         if state is None:
-            start = self._start(name, noise, flat.dtype)
+            start = self._start(name, noise)
             state = team.from_first(lambda: start)
             store.write(state)
         self._data.limit(state.most_batches)
@@ -172,21 +170,20 @@ class Session:
         solver.requires_grad_(requires_grad=False)
         return solver.to(parts_of(self.batches.held_out.y0)[0].device)
 
-    def _measure(self, dtype: torch.dtype, state: FitState | None) -> float:
+    def _measure(self, state: FitState | None) -> float:
         """Measure the data, see how samples may be taken apart, return the noise floor.
 
         Raises:
             OutOfTimeError: there was no time for reference solutions.
         """
-        problem, units = self._problem, self._units
-        tolerances = Tolerances.of(problem.config, dtype, units)
+        problem, field_check = self._problem, self._field_check
         kept = None if state is None else state.references
-        plan = planned(problem, self.batches, tolerances, units, budget=self._budget, kept=kept)
+        plan = planned(problem, self.batches, field_check, budget=self._budget, kept=kept)
         noise = plan.tolerances.rtol
         if state is None and plan.has_noise:
             noise = self._noise(plan)
         self._data, self._plan = measured(
-            problem, self.batches, plan, units, self._budget, goes_on=state is not None
+            problem, self.batches, plan, field_check.units, self._budget, goes_on=state is not None
         )
         self._held_out = cut(self._data.held_out, problem.func, ENDLESS, None)
         held_out, n = self.batches.held_out, problem.calls
@@ -198,24 +195,19 @@ class Session:
         self._rows = None if whole else rows_of(held_out.y0, n)
         return max(noise, self._plan.tolerances.rtol) if self._plan.is_looser else noise
 
-    def _start(self, name: str, noise: float, dtype: torch.dtype) -> FitState:
+    def _start(self, name: str, noise: float) -> FitState:
         """Return the state before the first iteration: a classical method."""
         self.solver.set_weights(compositions(self._problem.calls)[name])
         base_error = mean_error(self._held_out, self.solver.weights)
         if base_error <= 2 * noise and not self._plan.is_looser:
-            refuse_exact(name, self._problem.calls, base_error, noise, dtype)
+            refuse_exact(name, self._problem.calls, base_error, noise, self._field_check.dtype)
         return FitState(
             net=snapshot(self.solver),
             best=snapshot(self.solver),
             best_error=base_error,
             base_error=base_error,
             noise=noise,
-            most_batches=min(
-                self._budget.affordable_batches(
-                    self._data.seconds_per_batch, self._data.held_out_seconds
-                ),
-                max(1, MOST_BYTES // self._data.first.nbytes),
-            ),
+            most_batches=most_batches(self._data, self._budget),
             references=to_keep(self._plan),
         )
 
@@ -224,7 +216,7 @@ class Session:
         held_out, budget = self.batches.held_out, self._budget
         probes = select(held_out, torch.arange(min(PROBES, n_samples(held_out))))
         until = Deadline(budget, NOISE_LATEST * budget.max_seconds)
-        field = Field(self._problem.func, probes, until, self._units)
+        field = Field(self._problem.func, probes, until, self._field_check.units)
         try:
             ends = self._problem.plan.times[[0, -1]]
             return noise_at_end(field, probes.y0, ends, plan.tolerances)
@@ -253,11 +245,7 @@ class Session:
         state.best_error = mean_error(self._held_out, self.solver.weights)
 
     def _fallback(self, name: str, state: FitState) -> str:
-        """Return what is better than what was fitted: "weights", "start", or "" for nothing.
-
-        That is where errors at the end are smaller in mean or 95th percentile, on held-out
-        samples or even on those fitted to.
-        """
+        """Return what is better than what was fitted: "weights", "start", or "" for nothing."""
         if state.iteration == 0:
             return ""
         solvers = {"": self.solver}
@@ -266,8 +254,7 @@ class Session:
         start, y0 = self._new_solver(name), self.batches.held_out.y0
         for fallback, solver in solvers.items():
             fitted = fitted_of(self._problem, (solver, start), name, y0)
-            batches = self._data.held_out, self._data.first
-            if not any(is_worse(fitted, self._problem, batch) for batch in batches):
+            if not is_worse(fitted, self._problem, self._data):
                 return fallback
         return "start"
 

@@ -45,6 +45,13 @@ class _Counted(nn.Module):
         return self.func(t, y)
 
 
+class _First(nn.Module):
+    """A selector that predicts the lowest cost for the first of two candidates."""
+
+    def forward(self, y0: Tensor) -> Tensor:
+        return torch.tensor([0.0, 1.0]).expand(len(y0), 2)
+
+
 def _alone(func: Any, y0: Any, t: Tensor, **more: Any) -> tuple[Any, list[int]]:
     """Solve each sample alone by torchdiffeq's dopri5; return solutions and calls."""
     parts = y0 if isinstance(y0, tuple) else (y0,)
@@ -424,6 +431,43 @@ def test_a_float16_solution_that_overflows_on_the_cast_back_is_an_error() -> Non
     y0, t = torch.ones(2, 1, dtype=torch.float16), torch.tensor([0.0, 3.0])
     with pytest.raises(NonFiniteError, match=r"state's dtype, torch\.float16(?s:.*)y0\.float\(\)"):
         odeint(lambda t, y: 30000 * torch.ones_like(y), y0, t, method=METHOD)
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["forward", "reverse"])
+@pytest.mark.parametrize("method", [METHOD, "dise"])
+@pytest.mark.parametrize(
+    ("func", "reached"),
+    [
+        (lambda t, y: 4e4 + 0 * y, r"6\.5\de\+04|6[45]\d\d\d"),  # the largest float16 is 65504
+        (lambda t, y: y * y, r"25\d\.\d"),
+        (lambda t, y: torch.where(y < 2, 1.0, torch.nan), r"1\.99\d|2"),
+    ],
+    ids=["state ends", "func overflows", "func has a domain"],
+)
+def test_a_solution_that_reaches_the_end_of_what_func_takes_is_an_error_and_no_endless_solve(
+    func: Any, reached: str, method: str, sign: int
+) -> None:
+    def signed(t: Tensor, y: Tensor) -> Tensor:
+        return sign * func(t, y)
+
+    y0, t = torch.ones(2, 1, dtype=torch.float16), torch.tensor([0.0, 4.0]) * sign
+    options: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-3}
+    if method == "dise":
+        one = tdh.Candidate(METHOD, **options)
+        dise = tdh.Dise([one, tdh.Candidate("euler", steps=1)], selector=_First())
+        options = {"options": {"dise": dise}}
+    text = rf"reached ({reached})(?s:.*)dtype ends(?s:.*)y0\.double\(\)"
+    with pytest.raises(NonFiniteError, match=text):
+        odeint(signed, y0, t, method=method, **options)
+
+
+def test_a_slow_state_may_end_where_func_does_in_time() -> None:
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return 1e-9 * torch.sqrt(1 - t) + 0 * y
+
+    y0, t = torch.full((2, 1), 100.0), torch.tensor([0.0, 1.0])
+    y = odeint(func, y0, t, method=METHOD, options={"first_step": 1.5})
+    assert torch.equal(y[-1], y0)
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])

@@ -26,6 +26,7 @@ class _Active(NamedTuple):
         dt: sizes of the next steps.
         due: which of the output times comes next.
         tried: steps tried since the last output time.
+        is_still: the last step left the finite range, although it hardly moved the state.
     """
 
     samples: Tensor
@@ -35,6 +36,7 @@ class _Active(NamedTuple):
     dt: Tensor
     due: Tensor
     tried: Tensor
+    is_still: Tensor
 
     def keep(self, which: Tensor) -> _Active:
         """Return the samples at some positions."""
@@ -111,8 +113,8 @@ class Loop:
             return first_step(lambda t, y: self._evaluate(index, t, y), norm, (t, y, f), scale)
 
         dt = self._control.first(choose, t.detach())
-        due = torch.ones_like(index)
-        return _Active(index, y, f, t, self._control.clamp(dt), due, torch.zeros_like(index))
+        due, tried = torch.ones_like(index), torch.zeros_like(index)
+        return _Active(index, y, f, t, self._control.clamp(dt), due, tried, tried.bool())
 
     def _evaluate(self, index: Tensor, t: Tensor, y: Tensor) -> Tensor:
         self._nfe[index] += 1
@@ -125,7 +127,7 @@ class Loop:
 
     def _round(self, active: _Active) -> _Active:
         """Try one step of every active sample."""
-        index, y, f, t, dt, due, tried = active
+        index, y, f, t, dt, due, tried, _ = active
         if self._log is not None:
             f = self._log.mark(f)
         step = attempt(lambda t, y: self._evaluate(index, t, y), t, dt, y, f)
@@ -135,6 +137,8 @@ class Loop:
             # A step so large that func overflows is too large, like any with a large error.
             ratio = torch.where(ratio.isnan(), torch.inf, ratio)
             accept = (ratio <= 1) | ((dt <= self._control.min_step) & ratio.isfinite())
+            move, digits = dt * f.abs().amax(1), torch.finfo(self._field.dtype).eps
+            is_still = ratio.isinf() & (move <= digits * y.abs().amax(1))
         if self._log is not None:
             self._log.note(index, (t.detach(), dt, ratio), accept, step.error)
         end = torch.where(accept, t + dt, t)
@@ -143,7 +147,7 @@ class Loop:
         chosen = accept.unsqueeze(1)
         y, f = torch.where(chosen, step.y1, y), torch.where(chosen, step.f1, f)
         self._rounds += 1
-        after = _Active(index, y, f, end, self._control.next(dt, ratio), passed, tried)
+        after = _Active(index, y, f, end, self._control.next(dt, ratio), passed, tried, is_still)
         left = (passed < len(self._times)).nonzero().squeeze(1)
         return after if len(left) == len(index) else after.keep(left)
 
@@ -172,17 +176,38 @@ class Loop:
 
     def _check(self, active: _Active) -> None:
         """Refuse to go on with a step that leads nowhere."""
-        stuck = ~(active.t + active.dt > active.t)
+        stuck = ~(active.t + active.dt > active.t) | active.is_still
         if self._rounds >= self._control.max_num_steps:
             stuck = stuck | (active.tried >= self._control.max_num_steps)
-        if bool(stuck.any()):
-            self._raise_stuck(active.keep(stuck.nonzero()[:1, 0]))
+        for at in stuck.nonzero() if bool(stuck.any()) else ():
+            one = active.keep(at)
+            if not bool(one.is_still) or self._is_at_the_end(one):
+                self._raise_stuck(one)
+
+    def _is_at_the_end(self, one: _Active) -> bool:
+        """Return whether func, or the state's dtype, ends a few roundings ahead of a state.
+
+        Ever smaller steps would approach such an end for ever. An end in time is met by the
+        steps themselves.
+        """
+        ahead = 4 * torch.finfo(self._field.dtype).eps * one.y.abs() * one.f.sgn()
+        with torch.no_grad():
+            return not bool(torch.isfinite(self._evaluate(one.samples, one.t, one.y + ahead)).all())
 
     def _raise_stuck(self, one: _Active) -> NoReturn:
         sample, time = int(one.samples), self._field.sign * float(one.t)
         where = f"sample {sample} at t = {time:.6g}"
         with torch.no_grad():
             is_finite = bool(torch.isfinite(self._evaluate(one.samples, one.t, one.y)).all())
+        if bool(one.is_still) and is_finite:
+            raise NonFiniteError(
+                explain(
+                    f"the solution of {where} has reached {float(one.y.abs().amax()):.6g}, and a "
+                    "little further func returns inf or nan, or the state's dtype ends.",
+                    "a solution that stays where func and the state's dtype are finite.",
+                    "y0 = y0.double()   # or a span that ends before",
+                )
+            )
         if not is_finite or not bool(torch.isfinite(one.y).all()):
             raise NonFiniteError(
                 explain(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchdiffeq._impl import rk_common
 
 import torchdiffeq_hyper as tdh
 from fuzz.calls import call, mode_of
@@ -32,7 +33,8 @@ def check(drawn: Draw) -> str | None:
     except Exception as error:  # noqa: BLE001 - which is what is looked for
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(place.filename).name}:{place.lineno}"
-        return f"raw {type(error).__name__} at {where}: {_line(error)}"
+        is_hosts = drawn.key[0] == "dise" and _is_of_the_host(place.filename, error)
+        return None if is_hosts else f"raw {type(error).__name__} at {where}: {_line(error)}"
     if want is None:
         return "answered what the method cannot do"
     wrong = _compare_call(drawn, (y0, t), want) or _compare(drawn, answer, want)
@@ -53,6 +55,11 @@ def _compare_call(drawn: Draw, given: tuple[Parts, Tensor], want: Expected) -> s
     if want.calls is not None and drawn.field.calls != want.calls:
         return f"{drawn.field.calls} calls of func instead of {want.calls}"
     return None
+
+
+def _is_of_the_host(file: str, error: Exception) -> bool:
+    """Return whether the host's own solver, a candidate of dise, gives up as it does alone."""
+    return "underflow in dt" in str(error) and Path(file) == Path(rk_common.__file__)
 
 
 def _line(error: Exception) -> str:

@@ -5,7 +5,7 @@ Importing the package adds method names to torchdiffeq's `odeint`, `odeint_adjoi
 name.
 """
 
-from torchdiffeq_hyper import _plugins, dise, errors, hypernets, regularizers
+from torchdiffeq_hyper import _builtin, _plugins, dise, errors, hypernets, regularizers
 from torchdiffeq_hyper._binding import attach, detach, using
 from torchdiffeq_hyper._context import Conditioned
 from torchdiffeq_hyper._domain import FitDomain
@@ -78,7 +78,7 @@ __all__ = [
 ]
 
 _torchdiffeq.reserve_host_names()
-_plugins.load_builtin()
+_plugins.load_builtin(_builtin)
 _plugins.on_change(_torchdiffeq.follow_registry)
 _plugins.on_change(_torchdyn.follow_registry)
 install()

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import pluggy
 
-from torchdiffeq_hyper import _builtin, _registry, hookspecs
+from torchdiffeq_hyper import _registry, hookspecs
 from torchdiffeq_hyper.errors import OptionError, PluginWarning, explain
 from torchdiffeq_hyper.tableaus import Tableau
 
@@ -142,10 +142,10 @@ def _register_for(owner: str) -> hookspecs.Register:
     return register
 
 
-def load_builtin() -> None:
+def load_builtin(plugin: object) -> None:
     """Register the package's own methods, through the hook."""
     with _registry.rollback_on_error():
-        _collect(_builtin, hookspecs.PROJECT)
+        _collect(plugin, hookspecs.PROJECT)
 
 
 def load_entry_points() -> None:

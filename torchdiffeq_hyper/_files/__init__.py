@@ -11,6 +11,7 @@ from torchdiffeq_hyper._files._container import (
     described_in,
     read,
     read_metadata,
+    tensors_under,
     write,
     write_bytes,
 )
@@ -21,7 +22,7 @@ from torchdiffeq_hyper._files._hypersolver import (
     write_hypersolver,
 )
 from torchdiffeq_hyper._files._nets import UNSEEN, load_weights
-from torchdiffeq_hyper._files._rules import REPORT, under
+from torchdiffeq_hyper._files._rules import REPORT
 
 __all__ = [
     "REPORT",
@@ -37,7 +38,7 @@ __all__ = [
     "read_metadata",
     "rebuild_bespoke",
     "rebuild_hypersolver",
-    "under",
+    "tensors_under",
     "write",
     "write_bespoke",
     "write_bytes",

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._domain import FitDomain
-from torchdiffeq_hyper._files._container import described_in, read, write
+from torchdiffeq_hyper._files._container import described_in, read, tensors_under, write
 from torchdiffeq_hyper._files._nets import UNSEEN, match, pack
-from torchdiffeq_hyper._files._rules import BESPOKE, fitted, under
+from torchdiffeq_hyper._files._rules import BESPOKE, fitted
 from torchdiffeq_hyper._report import FitReport
 from torchdiffeq_hyper._schema import FLOATS, Record, TensorOf, checked
 from torchdiffeq_hyper._types import Hypernet
 from torchdiffeq_hyper.errors import BaseMismatchError, explain
 
-KIND = "bns"
+BNS = "bns"
 _OWN = ("weights", "knot_values", "knot_slopes")
 _NET = "hypernet."
 
@@ -59,7 +59,7 @@ def write_bespoke(path: str | os.PathLike[str], solver: SaveableBespoke) -> None
         FileWriteError: the file cannot be written; nothing half-written is left.
     """
     tensors, settings = describe_bespoke(solver)
-    write(path, tensors, KIND, settings)
+    write(path, tensors, BNS, settings)
 
 
 def describe_bespoke(solver: SaveableBespoke) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -77,7 +77,7 @@ def describe_bespoke(solver: SaveableBespoke) -> tuple[dict[str, Tensor], dict[s
         packed, description = pack(solver.hypernet)
         tensors |= {_NET + name: tensor for name, tensor in packed.items()}
     return tensors, {
-        "base": KIND,
+        "base": BNS,
         "alpha": None,
         "steps": len(solver.weights),
         "domain": None if solver.domain is None else solver.domain.to_dict(),
@@ -99,7 +99,7 @@ def read_bespoke(
         StateShapeError: its weights have other shapes.
         StateTypeError: its weights have other dtypes.
     """
-    tensors, metadata = read(path, KIND)
+    tensors, metadata = read(path, BNS)
     return rebuild_bespoke(metadata, tensors, hypernet, path)
 
 
@@ -114,7 +114,7 @@ def rebuild_bespoke(
     settings = checked(BESPOKE, metadata, described_in(path), at)
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith(_NET)}
     description = settings["hypernet"]
-    weights = under(_NET, tensors)
+    weights = tensors_under(_NET, tensors)
     checked(_tensors(settings["steps"], own), own, f"a solver in {os.fspath(path)!r}")
     arguments: dict[str, Any] = {
         "weights": own["weights"],

@@ -18,11 +18,34 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from torchdiffeq_hyper._files._rules import FORMAT_VERSION, HEADER
-from torchdiffeq_hyper._schema import Anything, Mismatch, Record, Table, checked, refused
+from torchdiffeq_hyper._schema import (
+    Anything,
+    Default,
+    Mismatch,
+    Record,
+    Rule,
+    Table,
+    Text,
+    Whole,
+    checked,
+    refused,
+)
 from torchdiffeq_hyper.errors import FileFormatError, FileWriteError, explain
 
+FORMAT_VERSION = 1
+HEADER: dict[str, Rule | Default] = {"format_version": Whole(1), "kind": Text(100)}
+"""What every file says of itself; the rest depends on the kind."""
+
 _KEY = "torchdiffeq_hyper"
+
+
+def tensors_under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with a prefix, named without it."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def write(

@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
+from torchdiffeq_hyper._files._container import HEADER
 from torchdiffeq_hyper._domain import FitDomain
 from torchdiffeq_hyper._report import BreakEven, FitReport
 from torchdiffeq_hyper._schema import (
@@ -30,12 +29,8 @@ from torchdiffeq_hyper._schema import (
 )
 from torchdiffeq_hyper.hypernets._select import ARCHITECTURES, NAMES_OF_INPUTS
 
-FORMAT_VERSION = 1
 MOST_STEPS = 1_000_000
 """Steps that a solver can be meant to take between two points."""
-
-HEADER: dict[str, Rule | Default] = {"format_version": Whole(1), "kind": Text(100)}
-"""What every file says of itself; the rest depends on the kind."""
 
 STATE_DTYPES = Choice(
     ("float16", "bfloat16", "float32", "float64", "complex32", "complex64", "complex128")
@@ -124,13 +119,4 @@ def fitted(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "domain": None if domain is None else FitDomain.from_dict(domain),
         "report": None if report is None else FitReport.from_dict(report),
-    }
-
-
-def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with a prefix, named without it."""
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
     }

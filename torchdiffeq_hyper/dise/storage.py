@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper import _files
-from torchdiffeq_hyper._files._rules import HEADER, MOST_STEPS
+from torchdiffeq_hyper._files._container import HEADER
+from torchdiffeq_hyper._files._rules import MOST_STEPS
 from torchdiffeq_hyper._schema import (
     FLOATS,
     Anything,
@@ -148,7 +149,7 @@ def read(
     candidates: list[Candidate] = []
     weights: list[Weights] = []
     for position, settings in enumerate(found["candidates"]):
-        own = _files.under(f"candidates.{position}.", tensors)
+        own = _files.tensors_under(f"candidates.{position}.", tensors)
         candidate, loadable = _rebuild(settings, position, own, hypernets.get(position), path)
         candidates.append(candidate)
         weights += [] if loadable is None else [loadable]
@@ -157,7 +158,7 @@ def read(
         with refused(what):
             place, expected = "selector.n_candidates", f"{len(candidates)}, one a candidate"
             raise mismatch(place, n_predicted, expected)
-    own = _files.under("selector.", tensors)
+    own = _files.tensors_under("selector.", tensors)
     net = _rebuild_selector(found["selector"], own, selector, path)
     weights.append((net, own, selector is not None))
     return candidates, net, Scale(*map(float, found["unit"])), report, weights
@@ -193,7 +194,7 @@ def _report(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> DiseRepo
     n = len(found["candidates"])
     names = Items(Text(), least=n, most=n)
     names.check(found["report"]["names"], "report.names")
-    own = _files.under("report.", tensors)
+    own = _files.tensors_under("report.", tensors)
     batch = own["nfe"].shape[0] if "nfe" in own and own["nfe"].dim() == 2 else None
     integer, real = (torch.int64, torch.int32), FLOATS
     rules = Record(

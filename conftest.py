@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchdiffeq._impl.odeint import SOLVERS
 
-from torchdiffeq_hyper import _registry
+from torchdiffeq_hyper.methods import _registry
 
 
 def _traces() -> dict[str, object]:

@@ -20,7 +20,7 @@ from torch import distributed as dist
 
 import torchdiffeq_hyper as tdh
 from stubs import damped_wave
-from torchdiffeq_hyper.fitting.distributed import Team
+from torchdiffeq_hyper.fitting._distributed import Team
 
 BRIEF = tdh.FitConfig(iterations=20, pretrain_iterations=4, swap_every=2, max_seconds=1e6)
 FULL = tdh.FitConfig(iterations=200, max_seconds=1e6)

@@ -23,8 +23,8 @@ from torchdiffeq import odeint
 
 import torchdiffeq_hyper as tdh
 from exact import zero
-from torchdiffeq_hyper import _attached
 from torchdiffeq_hyper.errors import OptionError
+from torchdiffeq_hyper.solvers import _attached
 
 T = torch.tensor([0.0, 1.0])
 
@@ -125,7 +125,7 @@ KINDS += [Guarded, function, partial, lambda: WithClass.field, lambda: torch.nn.
 
 
 def find(func: Any, method: str = "hypereuler") -> Any:
-    from torchdiffeq_hyper._binding import Times, find_bound
+    from torchdiffeq_hyper.solvers._binding import Times, find_bound
 
     return find_bound(func, method, Times(T, is_negated=False))
 
@@ -451,6 +451,6 @@ def test_threads_attach_to_one_func_without_losing_any() -> None:
             thread.join()
     finally:
         sys.setswitchinterval(interval)
-    from torchdiffeq_hyper._wrappers import Owner
+    from torchdiffeq_hyper._fields._wrappers import Owner
 
     assert len(_attached.solvers(Owner(func, None), "hypereuler")) == 40

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import torchdiffeq_hyper as tdh
 from stubs import MLPField, coupled, coupled_start
-from torchdiffeq_hyper import _registry
+from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.tableaus import Edge, StageCall, Tableau
 
 PLUGIN = "hyperralston3"

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import torchdiffeq_hyper as tdh
 from mutations import mutated, mutated_tensors
 from stubs import damped_wave, spiral
-from torchdiffeq_hyper import _files
 from torchdiffeq_hyper.__main__ import _describe as describe
 from torchdiffeq_hyper.__main__ import main
+from torchdiffeq_hyper._files._container import read
 from torchdiffeq_hyper.errors import BaseMismatchError, FileFormatError, HyperError
 from torchdiffeq_hyper.hypernets import MLP, ConcatHypernet, Linear, from_architecture
 
@@ -354,7 +354,7 @@ def test_instances_are_left_alone_when_another_part_of_a_dise_is_refused(
     first, second = (tdh.HyperSolver("euler", Own(), steps=n) for n in (2, 3))
     candidates = [tdh.Candidate(first), tdh.Candidate(second), tdh.Candidate("rk4", steps=1)]
     tdh.Dise(candidates, nn.Linear(2, 3)).save(path)
-    tensors, metadata = _files.read(path, "dise")
+    tensors, metadata = read(path, "dise")
     if damage == "candidate":
         metadata["candidates"][2]["steps"] = -1
     if damage == "twice":

@@ -14,9 +14,9 @@ from torchdiffeq import odeint, odeint_event
 import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import damped_wave
-from torchdiffeq_hyper import _registry
-from torchdiffeq_hyper._stepping import is_power_in_range, power_factors
 from torchdiffeq_hyper.errors import NonFiniteError, StateTypeError
+from torchdiffeq_hyper.methods import _registry
+from torchdiffeq_hyper.solvers._stepping import is_power_in_range, power_factors
 from torchdiffeq_hyper.tableaus import Tableau
 
 LEARNED = [m.name for m in _registry.methods().values() if isinstance(m.solver, Tableau)]

@@ -16,7 +16,6 @@ from torchdiffeq import odeint
 import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import Counted, MLPField
-from torchdiffeq_hyper import _registry
 from torchdiffeq_hyper.errors import (
     FileWriteError,
     MissingHypernetError,
@@ -28,6 +27,7 @@ from torchdiffeq_hyper.errors import (
     UnknownMethodError,
 )
 from torchdiffeq_hyper.evaluation import EvaluationRow, EvaluationTable, _measure
+from torchdiffeq_hyper.methods import _registry
 
 SPAN = (0.0, 1.0)
 LEARNED = [method for method in _registry.methods().values() if method.is_learned]

@@ -14,12 +14,7 @@ from torch import Tensor, nn
 import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import Counted, coupled, coupled_start, damped_wave
-from torchdiffeq_hyper.errors import (
-    FileFormatError,
-    OptionError,
-    StateShapeError,
-    StateTypeError,
-)
+from torchdiffeq_hyper.errors import FileFormatError, OptionError, StateShapeError, StateTypeError
 from torchdiffeq_hyper.hypernets import (
     MLP,
     Bottleneck,

@@ -13,8 +13,8 @@ from torchdiffeq import odeint
 
 import torchdiffeq_hyper as tdh
 from stubs import MLPField, damped_wave, spiral
-from torchdiffeq_hyper import _independence
-from torchdiffeq_hyper._independence import check_independence, find_coupling, is_probing
+from torchdiffeq_hyper._fields._independence import check_independence, find_coupling
+from torchdiffeq_hyper._fields._parts import is_probing
 from torchdiffeq_hyper.dise import Candidate, Dise
 from torchdiffeq_hyper.errors import CoupledSamplesError, HyperError, StateShapeError
 
@@ -382,7 +382,3 @@ def test_a_coarse_answer_that_others_change_is_coupling() -> None:
     # 1 % is what bfloat16 inside func explains; that others change it, it does not.
     with pytest.raises(CoupledSamplesError):
         check_independence(lambda t, y: y + 0.01 * y.mean(0), _starts(5, 2), T)
-
-
-def test_the_package_names_what_it_offers() -> None:
-    assert set(_independence.__all__) <= set(dir(_independence))

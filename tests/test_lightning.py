@@ -374,7 +374,7 @@ def test_impossible_arguments_are_refused_at_once(argument: Any, error: Any) -> 
 
 
 def test_without_lightning_the_way_to_install_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchdiffeq_hyper.lightning._find import find_lightning
+    from torchdiffeq_hyper.lightning._trainer import find_lightning
 
     monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
     monkeypatch.setitem(sys.modules, "lightning", None)

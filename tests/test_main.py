@@ -13,10 +13,11 @@ from torch import nn
 
 import torchdiffeq_hyper as tdh
 from exact import zero
-from torchdiffeq_hyper import _files, _registry
 from torchdiffeq_hyper.__main__ import main
-from torchdiffeq_hyper._report import LossPoint
+from torchdiffeq_hyper._files._container import write
 from torchdiffeq_hyper.hypernets import MLP
+from torchdiffeq_hyper.methods import _registry
+from torchdiffeq_hyper.solvers._report import LossPoint
 
 REPORT = tdh.FitReport(
     losses=(LossPoint(10, "residual", 0.5, 0.25),),
@@ -114,11 +115,11 @@ def write_truncated(path: Path) -> None:
 
 
 def write_other_kind(path: Path) -> None:
-    _files.write(path, {"a": torch.ones(1)}, "something-else", {})
+    write(path, {"a": torch.ones(1)}, "something-else", {})
 
 
 def write_without_base(path: Path) -> None:
-    _files.write(path, {"a": torch.ones(1)}, "hypersolver", {})
+    write(path, {"a": torch.ones(1)}, "hypersolver", {})
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from torchdiffeq import odeint, odeint_event
 import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import Counted, damped_wave
-from torchdiffeq_hyper import _registry
 from torchdiffeq_hyper.errors import OptionError, OutsideFitWarning, StateShapeError, StateTypeError
+from torchdiffeq_hyper.methods import _registry
 
 T = torch.tensor([0.0, 1.0])
 Y0 = torch.ones(4, 2)

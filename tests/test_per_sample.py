@@ -13,8 +13,7 @@ from torchdiffeq import odeint, odeint_adjoint, odeint_event
 
 import torchdiffeq_hyper as tdh
 from stubs import MLPField, damped_wave, spiral
-from torchdiffeq_hyper._independence import is_probing
-from torchdiffeq_hyper._per_sample import PerSampleDopri5
+from torchdiffeq_hyper._fields._parts import is_probing
 from torchdiffeq_hyper.errors import (
     HyperError,
     NonFiniteError,
@@ -22,6 +21,7 @@ from torchdiffeq_hyper.errors import (
     StateShapeError,
     UnfinishedSolveError,
 )
+from torchdiffeq_hyper.solvers.per_sample import PerSampleDopri5
 
 METHOD = "dopri5_per_sample"
 FORWARD = torch.tensor([0.0, 0.3, 0.31, 2.0, 5.0], dtype=torch.float64)

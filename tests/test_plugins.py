@@ -20,8 +20,9 @@ from torchdiffeq._impl.solvers import FixedGridODESolver
 import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import Counted, convergence_order, damped_wave, spiral, spiral_solution
-from torchdiffeq_hyper import _plugins, _registry, errors
-from torchdiffeq_hyper.hookspecs import PROJECT, Register
+from torchdiffeq_hyper import errors
+from torchdiffeq_hyper.methods import _plugins, _registry
+from torchdiffeq_hyper.methods._hookspecs import PROJECT, Register
 
 
 class PlainEuler(FixedGridODESolver):  # type: ignore[misc]

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 import torchdiffeq_hyper as tdh
-from torchdiffeq_hyper import _registry
+from torchdiffeq_hyper.methods import _registry
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._layout import StateLayout
+from torchdiffeq_hyper._state import StateLayout
 from torchdiffeq_hyper.errors import HyperError, OptionError, StateShapeError
 from torchdiffeq_hyper.recording import Draft, Guard, Recorder, Solve, Steps
 

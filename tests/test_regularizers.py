@@ -16,11 +16,7 @@ from stubs import Counted, MLPField, coupled, coupled_start, spiral
 from torchdiffeq_hyper import regularizers
 from torchdiffeq_hyper.errors import OptionError, StateShapeError
 from torchdiffeq_hyper.hosts.torchdiffeq import odeint_with_errors, record
-from torchdiffeq_hyper.recording import (
-    AdjointGradientError,
-    FreedGraphError,
-    NothingRecordedError,
-)
+from torchdiffeq_hyper.recording import AdjointGradientError, FreedGraphError, NothingRecordedError
 from torchdiffeq_hyper.regularizers import EnergyField
 
 F64 = torch.float64

@@ -18,9 +18,7 @@ from torch import Tensor, nn
 
 import torchdiffeq_hyper as tdh
 from stubs import coupled, coupled_start, damped_wave
-from torchdiffeq_hyper import _files
-from torchdiffeq_hyper._files._container import FORMAT_VERSION
-from torchdiffeq_hyper._report import LossPoint
+from torchdiffeq_hyper._files._container import FORMAT_VERSION, read, read_metadata, write
 from torchdiffeq_hyper.errors import (
     BaseMismatchError,
     FileFormatError,
@@ -29,6 +27,7 @@ from torchdiffeq_hyper.errors import (
     StateTypeError,
 )
 from torchdiffeq_hyper.hypernets import MLP, ConcatHypernet, Conv, Linear, ready
+from torchdiffeq_hyper.solvers._report import LossPoint
 from torchdiffeq_hyper.tableaus import HEUN
 
 TIMES = torch.tensor([0.0, 1.0])
@@ -86,7 +85,7 @@ def saved(path: Path) -> Path:
 
 def with_metadata(path: Path, change: dict[str, Any]) -> None:
     """Rewrite a file with other metadata, as another version or a vandal would."""
-    tensors, metadata = _files.read(path, "hypersolver")
+    tensors, metadata = read(path, "hypersolver")
     metadata.update(change)
     save_file(tensors, path, {"torchdiffeq_hyper": json.dumps(metadata)})
 
@@ -394,7 +393,7 @@ def test_safetensors_file_of_another_program_is_refused(path: Path) -> None:
 
 
 def test_file_of_another_kind_is_refused(path: Path) -> None:
-    _files.write(path, {"weight": torch.ones(2)}, "dise", {})
+    write(path, {"weight": torch.ones(2)}, "dise", {})
     with pytest.raises(FileFormatError, match="holds a 'dise'"):
         tdh.HyperSolver.load(path)
 
@@ -452,7 +451,7 @@ def test_header_longer_than_the_file_is_refused(path: Path) -> None:
 
 
 def test_metadata_of_any_kind_can_be_looked_at(saved: Path) -> None:
-    metadata = _files.read_metadata(saved)
+    metadata = read_metadata(saved)
     assert (metadata["kind"], metadata["format_version"]) == ("hypersolver", FORMAT_VERSION)
     assert metadata["hypernet"] == MLP(2).architecture
 

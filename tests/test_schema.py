@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._schema import (
+from torchdiffeq_hyper._files import (
     FLAG,
     Anything,
     Choice,

@@ -17,8 +17,8 @@ from torchdyn.numerics.solvers.ode import SOLVER_DICT
 import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import damped_wave
-from torchdiffeq_hyper import _registry
 from torchdiffeq_hyper.errors import DuplicateMethodError, UnknownMethodError
+from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.tableaus import second_order
 
 Y0, T = torch.ones(2), torch.tensor([0.0, 1.0])

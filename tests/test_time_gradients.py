@@ -13,10 +13,10 @@ from torchdiffeq import odeint, odeint_adjoint, odeint_event
 import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import Counted, TupleState, coupled, coupled_start, spiral, spiral_solution
-from torchdiffeq_hyper import _registry
-from torchdiffeq_hyper._registry import Method, WholeSolve
-from torchdiffeq_hyper.bespoke import _rollout, classical
 from torchdiffeq_hyper.errors import NonFiniteError
+from torchdiffeq_hyper.methods import _registry
+from torchdiffeq_hyper.methods._registry import Method, WholeSolve
+from torchdiffeq_hyper.solvers.bespoke import _rollout, classical
 from torchdiffeq_hyper.tableaus import Tableau
 
 METHODS = list(_registry.methods())

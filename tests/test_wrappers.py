@@ -14,8 +14,8 @@ from torchdiffeq import odeint
 
 import torchdiffeq_hyper as tdh
 from exact import zero
-from torchdiffeq_hyper import _wrappers
-from torchdiffeq_hyper._binding import Times, find_bound
+from torchdiffeq_hyper._fields import _wrappers
+from torchdiffeq_hyper.solvers._binding import Times, find_bound
 
 T = torch.tensor([0.0, 1.0])
 
@@ -238,7 +238,7 @@ def test_wrappers_of_this_package_find_what_is_attached_inside(
     assert find(energy) is solver
     conditioned = tdh.Conditioned(field, torch.ones(4, 1))
     mine = tdh.attach(conditioned, tdh.HyperSolver("euler", zero, steps=5))
-    from torchdiffeq_hyper.dise.dispatch import GroupField
+    from torchdiffeq_hyper.dise._dispatch import GroupField
 
     for index in (None, torch.tensor([0, 2])):
         assert find(GroupField(conditioned, y0, index)) is mine

@@ -5,14 +5,9 @@ Importing the package adds method names to torchdiffeq's `odeint`, `odeint_adjoi
 name.
 """
 
-from torchdiffeq_hyper import _builtin, _plugins, dise, errors, hypernets, regularizers
-from torchdiffeq_hyper._binding import attach, detach, using
-from torchdiffeq_hyper._context import Conditioned
-from torchdiffeq_hyper._domain import FitDomain
-from torchdiffeq_hyper._plugins import register_plugin, unregister_plugin
-from torchdiffeq_hyper._report import FitReport
-from torchdiffeq_hyper._types import StepInput
-from torchdiffeq_hyper.bespoke import BespokeSolver
+from torchdiffeq_hyper import dise, errors, hypernets, regularizers
+from torchdiffeq_hyper._fields._context import Conditioned
+from torchdiffeq_hyper._state import StepInput
 from torchdiffeq_hyper.dise import (
     Candidate,
     ClassificationCost,
@@ -23,8 +18,7 @@ from torchdiffeq_hyper.dise import (
 from torchdiffeq_hyper.errors import HyperError, HyperWarning, MissingHypernetError
 from torchdiffeq_hyper.evaluation import evaluate
 from torchdiffeq_hyper.fitting import FitConfig, fit
-from torchdiffeq_hyper.hookspecs import hookimpl
-from torchdiffeq_hyper.hosts import install, uninstall
+from torchdiffeq_hyper.hosts import _builtin, install, uninstall
 from torchdiffeq_hyper.hosts import torchdiffeq as _torchdiffeq
 from torchdiffeq_hyper.hosts import torchdyn as _torchdyn
 from torchdiffeq_hyper.hosts.torchdiffeq import (
@@ -35,7 +29,14 @@ from torchdiffeq_hyper.hosts.torchdiffeq import (
     unregister_method,
 )
 from torchdiffeq_hyper.hypernets import ConcatHypernet
-from torchdiffeq_hyper.hypersolver import HyperSolver
+from torchdiffeq_hyper.methods import _plugins
+from torchdiffeq_hyper.methods._hookspecs import hookimpl
+from torchdiffeq_hyper.methods._plugins import register_plugin, unregister_plugin
+from torchdiffeq_hyper.solvers._binding import attach, detach, using
+from torchdiffeq_hyper.solvers._domain import FitDomain
+from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
+from torchdiffeq_hyper.solvers._report import FitReport
+from torchdiffeq_hyper.solvers.bespoke import BespokeSolver
 
 __version__ = "0.1.0"
 

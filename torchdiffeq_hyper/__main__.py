@@ -13,11 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
-from torchdiffeq_hyper import _files, _registry
-from torchdiffeq_hyper._domain import FitDomain
-from torchdiffeq_hyper._report import FitReport
-from torchdiffeq_hyper.bespoke import BespokeSolver
+from torchdiffeq_hyper._files._container import damage_reported, read, read_metadata
 from torchdiffeq_hyper.errors import HyperError
+from torchdiffeq_hyper.hypernets._files import UNSEEN
+from torchdiffeq_hyper.methods import _registry
+from torchdiffeq_hyper.solvers._domain import FitDomain
+from torchdiffeq_hyper.solvers._files import read_bespoke, read_hypersolver
+from torchdiffeq_hyper.solvers._report import FitReport
+from torchdiffeq_hyper.solvers.bespoke import BespokeSolver
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,14 +74,14 @@ def _describe(path: str) -> str:
 
     It goes through the checks of `HyperSolver.load`.
     """
-    if _files.read_metadata(path)["kind"] == "bns":
-        arguments, _, _ = _files.read_bespoke(path, _files.UNSEEN)
-        with _files.damage_reported(path):
+    if read_metadata(path)["kind"] == "bns":
+        arguments, _, _ = read_bespoke(path, UNSEEN)
+        with damage_reported(path):
             BespokeSolver(**arguments)
-        tensors, metadata = _files.read(path, "bns")
+        tensors, metadata = read(path, "bns")
     else:
-        arguments, _, _ = _files.read_hypersolver(path, _files.UNSEEN)
-        tensors, metadata = _files.read(path, "hypersolver")
+        arguments, _, _ = read_hypersolver(path, UNSEEN)
+        tensors, metadata = read(path, "hypersolver")
     facts = _facts(tensors, metadata, arguments["domain"], arguments["report"])
     width = max(map(len, facts))
     return "\n".join(

@@ -12,7 +12,7 @@ from benchmarks._problem import Benchmark
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from torchdiffeq_hyper._types import State
+from torchdiffeq_hyper._state import State
 from torchdiffeq_hyper.evaluation import EvaluationRow, EvaluationTable, describe_machine
 
 # Its measure is taken over whole: one definition of NFE, MACs, ms and errors.

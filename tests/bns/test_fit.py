@@ -15,17 +15,17 @@ from torchdiffeq import odeint
 import torchdiffeq_hyper as tdh
 from stubs import MLPField, spiral, spiral_solution
 from torchdiffeq_hyper import hypernets
-from torchdiffeq_hyper._layout import StateLayout
-from torchdiffeq_hyper.bespoke import compositions
-from torchdiffeq_hyper.errors import (
-    FileFormatError,
-    FitDivergedError,
-    NoiseFloorError,
-    OptionError,
+from torchdiffeq_hyper._state import StateLayout
+from torchdiffeq_hyper.errors import FileFormatError, FitDivergedError, NoiseFloorError, OptionError
+from torchdiffeq_hyper.fitting import _break_even
+from torchdiffeq_hyper.fitting.bespoke._gauss_newton import (
+    NormalEquations,
+    RollOut,
+    gap_rows,
+    packed,
+    unpacked,
 )
-from torchdiffeq_hyper.fitting import break_even
-from torchdiffeq_hyper.fitting.bespoke.gauss_newton import NormalEquations, gap_rows
-from torchdiffeq_hyper.fitting.bespoke.sensitivities import RollOut, packed, unpacked
+from torchdiffeq_hyper.solvers.bespoke import compositions
 
 SPAN = torch.tensor([0.0, 2.0], dtype=torch.float64)
 
@@ -156,7 +156,7 @@ def test_samples_that_come_to_depend_on_each_other_are_fitted_whole() -> None:
 
 
 def test_the_report_says_when_the_fit_has_paid_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(break_even, "LEAST_SECONDS", 600.0)
+    monkeypatch.setattr(_break_even, "LEAST_SECONDS", 600.0)
     report = fit(config=tdh.FitConfig(iterations=25, max_seconds=1e6)).report
     assert report is not None
     paid = report.break_even

@@ -13,7 +13,6 @@ from torchdiffeq import odeint, odeint_adjoint, odeint_event
 import torchdiffeq_hyper as tdh
 from stubs import Counted, MLPField, coupled, coupled_start, damped_wave
 from torchdiffeq_hyper.__main__ import main
-from torchdiffeq_hyper.bespoke import classical
 from torchdiffeq_hyper.errors import (
     AdjointWarning,
     BaseMismatchError,
@@ -21,6 +20,7 @@ from torchdiffeq_hyper.errors import (
     OptionError,
     StateTypeError,
 )
+from torchdiffeq_hyper.solvers.bespoke import classical
 
 T = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
 

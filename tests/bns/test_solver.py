@@ -21,13 +21,8 @@ from stubs import (
     spiral_solution,
 )
 from torchdiffeq_hyper import BespokeSolver, ConcatHypernet, FitDomain, HyperSolver, StepInput
-from torchdiffeq_hyper.bespoke import _rollout, classical, compositions
-from torchdiffeq_hyper.errors import (
-    NonFiniteError,
-    OptionError,
-    StateShapeError,
-    StateTypeError,
-)
+from torchdiffeq_hyper.errors import NonFiniteError, OptionError, StateShapeError, StateTypeError
+from torchdiffeq_hyper.solvers.bespoke import _rollout, classical, compositions
 
 SPAN = torch.tensor([0.0, 1.0], dtype=torch.float64)
 HOSTS = {"euler": 1, "midpoint": 2, "heun": 2, "heun3": 3, "rk4": 4}

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import torchdiffeq_hyper as tdh
 from stubs import MLPField, damped_wave, spiral
-from torchdiffeq_hyper.bespoke import classical, compositions
-from torchdiffeq_hyper.bespoke._weights import KeptWeights, consistent, selected, violation
+from torchdiffeq_hyper.solvers.bespoke import classical, compositions
+from torchdiffeq_hyper.solvers.bespoke._weights import KeptWeights, consistent, selected, violation
 
 SPAN = torch.tensor([0.0, 1.0], dtype=torch.float64)
 DOMAIN = tdh.FitDomain((0.0, 1.0), 1.0, 1.0, (1,), ((2,),), False, "float64")

@@ -12,9 +12,9 @@ from torchdiffeq import odeint
 import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import spiral
-from torchdiffeq_hyper import _registry
 from torchdiffeq_hyper.dise import Candidate, Dise
 from torchdiffeq_hyper.errors import OptionError, StateTypeError, UnknownMethodError
+from torchdiffeq_hyper.methods import _registry
 
 SOLVER = tdh.HyperSolver("euler", zero, steps=5)
 KNOWN = [*_registry.host_methods(), *_registry.methods()]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import torchdiffeq_hyper as tdh
 from stubs import MLPField, coupled, damped_wave
-from torchdiffeq_hyper._flops import FlopCounter
 from torchdiffeq_hyper.errors import OptionError
-from torchdiffeq_hyper.fitting import auto
+from torchdiffeq_hyper.fitting import _auto
+from torchdiffeq_hyper.recording._cost import FlopCounter
 
 GENERATOR = torch.Generator().manual_seed(5)
 POINTS = torch.randn(60, 2, generator=GENERATOR)
@@ -26,7 +26,7 @@ CONFIG = tdh.FitConfig(iterations=4, seed=3)
 @pytest.fixture(autouse=True)
 def _short_rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "full_rounds" not in request.fixturenames:
-        monkeypatch.setattr(auto, "ROUNDS", (10, 2))
+        monkeypatch.setattr(_auto, "ROUNDS", (10, 2))
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_global_random_state_is_not_touched() -> None:
 
 
 def test_without_time_to_compare_the_choice_is_by_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto, "SHARE_OF_TIME", 0.0)
+    monkeypatch.setattr(_auto, "SHARE_OF_TIME", 0.0)
     func, y0 = field_of("images")
     solver = fit(func, y0)
     assert solver.hypernet.kind == "bottleneck"
@@ -163,7 +163,7 @@ def test_without_time_to_compare_the_choice_is_by_kind(monkeypatch: pytest.Monke
 def test_an_interrupted_fit_keeps_its_choice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torchdiffeq_hyper.fitting.checkpoint import Store
+    from torchdiffeq_hyper.fitting._checkpoint import Store
 
     func, y0 = field_of("points")
     config = replace(CONFIG, checkpoint=tmp_path / "fit.pt")
@@ -180,7 +180,7 @@ def test_an_interrupted_fit_keeps_its_choice(
         with pytest.raises(KeyboardInterrupt):
             fit(func, y0, config=config)
     with monkeypatch.context() as patched:
-        patched.setattr(auto, "_compare", None)  # a new comparison would fail
+        patched.setattr(_auto, "_compare", None)  # a new comparison would fail
         resumed = fit(func, y0, config=config)
         finished = fit(func, y0, config=config)
     whole = fit(func, y0)

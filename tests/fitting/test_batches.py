@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torchdiffeq_hyper import FitConfig
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError
-from torchdiffeq_hyper.fitting.batches import Batches, n_samples
+from torchdiffeq_hyper.fitting._batches import Batches, n_samples
 
 DATA = torch.arange(40.0).reshape(20, 2)
 

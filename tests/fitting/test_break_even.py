@@ -15,17 +15,17 @@ from torchdiffeq import odeint
 import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import Counted, MLPField, coupled, damped_wave
-from torchdiffeq_hyper._report import BreakEven
-from torchdiffeq_hyper.fitting import break_even
-from torchdiffeq_hyper.fitting.batches import Batches
-from torchdiffeq_hyper.fitting.budget import Budget
-from torchdiffeq_hyper.fitting.classical import FIXED
-from torchdiffeq_hyper.fitting.data import Batch, Data
-from torchdiffeq_hyper.fitting.distributed import Team
-from torchdiffeq_hyper.fitting.judge import end_errors
-from torchdiffeq_hyper.fitting.reference import Tolerances
-from torchdiffeq_hyper.fitting.routes import Plan
-from torchdiffeq_hyper.fitting.units import Units
+from torchdiffeq_hyper.fitting import _break_even
+from torchdiffeq_hyper.fitting._batches import Batches
+from torchdiffeq_hyper.fitting._budget import Budget
+from torchdiffeq_hyper.fitting._classical import FIXED
+from torchdiffeq_hyper.fitting._data import Batch, Data
+from torchdiffeq_hyper.fitting._distributed import Team
+from torchdiffeq_hyper.fitting._objectives import end_errors
+from torchdiffeq_hyper.fitting._reference import Tolerances
+from torchdiffeq_hyper.fitting._routes import Plan
+from torchdiffeq_hyper.fitting._units import Units
+from torchdiffeq_hyper.solvers._report import BreakEven
 from torchdiffeq_hyper.tableaus import EULER
 
 Y0 = torch.randn(90, 2, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
@@ -35,7 +35,7 @@ SPAN = (0.0, 2.0)
 
 @pytest.fixture(autouse=True)
 def _time_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(break_even, "LEAST_SECONDS", 60.0)
+    monkeypatch.setattr(_break_even, "LEAST_SECONDS", 60.0)
 
 
 def fit(func: Any = damped_wave, y0: Any = Y0, **arguments: Any) -> tdh.FitReport:
@@ -64,7 +64,7 @@ def measured(
     solve: Callable[..., Any], func: Any = damped_wave, calls: int = 8, **arguments: Any
 ) -> BreakEven | str:
     given = {"fit_seconds": 50.0, "seconds_left": 1e3, **arguments}
-    return break_even.measure(solve, func, held_out(), calls=calls, **given)
+    return _break_even.measure(solve, func, held_out(), calls=calls, **given)
 
 
 def host(method: str, steps: int) -> Callable[..., Tensor]:
@@ -74,7 +74,7 @@ def host(method: str, steps: int) -> Callable[..., Tensor]:
 def timed(monkeypatch: pytest.MonkeyPatch, own: float, other: float) -> None:
     """Have our solve and every other take a given time."""
     monkeypatch.setattr(
-        break_even, "median_seconds", lambda runs, *a, **k: [own, *[other] * (len(runs) - 1)]
+        _break_even, "median_seconds", lambda runs, *a, **k: [own, *[other] * (len(runs) - 1)]
     )
 
 
@@ -104,13 +104,13 @@ def test_a_classical_solver_is_matched_by_one_that_takes_no_more_steps(
     monkeypatch: pytest.MonkeyPatch, method: str, steps: int
 ) -> None:
     raced: list[str] = []
-    race = break_even._race
+    race = _break_even._race
 
     def spy(ours: Any, rivals: Any, *rest: Any) -> Any:
         raced.extend(rival.label for rival in rivals)
         return race(ours, rivals, *rest)
 
-    monkeypatch.setattr(break_even, "_race", spy)
+    monkeypatch.setattr(_break_even, "_race", spy)
     calls = steps * FIXED[method].each
     assert isinstance(measured(host(method, steps), calls=calls), BreakEven)
     split = [label.split(" with ") for label in raced if "step" in label]
@@ -124,9 +124,9 @@ def test_the_alternative_is_no_less_accurate(monkeypatch: pytest.MonkeyPatch) ->
     batch = held_out()
     exact = batch.routes[0].y[-1]
     t = torch.tensor(SPAN, dtype=torch.float64)
-    y0 = batch.start(0)[: break_even.MOST_SAMPLES]
+    y0 = batch.start(0)[: _break_even.MOST_SAMPLES]
     raced: list[Any] = []
-    monkeypatch.setattr(break_even, "_race", lambda ours, rivals, *rest: raced.extend(rivals))
+    monkeypatch.setattr(_break_even, "_race", lambda ours, rivals, *rest: raced.extend(rivals))
     sizes = held_out().some(torch.arange(len(y0))).end_sizes()
 
     def error_of(y: Tensor) -> Tensor:
@@ -225,9 +225,9 @@ def test_reports_survive_json_and_older_ones_still_load() -> None:
 def test_an_alternative_is_no_less_accurate_on_all_samples(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(break_even, "SEARCH", math.inf)  # sought on a few
+    monkeypatch.setattr(_break_even, "SEARCH", math.inf)  # sought on a few
     batch = held_out()
-    easy = batch.start(0)[: break_even.MOST_SAMPLES]  # type: ignore[index]
+    easy = batch.start(0)[: _break_even.MOST_SAMPLES]  # type: ignore[index]
 
     def better_on_the_others(func: Any, y0: Tensor, t: Tensor) -> Tensor:
         steps = 4 if torch.equal(y0, easy) else 12
@@ -245,18 +245,18 @@ def test_an_alternative_is_no_less_accurate_on_all_samples(
 
 
 def test_a_rival_that_breaks_down_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    dopri5 = break_even.dopri5
+    dopri5 = _break_even.dopri5
 
     def broken(tolerance: float, size: float) -> Any:
         def run(func: Any, y0: Any, t: Any) -> Any:
-            if len(y0) > break_even.MOST_SAMPLES:
+            if len(y0) > _break_even.MOST_SAMPLES:
                 message = "underflow in dt 0.0"
                 raise AssertionError(message)
             return dopri5(tolerance, size).run(func, y0, t)
 
-        return break_even.Solve("broken", run)
+        return _break_even.Solve("broken", run)
 
-    monkeypatch.setattr(break_even, "dopri5", broken)
+    monkeypatch.setattr(_break_even, "dopri5", broken)
     found = measured(host("rk4", 3), calls=12)
     assert isinstance(found, BreakEven)
     assert found.alternative != "broken"

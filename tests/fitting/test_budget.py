@@ -11,8 +11,8 @@ import torch
 
 import torchdiffeq_hyper as tdh
 from stubs import damped_wave
-from torchdiffeq_hyper.fitting import budget as budget_module
-from torchdiffeq_hyper.fitting.budget import Budget
+from torchdiffeq_hyper.fitting import _budget as budget_module
+from torchdiffeq_hyper.fitting._budget import Budget
 
 Y0 = torch.randn(60, 2, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 

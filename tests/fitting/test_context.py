@@ -22,8 +22,8 @@ from torchdiffeq_hyper.errors import (
     StateShapeError,
     StateTypeError,
 )
-from torchdiffeq_hyper.fitting import break_even
-from torchdiffeq_hyper.fitting.batches import Batches, checked_batch, n_samples
+from torchdiffeq_hyper.fitting import _break_even
+from torchdiffeq_hyper.fitting._batches import Batches, checked_batch, n_samples
 
 SPAN = (0.0, 2.0)
 Y0 = torch.randn(90, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -204,7 +204,7 @@ def test_a_checkpoint_of_a_fit_with_another_context_is_refused(base: str, tmp_pa
 
 
 def test_break_even_is_measured_on_the_samples_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(break_even, "LEAST_SECONDS", 60.0)
+    monkeypatch.setattr(_break_even, "LEAST_SECONDS", 60.0)
     config = replace(CONFIG, iterations=200, patience=400)
     report = fit(objective="residual", context=LABELS, config=config).report
     assert report is not None

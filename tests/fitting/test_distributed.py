@@ -13,7 +13,7 @@ import torch
 
 import ranks
 import torchdiffeq_hyper as tdh
-from torchdiffeq_hyper.fitting.distributed import Team
+from torchdiffeq_hyper.fitting._distributed import Team
 
 SIZE = 2
 

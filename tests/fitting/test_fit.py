@@ -13,9 +13,9 @@ from torchdiffeq import odeint
 
 import torchdiffeq_hyper as tdh
 from stubs import Counted, MLPField, damped_wave
-from torchdiffeq_hyper._registry import methods
-from torchdiffeq_hyper.fitting import report
-from torchdiffeq_hyper.fitting.objectives import no_correction
+from torchdiffeq_hyper.fitting import _report
+from torchdiffeq_hyper.fitting._objectives import no_correction
+from torchdiffeq_hyper.methods._registry import methods
 
 BASES = [method.solver.name for method in methods().values() if method.is_learned]
 CONFIG = tdh.FitConfig(iterations=160, pretrain_iterations=40, swap_every=5)
@@ -223,7 +223,7 @@ def test_an_overridden_method_does_not_serve_the_references() -> None:
 
 
 def test_the_residual_phase_does_not_call_func(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "best_classical", lambda *a, **k: None)  # as many as end in time
+    monkeypatch.setattr(_report, "best_classical", lambda *a, **k: None)  # as many as end in time
     calls = []
     for iterations in (40, 80):  # as many validations, one batch
         func = Counted(swirl)
@@ -234,7 +234,7 @@ def test_the_residual_phase_does_not_call_func(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_each_batch_is_solved_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "best_classical", lambda *a, **k: None)  # as many as end in time
+    monkeypatch.setattr(_report, "best_classical", lambda *a, **k: None)  # as many as end in time
     calls = []
     for iterations in (40, 80):
         func = Counted(swirl)

@@ -11,7 +11,7 @@ import torch
 
 import torchdiffeq_hyper as tdh
 from stubs import damped_wave
-from torchdiffeq_hyper.fitting.checkpoint import Store
+from torchdiffeq_hyper.fitting._checkpoint import Store
 from torchdiffeq_hyper.hypernets import Linear
 
 Y0 = torch.randn(60, 2, generator=torch.Generator().manual_seed(9), dtype=torch.float64)

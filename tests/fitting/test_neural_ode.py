@@ -12,7 +12,7 @@ from torchdiffeq import odeint
 import torchdiffeq_hyper as tdh
 from stubs import damped_wave
 from torchdiffeq_hyper.errors import OptionError, StateTypeError
-from torchdiffeq_hyper.fitting.distributed import Team
+from torchdiffeq_hyper.fitting._distributed import Team
 
 pytestmark = pytest.mark.filterwarnings(
     # torchdyn 1.0.6 and what it imports, with their own dependencies of today.

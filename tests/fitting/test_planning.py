@@ -12,11 +12,11 @@ from torch import Tensor
 
 import torchdiffeq_hyper as tdh
 from stubs import damped_wave
-from torchdiffeq_hyper.bespoke import classical
-from torchdiffeq_hyper.fitting import break_even, budget, data, planning, rivals
-from torchdiffeq_hyper.fitting.context import Starts
-from torchdiffeq_hyper.fitting.planning import CallCost
+from torchdiffeq_hyper.fitting import _break_even, _budget, _data, _planning
+from torchdiffeq_hyper.fitting._context import Starts
+from torchdiffeq_hyper.fitting._planning import CallCost
 from torchdiffeq_hyper.hypernets import MLP
+from torchdiffeq_hyper.solvers.bespoke import classical
 
 Y0 = torch.randn(400, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
@@ -41,7 +41,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (break_even, budget, data, planning, rivals):
+    for module in (_break_even, _budget, _data, _planning, _break_even):
         monkeypatch.setattr(module, "time", clock)
     return clock
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import torchdiffeq_hyper as tdh
 from stubs import Counted, damped_wave
-from torchdiffeq_hyper.fitting.batches import Batches
-from torchdiffeq_hyper.fitting.objectives import no_correction
+from torchdiffeq_hyper.fitting._batches import Batches
+from torchdiffeq_hyper.fitting._objectives import no_correction
 
 Y0 = torch.randn(80, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
 CONFIG = tdh.FitConfig(iterations=160, pretrain_iterations=40, swap_every=5)

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from stubs import Counted, damped_wave, spiral, spiral_solution
-from torchdiffeq_hyper._registry import find_tableau
-from torchdiffeq_hyper.fitting.budget import Budget
-from torchdiffeq_hyper.fitting.config import FitConfig
-from torchdiffeq_hyper.fitting.field import Field
-from torchdiffeq_hyper.fitting.reference import (
+from torchdiffeq_hyper.fitting._budget import Budget
+from torchdiffeq_hyper.fitting._config import FitConfig
+from torchdiffeq_hyper.fitting._field import Field
+from torchdiffeq_hyper.fitting._reference import (
     Samples,
     Tolerances,
     measure_residuals,
     solve_reference,
 )
-from torchdiffeq_hyper.fitting.routes import Plan, step_counts
-from torchdiffeq_hyper.fitting.units import Units
+from torchdiffeq_hyper.fitting._routes import Plan, step_counts
+from torchdiffeq_hyper.fitting._units import Units
+from torchdiffeq_hyper.methods._registry import find_tableau
 
 Y0 = torch.tensor([[1.0, 0.5], [-0.3, 0.8], [0.2, -1.1]], dtype=torch.float64)
 

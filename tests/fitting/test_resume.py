@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import torchdiffeq_hyper as tdh
 from stubs import Counted, damped_wave
 from torchdiffeq_hyper.errors import FileFormatError, FileWriteError, OptionError
-from torchdiffeq_hyper.fitting.checkpoint import Store
+from torchdiffeq_hyper.fitting._checkpoint import Store
 
 Y0 = torch.randn(60, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 CONFIG = tdh.FitConfig(

@@ -11,18 +11,18 @@ from torch import Tensor
 
 import torchdiffeq_hyper as tdh
 from stubs import MLPField, damped_wave
-from torchdiffeq_hyper._report import ErrorSummary, FitReport, Rival
-from torchdiffeq_hyper.fitting import report as report_module
-from torchdiffeq_hyper.fitting import rivals
-from torchdiffeq_hyper.fitting.batches import Batches
-from torchdiffeq_hyper.fitting.budget import Budget
-from torchdiffeq_hyper.fitting.classical import FIXED
-from torchdiffeq_hyper.fitting.data import Batch, Data
-from torchdiffeq_hyper.fitting.distributed import Team
-from torchdiffeq_hyper.fitting.judge import end_errors, errors_along
-from torchdiffeq_hyper.fitting.reference import Tolerances
-from torchdiffeq_hyper.fitting.routes import Plan
-from torchdiffeq_hyper.fitting.units import Units
+from torchdiffeq_hyper.fitting import _break_even
+from torchdiffeq_hyper.fitting import _report as report_module
+from torchdiffeq_hyper.fitting._batches import Batches
+from torchdiffeq_hyper.fitting._budget import Budget
+from torchdiffeq_hyper.fitting._classical import FIXED
+from torchdiffeq_hyper.fitting._data import Batch, Data
+from torchdiffeq_hyper.fitting._distributed import Team
+from torchdiffeq_hyper.fitting._objectives import end_errors, errors_along
+from torchdiffeq_hyper.fitting._reference import Tolerances
+from torchdiffeq_hyper.fitting._routes import Plan
+from torchdiffeq_hyper.fitting._units import Units
+from torchdiffeq_hyper.solvers._report import ErrorSummary, FitReport, Rival
 from torchdiffeq_hyper.tableaus import EULER
 
 Y0 = torch.randn(90, 2, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
@@ -34,8 +34,8 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr(rivals, "time", self)
-        monkeypatch.setattr(rivals, "MOST_SECONDS", 1e9)
+        monkeypatch.setattr(_break_even, "time", self)
+        monkeypatch.setattr(_break_even, "MOST_SECONDS", 1e9)
 
     def perf_counter(self) -> float:
         return self.now
@@ -61,7 +61,7 @@ def held_out(func: Any = damped_wave, y0: Any = Y0) -> Batch:
 
 
 def best(run: Any, func: Any, calls: int, y0: Any = Y0) -> Rival:
-    found = rivals.best_classical(run, func, held_out(y0=y0), calls=calls)
+    found = _break_even.best_classical(run, func, held_out(y0=y0), calls=calls)
     assert found is not None
     return found
 
@@ -111,9 +111,9 @@ def test_as_many_calls_are_allowed_as_the_fitted_solver_takes(
 
 def test_the_same_samples_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    monkeypatch.setattr(rivals, "MOST_SECONDS", 1.0)  # no time: the fewest samples
+    monkeypatch.setattr(_break_even, "MOST_SECONDS", 1.0)  # no time: the fewest samples
     found = best(slow(12, clock), clock.field, 4)
-    assert found.errors.samples == found.own_errors.samples == rivals.FEWEST
+    assert found.errors.samples == found.own_errors.samples == _break_even.FEWEST
 
 
 def test_a_sample_that_blows_up_does_not_hide_the_others() -> None:
@@ -179,7 +179,7 @@ def test_relative_errors_do_not_depend_on_the_size_of_a_sample() -> None:
 def test_what_is_worse_than_its_start_is_not_returned(
     monkeypatch: pytest.MonkeyPatch, base: str
 ) -> None:
-    module = "bespoke.session" if base == "bns" else "session"
+    module = "bespoke._session" if base == "bns" else "_session"
     monkeypatch.setattr(f"torchdiffeq_hyper.fitting.{module}.is_worse", lambda *a: True)
     config = tdh.FitConfig(iterations=20)
     solver = tdh.fit(damped_wave, Y0, SPAN, base=base, steps=4, config=config, progress=False)

@@ -10,22 +10,22 @@ from torch import Tensor
 
 import torchdiffeq_hyper as tdh
 from stubs import damped_wave
-from torchdiffeq_hyper.fitting.classical import FIXED
-from torchdiffeq_hyper.fitting.judge import Fitted
-from torchdiffeq_hyper.fitting.wider import FURTHER, wider_starts
+from torchdiffeq_hyper.fitting._classical import FIXED
+from torchdiffeq_hyper.fitting._objectives import Fitted
+from torchdiffeq_hyper.fitting._report import FURTHER, wider_starts
 
 Y0 = torch.randn(60, 2, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
 RK4 = FIXED["rk4"].with_steps("rk4", 8).run
 
 
 def batch(y0: Any = Y0) -> Any:
-    from torchdiffeq_hyper.fitting.batches import Batches
-    from torchdiffeq_hyper.fitting.budget import Budget
-    from torchdiffeq_hyper.fitting.data import Data
-    from torchdiffeq_hyper.fitting.distributed import Team
-    from torchdiffeq_hyper.fitting.reference import Tolerances
-    from torchdiffeq_hyper.fitting.routes import Plan
-    from torchdiffeq_hyper.fitting.units import Units
+    from torchdiffeq_hyper.fitting._batches import Batches
+    from torchdiffeq_hyper.fitting._budget import Budget
+    from torchdiffeq_hyper.fitting._data import Data
+    from torchdiffeq_hyper.fitting._distributed import Team
+    from torchdiffeq_hyper.fitting._reference import Tolerances
+    from torchdiffeq_hyper.fitting._routes import Plan
+    from torchdiffeq_hyper.fitting._units import Units
     from torchdiffeq_hyper.tableaus import EULER
 
     return Data(

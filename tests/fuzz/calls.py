@@ -13,7 +13,7 @@ from torchdiffeq import odeint, odeint_adjoint, odeint_event
 import torchdiffeq_hyper as tdh
 from fuzz.drawn import Draw
 from fuzz.fields import State
-from torchdiffeq_hyper._registry import WholeSolve
+from torchdiffeq_hyper.methods._registry import WholeSolve
 
 
 @contextmanager

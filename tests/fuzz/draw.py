@@ -12,8 +12,8 @@ import torchdiffeq_hyper as tdh
 from fuzz.drawn import Draw
 from fuzz.fields import ContextField, Field
 from fuzz.parts import draw_part
-from torchdiffeq_hyper import _registry
-from torchdiffeq_hyper._registry import WholeSolve
+from torchdiffeq_hyper.methods import _registry
+from torchdiffeq_hyper.methods._registry import WholeSolve
 from torchdiffeq_hyper.tableaus import Tableau
 
 METHODS = tuple(name for name, m in _registry.methods().items() if m.fitted is None)

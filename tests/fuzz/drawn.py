@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fuzz.fields import State
-from torchdiffeq_hyper._registry import Method, WholeSolve
+from torchdiffeq_hyper.methods._registry import Method, WholeSolve
 from torchdiffeq_hyper.tableaus import Tableau
 
 

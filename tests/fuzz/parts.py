@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import torchdiffeq_hyper as tdh
 from fuzz.drawn import Draw
 from fuzz.fields import NETS, State
-from torchdiffeq_hyper.bespoke import classical
+from torchdiffeq_hyper.solvers.bespoke import classical
 from torchdiffeq_hyper.tableaus import Tableau
 
 

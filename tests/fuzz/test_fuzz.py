@@ -21,7 +21,7 @@ from torch import Tensor
 from fuzz import reference
 from fuzz.check import check
 from fuzz.draw import METHODS, draw
-from torchdiffeq_hyper import _registry
+from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.tableaus import Tableau
 
 pytestmark = pytest.mark.filterwarnings("default")  # `check` looks at those of each call

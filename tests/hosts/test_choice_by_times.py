@@ -16,9 +16,9 @@ from torchdyn.numerics import odeint as torchdyn_odeint
 import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import damped_wave
-from torchdiffeq_hyper import _registry
-from torchdiffeq_hyper.bespoke import classical
 from torchdiffeq_hyper.errors import OptionError, OutsideFitWarning
+from torchdiffeq_hyper.methods import _registry
+from torchdiffeq_hyper.solvers.bespoke import classical
 from torchdyn_stubs import Field
 
 T = torch.tensor([0.0, 1.0], dtype=torch.float64)
@@ -293,7 +293,7 @@ class _Unreadable:
 
 
 def _find(func: Any, method: str, t: Any, *, is_negated: bool = False) -> Any:
-    from torchdiffeq_hyper._binding import Times, find_bound
+    from torchdiffeq_hyper.solvers._binding import Times, find_bound
 
     return find_bound(func, method, Times(t, is_negated=is_negated))
 

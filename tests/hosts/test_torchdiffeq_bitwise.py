@@ -12,7 +12,7 @@ from torchdiffeq import odeint, odeint_event
 
 from exact import zero
 from stubs import Counted, coupled, coupled_start, damped_wave
-from torchdiffeq_hyper._registry import find
+from torchdiffeq_hyper.methods._registry import find
 
 HOST = {
     "hypereuler": "euler",

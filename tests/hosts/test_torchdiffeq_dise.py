@@ -13,8 +13,7 @@ from torchdiffeq import odeint, odeint_adjoint, odeint_event
 import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import MLPField, damped_wave, spiral
-from torchdiffeq_hyper import _registry
-from torchdiffeq_hyper._independence import is_probing
+from torchdiffeq_hyper._fields._parts import is_probing
 from torchdiffeq_hyper.dise import Candidate, Conditioned, Dise
 from torchdiffeq_hyper.errors import (
     HyperError,
@@ -23,6 +22,7 @@ from torchdiffeq_hyper.errors import (
     StateShapeError,
     StateTypeError,
 )
+from torchdiffeq_hyper.methods import _registry
 
 T = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
 

@@ -15,8 +15,8 @@ from torchdiffeq import odeint, odeint_adjoint, odeint_event
 
 import torchdiffeq_hyper as tdh
 from stubs import MLPField, convergence_order, coupled, coupled_start
-from torchdiffeq_hyper import _registry
 from torchdiffeq_hyper.errors import AdjointWarning
+from torchdiffeq_hyper.methods import _registry
 
 LEARNED = [m.name for m in _registry.methods().values() if m.is_learned]
 

@@ -11,7 +11,7 @@ from torchdiffeq import odeint
 import torchdiffeq_hyper as tdh
 from exact import leading_term, zero
 from stubs import convergence_order, spiral, spiral_solution
-from torchdiffeq_hyper import _registry
+from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.tableaus import Tableau, second_order
 
 GRID = [m.name for m in _registry.methods().values() if m.follows_grid]

@@ -20,7 +20,6 @@ from torchdyn.numerics.solvers.ode import SOLVER_DICT
 import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import damped_wave, spiral
-from torchdiffeq_hyper import _registry
 from torchdiffeq_hyper.errors import (
     BaseMismatchError,
     DuplicateMethodError,
@@ -30,7 +29,8 @@ from torchdiffeq_hyper.errors import (
     OptionError,
     StateTypeError,
 )
-from torchdiffeq_hyper.hosts.torchdyn import _defects, _hook, _methods
+from torchdiffeq_hyper.hosts.torchdyn import _methods, _upstream
+from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.tableaus import EULER
 from torchdyn_stubs import Spiral, times
 
@@ -183,7 +183,7 @@ def test_uninstall_leaves_torchdyn_as_found_and_install_puts_back(y0: Tensor) ->
         tdh.uninstall()
         tdh.uninstall()
         assert not SOLVER_DICT.keys() & _registry.methods().keys()
-        assert not any(isinstance(finder, _hook.ImportHook) for finder in sys.meta_path)
+        assert not any(isinstance(finder, _methods.ImportHook) for finder in sys.meta_path)
         for (module, name), wrapper in zip(PATCHED, ours, strict=True):
             own = getattr(module, name)
             assert own.__module__.startswith("torchdyn.")
@@ -195,7 +195,7 @@ def test_uninstall_leaves_torchdyn_as_found_and_install_puts_back(y0: Tensor) ->
         tdh.install()
         tdh.install()
         assert list(SOLVER_DICT) == names
-        assert sum(isinstance(finder, _hook.ImportHook) for finder in sys.meta_path) == 1
+        assert sum(isinstance(finder, _methods.ImportHook) for finder in sys.meta_path) == 1
         assert _taken(spiral, y0, solver) == 3
         ours = [getattr(module, name) for module, name in PATCHED]
 
@@ -294,7 +294,7 @@ def test_whole_problem_methods_of_third_parties_come_and_go(y0: Tensor) -> None:
 def test_defects_are_named_once_where_parts_are_made_for_each_call(
     y0: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_defects, "_warned", WeakKeyDictionary())
+    monkeypatch.setattr(_upstream, "_warned", WeakKeyDictionary())
     solver = NeuralODE(Spiral(), solver="dopri5_per_sample")
     with pytest.warns(HostWarning, match="negated"):
         solver(y0, T.flip(0))

@@ -18,8 +18,8 @@ from torchdyn.numerics import odeint
 import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import spiral
-from torchdiffeq_hyper.bespoke import BespokeSolver, classical
 from torchdiffeq_hyper.errors import HostWarning, OptionError, StateTypeError
+from torchdiffeq_hyper.solvers.bespoke import BespokeSolver, classical
 from torchdyn_stubs import Field, SmallNet, Spiral, times
 
 SPAN = times(0.1, 0.9)

@@ -15,8 +15,8 @@ from torchdyn.numerics.solvers.hyper import HyperMidpoint
 import torchdiffeq_hyper as tdh
 from exact import leading_term, zero
 from stubs import Counted, convergence_order, spiral, spiral_solution
-from torchdiffeq_hyper import _registry
 from torchdiffeq_hyper.errors import HostWarning, NonFiniteError, OutsideFitWarning
+from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.tableaus import Tableau
 from torchdyn_stubs import Field, SmallNet, Spiral, times
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from torchdiffeq_hyper._schema import (
+from torchdiffeq_hyper._files import (
     Anything,
     Default,
     Mismatch,

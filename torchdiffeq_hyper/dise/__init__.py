@@ -1,16 +1,14 @@
 """Per-sample integrator selection: each sample goes to the cheapest method that is right."""
 
-from torchdiffeq_hyper._context import Conditioned
+from torchdiffeq_hyper._fields._context import Conditioned
 from torchdiffeq_hyper.dise import selectors
+from torchdiffeq_hyper.dise._candidates import Candidate
+from torchdiffeq_hyper.dise._costs import ClassificationCost, Cost, RegressionCost, Verdict
 from torchdiffeq_hyper.dise._dise import Dise
-from torchdiffeq_hyper.dise.candidates import Candidate
-from torchdiffeq_hyper.dise.classification import ClassificationCost
-from torchdiffeq_hyper.dise.config import SelectorConfig
-from torchdiffeq_hyper.dise.costs import Cost, Verdict
-from torchdiffeq_hyper.dise.labels import Labels
-from torchdiffeq_hyper.dise.regression import RegressionCost
-from torchdiffeq_hyper.dise.report import DiseReport
-from torchdiffeq_hyper.dise.tradeoff import Oracle, TradeOff, TradeOffPoint
+from torchdiffeq_hyper.dise._labels import Labels
+from torchdiffeq_hyper.dise._report import DiseReport
+from torchdiffeq_hyper.dise._tradeoff import Oracle, TradeOff, TradeOffPoint
+from torchdiffeq_hyper.dise._training import SelectorConfig
 
 __all__ = [
     "Candidate",

@@ -2,29 +2,146 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._files import damage_reported, load_weights
-from torchdiffeq_hyper._layout import parts_of
-from torchdiffeq_hyper._types import State, VectorField
-from torchdiffeq_hyper.dise import storage
-from torchdiffeq_hyper.dise._analysed import Analysed
-from torchdiffeq_hyper.dise.advice import one_candidate
-from torchdiffeq_hyper.dise.candidates import Candidate, check_candidates
-from torchdiffeq_hyper.dise.config import SelectorConfig
-from torchdiffeq_hyper.dise.costs import Cost
-from torchdiffeq_hyper.dise.labels import Labels
-from torchdiffeq_hyper.dise.report import DiseReport
-from torchdiffeq_hyper.dise.samples import count, take
-from torchdiffeq_hyper.dise.training import Split, check_fittable, predict, train
-from torchdiffeq_hyper.errors import OneCandidateWarning
+from torchdiffeq_hyper._files._container import damage_reported
+from torchdiffeq_hyper._state import State, VectorField, parts_of
+from torchdiffeq_hyper.dise import _files
+from torchdiffeq_hyper.dise._candidates import Candidate, check_candidates
+from torchdiffeq_hyper.dise._costs import Cost
+from torchdiffeq_hyper.dise._dispatch import count, take
+from torchdiffeq_hyper.dise._dispatcher import Dispatcher
+from torchdiffeq_hyper.dise._labels import Labels, collect
+from torchdiffeq_hyper.dise._report import DiseReport
+from torchdiffeq_hyper.dise._tradeoff import Oracle, TradeOff, one_candidate, sweep
+from torchdiffeq_hyper.dise._training import SelectorConfig, Split, check_fittable, predict, train
+from torchdiffeq_hyper.dise.selectors import ready
+from torchdiffeq_hyper.errors import OneCandidateWarning, OptionError, explain
+from torchdiffeq_hyper.fitting._guard import own_random_state
+from torchdiffeq_hyper.hypernets._files import load_weights
+
+
+class Analysed(Dispatcher):
+    """Tells what can be gained with its candidates, without being changed; see `Dise`."""
+
+    def suggest(
+        self,
+        func: VectorField,
+        y0: State,
+        t: Tensor,
+        *,
+        cost: Cost,
+        alphas: Iterable[float] = (0.1, 0.3, 1.0),
+        penalties: Iterable[float] | None = None,
+        config: SelectorConfig | None = None,
+        labels: Labels | None = None,
+        rtol: Any = 1e-7,
+        atol: Any = 1e-9,
+        progress: bool = True,
+    ) -> TradeOff:
+        """Fit a selector at every alpha and M; return right answers against calls of func.
+
+        Samples are solved once for all settings. The object itself is not changed.
+
+        Args:
+            func: see `Dise.fit`.
+            y0: see `Dise.fit`.
+            t: see `Dise.fit`.
+            cost: see `Dise.fit`; its own alpha and M do not matter.
+            alphas: values of alpha.
+            penalties: values of M; None takes 1.5, 10 and 100 times the dearest right answer.
+            config: see `Dise.fit`.
+            labels: see `Dise.fit`.
+            rtol: see `Dise.fit`.
+            atol: see `Dise.fit`.
+            progress: whether to show bars.
+
+        Raises:
+            OptionError: a value is not above 0, or an M is too small.
+            StateTypeError: the selector is a module without parameters.
+        """
+        config = config or SelectorConfig()
+        Split.of(count(y0), config, parts_of(y0)[0].device)
+        if isinstance(self.selector, nn.Module):
+            check_fittable(self.selector)
+        labels = self._labels(func, y0, t, cost, labels, rtol=rtol, atol=atol, progress=progress)
+
+        def new_selector() -> nn.Module:
+            if isinstance(self.selector, nn.Module):
+                return copy.deepcopy(self.selector)
+            return self._new_selector(y0, config)
+
+        return sweep(
+            labels,
+            y0,
+            new_selector,
+            config,
+            alphas=alphas,
+            penalties=penalties,
+            progress=progress,
+        )
+
+    def oracle(
+        self,
+        func: VectorField,
+        y0: State,
+        t: Tensor,
+        *,
+        cost: Cost,
+        rtol: Any = 1e-7,
+        atol: Any = 1e-9,
+        progress: bool = False,
+    ) -> Oracle:
+        """Return for each sample the right candidate with the fewest calls of func.
+
+        What a perfect selector would do with these candidates; needs no selector.
+
+        Args:
+            func: see `Dise.fit`.
+            y0: see `Dise.fit`; one sample is enough.
+            t: see `Dise.fit`.
+            cost: see `Dise.fit`.
+            rtol: see `Dise.fit`.
+            atol: see `Dise.fit`.
+            progress: whether to show a bar.
+        """
+        labels = self._labels(func, y0, t, cost, None, rtol=rtol, atol=atol, progress=progress)
+        return Oracle(labels, labels.oracle())
+
+    def _labels(
+        self,
+        func: VectorField,
+        y0: State,
+        t: Tensor,
+        cost: Cost,
+        labels: Labels | None,
+        **how: Any,
+    ) -> Labels:
+        """Return ``labels`` if they belong to these samples, or measure them if None."""
+        if labels is None:
+            return collect(self.candidates, func, y0, t, cost, **how)
+        if labels.nfe.shape != (count(y0), len(self.candidates)):
+            raise OptionError(
+                explain(
+                    f"labels are of {labels.nfe.shape[0]} samples and {labels.nfe.shape[1]} "
+                    "candidates.",
+                    f"those of these {count(y0)} samples and {len(self.candidates)} candidates.",
+                    "labels=dise.suggest(func, y0, t, cost=cost).labels",
+                )
+            )
+        return labels
+
+    def _new_selector(self, y0: State, config: SelectorConfig) -> nn.Module:
+        with own_random_state(config.seed):
+            return ready(y0, len(self.candidates))
 
 
 class Dise(Analysed):
@@ -158,7 +275,7 @@ class Dise(Analysed):
                 of a candidate is no JSON value.
             FileWriteError: the file cannot be written; nothing half-written is left.
         """
-        storage.write(path, self.candidates, self.selector, self.unit, self.report)
+        _files.write(path, self.candidates, self.selector, self.unit, self.report)
 
     @classmethod
     def load(
@@ -182,7 +299,7 @@ class Dise(Analysed):
             FileFormatError: truncated, of another kind, or of a newer format.
             BaseMismatchError: an instance's weights are not those saved.
         """
-        contents = storage.read(path, selector, hypernets or {})
+        contents = _files.read(path, selector, hypernets or {})
         candidates, selector, unit, report, weights = contents
         with damage_reported(path):
             check_candidates(candidates)

@@ -9,20 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._finite import is_finite
-from torchdiffeq_hyper._grid import check_times
-from torchdiffeq_hyper._layout import parts_of
-from torchdiffeq_hyper._types import State, VectorField
-from torchdiffeq_hyper.dise.candidates import Candidate, check_candidates
-from torchdiffeq_hyper.dise.dispatch import dispatch
-from torchdiffeq_hyper.dise.samples import count
-from torchdiffeq_hyper.dise.training import Scale, predict
-from torchdiffeq_hyper.errors import (
-    MissingHypernetError,
-    NonFiniteError,
-    StateTypeError,
-    explain,
-)
+from torchdiffeq_hyper._state import State, VectorField, parts_of
+from torchdiffeq_hyper.dise._candidates import Candidate, check_candidates
+from torchdiffeq_hyper.dise._dispatch import count, dispatch
+from torchdiffeq_hyper.dise._training import Scale, predict
+from torchdiffeq_hyper.errors import MissingHypernetError, NonFiniteError, StateTypeError, explain
+from torchdiffeq_hyper.solvers._finite import is_finite
+from torchdiffeq_hyper.solvers._grid import check_times
 
 
 class Dispatcher(nn.Module):

@@ -2,7 +2,6 @@
 
 from torchdiffeq_hyper.evaluation._evaluate import evaluate
 from torchdiffeq_hyper.evaluation._measure import describe_machine
-from torchdiffeq_hyper.evaluation._row import EvaluationRow
-from torchdiffeq_hyper.evaluation._table import EvaluationTable
+from torchdiffeq_hyper.evaluation._table import EvaluationRow, EvaluationTable
 
 __all__ = ["EvaluationRow", "EvaluationTable", "describe_machine", "evaluate"]

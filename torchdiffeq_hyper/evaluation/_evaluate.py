@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdiffeq_hyper._attributes import attributes_as_found
-from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper._fields._reuse import attributes_as_found
+from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import OptionError, OutsideFitWarning, explain
 from torchdiffeq_hyper.evaluation._measure import (
     Counted,
@@ -26,12 +26,11 @@ from torchdiffeq_hyper.evaluation._measure import (
     time_in_turn,
 )
 from torchdiffeq_hyper.evaluation._problem import Problem, state_at, unless_broken
-from torchdiffeq_hyper.evaluation._row import EvaluationRow
-from torchdiffeq_hyper.evaluation._table import EvaluationTable
+from torchdiffeq_hyper.evaluation._table import EvaluationRow, EvaluationTable
 from torchdiffeq_hyper.evaluation._trials import Trial, expand
-from torchdiffeq_hyper.fitting.context import bound
-from torchdiffeq_hyper.fitting.neural_ode import attributes_kept
-from torchdiffeq_hyper.hypersolver import HyperSolver
+from torchdiffeq_hyper.fitting._context import bound
+from torchdiffeq_hyper.fitting._neural_ode import attributes_kept
+from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 
 Metric: TypeAlias = Callable[[Any], Any]
 

@@ -15,15 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._checks import check_answer
-from torchdiffeq_hyper._flops import FlopCounter
-from torchdiffeq_hyper._independence import is_probing
-from torchdiffeq_hyper._layout import parts_of
-from torchdiffeq_hyper._restrict import can_restrict, restrict
-from torchdiffeq_hyper._timing import median_seconds
-from torchdiffeq_hyper._types import State, VectorField
-from torchdiffeq_hyper._wrappers import look_through
+from torchdiffeq_hyper._fields._checks import check_answer
+from torchdiffeq_hyper._fields._context import can_restrict, restrict
+from torchdiffeq_hyper._fields._parts import is_probing
+from torchdiffeq_hyper._fields._wrappers import look_through
+from torchdiffeq_hyper._state import State, VectorField, parts_of
 from torchdiffeq_hyper.evaluation._problem import Problem
+from torchdiffeq_hyper.recording._cost import FlopCounter, median_seconds
 
 
 class Counted:

@@ -12,13 +12,19 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from torchdiffeq_hyper._layout import StateLayout, how_to_batch, is_half, parts_of
-from torchdiffeq_hyper._reuse import own
-from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper._fields._reuse import own
+from torchdiffeq_hyper._state import (
+    State,
+    StateLayout,
+    VectorField,
+    how_to_batch,
+    is_half,
+    parts_of,
+)
 from torchdiffeq_hyper.errors import NonFiniteError, OptionError, StateShapeError, explain
-from torchdiffeq_hyper.fitting.field import check_repeatable
-from torchdiffeq_hyper.fitting.reference import BROKEN_DOWN
-from torchdiffeq_hyper.fitting.units import Units
+from torchdiffeq_hyper.fitting._field import check_repeatable
+from torchdiffeq_hyper.fitting._reference import BROKEN_DOWN
+from torchdiffeq_hyper.fitting._units import Units
 
 # In float32, tighter than 1e-7 gains nothing over rounding; in half precision every answer
 # of func is rounded to about 1e-3 (float16) or 1e-2 (bfloat16).

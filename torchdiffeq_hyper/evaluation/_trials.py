@@ -10,10 +10,7 @@ from fractions import Fraction
 
 from torchdiffeq import odeint
 
-from torchdiffeq_hyper import _registry
-from torchdiffeq_hyper._grid import check_steps, equal_steps
-from torchdiffeq_hyper._types import State
-from torchdiffeq_hyper.bespoke import BespokeSolver
+from torchdiffeq_hyper._state import State
 from torchdiffeq_hyper.errors import (
     OptionError,
     StateTypeError,
@@ -22,7 +19,10 @@ from torchdiffeq_hyper.errors import (
     explain,
 )
 from torchdiffeq_hyper.evaluation._problem import Problem, state_at, without_start
-from torchdiffeq_hyper.hypersolver import HyperSolver
+from torchdiffeq_hyper.methods import _registry
+from torchdiffeq_hyper.solvers._grid import check_steps, equal_steps
+from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
+from torchdiffeq_hyper.solvers.bespoke import BespokeSolver
 
 OWN_POINTS = 8
 """Points along the span at which a method that chooses its own steps is looked at."""

@@ -1,6 +1,6 @@
 """Fitting a hypersolver's correction to a vector field."""
 
-from torchdiffeq_hyper.fitting.config import FitConfig
-from torchdiffeq_hyper.fitting.fit import fit
+from torchdiffeq_hyper.fitting._config import FitConfig
+from torchdiffeq_hyper.fitting._fit import fit
 
 __all__ = ["FitConfig", "fit"]

@@ -1,5 +1,56 @@
 """Adapters to the ODE libraries; nothing else knows their internals."""
 
-from torchdiffeq_hyper.hosts._install import install, uninstall
+from __future__ import annotations
+
+from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper.hosts import torchdiffeq, torchdyn
+from torchdiffeq_hyper.methods import _registry
 
 __all__ = ["install", "uninstall"]
+
+
+def install(host: str | None = None) -> None:
+    """Add the registered methods to torchdiffeq and torchdyn; importing the package does this.
+
+    Changes no existing name; calling it again does nothing. torchdyn is not imported: its
+    methods are added when somebody imports it, before or after this package.
+
+    Args:
+        host: "torchdyn" also imports torchdyn now, which takes seconds, so that a missing
+            one is reported here.
+
+    Raises:
+        DuplicateMethodError: a host has got a method of the same name meanwhile.
+        MissingExtraError: torchdyn was asked for and cannot be imported.
+        OptionError: there is no such host.
+
+    Example:
+        >>> import torchdiffeq_hyper as tdh
+        >>> tdh.install()
+    """
+    if host not in (None, "torchdiffeq", "torchdyn"):
+        raise OptionError(
+            explain(
+                f"host is {host!r}.",
+                '"torchdiffeq", "torchdyn" or None.',
+                'tdh.install("torchdyn")',
+            )
+        )
+    with _registry.lock:
+        torchdiffeq.install()
+        torchdyn.install()
+    if host == "torchdyn":
+        torchdyn.load()
+
+
+def uninstall() -> None:
+    """Remove everything that `install` added: the hosts are as they were before the import.
+
+    Example:
+        >>> import torchdiffeq, torchdiffeq_hyper as tdh
+        >>> tdh.uninstall()
+        >>> tdh.install()
+    """
+    with _registry.lock:
+        torchdiffeq.uninstall()
+        torchdyn.uninstall()

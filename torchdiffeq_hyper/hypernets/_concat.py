@@ -8,16 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._layout import how_to_batch
-from torchdiffeq_hyper._types import State, StepInput
-from torchdiffeq_hyper.errors import (
-    OptionError,
-    StateShapeError,
-    StateTypeError,
-    closest,
-    explain,
-)
-from torchdiffeq_hyper.hypernets._channels import join_channels, split_channels
+from torchdiffeq_hyper._state import State, StepInput, how_to_batch
+from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, closest, explain
+from torchdiffeq_hyper.hypernets._scaled import join_channels, split_channels
 
 SCALARS = ("dt", "t")
 NAMES = ("y", "f0", "stages", "y0", "context", *SCALARS)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._types import State, StepInput
+from torchdiffeq_hyper._state import State, StepInput
 from torchdiffeq_hyper.errors import OptionError, explain
 from torchdiffeq_hyper.hypernets._concat import SCALARS, ConcatHypernet, check_inputs
 from torchdiffeq_hyper.hypernets._scaled import Scaled

@@ -12,30 +12,26 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn, optim
 
-from torchdiffeq_hyper._context import Conditioned
-from torchdiffeq_hyper._grid import Steps
-from torchdiffeq_hyper._report import FitReport, LossPoint
-from torchdiffeq_hyper._schema import Anything, Default, Maybe, Record, Table, checked, record_of
-from torchdiffeq_hyper._types import State, VectorField
-from torchdiffeq_hyper.fitting.batches import check_like, checked_batch, n_samples
-from torchdiffeq_hyper.fitting.checkpoint import check_same_field
-from torchdiffeq_hyper.fitting.config import FitConfig
-from torchdiffeq_hyper.fitting.context import many_batches
-from torchdiffeq_hyper.fitting.data import Batch
-from torchdiffeq_hyper.fitting.field import wide_dtype
-from torchdiffeq_hyper.fitting.findings import Findings
-from torchdiffeq_hyper.fitting.fit import check_hypernet
-from torchdiffeq_hyper.fitting.guard import left_as_found, modules_in, own_random_state
-from torchdiffeq_hyper.fitting.kept import KeptBatches
-from torchdiffeq_hyper.fitting.neural_ode import attributes_kept
-from torchdiffeq_hyper.fitting.objectives import delta_quantiles, no_correction
-from torchdiffeq_hyper.fitting.phases import phases_of
-from torchdiffeq_hyper.fitting.problem import Problem
-from torchdiffeq_hyper.fitting.start import Start
-from torchdiffeq_hyper.hypersolver import HyperSolver
-from torchdiffeq_hyper.lightning._callback import LeftAsFound
-from torchdiffeq_hyper.lightning._find import find_lightning
-from torchdiffeq_hyper.lightning._schedule import Schedule
+from torchdiffeq_hyper._fields._context import Conditioned
+from torchdiffeq_hyper._files import Anything, Default, Maybe, Record, Table, checked, record_of
+from torchdiffeq_hyper._state import State, VectorField
+from torchdiffeq_hyper.fitting._batches import check_like, checked_batch, n_samples
+from torchdiffeq_hyper.fitting._checkpoint import check_same_field
+from torchdiffeq_hyper.fitting._config import FitConfig
+from torchdiffeq_hyper.fitting._context import many_batches
+from torchdiffeq_hyper.fitting._data import Batch
+from torchdiffeq_hyper.fitting._external import Findings, KeptBatches, Start
+from torchdiffeq_hyper.fitting._field import wide_dtype
+from torchdiffeq_hyper.fitting._fit import check_hypernet
+from torchdiffeq_hyper.fitting._guard import left_as_found, modules_in, own_random_state
+from torchdiffeq_hyper.fitting._neural_ode import attributes_kept
+from torchdiffeq_hyper.fitting._objectives import delta_quantiles, no_correction
+from torchdiffeq_hyper.fitting._phases import phases_of
+from torchdiffeq_hyper.fitting._problem import Problem
+from torchdiffeq_hyper.lightning._trainer import LeftAsFound, Schedule, find_lightning
+from torchdiffeq_hyper.solvers._grid import Steps
+from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
+from torchdiffeq_hyper.solvers._report import FitReport, LossPoint
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule

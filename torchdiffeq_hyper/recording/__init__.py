@@ -1,12 +1,13 @@
 """Records of solves: calls of func, time, and the steps' own error estimates."""
 
-from torchdiffeq_hyper.recording._errors import (
+from torchdiffeq_hyper._state import part_norms, select
+from torchdiffeq_hyper.recording._guard import (
     AdjointGradientError,
     FreedGraphError,
+    Guard,
     NothingRecordedError,
+    mark,
 )
-from torchdiffeq_hyper.recording._guard import Guard, mark
-from torchdiffeq_hyper.recording._norms import part_norms, select
 from torchdiffeq_hyper.recording._recorder import (
     Draft,
     Recorder,
@@ -19,13 +20,7 @@ from torchdiffeq_hyper.recording._recorder import (
     running,
     take_over,
 )
-from torchdiffeq_hyper.recording._solve import (
-    MaxStepsError,
-    Partial,
-    SampledStep,
-    Solve,
-    Steps,
-)
+from torchdiffeq_hyper.recording._solve import MaxStepsError, Partial, SampledStep, Solve, Steps
 
 __all__ = [
     "AdjointGradientError",

@@ -8,8 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper.errors import explain
-from torchdiffeq_hyper.recording._errors import AdjointGradientError, FreedGraphError
+from torchdiffeq_hyper.errors import HyperError, explain
+
+
+class NothingRecordedError(HyperError, ValueError):
+    """A penalty was asked of a record that holds nothing to make it of."""
+
+
+class FreedGraphError(HyperError, RuntimeError):
+    """The gradient of a record was asked for after backward had freed its graph."""
+
+
+class AdjointGradientError(HyperError, RuntimeError):
+    """The gradient of a record was asked for after `odeint_adjoint`, which keeps no graph."""
 
 
 @dataclass(frozen=True)

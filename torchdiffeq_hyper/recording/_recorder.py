@@ -11,11 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._layout import StateLayout
-from torchdiffeq_hyper._types import State
+from torchdiffeq_hyper._state import State, StateLayout, batch_size
 from torchdiffeq_hyper.errors import explain
-from torchdiffeq_hyper.recording._errors import NothingRecordedError
-from torchdiffeq_hyper.recording._norms import batch_size
+from torchdiffeq_hyper.recording._guard import NothingRecordedError
 from torchdiffeq_hyper.recording._solve import SampledStep, Solve, Steps
 
 

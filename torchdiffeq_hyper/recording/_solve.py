@@ -8,12 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._layout import StateLayout
-from torchdiffeq_hyper._types import State
+from torchdiffeq_hyper._state import State, StateLayout, select
 from torchdiffeq_hyper.errors import HyperError, OptionError, explain
-from torchdiffeq_hyper.recording._errors import NothingRecordedError
-from torchdiffeq_hyper.recording._guard import Guard
-from torchdiffeq_hyper.recording._norms import select
+from torchdiffeq_hyper.recording._guard import Guard, NothingRecordedError
 
 
 @dataclass(frozen=True, eq=False)

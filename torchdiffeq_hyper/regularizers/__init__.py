@@ -1,14 +1,13 @@
 """Terms for a training loss that make a vector field easy to integrate."""
 
 from torchdiffeq_hyper.regularizers._energy import Energies, EnergyField
-from torchdiffeq_hyper.regularizers._local import local_error_penalty
-from torchdiffeq_hyper.regularizers._loss import LossTerms, add_penalties
+from torchdiffeq_hyper.regularizers._loss import LossTerms, add_penalties, l1, l2
 from torchdiffeq_hyper.regularizers._steps import (
     error_dt_penalty,
     error_penalty,
+    local_error_penalty,
     stiffness_penalty,
 )
-from torchdiffeq_hyper.regularizers._weights import l1, l2
 
 __all__ = [
     "Energies",

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._layout import StateLayout
-from torchdiffeq_hyper._restrict import restrict
-from torchdiffeq_hyper._types import State, VectorField
-from torchdiffeq_hyper._wrappers import look_through
+from torchdiffeq_hyper._fields._context import restrict
+from torchdiffeq_hyper._fields._wrappers import look_through
+from torchdiffeq_hyper._state import State, StateLayout, VectorField
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, explain
 
 Parts = tuple[Tensor, ...]

@@ -3,12 +3,12 @@
 from torchdiffeq_hyper.hosts.torchdiffeq._methods import (
     follow_registry,
     install,
+    override,
     register_method,
     reserve_host_names,
     uninstall,
     unregister_method,
 )
-from torchdiffeq_hyper.hosts.torchdiffeq._override import override
 from torchdiffeq_hyper.hosts.torchdiffeq._recording import odeint_with_errors, record
 
 __all__ = [

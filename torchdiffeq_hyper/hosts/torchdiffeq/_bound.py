@@ -10,8 +10,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from torchdiffeq_hyper import _binding, _registry
-from torchdiffeq_hyper._types import Hypernet
+from torchdiffeq_hyper._state import Hypernet
 from torchdiffeq_hyper.errors import (
     AdjointWarning,
     BaseMismatchError,
@@ -20,7 +19,9 @@ from torchdiffeq_hyper.errors import (
     StateTypeError,
     explain,
 )
-from torchdiffeq_hyper.hypersolver import HyperSolver
+from torchdiffeq_hyper.methods import _registry
+from torchdiffeq_hyper.solvers import _binding
+from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 from torchdiffeq_hyper.tableaus import Tableau, second_order
 
 _warned: WeakSet[nn.Module] = WeakSet()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._layout import StateLayout
+from torchdiffeq_hyper._state import StateLayout
 from torchdiffeq_hyper.hosts.torchdiffeq import _upstream
 from torchdiffeq_hyper.tableaus import Tableau
 

@@ -9,14 +9,32 @@ from __future__ import annotations
 import contextvars
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from torchdiffeq_hyper import _registry
 from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
-from torchdiffeq_hyper.hosts.torchdiffeq._scopes import overrides
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import SOLVERS, Dopri5Solver, options_of
+from torchdiffeq_hyper.methods import _registry
+
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
+overrides: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar(
+    "overrides", default=_NONE
+)
+"""The class that serves each overridden method."""
+
+
+@contextmanager
+def no_overrides() -> Iterator[None]:
+    """Let the host's methods be its own inside the block."""
+    token = overrides.set(_NONE)
+    try:
+        yield
+    finally:
+        overrides.reset(token)
+
 
 Build: TypeAlias = Callable[..., Any]
 """``(func, y0, rtol, atol, **options) -> solver``: what a method name stands for."""

@@ -12,16 +12,12 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._layout import is_half
-from torchdiffeq_hyper._types import State, VectorField
+from torchdiffeq_hyper._state import State, VectorField, is_half
 from torchdiffeq_hyper.errors import StateTypeError, explain
 from torchdiffeq_hyper.hosts.torchdiffeq import _patches
 from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
 from torchdiffeq_hyper.hosts.torchdiffeq._step_log import StepLog, WatchedFunc
-from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
-    PerturbFunc,
-    RKAdaptiveStepsizeODESolver,
-)
+from torchdiffeq_hyper.hosts.torchdiffeq._upstream import PerturbFunc, RKAdaptiveStepsizeODESolver
 
 
 @contextmanager

@@ -8,24 +8,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._binding import Times
-from torchdiffeq_hyper._checks import check_answer, check_derivative
-from torchdiffeq_hyper._context import context_of
-from torchdiffeq_hyper._finite import cast_back, is_finite, raise_non_finite
-from torchdiffeq_hyper._grid import equal_steps
-from torchdiffeq_hyper._layout import check_dtype, is_half
-from torchdiffeq_hyper._registry import Method
-from torchdiffeq_hyper._reuse import own
-from torchdiffeq_hyper._stepping import Correction, Step
+from torchdiffeq_hyper._fields._checks import check_answer, check_derivative
+from torchdiffeq_hyper._fields._context import context_of
+from torchdiffeq_hyper._fields._reuse import own
+from torchdiffeq_hyper._state import check_dtype, is_half
 from torchdiffeq_hyper.errors import OptionError, closest, explain
 from torchdiffeq_hyper.hosts.torchdiffeq import _bound
 from torchdiffeq_hyper.hosts.torchdiffeq._call import ForwardPlan, HostCall
-from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
-    FixedGridODESolver,
-    Perturb,
-    unperturbed,
-)
-from torchdiffeq_hyper.hypersolver import HyperSolver
+from torchdiffeq_hyper.hosts.torchdiffeq._upstream import FixedGridODESolver, Perturb, unperturbed
+from torchdiffeq_hyper.methods._registry import Method
+from torchdiffeq_hyper.solvers._binding import Times
+from torchdiffeq_hyper.solvers._finite import cast_back, is_finite, raise_non_finite
+from torchdiffeq_hyper.solvers._grid import equal_steps
+from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
+from torchdiffeq_hyper.solvers._stepping import Correction, Step
 from torchdiffeq_hyper.tableaus import Edge, Tableau
 
 _GRID = ("step_size", "grid_constructor", "interp", "perturb")

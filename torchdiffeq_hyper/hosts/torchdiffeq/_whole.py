@@ -11,20 +11,16 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._binding import Times
-from torchdiffeq_hyper._registry import Method, WholeSolve
-from torchdiffeq_hyper._types import State, VectorField
-from torchdiffeq_hyper._wrappers import look_through
+from torchdiffeq_hyper._fields._wrappers import look_through
+from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import OptionError, closest, explain
 from torchdiffeq_hyper.hosts.torchdiffeq import _bound
 from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
-from torchdiffeq_hyper.hosts.torchdiffeq._scopes import no_overrides
-from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
-    Dopri5Solver,
-    is_default_norm,
-    options_of,
-)
-from torchdiffeq_hyper.hypersolver import HyperSolver
+from torchdiffeq_hyper.hosts.torchdiffeq._patches import no_overrides
+from torchdiffeq_hyper.hosts.torchdiffeq._upstream import Dopri5Solver, is_default_norm, options_of
+from torchdiffeq_hyper.methods._registry import Method, WholeSolve
+from torchdiffeq_hyper.solvers._binding import Times
+from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 
 
 class WholeProblemSolver:

@@ -3,7 +3,7 @@
 Imports nothing of torchdyn; it waits for the user's import.
 """
 
-from torchdiffeq_hyper import _wrappers
+from torchdiffeq_hyper._fields import _wrappers
 from torchdiffeq_hyper.hosts.torchdyn import _upstream
 from torchdiffeq_hyper.hosts.torchdyn._methods import follow_registry, install, load, uninstall
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._grid import equal_steps
-from torchdiffeq_hyper._layout import is_half
-from torchdiffeq_hyper._stepping import Step
+from torchdiffeq_hyper._state import is_half
 from torchdiffeq_hyper.errors import OptionError, explain
-from torchdiffeq_hyper.hosts.torchdyn import _defects, _upstream
-from torchdiffeq_hyper.hosts.torchdyn._call import HostCall
+from torchdiffeq_hyper.hosts.torchdyn import _upstream
+from torchdiffeq_hyper.hosts.torchdyn._bound import HostCall
+from torchdiffeq_hyper.solvers._grid import equal_steps
+from torchdiffeq_hyper.solvers._stepping import Step
 from torchdiffeq_hyper.tableaus import Edge, Tableau
 
 
@@ -51,9 +51,9 @@ class AdjointCall:
             self.tableau = part.tableau
             self.grid = equal_steps(call.t.detach(), part.n_steps)
         if self.is_trained:
-            _defects.warn_if_trained_through_adjoint(part)
+            _upstream.warn_if_trained_through_adjoint(part)
             if call.negated:
-                _defects.warn("reverse adjoint", part)
+                _upstream.warn("reverse adjoint", part)
 
     def solve_forward(self, call: HostCall, solve: Callable[[HostCall], Tensor]) -> Tensor:
         """Return ``solve(call)``; keep the states between two points for a spline.
@@ -141,5 +141,5 @@ class CheckedFunction:
                 )
             )
         if save_at is not None and len(save_at):
-            _defects.warn("save_at", self._part)
+            _upstream.warn("save_at", self._part)
         return self._function.apply(vf_params, x, t_span, *rest)

@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._restrict import can_restrict, restrict
-from torchdiffeq_hyper._types import VectorField
-from torchdiffeq_hyper._wrappers import look_through
+from torchdiffeq_hyper._fields._context import can_restrict, restrict
+from torchdiffeq_hyper._fields._wrappers import look_through
+from torchdiffeq_hyper._state import VectorField
 from torchdiffeq_hyper.hosts.torchdyn import _upstream
 
 Held: TypeAlias = tuple[nn.Module, str, Tensor | None]

@@ -7,12 +7,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._binding import Times
-from torchdiffeq_hyper._registry import Method, WholeSolve, find
 from torchdiffeq_hyper.errors import StateTypeError, explain
-from torchdiffeq_hyper.hosts.torchdyn import _bound, _defects, _field, _upstream
+from torchdiffeq_hyper.hosts.torchdyn import _bound, _field, _upstream
 from torchdiffeq_hyper.hosts.torchdyn._adjoint import AdjointCall
-from torchdiffeq_hyper.hosts.torchdyn._call import HostCall, saved_points
+from torchdiffeq_hyper.hosts.torchdyn._bound import HostCall, saved_points
+from torchdiffeq_hyper.methods._registry import Method, WholeSolve, find
+from torchdiffeq_hyper.solvers._binding import Times
 from torchdiffeq_hyper.tableaus import Tableau
 
 Tolerances: TypeAlias = tuple[float, float]
@@ -156,7 +156,7 @@ class Stepper:
         if self._adjoint is not None:
             self._adjoint.begin(call, part)
         if args and _upstream.drops_args(call.func):
-            _defects.warn("args", part)
+            _upstream.warn("args", part)
 
         def solve(call: HostCall) -> Tensor:
             return self._solve(call, part, x, args, tolerances)
@@ -167,7 +167,7 @@ class Stepper:
         if saved is not None:
             return saved[0], solution[saved[1]]
         if call.negated:
-            _defects.warn("t_eval", part)
+            _upstream.warn("t_eval", part)
         return t_span, solution
 
     def _part_for(self, call: HostCall) -> Any:

@@ -1,0 +1,196 @@
+"""What a hypernet may be, and what func and it may return."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from torchdiffeq_hyper._state import Hypernet, State
+from torchdiffeq_hyper.errors import StateShapeError, StateTypeError, explain
+
+
+def check_hypernet(hypernet: object) -> None:
+    """Refuse a net that cannot be called.
+
+    Raises:
+        StateTypeError: it cannot.
+    """
+    if not callable(hypernet):
+        raise StateTypeError(
+            explain(
+                f"hypernet is a {type(hypernet).__name__}.",
+                "a callable g(step) -> correction like step.y.",
+                "hypernet=tdh.ConcatHypernet(net)",
+            )
+        )
+
+
+def check_hypernet_device(hypernet: Hypernet, y: Tensor) -> None:
+    """Refuse a net that lies on another device than the state.
+
+    Raises:
+        StateTypeError: it does.
+    """
+    if not isinstance(hypernet, nn.Module):
+        return
+    parameter = next(hypernet.parameters(), None)
+    if parameter is not None and parameter.device != y.device:
+        raise StateTypeError(
+            explain(
+                f"the hypernet is on {parameter.device}, y0 is on {y.device}.",
+                "both on one device.",
+                f'hypernet.to("{y.device}")   # or solver.to("{y.device}")',
+            )
+        )
+
+
+def check_derivative(k: object, y: Tensor) -> None:
+    """Refuse a derivative that is none, or would broadcast against the state.
+
+    Raises:
+        StateTypeError: it is not a tensor.
+        StateShapeError: the shapes differ.
+    """
+    if not isinstance(k, Tensor):
+        raise StateTypeError(
+            explain(
+                f"func returned a {type(k).__name__}.",
+                "a tensor of the state's shape.",
+                _how_to_answer(k),
+            )
+        )
+    if k.shape != y.shape:
+        raise StateShapeError(
+            explain(
+                f"func returned shape {tuple(k.shape)} for a state of shape {tuple(y.shape)}.",
+                "a derivative of the state's own shape.",
+                "check func(t[0], y0).shape == y0.shape",
+            )
+        )
+
+
+def check_answer(k: object, state: State) -> None:
+    """Refuse what func returned if it is not built as the state is.
+
+    Raises:
+        StateTypeError: not a tensor, or for a tuple state no tuple of as many.
+        StateShapeError: the shapes differ; for a part of a tuple, its number of elements.
+    """
+    check_kind(k, state)
+    if isinstance(state, Tensor):
+        check_derivative(k, state)
+        return
+    assert isinstance(k, tuple | list)
+    for index, (part, like) in enumerate(zip(k, state, strict=True)):
+        if part.numel() != like.numel():
+            raise StateShapeError(
+                explain(
+                    f"func returned shape {tuple(part.shape)} for part {index} of the state, of "
+                    f"shape {tuple(like.shape)}.",
+                    "derivatives of the parts' own shapes, in their order.",
+                    f"check func(t[0], y0)[{index}].shape == y0[{index}].shape",
+                )
+            )
+
+
+def check_kind(k: object, state: State) -> None:
+    """Refuse what func returned if it is no tensor, or for a tuple state no tuple of as many.
+
+    Raises:
+        StateTypeError: it is not.
+    """
+    if isinstance(state, Tensor):
+        if not isinstance(k, Tensor):
+            check_derivative(k, state)
+        return
+    parts = k if isinstance(k, tuple | list) else ()
+    if len(parts) == len(state) and all(isinstance(part, Tensor) for part in parts):
+        return
+    got = f"a {type(k).__name__}"
+    if parts:
+        got += " of " + ", ".join(type(part).__name__ for part in parts)
+    raise StateTypeError(
+        explain(
+            f"func returned {got} for a state that is a tuple of {len(state)} tensors.",
+            "a tuple of as many tensors, one derivative for each part.",
+            "return " + ", ".join(f"derivative_{i}" for i in range(len(state))),
+        )
+    )
+
+
+def _how_to_answer(k: object) -> str:
+    if k is None:
+        return "return derivative   # func ends without a return"
+    if isinstance(k, int | float | complex):
+        return "return torch.full_like(y, value)"
+    if isinstance(k, tuple | list):
+        return "return torch.stack(components, dim=1)   # or y0 = (...), if the state has parts"
+    return "return torch.as_tensor(derivative)"
+
+
+def check_correction(out: State, y: State, time_dtype: torch.dtype) -> None:
+    """Refuse a correction that does not fit the state; a lower dtype is promoted.
+
+    Args:
+        out: what g returned.
+        y: the state, as g has seen it.
+        time_dtype: of dt: products of 0-d tensors, a 0-d state's, take the wider dtype.
+
+    Raises:
+        StateTypeError: another kind, device, or a dtype that does not promote to the state's.
+        StateShapeError: another shape.
+    """
+    if isinstance(y, Tensor):
+        if not isinstance(out, Tensor):
+            _refuse_kind(out, y)
+        if out.shape != y.shape or out.dtype != y.dtype or out.device != y.device:
+            _check_part(out, y, time_dtype, "")
+        return
+    if not isinstance(out, tuple) or len(out) != len(y):
+        _refuse_kind(out, y)
+    for index, (part, expected) in enumerate(zip(out, y, strict=True)):
+        if not isinstance(part, Tensor):
+            _refuse_kind(out, y)
+        _check_part(part, expected, time_dtype, f" for part {index}")
+
+
+def _refuse_kind(out: object, y: State) -> NoReturn:
+    expected = "a tensor" if isinstance(y, Tensor) else f"a tuple of {len(y)} tensors"
+    got = f"a tuple of {len(out)}" if isinstance(out, tuple) else f"a {type(out).__name__}"
+    raise StateTypeError(
+        explain(
+            f"the hypernet returned {got}.",
+            f"{expected}, like the state.",
+            "return a correction shaped like step.y",
+        )
+    )
+
+
+def _check_part(out: Tensor, y: Tensor, time_dtype: torch.dtype, where: str) -> None:
+    if out.shape != y.shape:
+        raise StateShapeError(
+            explain(
+                f"the hypernet returned shape {tuple(out.shape)}{where}.",
+                f"{tuple(y.shape)}, the shape of step.y.",
+                "return a correction shaped like step.y; check the net's output channels",
+            )
+        )
+    widest = y.dtype if y.dim() else torch.promote_types(y.dtype, time_dtype)
+    if out.dtype != widest and torch.promote_types(out.dtype, widest) != widest:
+        raise StateTypeError(
+            explain(
+                f"the hypernet returned {out.dtype}{where}.",
+                f"a dtype that promotes to the state's {y.dtype}.",
+                f"hypernet.to({y.dtype})   # or return out.to(step.y.dtype)",
+            )
+        )
+    if out.device != y.device:
+        raise StateTypeError(
+            explain(
+                f"the hypernet returned a tensor on {out.device}{where}.",
+                f"one on the state's device, {y.device}.",
+                f'hypernet.to("{y.device}")',
+            )
+        )

@@ -1,0 +1,125 @@
+"""Context: what belongs to each sample beside its state, such as labels, controls, noise."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchdiffeq_hyper._fields._wrappers import look_through, owners_in, registered_in
+from torchdiffeq_hyper._state import State, VectorField
+from torchdiffeq_hyper.errors import StateShapeError, StateTypeError, explain
+
+
+class Conditioned(nn.Module):
+    """A vector field with inputs of its own for each sample: labels, controls, noise.
+
+    Calls ``func(t, y, *inputs)``. Solvers that work on part of a batch (``"dise"``,
+    ``"dopri5_per_sample"``) and `fit` take the same part of the inputs; hypernets that ask
+    for them see them as ``step.context``. Costs nothing beside func.
+
+    Args:
+        func: called as ``func(t, y, *inputs)``.
+        inputs: tensors of any dtype with the samples along dim 0, as many in each. They are
+            no part of the state_dict, and gradients flow into them.
+
+    Raises:
+        StateTypeError: ``func`` is not callable, or an input is not a tensor.
+        StateShapeError: the inputs differ in their number of samples.
+
+    Example:
+        >>> import torch, torchdiffeq_hyper as tdh
+        >>> rate = torch.tensor([[1.0], [2.0], [3.0]])
+        >>> func = tdh.Conditioned(lambda t, y, rate: -rate * y, rate)
+        >>> func.restrict(torch.tensor([2]))(torch.tensor(0.0), torch.ones(1, 1))
+        tensor([[-3.]])
+    """
+
+    def __init__(self, func: Callable[..., Any], *inputs: Tensor) -> None:
+        super().__init__()
+        if not callable(func) or not all(isinstance(item, Tensor) for item in inputs):
+            kinds = ", ".join(type(item).__name__ for item in (func, *inputs))
+            raise StateTypeError(
+                explain(
+                    f"Conditioned got {kinds}.",
+                    "a callable func(t, y, *inputs) and its tensors.",
+                    "tdh.Conditioned(func, noise)",
+                )
+            )
+        sizes = {item.shape[:1] for item in inputs}
+        if len(sizes) != 1 or not sizes.pop():
+            raise StateShapeError(
+                explain(
+                    f"the inputs have shapes {[tuple(item.shape) for item in inputs]}.",
+                    "at least one input; the samples along dim 0, as many in each.",
+                    "tdh.Conditioned(func, noise)   # noise of shape (batch, ...)",
+                )
+            )
+        self.func = func
+        self.inputs = inputs
+
+    def forward(self, t: Tensor, y: State) -> State:
+        """Return ``func(t, y, *inputs)``."""
+        out: State = self.func(t, y, *self.inputs)
+        return out
+
+    def restrict(self, index: Tensor) -> Conditioned:
+        """Return the field of the samples at ``index``; func and its weights are shared."""
+        part = copy.copy(self)
+        part.inputs = tuple(item[index.to(item.device)] for item in self.inputs)
+        return part
+
+
+look_through(Conditioned, "func")
+
+
+def context_of(func: VectorField) -> tuple[Tensor, ...]:
+    """Return the inputs of the `Conditioned` func that a solve is of; none for other funcs.
+
+    Looks through wrappers that are known to change nothing.
+    """
+    is_compiling = torch.compiler.is_compiling()
+    found = registered_in(func) if is_compiling else (o.target for o in owners_in(func))
+    return next((item.inputs for item in found if isinstance(item, Conditioned)), ())
+
+
+SHAPE_CLASHES = (RuntimeError, ValueError, IndexError, TypeError)
+"""What torch raises where shapes do not go together, e.g. in a func of the whole batch only."""
+
+HOW_TO_RESTRICT = (
+    "tdh.Conditioned(func, noise)   # calls func(t, y, noise), with the rows of its samples\n"
+    "or give func's class the method restrict(self, index) -> func of these samples"
+)
+
+
+def restrict(func: VectorField, index: Tensor) -> VectorField:
+    """Return the field of the samples at ``index``; ``func`` itself if it holds nothing of them.
+
+    Args:
+        func: with a method ``restrict`` (or a bound method of an object that has one) if
+            it holds something of every sample.
+        index: positions along the batch, 1-D.
+    """
+    method = _method_of(func)
+    if method is None:
+        return func
+    if isinstance(func, MethodType) and getattr(func, "restrict", None) is None:
+        restricted: VectorField = getattr(method(index), func.__name__)
+        return restricted
+    found: VectorField = method(index)
+    return found
+
+
+def can_restrict(func: VectorField) -> bool:
+    """Return whether ``func`` has the method ``restrict``."""
+    return _method_of(func) is not None
+
+
+def _method_of(func: Any) -> Callable[[Tensor], Any] | None:
+    owner = func.__self__ if isinstance(func, MethodType) else func
+    method = getattr(owner, "restrict", None)
+    return method if callable(method) else None

@@ -1,0 +1,277 @@
+"""What a selector chooses among: methods with their settings."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint
+
+from torchdiffeq_hyper._state import State, VectorField
+from torchdiffeq_hyper.errors import (
+    OptionError,
+    StateTypeError,
+    UnknownMethodError,
+    closest,
+    explain,
+)
+from torchdiffeq_hyper.methods import _registry
+from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
+
+
+@contextmanager
+def unknown_options_refused(candidate: str, method: str) -> Iterator[None]:
+    """Turn the host's warning about options that it ignores into an error."""
+    ignored = ".*Unexpected arguments"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=ignored, category=UserWarning)
+        try:
+            yield
+        except UserWarning as warning:
+            if not re.match(ignored, str(warning)):
+                raise
+            raise OptionError(
+                explain(
+                    f"{candidate} has an option that torchdiffeq does not know ({warning}).",
+                    f'options of method "{method}".',
+                    f'tdh.Candidate("{method}")   # check the spelling of its options',
+                )
+            ) from warning
+
+
+# Methods on a grid that read no tolerance (the implicit ones iterate until they meet theirs).
+_EXPLICIT = frozenset({"euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams"})
+
+
+class Candidate:
+    """A method that a `Dise` can send samples to.
+
+    Args:
+        method: name of any method that torchdiffeq knows, or a `HyperSolver`.
+        steps: steps between consecutive points of t, for methods that follow a time grid;
+            None takes one (a `HyperSolver` takes its own between two points).
+        rtol: relative tolerance; None takes that of the call.
+        atol: absolute tolerance; None takes that of the call.
+        options: further options of the method.
+
+    Raises:
+        UnknownMethodError: no method has that name.
+        StateTypeError: ``method`` is neither a name nor a `HyperSolver`.
+        OptionError: a setting is impossible, or means nothing to the method.
+
+    Example:
+        >>> import torchdiffeq_hyper as tdh
+        >>> tdh.Candidate("rk4", steps=2), tdh.Candidate("dopri5", rtol=1e-3, atol=1e-3)
+        (Candidate('rk4', steps=2), Candidate('dopri5', rtol=0.001, atol=0.001))
+    """
+
+    def __init__(
+        self,
+        method: str | HyperSolver,
+        *,
+        steps: int | None = None,
+        rtol: float | None = None,
+        atol: float | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.solver = method if isinstance(method, HyperSolver) else None
+        self.method = method.method if isinstance(method, HyperSolver) else method
+        self.steps = steps
+        self.rtol = rtol
+        self.atol = atol
+        self.options: dict[str, Any] = dict(options or {})
+        self.follows_grid = _check_method(self.method)
+        self._check_steps()
+        self._check_tolerances()
+
+    def __repr__(self) -> str:
+        given = [repr(self.method)]
+        for name in ("steps", "rtol", "atol"):
+            value = getattr(self, name)
+            given += [] if value is None else [f"{name}={value!r}"]
+        given += [f"options={self.options!r}"] if self.options else []
+        return f"Candidate({', '.join(given)})"
+
+    @property
+    def label(self) -> str:
+        """The candidate as tables call it, e.g. "rk4, 2 steps"."""
+        given = [self.method]
+        given += [] if self.steps is None else [f"{self.steps} step" + "s" * (self.steps > 1)]
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            given += [] if value is None else [f"{name} {value:g}"]
+        return ", ".join(given + [f"{name} {value}" for name, value in self.options.items()])
+
+    @property
+    def steps_taken(self) -> int | None:
+        """Steps between two points of t: one, where a host's method on a grid is not told."""
+        is_hosts = self.follows_grid and self.method in _registry.host_methods()
+        return 1 if self.steps is None and is_hosts and not self._own_grid else self.steps
+
+    @property
+    def _own_grid(self) -> set[str]:
+        return {"step_size", "grid_constructor"} & self.options.keys()
+
+    def is_same(self, other: Candidate) -> bool:
+        """Return whether both would solve a problem the same way."""
+        mine, theirs = (
+            (c.method, c.steps_taken, c.rtol, c.atol, set(c.options)) for c in (self, other)
+        )
+        if mine != theirs or self.solver is not other.solver:
+            return False
+        pairs = [(value, other.options[name]) for name, value in self.options.items()]
+        # Tensors and callables have no equality to speak of: only the same object counts.
+        return all(a is b or (isinstance(a, float | int | str) and a == b) for a, b in pairs)
+
+    def solve(self, func: VectorField, y0: State, t: Tensor, *, rtol: Any, atol: Any) -> State:
+        """Return ``odeint`` of this method with these settings.
+
+        Args:
+            func: the vector field.
+            y0: tensor or tuple of tensors.
+            t: times, increasing or decreasing.
+            rtol: relative tolerance where the candidate has none.
+            atol: absolute tolerance where the candidate has none.
+
+        Raises:
+            OptionError: the method has none of one of the options.
+        """
+        options = dict(self.options)
+        if self.steps is not None:
+            # Not step_size: the host rounds the number of steps up, often to one too many.
+            options["grid_constructor"] = lambda func, y0, t: _refined(t, self.steps or 1)
+        if self.solver is not None:
+            options["solver"] = self.solver
+        with unknown_options_refused(repr(self), self.method) if self.options else nullcontext():
+            solution: State = odeint(
+                func,
+                y0,
+                t,
+                rtol=rtol if self.rtol is None else self.rtol,
+                atol=atol if self.atol is None else self.atol,
+                method=self.method,
+                options=options,
+            )
+        return solution
+
+    def _check_steps(self) -> None:
+        steps = self.steps
+        taken = self._own_grid
+        if steps is None:
+            return
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            problem, fix = f"steps is {steps!r}.", "steps=4"
+        elif not self.follows_grid:
+            problem = f'"{self.method}" chooses its own steps, and steps is {steps}.'
+            fix = f'tdh.Candidate("{self.method}", rtol=1e-3, atol=1e-3)'
+            if self.solver is not None:
+                fix = "tdh.Candidate(solver)"
+        elif taken:
+            problem = f"both steps and the option {taken.pop()!r} are given."
+            fix = f'tdh.Candidate("{self.method}", steps={steps})'
+        else:
+            return
+        raise OptionError(
+            explain(problem, "an int of at least 1, for methods that follow a time grid.", fix)
+        )
+
+    def _check_tolerances(self) -> None:
+        entry = _registry.methods().get(self.method)
+        ignores = self.method in _EXPLICIT or (entry is not None and entry.is_learned)
+        ignores |= self.solver is not None
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            is_number = isinstance(value, float | int) and not isinstance(value, bool)
+            if not is_number or not (math.isfinite(value) and value >= 0):
+                problem, fix = f"{name} is {value!r}.", f"{name}=1e-3"
+            elif ignores:
+                problem = f'"{self.method}" has no error estimate to hold against {name}.'
+                fix = f'tdh.Candidate("{self.method}", steps=4)'
+                if self.solver is not None:
+                    fix = "tdh.Candidate(solver)"
+            else:
+                continue
+            raise OptionError(
+                explain(problem, "a finite number of at least 0, for adaptive methods.", fix)
+            )
+
+
+def check_candidates(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """Return the candidates of a `Dise`.
+
+    Raises:
+        OptionError: none, or two that are the same.
+        StateTypeError: one is not a `Candidate`.
+    """
+    example = 'tdh.Dise([tdh.Candidate("euler", steps=2), tdh.Candidate("dopri5", rtol=1e-3)])'
+    if not isinstance(candidates, Sequence) or isinstance(candidates, str):
+        _refuse_kind(candidates, example)
+    for candidate in candidates:
+        if not isinstance(candidate, Candidate):
+            _refuse_kind(candidate, example)
+    if not candidates:
+        raise OptionError(explain("there are no candidates.", "at least one.", example))
+    for position, candidate in enumerate(candidates):
+        for first, other in enumerate(candidates[:position]):
+            if candidate.is_same(other):
+                raise OptionError(
+                    explain(
+                        f"candidates {first} and {position} are the same: {candidate!r}.",
+                        "candidates that differ.",
+                        f"drop candidate {position}, or change its settings",
+                    )
+                )
+    return tuple(candidates)
+
+
+def _refuse_kind(value: object, example: str) -> NoReturn:
+    raise StateTypeError(
+        explain(f"a candidate is a {type(value).__name__}.", "a list of tdh.Candidate.", example)
+    )
+
+
+def _check_method(name: object) -> bool:
+    """Return whether a method follows a time grid, after checking that it exists."""
+    if not isinstance(name, str):
+        raise StateTypeError(
+            explain(
+                f"a candidate's method is a {type(name).__name__}.",
+                "a method's name or a HyperSolver.",
+                'tdh.Candidate("euler", steps=2)',
+            )
+        )
+    entry, hosts = _registry.methods().get(name), _registry.host_methods()
+    if entry is None:
+        known = [*_registry.methods(), *hosts]
+        if name not in hosts:
+            raise UnknownMethodError(
+                explain(
+                    f"no method is called {name!r}.",
+                    "one of " + ", ".join(f'"{method}"' for method in known) + ".",
+                    f'tdh.Candidate("{closest(name, known)}")',
+                )
+            )
+        return hosts[name]
+    if isinstance(entry.solver, _registry.WholeSolve) and entry.solver.option == "dise":
+        raise OptionError(
+            explain(
+                f'"{name}" is a Dise, which cannot be a candidate of another.',
+                "a method that solves by itself.",
+                "one Dise with the candidates of both",
+            )
+        )
+    return entry.follows_grid
+
+
+def _refined(t: Tensor, steps: int) -> Tensor:
+    """Return ``t`` with each interval cut into equal steps; its points stay exact."""
+    weights = torch.arange(steps, dtype=t.dtype, device=t.device) / steps
+    return torch.cat([torch.lerp(t[:-1, None], t[1:, None], weights).flatten(), t[-1:]])

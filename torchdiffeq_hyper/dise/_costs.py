@@ -1,0 +1,289 @@
+"""What a candidate's answer for a sample costs: its calls of func, or a penalty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_hyper._state import State
+from torchdiffeq_hyper.dise._dispatch import last
+from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, explain
+
+
+class Verdict(NamedTuple):
+    """What a cost says of one candidate's answers.
+
+    Attributes:
+        is_right: whether each answer is good enough (batch,).
+        weight: what a call of func counts for in a right answer (batch,).
+    """
+
+    is_right: Tensor
+    weight: Tensor
+
+
+class Cost(Protocol):
+    """A rule for costs; `ClassificationCost` and `RegressionCost` are two."""
+
+    alpha: float
+    penalty: float
+
+    def check(self, batch: int) -> None:
+        """Raise if the cost belongs to another number of samples."""
+        ...
+
+    def judge(self, solution: State, index: Tensor) -> Verdict:
+        """Judge a solution at all times for the samples ``index``."""
+        ...
+
+
+def check_settings(alpha: float, penalty: float) -> tuple[float, float]:
+    """Return alpha and M.
+
+    Raises:
+        OptionError: one is not a finite number above 0.
+    """
+    check_positive("alpha", alpha, "alpha=0.3")
+    check_positive("penalty", penalty, "penalty=1000.0")
+    return float(alpha), float(penalty)
+
+
+def check_positive(name: str, value: Any, fix: str) -> None:
+    """Refuse what is not a finite number above 0.
+
+    Raises:
+        OptionError: it is not.
+    """
+    is_number = isinstance(value, float | int) and not isinstance(value, bool)
+    if not is_number or not (math.isfinite(value) and value > 0):
+        raise OptionError(explain(f"{name} is {value!r}.", "a finite number above 0.", fix))
+
+
+def check_callable(name: str, value: Any, fix: str) -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+        StateTypeError: it cannot.
+    """
+    if not callable(value):
+        raise StateTypeError(explain(f"{name} is a {type(value).__name__}.", "a callable.", fix))
+
+
+class ClassificationCost:
+    r"""Calls of func where the class is right, a penalty where it is wrong.
+
+    .. math:: c = \Delta^\alpha \text{ if the prediction is right, else } M^\alpha
+
+    with :math:`\Delta` the calls of func for the sample, solved alone ([D] eq. 4).
+
+    Args:
+        predict: maps the state at t[-1] to logits (batch, classes).
+        labels: the right classes (batch,), integers.
+        alpha: above 0; the larger, the less calls matter beside right answers.
+        penalty: M, what a wrong answer costs, in calls of func; more than any candidate takes.
+
+    Raises:
+        OptionError: ``alpha`` or ``penalty`` is not a finite number above 0.
+        StateTypeError: ``predict`` is not callable, or ``labels`` are no integers.
+        StateShapeError: ``labels`` are not 1-D.
+
+    Example:
+        >>> import torch, torchdiffeq_hyper as tdh
+        >>> cost = tdh.ClassificationCost(lambda y: y, torch.tensor([0, 1]), 0.3, 1000.0)
+        >>> solution = torch.tensor([[[2.0, 1.0], [2.0, 1.0]]])  # (times, batch, classes)
+        >>> cost.judge(solution, torch.arange(2)).is_right
+        tensor([ True, False])
+    """
+
+    def __init__(
+        self,
+        predict: Callable[[State], Tensor],
+        labels: Tensor,
+        alpha: float,
+        penalty: float,
+    ) -> None:
+        check_callable("predict", predict, "predict=model.classifier")
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+            raise StateTypeError(
+                explain(
+                    "labels are "
+                    + (f"{labels.dtype}." if isinstance(labels, Tensor) else "no tensor."),
+                    "a tensor of integers: each sample's class.",
+                    "labels = torch.as_tensor(labels).long()",
+                )
+            )
+        if labels.dim() != 1:
+            raise StateShapeError(
+                explain(
+                    f"labels have shape {tuple(labels.shape)}.",
+                    "one class a sample, (batch,).",
+                    "labels = labels.argmax(dim=1)   # from one-hot rows",
+                )
+            )
+        self.predict = predict
+        self.labels = labels
+        self.alpha, self.penalty = check_settings(alpha, penalty)
+
+    def check(self, batch: int) -> None:
+        """Refuse labels of another length.
+
+        Raises:
+            StateShapeError: there are not as many labels as samples.
+        """
+        if len(self.labels) != batch:
+            raise StateShapeError(
+                explain(
+                    f"there are {len(self.labels)} labels and {batch} samples in y0.",
+                    "a label for each sample, in the same order.",
+                    "labels=labels[: len(y0)]",
+                )
+            )
+
+    def judge(self, solution: State, index: Tensor) -> Verdict:
+        """Return which samples are classified rightly from their final states.
+
+        Raises:
+            StateShapeError: ``predict`` returned another shape than (batch, classes), or
+                fewer than two classes.
+            OptionError: a label is none of the classes.
+        """
+        logits = self.predict(last(solution))
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(index):
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise StateShapeError(
+                explain(
+                    f"predict returned {got} for {len(index)} samples.",
+                    "logits of shape (batch, classes).",
+                    "predict=lambda y: classifier(y.flatten(1))",
+                )
+            )
+        classes, labels = logits.shape[1], self.labels.to(logits.device)[index]
+        if classes < 2:
+            raise StateShapeError(
+                explain(
+                    f"predict returned {classes} class: every answer would be the same.",
+                    "logits of at least two classes.",
+                    "predict=lambda y: torch.cat([-score(y), score(y)], dim=1)",
+                )
+            )
+        if bool(((labels < 0) | (labels >= classes)).any()):
+            raise OptionError(
+                explain(
+                    f"labels lie in {int(labels.min())} to {int(labels.max())}, and predict "
+                    f"knows {classes} classes.",
+                    f"labels in 0 to {classes - 1}.",
+                    "labels = labels - labels.min()   # if they are counted from 1",
+                )
+            )
+        is_right = logits.argmax(dim=1) == labels
+        return Verdict(is_right, torch.ones(len(index), device=logits.device))
+
+
+class RegressionCost:
+    r"""Calls of func times the error where it is small enough, a penalty where it is not.
+
+    .. math:: c = (\Delta\,\Gamma)^\alpha \text{ if } \Gamma \le \beta, \text{ else } M^\alpha
+
+    with :math:`\Delta` the calls of func for the sample, solved alone ([D] eq. 5).
+
+    Args:
+        error: called as ``error(y, index)`` with the solution and the samples' positions
+            ``index`` (batch,); returns Gamma (batch,), at least 0.
+        threshold: beta, the largest error that counts as right.
+        alpha: above 0; the larger, the less calls matter beside right answers.
+        penalty: M, what a wrong answer costs; more than any right one.
+        at: "all" gives ``error`` the solution at all points of t, (len(t), batch, ...),
+            "end" the state at t[-1], (batch, ...). None gives it the first, and the second
+            if its answer to that has not the shape (batch,).
+
+    Raises:
+        OptionError: ``threshold``, ``alpha`` or ``penalty`` is not a finite number above 0,
+            or ``at`` is something else.
+        StateTypeError: ``error`` is not callable.
+
+    Example:
+        >>> import torch, torchdiffeq_hyper as tdh
+        >>> target = torch.tensor([1.0, 2.0])
+        >>> cost = tdh.RegressionCost(
+        ...     lambda y, index: (y - target[index]).abs(), 0.5, alpha=0.5, penalty=100.0
+        ... )
+        >>> cost.judge(torch.tensor([[0.0, 0.0], [1.1, 1.1]]), torch.arange(2)).is_right
+        tensor([ True, False])
+    """
+
+    def __init__(
+        self,
+        error: Callable[[State, Tensor], Tensor],
+        threshold: float,
+        alpha: float,
+        penalty: float,
+        *,
+        at: Literal["end", "all"] | None = None,
+    ) -> None:
+        check_callable("error", error, "error=lambda y, index: (y - x[index]).norm(dim=1)")
+        if at not in ("end", "all", None):
+            raise OptionError(explain(f"at is {at!r}.", '"end", "all" or None.', 'at="end"'))
+        check_positive("threshold", threshold, "threshold=0.1")
+        self.error = error
+        self.at = at
+        self.threshold = float(threshold)
+        self.alpha, self.penalty = check_settings(alpha, penalty)
+
+    def check(self, batch: int) -> None:
+        """Accept any number of samples: ``error`` finds its targets by their positions."""
+
+    def judge(self, solution: State, index: Tensor) -> Verdict:
+        """Return which samples have a small enough error, and that error as their weight.
+
+        Raises:
+            StateShapeError: ``error`` returned another shape than (batch,).
+        """
+        gamma = self._gamma(solution, index)
+        if not isinstance(gamma, Tensor) or gamma.shape != index.shape:
+            got = tuple(gamma.shape) if isinstance(gamma, Tensor) else type(gamma).__name__
+            raise StateShapeError(
+                explain(
+                    f"error returned {got} for {len(index)} samples (at={self.at!r}).",
+                    "Gamma of shape (batch,).",
+                    "error=lambda y, index: (y - x[index]).flatten(1).norm(dim=1)   # y(t[-1])\n"
+                    'at="all"   # if error takes y at all points of t, (len(t), batch, ...)',
+                )
+            )
+        if bool((gamma < 0).any()):
+            raise OptionError(
+                explain(
+                    f"error returned {float(gamma.min()):.3g}.",
+                    "errors of at least 0.",
+                    "error=lambda y, index: (y - x[index]).abs().flatten(1).mean(dim=1)",
+                )
+            )
+        is_right = gamma <= self.threshold
+        return Verdict(is_right, torch.where(is_right, gamma, 0.0))
+
+    def _gamma(self, solution: State, index: Tensor) -> Any:
+        """Return what ``error`` answers, given what it takes."""
+        if self.at is not None:
+            return self.error(last(solution) if self.at == "end" else solution, index)
+        n_times = (solution if isinstance(solution, Tensor) else solution[0]).shape[0]
+        if n_times == len(index) > 1:
+            # One error a time would look like one a sample: ask with fewer samples.
+            parts = (slice(0, -1), slice(-1, None))
+            gammas = [self._gamma(_samples(solution, part), index[part]) for part in parts]
+            return torch.cat(gammas) if all(isinstance(g, Tensor) for g in gammas) else None
+        try:
+            gamma = self.error(solution, index)
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            gamma = None  # it may take the final state only, and says what is wrong below
+        if isinstance(gamma, Tensor) and gamma.shape == index.shape:
+            return gamma
+        return self.error(last(solution), index)
+
+
+def _samples(solution: State, part: slice) -> State:
+    if isinstance(solution, Tensor):
+        return solution[:, part]
+    return tuple(values[:, part] for values in solution)

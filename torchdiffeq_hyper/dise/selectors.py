@@ -1,0 +1,317 @@
+"""Ready selectors: small nets from a start to the predicted cost of every candidate.
+
+The three kinds of [D]: a residual convolutional net for images, a perceptron with dropout,
+and one with tanh activations. Any module that maps y0 to (batch, candidates) does as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from torchdiffeq_hyper._files import (
+    Default,
+    Items,
+    Real,
+    Record,
+    Rule,
+    Tagged,
+    Whole,
+    built,
+    checked,
+    refused,
+)
+from torchdiffeq_hyper._state import State, is_half, parts_of
+from torchdiffeq_hyper.errors import OptionError, explain
+
+CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
+    1: nn.Conv1d,
+    2: nn.Conv2d,
+    3: nn.Conv3d,
+}
+
+
+class ReadySelector(nn.Module):
+    """Base of the ready selectors: normalised inputs, and a description to rebuild it from.
+
+    Attributes:
+        kind: name of the class in files.
+        architecture: JSON-ready arguments; `from_architecture` rebuilds the net from it.
+    """
+
+    kind: ClassVar[str]
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, architecture: Mapping[str, Any], shape: Sequence[int]) -> None:
+        super().__init__()
+        for name, value in architecture.items():
+            _check_argument(name, value)
+        self.architecture: dict[str, Any] = {"kind": self.kind, **architecture}
+        self.register_buffer("shift", torch.zeros(*shape))
+        self.register_buffer("scale", torch.ones(*shape))
+
+    def features(self, y0: State) -> Tensor:
+        """Return what the layers are given, (batch, ...)."""
+        raise NotImplementedError
+
+    def normalised(self, y0: State) -> Tensor:
+        """Return the features at mean 0 and standard deviation 1 in the fitted data."""
+        return (self.features(y0).to(self.shift.dtype) - self.shift) * self.scale
+
+    @torch.no_grad()
+    def calibrate(self, y0: State) -> None:
+        """Set the normalisation from samples: every channel to mean 0, deviation 1."""
+        x = self.features(y0).to(self.shift.dtype)
+        dims = [dim for dim in range(x.dim()) if dim != 1]
+        variance, mean = torch.var_mean(x, dims, correction=0)
+        scale = torch.where(variance > 0, variance, 1.0).rsqrt()
+        self.shift.copy_(mean.view_as(self.shift))
+        self.scale.copy_(scale.view_as(self.scale))
+
+
+def _check_argument(name: str, value: Any) -> None:
+    if name == "dropout":
+        is_valid, expected = 0 <= value < 1, "a probability of at least 0 and below 1"
+    elif name == "n_spatial":
+        is_valid, expected = value in CONVOLUTIONS, "1, 2 or 3"
+    else:
+        values = value if isinstance(value, list) else [value]
+        is_valid = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in values)
+        expected = "an int of at least 1" + (", each" if isinstance(value, list) else "")
+    if not is_valid:
+        raise OptionError(explain(f"{name} is {value!r}.", f"{expected}.", f"{name}=..."))
+
+
+class MLP(ReadySelector):
+    """A perceptron with ReLU and dropout on the flattened start ([D], for time series).
+
+    Args:
+        n_inputs: numbers of a sample, all parts of a tuple state together.
+        n_candidates: number of candidates.
+        hidden: widths of the hidden layers.
+        dropout: probability of dropping a hidden unit while it is fitted.
+
+    Raises:
+        OptionError: an argument is impossible.
+
+    Example:
+        >>> import torch
+        >>> from torchdiffeq_hyper.dise.selectors import MLP
+        >>> MLP(n_inputs=6, n_candidates=3)(torch.ones(5, 2, 3)).shape
+        torch.Size([5, 3])
+    """
+
+    kind = "mlp"
+
+    def __init__(
+        self,
+        n_inputs: int,
+        n_candidates: int,
+        hidden: Sequence[int] = (64, 64),
+        dropout: float = 0.1,
+    ) -> None:
+        own = {"n_inputs": n_inputs, "n_candidates": n_candidates, "hidden": list(hidden)}
+        super().__init__({**own, "dropout": dropout}, (n_inputs,))
+        inner = (nn.ReLU(), nn.Dropout(dropout))
+        self.layers = _perceptron([n_inputs, *hidden, n_candidates], inner)
+
+    def features(self, y0: State) -> Tensor:
+        """Return the parts of the state, flattened behind each other."""
+        return flattened(y0)
+
+    def forward(self, y0: State) -> Tensor:
+        """Return predicted costs (batch, candidates)."""
+        out: Tensor = self.layers(self.normalised(y0))
+        return out
+
+
+class TanhMLP(ReadySelector):
+    """A perceptron with tanh activations on the flattened start ([D], for flows).
+
+    Args:
+        n_inputs: numbers of a sample, all parts of a tuple state together.
+        n_candidates: number of candidates.
+        hidden: widths of the hidden layers.
+
+    Raises:
+        OptionError: an argument is impossible.
+
+    Example:
+        >>> import torch
+        >>> from torchdiffeq_hyper.dise.selectors import TanhMLP
+        >>> TanhMLP(n_inputs=3, n_candidates=2)((torch.ones(5, 2), torch.ones(5, 1))).shape
+        torch.Size([5, 2])
+    """
+
+    kind = "tanh-mlp"
+
+    def __init__(self, n_inputs: int, n_candidates: int, hidden: Sequence[int] = (64, 64)) -> None:
+        own = {"n_inputs": n_inputs, "n_candidates": n_candidates, "hidden": list(hidden)}
+        super().__init__(own, (n_inputs,))
+        self.layers = _perceptron([n_inputs, *hidden, n_candidates], (nn.Tanh(),))
+
+    def features(self, y0: State) -> Tensor:
+        """Return the parts of the state, flattened behind each other."""
+        return flattened(y0)
+
+    def forward(self, y0: State) -> Tensor:
+        """Return predicted costs (batch, candidates)."""
+        out: Tensor = self.layers(self.normalised(y0))
+        return out
+
+
+def flattened(y0: State) -> Tensor:
+    """Return the parts of a state behind each other, one row a sample."""
+    parts = [torch.view_as_real(p) if p.is_complex() else p for p in parts_of(y0)]
+    return torch.cat([part.flatten(1) if part.dim() > 1 else part[:, None] for part in parts], 1)
+
+
+def _perceptron(widths: Sequence[int], inner: Sequence[nn.Module]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for n_in, n_out in zip(widths[:-1], widths[1:], strict=True):
+        layers += [nn.Linear(n_in, n_out), *inner]
+    return nn.Sequential(*layers[: -len(inner)])
+
+
+class ResidualConv(ReadySelector):
+    r"""A convolution of stride 2, residual blocks, and a linear layer ([D], for images).
+
+    Of a tuple state it sees the first part. The linear layer sees the means over both
+    halves of every spatial dimension, so that position counts.
+
+    Args:
+        channels: channels of the state.
+        n_candidates: number of candidates.
+        hidden: channels of the blocks.
+        blocks: number of residual blocks.
+        n_spatial: spatial dimensions of the state: 1, 2 or 3.
+
+    Raises:
+        OptionError: an argument is impossible.
+
+    Example:
+        >>> import torch
+        >>> from torchdiffeq_hyper.dise.selectors import ResidualConv
+        >>> ResidualConv(channels=12, n_candidates=3)(torch.ones(5, 12, 8, 8)).shape
+        torch.Size([5, 3])
+    """
+
+    kind = "residual-conv"
+
+    def __init__(
+        self,
+        channels: int,
+        n_candidates: int,
+        hidden: int = 16,
+        blocks: int = 2,
+        n_spatial: int = 2,
+    ) -> None:
+        own = {"channels": channels, "n_candidates": n_candidates, "hidden": hidden}
+        own |= {"blocks": blocks, "n_spatial": n_spatial}
+        super().__init__(own, (channels, *(1,) * n_spatial))
+        convolution = CONVOLUTIONS[n_spatial]
+        self.first = convolution(channels, hidden, 3, stride=2, padding=1)
+        self.blocks = nn.ModuleList(_Block(convolution, hidden) for _ in range(blocks))
+        pool = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
+        head = nn.Linear(hidden * 2**n_spatial, n_candidates)
+        self.last = nn.Sequential(nn.ReLU(), pool[n_spatial](2), nn.Flatten(), head)
+
+    def features(self, y0: State) -> Tensor:
+        """Return the first part of the state."""
+        return parts_of(y0)[0]
+
+    def forward(self, y0: State) -> Tensor:
+        """Return predicted costs (batch, candidates)."""
+        x = self.first(self.normalised(y0))
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.last(x)
+        return out
+
+
+class _Block(nn.Module):
+    def __init__(self, convolution: Any, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.ReLU(),
+            convolution(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            convolution(channels, channels, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.layers(x)
+        return out
+
+
+_KINDS: dict[str, type[ReadySelector]] = {net.kind: net for net in (MLP, TanhMLP, ResidualConv)}
+
+_COUNT, _WIDTHS = Whole(1), Items(Whole(1), most=1000)
+_PERCEPTRON: dict[str, Rule | Default] = {
+    "n_inputs": _COUNT,
+    "n_candidates": _COUNT,
+    "hidden": Default(_WIDTHS),
+}
+ARCHITECTURES: dict[str, Record] = {
+    MLP.kind: Record({**_PERCEPTRON, "dropout": Default(Real(low=0.0, high=1 - 1e-9))}),
+    TanhMLP.kind: Record(_PERCEPTRON),
+    ResidualConv.kind: Record(
+        {
+            "channels": _COUNT,
+            "n_candidates": _COUNT,
+            "hidden": Default(_COUNT),
+            "blocks": Default(Whole(1, 1000)),
+            "n_spatial": Default(Whole(min(CONVOLUTIONS), max(CONVOLUTIONS))),
+        }
+    ),
+}
+"""What describes a ready selector of each kind in a file."""
+
+
+def ready(y0: State, n_candidates: int) -> ReadySelector:
+    """Return a new selector for a kind of state: `ResidualConv` for images, else `MLP`.
+
+    It is on the state's device and in its dtype (float32 for half precision).
+
+    Example:
+        >>> import torch
+        >>> from torchdiffeq_hyper.dise import selectors
+        >>> selectors.ready(torch.ones(5, 2), n_candidates=3).architecture["kind"]
+        'mlp'
+    """
+    first = parts_of(y0)[0]
+    net: ReadySelector
+    if first.dim() - 2 in CONVOLUTIONS:
+        net = ResidualConv(first.shape[1], n_candidates, n_spatial=first.dim() - 2)
+    else:
+        net = MLP(flattened(y0).shape[1], n_candidates)
+    dtype = first.dtype.to_real() if first.dtype.is_complex else first.dtype
+    return net.to(first.device, torch.float32 if is_half(dtype) else dtype)
+
+
+def from_architecture(
+    architecture: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    what: str = "the description of a selector",
+    at: str = "",
+) -> ReadySelector:
+    """Rebuild a ready selector, with new weights, from its ``architecture``.
+
+    Args:
+        architecture: the selector's.
+        weights: its ``state_dict()``: a larger one is refused before it is built. None for
+            any size.
+        what: what the description was read from, for messages.
+        at: its place in there.
+
+    Raises:
+        FileFormatError: the kind is unknown, or an argument is impossible.
+    """
+    arguments = checked(Tagged("kind", ARCHITECTURES), architecture, what, at)
+    with refused(what):
+        return built(_KINDS, arguments, weights, at)

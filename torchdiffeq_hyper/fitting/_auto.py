@@ -1,0 +1,253 @@
+"""Choosing a hypernet: what fits into a budget, compared by a short fit of the residuals."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn, optim
+
+from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper.fitting._data import Batch
+from torchdiffeq_hyper.fitting._guard import own_random_state
+from torchdiffeq_hyper.fitting._objectives import step_inputs
+from torchdiffeq_hyper.fitting._phases import ResidualPhase
+from torchdiffeq_hyper.fitting._problem import Problem
+from torchdiffeq_hyper.hypernets import ReadyHypernet, families, join_channels
+from torchdiffeq_hyper.recording._cost import FlopCounter
+
+
+@contextmanager
+def measuring_time_in(net: object, width: float, order: int) -> Iterator[None]:
+    """Let a ready net that is still zero measure time in spans; as before on any error.
+
+    One that was fitted before keeps its unit, for a base of this order from now on. Every
+    other net is left as it is.
+    """
+    if not isinstance(net, ReadyHypernet):
+        yield
+        return
+    before = net.time_unit, net.order
+    net.measure_time_in(width if net.is_zero else net.time_unit, order)
+    try:
+        yield
+    except BaseException:
+        net.measure_time_in(*before)
+        raise
+
+
+@torch.no_grad()
+def calibrate(net: nn.Module, batch: Batch) -> None:
+    """Calibrate a ready net that is still zero; leave every other net as it is.
+
+    Scales must not be changed under a net that was fitted before and is fitted on.
+    """
+    if not isinstance(net, ReadyHypernet) or not net.is_zero:
+        return
+    inputs, residuals = [], []
+    for route, samples in enumerate(batch.routes):
+        for n, step in enumerate(step_inputs(batch, route)):
+            inputs.append(net.concat(step))
+            residuals.append(join_channels(batch.layout.split(samples.residual[n])))
+    net.calibrate(torch.cat(inputs), torch.cat(residuals), batch.units.state)
+
+
+AUTO = "auto"
+"""The name under which `fit` takes the choice."""
+ROUNDS = (40, 120)
+"""Iterations of a comparison's rounds; between two the worse half of the nets leaves."""
+RATE = 3.0
+"""Learning rate of a comparison, over the fit's: so few iterations want larger steps."""
+FEWEST = 10
+"""Iterations without which errors say nothing."""
+TIE = 1.02
+"""Nets within this factor of the smallest error count as equal: the cheapest wins."""
+SHARE_OF_TIME = 0.15
+"""Share of a fit's time that a comparison may take."""
+
+
+def check_auto(hypernet: str, base: str) -> None:
+    """Refuse a name that stands for no choice, and the choice where there is none.
+
+    Raises:
+        OptionError: ``hypernet`` is not "auto", or ``base`` is "bns".
+    """
+    if hypernet != AUTO:
+        raise OptionError(
+            explain(
+                f"hypernet is {hypernet!r}.",
+                f'"{AUTO}", None for a ready net, or a torch.nn.Module called as g(step).',
+                f'hypernet="{AUTO}"   # or a net of tdh.hypernets',
+            )
+        )
+    if base == "bns":
+        raise OptionError(
+            explain(
+                f'hypernet is "{AUTO}" and base is "bns".',
+                'None (base "bns" learns its coefficients, a net on top is extra) or a module.',
+                "hypernet=None",
+            )
+        )
+
+
+@dataclass
+class Candidate:
+    """A net to be compared.
+
+    Attributes:
+        net: the net.
+        cost: multiply-adds of one call, as a share of func's in one step of the base.
+        error: mean held-out |R - g|_2 as a share of |R|_2's.
+        iterations: what it was trained for.
+    """
+
+    net: ReadyHypernet
+    cost: float
+    error: float = 1.0
+    iterations: int = 0
+
+    def __str__(self) -> str:
+        """Return the net's kind and widths, its cost and its error."""
+        shown = ("hidden", "kernel_size")
+        own = self.net.architecture
+        arguments = ", ".join(f"{name}={own[name]}" for name in shown if name in own)
+        name = f"{type(self.net).__name__}({arguments})"
+        cost = "" if math.isinf(self.cost) else f", {100 * self.cost:.2g} % of func's cost"
+        error = f", {100 * self.error:.2g} % of |R| left" if self.iterations else ""
+        return name + cost + error
+
+
+def choose(problem: Problem, first: Batch, held_out: Batch) -> dict[str, Any]:
+    """Return the ready net that leaves the smallest held-out residual within the budget.
+
+    The widest net of each kind (see `hypernets.families`) whose multiply-adds are at most
+    ``config.hypernet_budget`` of func's in one step competes; each is fitted to the first
+    batch's residuals for 40 iterations, the better half for 120 more. Of nets within 2 % of
+    the best the cheapest is taken. The result depends on the seed alone, unless the
+    comparison is cut short at 15 % of ``config.max_seconds``.
+
+    Costs one call of func on the first batch, and calls of the nets.
+
+    Args:
+        problem: what is fitted.
+        first: the batch to fit to.
+        held_out: the batch to compare on.
+
+    Returns:
+        "architecture", which describes the net (see `ReadyHypernet.architecture`), and
+        "note", which says for people what was chosen and what it was compared to.
+    """
+    began = time.perf_counter()
+    deadline = began + SHARE_OF_TIME * problem.config.max_seconds
+    with own_random_state(problem.config.seed):
+        candidates = within_budget(problem, first)
+        if len(candidates) > 1:
+            _compare(candidates, problem, (first, held_out), deadline)
+    least = min(candidate.error for candidate in candidates)
+    tied = [candidate for candidate in candidates if candidate.error <= TIE * least]
+    compared = all(candidate.iterations >= FEWEST for candidate in candidates)
+    # Kinds that have done well come last.
+    best = min(tied, key=lambda candidate: candidate.cost) if compared else candidates[-1]
+    others = "; ".join(str(candidate) for candidate in candidates if candidate is not best)
+    note = f'hypernet="{AUTO}" chose {best}'
+    if others:
+        note += f" (compared {'with' if compared else 'too briefly with'} {others})"
+    if best.cost > problem.config.hypernet_budget:
+        note += "; no net is within the budget, this is the cheapest"
+    return {"architecture": best.net.architecture, "note": note}
+
+
+def within_budget(problem: Problem, batch: Batch) -> list[Candidate]:
+    """Return the widest net of each kind within the budget, or else the cheapest of all.
+
+    Multiply-adds are half of what torch's own counter says. Where func has none that can
+    be counted, costs are infinite.
+    """
+    step = next(step_inputs(batch, 0))
+    y = batch.start(0)
+    t = step.t.to(batch.dtype)
+    in_func = problem.tableau.calls * count_flops(lambda: batch.field(problem.func)(t, y))
+    kinds = [
+        [Candidate(net, _share(count_flops(partial(net, step)), in_func)) for net in family]
+        for family in families(y, problem.tableau, time_unit=problem.width)
+    ]
+    affordable = [
+        [candidate for candidate in kind if candidate.cost <= problem.config.hypernet_budget]
+        for kind in kinds
+    ]
+    widest = [kind[-1] for kind in affordable if kind]
+    return widest or [kinds[0][0]]
+
+
+def _share(flops: int, in_func: int) -> float:
+    return flops / in_func if in_func else math.inf
+
+
+def count_flops(call: Callable[[], object]) -> int:
+    """Return the floating-point operations of a call, as torch counts them."""
+    with torch.no_grad(), FlopCounter() as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
+def _compare(
+    candidates: list[Candidate], problem: Problem, batches: tuple[Batch, Batch], deadline: float
+) -> None:
+    """Fill in the candidates' errors by successive halving."""
+    left: Sequence[Candidate] = candidates
+    for candidate in candidates:
+        calibrate(candidate.net, batches[0])
+    for iterations in ROUNDS:
+        runs = [_PreFit(candidate, problem, batches, iterations) for candidate in left]
+        for _ in range(iterations):
+            if time.perf_counter() > deadline:
+                break
+            for run in runs:
+                run.iterate()
+        for run in runs:
+            run.measure()
+        left = sorted(left, key=lambda candidate: candidate.error)[: -(-len(left) // 2)]
+
+
+class _PreFit:
+    """A few iterations of one candidate's residual fit."""
+
+    def __init__(
+        self,
+        candidate: Candidate,
+        problem: Problem,
+        batches: tuple[Batch, Batch],
+        iterations: int,
+    ) -> None:
+        self._candidate = candidate
+        self._first, self._held_out = batches
+        self._phase = ResidualPhase(candidate.net, problem.tableau.order)
+        self._scale = self._phase.base_loss(self._held_out, 0) or 1.0
+        self._lr, self._planned = RATE * problem.config.lr, iterations
+        self._optimizer = optim.AdamW(candidate.net.parameters(), lr=self._lr)
+        self._done = 0
+
+    def iterate(self) -> None:
+        """Do one iteration, at a rate that falls to nought over those planned."""
+        share = self._done / self._planned
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._lr * (1 + math.cos(math.pi * share)) / 2
+        self._optimizer.zero_grad()
+        route = self._done % len(self._first.routes)
+        loss = self._phase.loss(self._first, route) / self._scale
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._candidate.net.parameters(), 1.0)
+        self._optimizer.step()
+        self._done += 1
+
+    def measure(self) -> None:
+        """Keep the held-out error, and what it took."""
+        error = self._phase.error(self._held_out)
+        self._candidate.error = error if math.isfinite(error) else math.inf
+        self._candidate.iterations += self._done

@@ -1,0 +1,283 @@
+"""What a fitted solver saves, against the cheapest classical solver of the same error."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from torchdiffeq_hyper._state import VectorField, is_half
+from torchdiffeq_hyper.fitting._batches import n_samples
+from torchdiffeq_hyper.fitting._classical import FIXED, FixedStep, Solve, dopri5
+from torchdiffeq_hyper.fitting._data import Batch
+from torchdiffeq_hyper.fitting._objectives import BROKEN, Run, end_errors
+from torchdiffeq_hyper.recording._cost import median_seconds
+from torchdiffeq_hyper.solvers._report import BreakEven, ErrorSummary, Rival
+
+SHARE_OF_FIT = 0.05
+"""Share of a fit's time that the measurement may take, if that is more than `LEAST_SECONDS`."""
+LEAST_SECONDS = 5.0
+MOST_SAMPLES = 8
+"""Samples on which the classical solvers' settings are sought, where time is short."""
+SEARCH = 100
+"""Solves that such a search takes at most."""
+MOST_WORK = 16
+"""Calls of func that a classical solver may take, over the fitted solver's."""
+MOST_TRIES = 6
+CLOSE = 1.5
+"""Fixed-step methods whose predicted work is within this factor of the least are tried."""
+ROUNDS = 3
+TURN_SECONDS = 0.005
+
+TOLERANCES = tuple(10.0 ** (-k / 2) for k in range(2, 13))
+"""dopri5's, from loose to those that float32 can just meet."""
+
+
+class _NoTimeError(Exception):
+    """The measurement's time is up."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Some held-out samples, to be solved from start to end."""
+
+    func: VectorField
+    batch: Batch
+    deadline: float
+
+    def error(self, solve: Solve) -> float:
+        """Return the mean relative error at the end; inf where a sample blows up."""
+        if time.perf_counter() > self.deadline:
+            raise _NoTimeError
+        return float(end_errors(solve.run, self.func, self.batch).mean())
+
+    def some(self, count: int) -> _Task:
+        """Return the same for the first samples."""
+        index = torch.arange(min(count, n_samples(self.batch.y0)))
+        return _Task(self.func, self.batch.some(index), self.deadline)
+
+    def runs(self, solves: Sequence[Solve]) -> list[Callable[[], object]]:
+        """Return the solves of all samples, ready to be timed."""
+        field, y0 = self.batch.field(self.func), self.batch.start(0)
+        t = self.batch.routes[0].times[[0, -1]]
+        return [partial(solve.run, field, y0, t) for solve in solves]
+
+
+@torch.no_grad()
+def measure(
+    run: Run,
+    func: VectorField,
+    batch: Batch,
+    *,
+    calls: int,
+    fit_seconds: float,
+    seconds_left: float,
+) -> BreakEven | str:
+    """Measure a fitted solver's time, and that of a classical solver that is as accurate.
+
+    The alternative is the fastest of the fixed-step methods in `classical.FIXED` and dopri5,
+    each with the fewest steps or the loosest tolerance found that reach the fitted solver's
+    mean relative error at the end of the span, on the same held-out samples. Times are
+    medians of interleaved runs of the whole batch, without gradients.
+
+    Args:
+        run: the fitted solver's ``(func, y0, t) -> solution``.
+        func: the vector field.
+        batch: held-out samples.
+        calls: calls of func in one of the fitted solver's solves.
+        fit_seconds: what the fit took.
+        seconds_left: what the measurement may take at most; it takes a twentieth of the
+            fit's time, or five seconds if that is more.
+
+    Returns:
+        The reason, where there is none.
+    """
+    if is_half(batch.dtype):
+        return "the host cannot solve in half precision"
+    allowed = min(seconds_left, max(SHARE_OF_FIT * fit_seconds, LEAST_SECONDS))
+    task = _Task(func, batch, time.perf_counter() + allowed)
+    ours = Solve("", run)
+    try:
+        began = time.perf_counter()
+        task.error(ours)
+        seconds = time.perf_counter() - began
+        # All samples, if there is time for the search on them.
+        probe = task if SEARCH * seconds < allowed else task.some(MOST_SAMPLES)
+        target = probe.error(ours)
+        if not math.isfinite(target):
+            return "the fitted solver blows up on held-out samples"
+        rivals = _rivals(probe, target, calls, probe.batch.units.state)
+        return _race(ours, rivals, task, fit_seconds)
+    except _NoTimeError:
+        if allowed <= 0:
+            return "no time was left to measure it"
+        return f"its measurement would have taken more than {allowed:.2g} s"
+
+
+def _rivals(task: _Task, target: float, calls: int, size: float) -> list[Solve]:
+    """Return the classical solvers that reach an error with little work."""
+    predicted = {}
+    for name, method in FIXED.items():
+        n = max(1, calls // method.each)
+        growth = _growth(task.error(method.with_steps(name, n)), target, method.order)
+        predicted[name] = max(1.0, n * growth) * method.each
+    least = min(predicted.values())
+    found = [
+        _fewest_steps(task, name, work, target, most=MOST_WORK * calls)
+        for name, work in predicted.items()
+        if work <= CLOSE * least
+    ]
+    adaptive = (dopri5(tolerance, size) for tolerance in TOLERANCES)
+    reached = (solve for solve in adaptive if task.error(solve) <= target)
+    return [solve for solve in (*found, next(reached, None)) if solve is not None]
+
+
+def _growth(error: float, target: float, order: int) -> float:
+    """Return by how much to multiply a number of steps to get from one error to another."""
+    ratio = error / target if target > 0 and math.isfinite(error) else math.inf
+    return float(min(ratio, 1e12) ** (1 / order))
+
+
+def _fewest_steps(task: _Task, name: str, work: float, target: float, most: int) -> Solve | None:
+    """Return a method with the fewest steps that reach the target, if it does so in time."""
+    each, order = FIXED[name].each, FIXED[name].order
+    below, above, n = 0, most // each + 1, math.ceil(work / each)
+    found = None
+    for _ in range(MOST_TRIES):
+        if not below < n < above:
+            break
+        solve = FIXED[name].with_steps(name, n)
+        error = task.error(solve)
+        guess = n * _growth(error, target, order)
+        if error <= target:
+            found, above = solve, n
+            n = max(below + 1, min(above - 1, math.floor(guess)))
+        else:
+            below = n
+            n = min(above - 1, max(below + 1, math.ceil(guess)))
+    return found
+
+
+def _race(ours: Solve, rivals: list[Solve], task: _Task, fit_seconds: float) -> BreakEven | str:
+    """Time all on the whole batch; a rival that breaks down there is none."""
+    began = time.perf_counter()
+    pairs = zip(rivals, task.runs(rivals), strict=True)
+    error = task.error(ours)
+    # Settings were sought on a few samples: what is less accurate on all is no alternative.
+    left = [solve for solve, run in pairs if _does_run(run) and task.error(solve) <= error]
+    once = time.perf_counter() - began
+    if not left:
+        return f"no classical solver is as accurate in {MOST_WORK} times as many calls of func"
+    if time.perf_counter() + ROUNDS * once > task.deadline:
+        raise _NoTimeError
+    device = task.batch.routes[0].y.device
+    times = median_seconds(task.runs([ours, *left]), device, ROUNDS, turn_seconds=TURN_SECONDS)
+    own, *others = times
+    seconds, rival = min(zip(others, left, strict=True), key=lambda pair: pair[0])
+    return BreakEven(
+        predictions=fit_seconds / (seconds - own) if seconds > own else None,
+        seconds=own,
+        alternative=rival.label,
+        alternative_seconds=seconds,
+        samples=n_samples(task.batch.y0),
+        error=error,
+    )
+
+
+def _does_run(run: Callable[[], object]) -> bool:
+    """Return whether a solve of the whole batch comes to its end; it is set up by that."""
+    try:
+        run()
+    except BROKEN:
+        return False
+    return True
+
+
+QUICK = 0.05
+"""Seconds of a solve below which a second run is timed, too, and the shorter one counts."""
+MOST_SECONDS = 2.0
+"""Time that the comparison should take at most: with more to do, fewer samples are solved."""
+FEWEST = 8
+"""Samples that are solved at least."""
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A classical solver with some steps."""
+
+    label: str
+    errors: ErrorSummary
+    seconds: float
+
+
+@torch.no_grad()
+def best_classical(run: Run, func: VectorField, batch: Batch, *, calls: int) -> Rival | None:
+    """Return the best of the classical solvers in the time that a fitted one takes.
+
+    Each of them has as many steps as end in that time, or as its calls of func allow, if
+    that is more: times of single runs are only roughly known. The one with the smallest mean
+    error is the best.
+
+    Args:
+        run: the fitted solver.
+        func: the vector field.
+        batch: held-out samples, of which the first route is solved.
+        calls: calls of func in one of the fitted solver's solves.
+
+    Returns:
+        None for half-precision samples, which the host cannot solve as ours are.
+    """
+    if is_half(batch.dtype):
+        return None
+    own_errors, own_seconds = _timed(run, func, batch)
+    count = n_samples(batch.y0)
+    wanted = int(count * MOST_SECONDS / max(2 * len(FIXED) * own_seconds, 1e-9))
+    if max(FEWEST, wanted) < count:
+        batch = batch.some(torch.arange(max(FEWEST, wanted)))
+        own_errors, own_seconds = _timed(run, func, batch)
+    found = [
+        _measured(name, method, func, batch, (calls, own_seconds)) for name, method in FIXED.items()
+    ]
+    best = min(found, key=lambda each: each.errors.mean)
+    return Rival(
+        solver=best.label,
+        errors=best.errors,
+        own_errors=own_errors,
+        best_p95=min(each.errors.p95 for each in found),
+        seconds=best.seconds,
+        own_seconds=own_seconds,
+    )
+
+
+def _measured(
+    name: str, method: FixedStep, func: VectorField, batch: Batch, own: tuple[int, float]
+) -> _Measured:
+    """Return a method with the steps that fit into the fitted solver's calls and time."""
+    calls, own_seconds = own
+    steps = max(1, calls // method.each)
+    first = method.with_steps(name, steps)
+    errors, seconds = _timed(first.run, func, batch)
+    work = steps * method.each + method.start
+    in_time = work * own_seconds / max(seconds, 1e-9)
+    more = int((in_time - method.start) / method.each)
+    if more <= steps:
+        return _Measured(first.label, errors, seconds)
+    second = method.with_steps(name, more)
+    errors, seconds = _timed(second.run, func, batch)
+    return _Measured(second.label, errors, seconds)
+
+
+def _timed(run: Run, func: VectorField, batch: Batch) -> tuple[ErrorSummary, float]:
+    """Return the errors at the end and the wall time of a solve."""
+    began = time.perf_counter()
+    errors = ErrorSummary.of(end_errors(run, func, batch))  # waits for the device
+    seconds = time.perf_counter() - began
+    if seconds < QUICK:  # what is set up once counts in the first
+        began = time.perf_counter()
+        end_errors(run, func, batch)
+        seconds = min(seconds, time.perf_counter() - began)
+    return errors, seconds

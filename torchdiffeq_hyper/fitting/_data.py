@@ -1,0 +1,258 @@
+"""Batches together with their reference solutions and residuals."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_hyper._state import State, StateLayout, VectorField, sample_sizes
+from torchdiffeq_hyper.fitting._batches import Batches, n_samples, select
+from torchdiffeq_hyper.fitting._budget import Budget, Deadline
+from torchdiffeq_hyper.fitting._context import Starts, bind
+from torchdiffeq_hyper.fitting._distributed import Team
+from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError
+from torchdiffeq_hyper.fitting._reference import (
+    Samples,
+    Tolerances,
+    measure_residuals,
+    solve_reference,
+)
+from torchdiffeq_hyper.fitting._routes import Plan
+from torchdiffeq_hyper.fitting._units import Units
+from torchdiffeq_hyper.tableaus import Tableau
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of starts with the reference solution along every route.
+
+    Attributes:
+        layout: how a state of this batch lies flat.
+        dtype: the data's dtype.
+        routes: what was measured, one entry a route.
+        y0: the starts, at the first time of the span.
+        units: those in which norms and residuals are.
+        weight: share of the samples of the whole batch, of which this may be a part.
+        context: what else func is called with, as many samples along dim 0.
+    """
+
+    layout: StateLayout
+    dtype: torch.dtype
+    routes: tuple[Samples, ...]
+    y0: State
+    units: Units
+    weight: float = 1.0
+    context: tuple[Tensor, ...] = ()
+
+    @property
+    def starts(self) -> Starts:
+        """The starts with their context."""
+        return Starts(self.y0, self.context)
+
+    def field(self, func: VectorField) -> VectorField:
+        """Return the field of these samples."""
+        return bind(func, self.starts)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the batch takes."""
+        return sum(part.nbytes for part in self.context) + sum(
+            part.nbytes
+            for samples in self.routes
+            for part in (samples.y, samples.residual, *samples.stages)
+        )
+
+    def sizes(self, route: int) -> Tensor:
+        """Return what errors along a route are divided by to be relative, (n + 1, batch)."""
+        return sample_sizes(self.layout.split(self.routes[route].y), self.units.state)
+
+    def end_sizes(self, route: int = 0) -> Tensor:
+        """Return what errors at the end of a route are divided by to be relative, (batch,)."""
+        return sample_sizes(self.layout.split(self.routes[route].y[-1:]), self.units.state)[0]
+
+    def start(self, route: int) -> State:
+        """Return the state where a route starts, as func takes it."""
+        return self.layout.split(self.routes[route].y[0].to(self.dtype))
+
+    def part_of(self, team: Team) -> Batch:
+        """Return the samples that are this process's share."""
+        if team.size == 1:
+            return self
+        index, weight = team.share(n_samples(self.y0))
+        return self.some(torch.arange(n_samples(self.y0))[index], weight)
+
+    def some(self, index: Tensor, weight: float = 1.0) -> Batch:
+        """Return the samples at the positions ``index`` of the batch."""
+        starts = select(self.starts, index)
+
+        def cut(flat: Tensor) -> Tensor:
+            state, rows = self.layout.split(flat), index.to(flat.device)
+            if isinstance(state, Tensor):
+                return state[:, rows]
+            return torch.cat([part[:, rows].reshape(len(part), -1) for part in state], dim=1)
+
+        routes = tuple(
+            Samples(
+                times=samples.times,
+                dt=samples.dt,
+                y=cut(samples.y),
+                stages=tuple(map(cut, samples.stages)),
+                residual=cut(samples.residual),
+            )
+            for samples in self.routes
+        )
+        layout = StateLayout.of(starts.y0)
+        return Batch(layout, self.dtype, routes, starts.y0, self.units, weight, starts.context)
+
+
+class Data:
+    """The training batches by number and the held-out batch, each measured once.
+
+    Args:
+        func: the vector field.
+        batches: the starts.
+        tableau: the base.
+        plan: times and routes.
+        tolerances: of the reference solutions.
+        units: those of references and residuals.
+        budget: the time there is.
+        team: the processes that share the work.
+
+    Attributes:
+        budget: the time that solutions may take from now on.
+        held_out: the batch that is not fitted on.
+        held_out_seconds: wall time spent on it.
+        calls: calls of func so far.
+        seconds: wall time spent so far.
+    """
+
+    def __init__(
+        self,
+        func: VectorField,
+        batches: Batches,
+        *,
+        tableau: Tableau,
+        plan: Plan,
+        tolerances: Tolerances,
+        units: Units,
+        budget: Budget | Deadline,
+        team: Team,
+    ) -> None:
+        self._func = func
+        self._batches = batches
+        self._tableau = tableau
+        self._plan = plan
+        self._tolerances = tolerances
+        self._units = units
+        self.budget = budget
+        self._team = team
+        self._measured: dict[int, Batch] = {}
+        self._first: Batch | None = None
+        self.calls = 0
+        self.seconds = 0.0
+        self.held_out = self._measure_held_out()
+        self.held_out_seconds = self.seconds
+
+    def __getitem__(self, number: int) -> Batch:
+        """Return this process's share of a training batch."""
+        position = self._batches.position(number)
+        if position not in self._measured:
+            self._measure_from(position)
+        return self._measured[position]
+
+    @property
+    def first(self) -> Batch:
+        """The whole first training batch, however many processes share it."""
+        if self._first is None:
+            self._measure_from(0)
+        assert self._first is not None
+        return self._first
+
+    @property
+    def n_measured(self) -> int:
+        """Number of training batches measured."""
+        return len(self._measured)
+
+    @property
+    def seconds_per_batch(self) -> float:
+        """Wall time that a training batch has taken."""
+        return (self.seconds - self.held_out_seconds) / max(1, self.n_measured)
+
+    @property
+    def n_starts(self) -> int:
+        """Number of samples measured to fit on, of all processes."""
+        batches = [batch for batch in self._measured.values() if batch.weight]
+        return sum(round(n_samples(batch.y0) / batch.weight) for batch in batches)
+
+    @property
+    def n_routes(self) -> int:
+        """Number of routes."""
+        return len(self._plan.routes)
+
+    def limit(self, most: int) -> None:
+        """Start over after ``most`` distinct training batches."""
+        self._batches.limit(most)
+
+    def _measure_held_out(self) -> Batch:
+        """Measure the held-out batch, in every process; what one cannot do in time, none does."""
+        try:
+            batch, is_late = self._measure(self._batches.held_out), False
+        except OutOfTimeError:
+            batch, is_late = None, True
+        if any(self._team.gather(is_late)):
+            raise OutOfTimeError
+        assert batch is not None
+        return batch
+
+    def _measure_from(self, position: int) -> None:
+        """Measure a training batch; more processes measure the ones after it, one each.
+
+        So every reference is that of the whole batch, to the last bit, whoever solved it.
+        """
+        following = [self._batches.position(position + n) for n in range(self._team.size)]
+        new = [p for p in dict.fromkeys(following) if p not in self._measured]
+        mine = new[self._team.rank] if self._team.rank < len(new) else None
+        before = self.calls
+        batch: Batch | OutOfTimeError | None
+        try:
+            batch = None if mine is None else self._measure(self._batches[mine])
+        except OutOfTimeError as error:  # the others hear of it: all end the phase alike
+            batch = error
+        device = self.held_out.routes[0].y.device
+        gathered = self._team.gather((batch, self.calls - before), device)
+        self.calls = before + sum(calls for _, calls in gathered)
+        for found, _ in gathered:
+            if isinstance(found, OutOfTimeError):
+                raise found
+        for place, (found, _) in zip(new, gathered, strict=False):
+            assert isinstance(found, Batch)
+            if place == 0:
+                self._first = found
+            self._measured[place] = found.part_of(self._team)
+
+    def _measure(self, starts: Starts) -> Batch:
+        began = time.perf_counter()
+        field = Field(self._func, starts, self.budget, self._units)
+        batch = measure_batch(field, starts, self._tableau, self._plan, self._tolerances)
+        self.calls += field.calls
+        self.seconds += time.perf_counter() - began
+        return batch
+
+
+def measure_batch(
+    field: Field, starts: Starts, tableau: Tableau, plan: Plan, tolerances: Tolerances
+) -> Batch:
+    """Return a batch of starts with their reference solution and residuals.
+
+    Raises:
+        NonFiniteError: a start or the solution is not finite.
+        OutOfTimeError: the time of ``field`` ended.
+    """
+    y0 = starts.y0
+    layout = StateLayout.of(y0)
+    solution = solve_reference(field, layout.join(y0), plan.times, tolerances)
+    routes = tuple(measure_residuals(field, tableau, route, solution) for route in plan.routes)
+    return Batch(layout, field.dtype, routes, y0, field.units, context=starts.context)

@@ -1,0 +1,87 @@
+"""Whether residuals stand above the noise in them."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_hyper._state import State, StateLayout, sample_norms
+from torchdiffeq_hyper.errors import NoiseFloorError, explain
+from torchdiffeq_hyper.fitting._field import Field, state_dtype
+from torchdiffeq_hyper.fitting._reference import Tolerances, measure_residuals, solve_reference
+from torchdiffeq_hyper.fitting._routes import Plan, Route
+from torchdiffeq_hyper.tableaus import Tableau
+
+HIGHEST = 0.5
+"""Share of the residual's size that may be noise."""
+TIGHTEST = 1e-13
+"""Tolerance below which float64 itself ends the search for a better solution."""
+
+
+def measure_noise(
+    field: Field, y0: State, tableau: Tableau, plan: Plan, tolerances: Tolerances
+) -> float:
+    """Return the mean noise in |R|_2, after checking that |R|_2 stands above it.
+
+    The residuals are compared with those of a solution that is ten times tighter and
+    lands on twice as many points, so that even a fixed-step method takes other steps. To
+    the difference comes what a solver cannot help: half a unit in the last place of the
+    state that it keeps, over dt^(p+1).
+
+    Args:
+        field: the vector field, for states like ``y0``.
+        y0: a few samples.
+        tableau: the base.
+        plan: times and routes.
+        tolerances: those of the reference solutions.
+
+    Raises:
+        NoiseFloorError: the noise exceeds half of the residuals.
+    """
+    layout, units = StateLayout.of(y0), field.units
+    flat = layout.join(y0)
+    tight = 10.0 if tolerances.rtol / 10 >= TIGHTEST else 0.1
+    solution = solve_reference(field, flat, plan.times, tolerances)
+    finer = solve_reference(field, flat, _refined(plan.times), tolerances.tightened(tight))[::2]
+    half_unit = torch.finfo(state_dtype(flat.dtype)).eps / 2
+    noises, unit = [], units.residual(tableau.order)
+    for route in plan.routes:
+        first = measure_residuals(field, tableau, route, solution)
+        second = measure_residuals(field, tableau, route, finer)
+        dt = float(units.times(route.times[:2]).diff())
+        rounding = half_unit / dt ** (tableau.order + 1) * (first.y[1:] / units.state)
+        size, noise, rounding_noise = (
+            float(sample_norms(layout.split(values)).mean())
+            for values in (first.residual, first.residual - second.residual, rounding)
+        )
+        noise += rounding_noise
+        if noise > HIGHEST * size or size == 0:
+            used = f"{flat.dtype}, reference by {tolerances}"
+            _refuse(tableau, route, unit * size, unit * noise, used)
+        noises.append(unit * noise)
+    return sum(noises) / len(noises)
+
+
+def _refuse(tableau: Tableau, route: Route, size: float, noise: float, reference: str) -> NoReturn:
+    fewer = max(1, route.n_steps // 2)
+    raise NoiseFloorError(
+        explain(
+            f"{tableau.name} at {route.n_steps} steps is already exact to this dtype, as far as "
+            f"can be told: its mean residual |R| is {size:.3g}, the noise in it {noise:.3g} "
+            f"({reference}).",
+            f"noise below {HIGHEST:g} of |R|: nothing else could be learned.",
+            "the base as it is, without a correction\n"
+            f"or fewer steps: steps={fewer}\n"
+            "or, if the digits matter: func.double() and y0.double()\n"
+            "or, if the reference is the loose part: "
+            "FitConfig(rtol=..., atol=...), 100 times smaller",
+        )
+    )
+
+
+def _refined(times: Tensor) -> Tensor:
+    """Return the times with their midpoints."""
+    middles = (times[:-1] + times[1:]) / 2
+    return torch.cat([torch.stack([times[:-1], middles], dim=1).flatten(), times[-1:]])

@@ -1,0 +1,253 @@
+"""A hypernet as tensors and a JSON-ready description, and back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from torchdiffeq_hyper._files import FLOATS, Such, TensorOf, checked
+from torchdiffeq_hyper._files._container import described_in
+from torchdiffeq_hyper._state import Hypernet
+from torchdiffeq_hyper.errors import (
+    BaseMismatchError,
+    FileFormatError,
+    StateShapeError,
+    StateTypeError,
+    explain,
+    first_line,
+)
+from torchdiffeq_hyper.hypernets import ConcatHypernet
+from torchdiffeq_hyper.hypernets._ready import TIME_UNIT, ReadyHypernet
+from torchdiffeq_hyper.hypernets._select import KINDS, from_architecture, rebuilt
+
+UNSEEN: nn.Module = nn.Identity()
+"""Stands for a net of the user's own whose class is not at hand, to look at a file without it."""
+
+
+def pack(hypernet: Hypernet) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a hypernet's tensors and its description.
+
+    Raises:
+        StateTypeError: it is a plain function, or has state that is no tensor.
+    """
+    if not isinstance(hypernet, nn.Module):
+        raise StateTypeError(
+            explain(
+                f"the hypernet is a {type(hypernet).__name__}, which has no weights to write.",
+                "an nn.Module.",
+                "class MyNet(torch.nn.Module):\n    def forward(self, step): ...",
+            )
+        )
+    module: nn.Module = getattr(hypernet, "_orig_mod", hypernet)  # in torch.compile's wrapper
+    tensors = module.state_dict()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or is_lazy(tensor):
+            raise StateTypeError(
+                explain(
+                    f"{name!r} in the hypernet's state_dict() is a {type(tensor).__name__}.",
+                    "tensors only: a file holds nothing else.",
+                    "keep the value in a buffer; run a net with lazy layers once before saving",
+                )
+            )
+    return tensors, _describe(module)
+
+
+def _describe(hypernet: nn.Module) -> dict[str, Any]:
+    if isinstance(hypernet, ReadyHypernet) and type(hypernet) is KINDS.get(hypernet.kind):
+        with torch.device("meta"):
+            plain = from_architecture(hypernet.architecture)
+        # A ready net whose layers were exchanged is one no more.
+        if repr(plain) == repr(hypernet):
+            return hypernet.architecture
+    kind = type(hypernet)
+    described = {"kind": "custom", "class": f"{kind.__module__}.{kind.__qualname__}"}
+    if isinstance(hypernet, ConcatHypernet):
+        return {**described, "inputs": list(hypernet.inputs)}
+    return described
+
+
+def match(
+    description: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    hypernet: nn.Module | None,
+    path: str,
+    at: str = "hypernet",
+) -> nn.Module:
+    """Return the module that ``tensors`` can be loaded into, without loading them.
+
+    A ready net is rebuilt on the "meta" device: load with ``assign=True``.
+
+    Args:
+        description: as `pack` returned it.
+        tensors: as `pack` returned them.
+        hypernet: the instance to use, None for a ready net, or `UNSEEN` for any net.
+        path: the file, for messages.
+        at: the place of the description in it.
+
+    Raises:
+        FileFormatError: a custom net without an instance, or a damaged description.
+        BaseMismatchError: the instance has other inputs or other weights.
+        StateShapeError: its weights have other shapes.
+        StateTypeError: its weights have other dtypes.
+    """
+    if description["kind"] != "custom":
+        _check_numbers(tensors, path)
+        hypernet = None if hypernet is UNSEEN else hypernet
+    elif hypernet is UNSEEN:
+        return hypernet
+    elif hypernet is None:
+        _raise_custom(description, path)
+    if hypernet is None:
+        with torch.device("meta"):
+            net = rebuilt(description, tensors, described_in(path), at)
+        try:
+            _check_names_and_shapes(net, tensors, path)
+        except (BaseMismatchError, StateShapeError) as error:
+            raise FileFormatError(
+                explain(
+                    f"the weights in {path!r} do not fit its own description: {first_line(error)}",
+                    "a file as `save` wrote it.",
+                    "fit and save again",
+                )
+            ) from error
+        return net
+    _check_description(description, hypernet, path)
+    _check_names_and_shapes(hypernet, tensors, path)
+    _check_dtypes(hypernet, tensors, path)
+    return hypernet
+
+
+def _check_numbers(tensors: Mapping[str, Tensor], path: str) -> None:
+    """Refuse weights that no ready net can have: all of one dtype, and finite."""
+    if TIME_UNIT in tensors:
+        unit = TensorOf((torch.float64,), (2,), is_finite=True)
+        positive = Such(unit, lambda unit: float(unit[0]) > 0 and float(unit[1]) >= 0, "above 0")
+        checked(positive, tensors[TIME_UNIT], repr(path), f"the tensor {TIME_UNIT!r}")
+    tensors = {name: tensor for name, tensor in tensors.items() if name != TIME_UNIT}
+    dtypes = {tensor.dtype for tensor in tensors.values()} & {*FLOATS}
+    rule = TensorOf(tuple(dtypes)[:1] or FLOATS, is_finite=True)
+    for name, tensor in tensors.items():
+        checked(rule, tensor, repr(path), f"the tensor {name!r}")
+
+
+def load_weights(
+    parts: Sequence[tuple[nn.Module, Mapping[str, Tensor], bool]], path: str | os.PathLike[str]
+) -> None:
+    """Load the weights of one or more nets; all of them, or none.
+
+    Args:
+        parts: for each net itself, its weights, and whether it is an instance of the
+            caller's; one that is not was built on the "meta" device.
+        path: the file, for messages.
+
+    Raises:
+        BaseMismatchError: an instance cannot take its weights.
+    """
+    own = [net for net, _, is_own in parts if is_own]
+    times = [(net, net.time_unit, net.order) for net in own if isinstance(net, ReadyHypernet)]
+    before = [
+        [(value, value.clone()) for value in net.state_dict().values() if not is_lazy(value)]
+        for net in own
+    ]
+    try:
+        for net, weights, is_own in parts:
+            net.load_state_dict(weights, assign=not is_own)
+    except BaseException as error:
+        for value, old in (pair for pairs in before for pair in pairs):
+            if not torch.equal(value, old):
+                value.copy_(old)
+        for ready, time_unit, order in times:
+            ready.measure_time_in(time_unit, order)
+        if not isinstance(error, RuntimeError):
+            raise
+        reasons = str(error).splitlines()
+        raise BaseMismatchError(
+            explain(
+                f"the instance given cannot take the weights in {os.fspath(path)!r}: "
+                f"{reasons[-1].strip()}",
+                "an instance whose tensors can be written to.",
+                "buffers that own their memory: buffer.clone() in place of buffer.expand(...)",
+            )
+        ) from error
+
+
+def _raise_custom(description: Mapping[str, Any], path: str) -> None:
+    name = str(description.get("class", "MyNet"))
+    instance = name.rpartition(".")[2] + "()"
+    if "inputs" in description:
+        instance = f"tdh.ConcatHypernet(net, inputs={tuple(description['inputs'])!r})"
+    raise FileFormatError(
+        explain(
+            f"{path!r} holds the weights of a net of your own, a {name}, and no code.",
+            "an instance of that net to load them into.",
+            f"HyperSolver.load({path!r}, hypernet={instance})",
+        )
+    )
+
+
+def _check_description(description: Mapping[str, Any], hypernet: nn.Module, path: str) -> None:
+    own = _describe(hypernet)
+    # The time unit is loaded with the weights.
+    others = {*description, *own} - {"kind", "class", TIME_UNIT, "order"}
+    for key in ("kind", *sorted(others)):
+        if own.get(key) != description.get(key):
+            raise BaseMismatchError(
+                explain(
+                    f"the net in {path!r} has {key} {description.get(key)!r}, the instance given "
+                    f"has {own.get(key)!r}.",
+                    "an instance built as the saved net was.",
+                    f"HyperSolver.load({path!r})"
+                    if description.get("kind") != "custom"
+                    else f"an instance with {key}={description.get(key)!r}",
+                )
+            )
+
+
+def _check_names_and_shapes(hypernet: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
+    own = {name: value for name, value in hypernet.state_dict().items() if name != TIME_UNIT}
+    given = tensors.keys() - {TIME_UNIT}
+    missing, extra = sorted(own.keys() - given), sorted(given - own.keys())
+    if missing or extra:
+        raise BaseMismatchError(
+            explain(
+                f"the weights in {path!r} are another net's: "
+                + "; ".join(
+                    f"{len(names)} {what}, e.g. {names[0]!r}"
+                    for names, what in ((extra, "only in the file"), (missing, "only in the net"))
+                    if names
+                )
+                + ".",
+                "an instance of the class that was saved, built with the same arguments.",
+                "print(hypernet.state_dict().keys())",
+            )
+        )
+    for name, tensor in own.items():
+        if not is_lazy(tensor) and tensor.shape != tensors[name].shape:
+            raise StateShapeError(
+                explain(
+                    f"{name!r} has shape {tuple(tensors[name].shape)} in {path!r}, "
+                    f"{tuple(tensor.shape)} in the net given.",
+                    "an instance built with the arguments of the saved one.",
+                    "the same numbers of channels, stages and hidden units",
+                )
+            )
+
+
+def _check_dtypes(hypernet: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
+    for name, tensor in hypernet.state_dict().items():
+        if name == TIME_UNIT:
+            continue
+        saved = tensors[name].dtype
+        if tensor.dtype != saved:
+            raise StateTypeError(
+                explain(
+                    f"{name!r} is {saved} in {path!r}, {tensor.dtype} in the net given.",
+                    "the dtype that was saved: loading would round, or seem to add digits.",
+                    f"hypernet.to({saved})",
+                )
+            )

@@ -1,0 +1,1 @@
+"""The registered methods, and the plugins that add them."""

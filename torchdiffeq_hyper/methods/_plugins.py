@@ -1,0 +1,176 @@
+"""Collects methods from plugins: ours, those registered directly, entry points."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any, NoReturn
+
+import pluggy
+
+from torchdiffeq_hyper.errors import OptionError, PluginWarning, explain
+from torchdiffeq_hyper.methods import _hookspecs, _registry
+from torchdiffeq_hyper.tableaus import Tableau
+
+_manager = pluggy.PluginManager(_hookspecs.PROJECT)
+_manager.add_hookspecs(_hookspecs)
+
+
+def register_plugin(plugin: object, name: str | None = None) -> None:
+    """Add the methods of a plugin: any object with a `register_solvers` hook.
+
+    All its methods are added, or, on any error, none.
+
+    Args:
+        plugin: a module or object that implements the hook with ``tdh.hookimpl``.
+        name: its owner name in messages; default the plugin's ``__name__``.
+
+    Raises:
+        DuplicateMethodError: a method name is taken; names both owners.
+        OptionError: the plugin implements no hook, or declares nonsense.
+
+    Example:
+        >>> import dataclasses
+        >>> import torchdiffeq_hyper as tdh
+        >>> from torchdiffeq_hyper.tableaus import second_order
+        >>> class Ralston:
+        ...     @tdh.hookimpl
+        ...     def register_solvers(self, register):
+        ...         register(
+        ...             "hyperralston",
+        ...             dataclasses.replace(second_order(2 / 3), name="ralston", alpha=None),
+        ...         )
+        >>> tdh.register_plugin(Ralston(), name="my-plugin")
+        >>> tdh.HyperSolver("ralston", lambda step: step.y, steps=4).method
+        'hyperralston'
+        >>> tdh.unregister_plugin("my-plugin")
+    """
+    owner = name or str(getattr(plugin, "__name__", type(plugin).__name__))
+    with _registry.lock:
+        notify()  # a host may have got methods of its own meanwhile
+        try:
+            with _registry.rollback_on_error():
+                _collect(plugin, owner)
+                notify()
+        except BaseException:
+            if _manager.get_plugin(owner) is plugin:
+                _manager.unregister(plugin)
+            notify()
+            raise
+
+
+def unregister_plugin(name: str) -> None:
+    """Remove a plugin and its methods.
+
+    Raises:
+        OptionError: no plugin has that name.
+    """
+    with _registry.lock:
+        if _manager.get_plugin(name) is None:
+            raise OptionError(
+                explain(
+                    f"no plugin is called {name!r}.",
+                    "one of " + ", ".join(repr(known) for known, _ in _manager.list_name_plugin()),
+                    "tdh.register_plugin(plugin, name=...) first",
+                )
+            )
+        _manager.unregister(name=name)
+        for method in _registry.methods().values():
+            if method.owner == name:
+                _registry.remove(method.name)
+        notify()
+
+
+def _collect(plugin: object, owner: str) -> None:
+    """Register a plugin with pluggy and call its hook alone."""
+    others = [p for _, p in _manager.list_name_plugin()]
+    if _manager.has_plugin(owner) or _manager.is_registered(plugin):
+        raise OptionError(
+            explain(
+                f"plugin {owner!r} is registered already.",
+                "a plugin, and a name, that is new.",
+                f"tdh.unregister_plugin({owner!r}) first",
+            )
+        )
+    try:
+        _manager.register(plugin, name=owner)
+        _manager.check_pending()
+        if not _manager.get_hookcallers(plugin):
+            _refuse(f"plugin {owner!r} implements no hook.")
+        hook = _manager.subset_hook_caller("register_solvers", others)
+        hook(register=_register_for(owner))
+    except BaseException as error:
+        if _manager.has_plugin(owner):
+            _manager.unregister(name=owner)
+        if isinstance(error, pluggy.PluginValidationError):
+            _refuse(f"plugin {owner!r} does not fit the hook: {error}")
+        raise
+
+
+def _refuse(problem: str) -> NoReturn:
+    raise OptionError(
+        explain(
+            problem,
+            "a function register_solvers(register) marked with tdh.hookimpl.",
+            "@tdh.hookimpl\ndef register_solvers(register): ...",
+        )
+    )
+
+
+def _register_for(owner: str) -> _hookspecs.Register:
+    def register(
+        name: str,
+        solver: Tableau | _registry.WholeSolve | Callable[..., Any],
+        *,
+        order: int | None = None,
+        calls_per_step: int | None = None,
+        follows_grid: bool = True,
+    ) -> None:
+        if isinstance(solver, Tableau):
+            order, calls_per_step = solver.order, solver.calls
+        if order is None or calls_per_step is None:
+            raise OptionError(
+                explain(
+                    f'method "{name}" of {owner} does not declare its order and calls per step.',
+                    "both, for a solver class.",
+                    f'register("{name}", Solver, order=2, calls_per_step=2)',
+                )
+            )
+        _registry.add(_registry.Method(name, solver, order, calls_per_step, follows_grid, owner))
+
+    return register
+
+
+def load_builtin(plugin: object) -> None:
+    """Register the package's own methods, through the hook."""
+    with _registry.rollback_on_error():
+        _collect(plugin, _hookspecs.PROJECT)
+
+
+def load_entry_points() -> None:
+    """Register installed plugins; one that breaks or clashes is warned about and skipped."""
+    for entry_point in metadata.entry_points(group=_hookspecs.PROJECT):
+        try:
+            register_plugin(entry_point.load(), entry_point.name)
+        except Exception as error:  # noqa: BLE001 - a plugin may raise anything
+            warnings.warn(
+                f"the plugin {entry_point.name!r} ({entry_point.value}) is skipped: {error}",
+                PluginWarning,
+                stacklevel=2,
+            )
+
+
+_listeners: list[Callable[[], None]] = []
+
+
+def on_change(listener: Callable[[], None]) -> None:
+    """Have ``listener`` called whenever methods come or go (hosts follow the registry)."""
+    _listeners.append(listener)
+
+
+def notify() -> None:
+    """Tell all listeners that methods have come or gone."""
+    with _registry.lock:
+        for listener in _listeners:
+            listener()

@@ -1,0 +1,1 @@
+"""Solvers of dy/dt = func(t, y): hypersolvers, bespoke solvers, per-sample dopri5."""

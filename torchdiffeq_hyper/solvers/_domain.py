@@ -1,0 +1,208 @@
+"""What a solver was fitted for: span, step sizes, direction and kind of state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from torch import Tensor
+
+from torchdiffeq_hyper._state import State
+from torchdiffeq_hyper.errors import StateShapeError, StateTypeError, explain
+
+
+class Match(IntEnum):
+    """How well a fit suits the times of a solve; the better, the larger."""
+
+    NONE = 0
+    """The solver cannot serve them."""
+    OUTSIDE = 1
+    """The solver serves them, and was fitted for the other direction."""
+    DIRECTION = 2
+    """The direction was fitted."""
+    SPAN = 3
+    """Direction and span were fitted."""
+
+
+@dataclass(frozen=True)
+class FitDomain:
+    """What a solver was fitted for.
+
+    Attributes:
+        span: (start, end) in the time unit of the problem, as passed to `fit`.
+        dt_min: smallest fitted step size |dt|.
+        dt_max: largest fitted step size |dt|.
+        directions: signs of dt that were fitted: 1 (time grows), -1 (time falls).
+        shapes: shape of each part of the state without its batch dimension.
+        is_tuple: whether the state was a tuple of tensors.
+        dtype: the state's dtype, e.g. "float32".
+
+    Example:
+        >>> from torchdiffeq_hyper import FitDomain
+        >>> domain = FitDomain((0.0, 1.0), 0.1, 0.1, (1,), ((2,),), False, "float32")
+        >>> domain.covers(0.1), domain.covers(-0.1), domain.covers(0.5)
+        (True, False, False)
+    """
+
+    span: tuple[float, float]
+    dt_min: float
+    dt_max: float
+    directions: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    is_tuple: bool
+    dtype: str
+
+    def covers(self, dt: float) -> bool:
+        """Return whether a signed step size lies in the fitted range and direction."""
+        slack = 1e-3  # grids in float32 have steps that differ in their last digits
+        sign = 1 if dt >= 0 else -1
+        return sign in self.directions and self.dt_min * (1 - slack) <= abs(dt) <= self.dt_max * (
+            1 + slack
+        )
+
+    def match(self, direction: int, start: float | None = None, end: float | None = None) -> Match:
+        """Return how well the fit suits a solve.
+
+        Args:
+            direction: 1 where time grows, -1 where it falls.
+            start: the solve's first time, None if unknown.
+            end: its last time, None if unknown.
+
+        Example:
+            >>> from torchdiffeq_hyper import FitDomain
+            >>> domain = FitDomain((0.0, 1.0), 0.1, 0.1, (1,), ((2,),), False, "float32")
+            >>> domain.match(1, 0.0, 1.0).name, domain.match(1, 0.0, 2.0).name
+            ('SPAN', 'DIRECTION')
+        """
+        if direction not in self.directions:
+            return Match.OUTSIDE
+        if start is None:
+            return Match.DIRECTION
+        low, high = sorted(self.span)
+        first, last = (low, high) if direction > 0 else (high, low)
+        # Times in float32 miss the span by their rounding errors.
+        slack = 1e-5 * (high - low) + 1e-6 * max(abs(low), abs(high))
+        is_span = abs(start - first) <= slack and (end is None or abs(end - last) <= slack)
+        return Match.SPAN if is_span else Match.DIRECTION
+
+    def outside(self, dt: Tensor, sign: int = 1, readable: str | None = None) -> dict[str, str]:
+        """Return what to warn of for step sizes ``sign * dt``, by kind.
+
+        Kinds are "direction", "dt", and "points" for steps that follow the points asked for.
+
+        Args:
+            dt: 1-D tensor of step sizes.
+            sign: -1 where the host's time is negated.
+            readable: where each step goes from point to point of the call's t: a call that
+                reads the points off larger steps, with ``{options}`` left open.
+        """
+        try:
+            sizes = [sign * size for size in dt.tolist()]
+        except RuntimeError:  # no values to look at: vmap, fake and meta tensors
+            return {}
+        texts: dict[str, str] = {}
+        for size in (min(sizes), max(sizes)) if sizes else ():  # one point in t: no step
+            if self.covers(size):
+                continue
+            fitted = " and ".join("forward" if sign > 0 else "reverse" for sign in self.directions)
+            kind = "dt" if (1 if size >= 0 else -1) in self.directions else "direction"
+            text = (
+                f"dt = {size:.4g} is outside what this solver was fitted for: {fitted}, |dt| from "
+                f"{self.dt_min:.4g} to {self.dt_max:.4g}. The solve goes on; "
+            )
+            if kind == "dt" and readable is not None and self._n_steps(sizes):
+                texts.setdefault("points", text + self._how_to_read_off(sizes, readable))
+                continue
+            texts.setdefault(
+                kind,
+                text + "measure it with tdh.evaluate, or fit with direction='both' or "
+                "steps=(low, high).",
+            )
+        return texts
+
+    def _n_steps(self, sizes: list[float]) -> int:
+        """Return the number of fitted steps over the way that the sizes make up, 0 if none."""
+        way = abs(sum(sizes))
+        n = round(way / self.dt_min)
+        return n if n > 0 and self.covers(way / n * self.directions[0]) else 0
+
+    def _how_to_read_off(self, sizes: list[float], readable: str) -> str:
+        n = self._n_steps(sizes)
+        # A little too large: the host would put a tiny step at the end of one too small.
+        step_size = abs(sum(sizes)) / n * (1 + 2e-4 / n)
+        options = f'"step_size": {step_size:.7g}, "interp": "cubic"'
+        return (
+            f"t has {len(sizes) + 1} points, and each step goes from one to the next. To take "
+            f"{n} step{'s' * (n > 1)} as fitted and read the points off: "
+            + readable.replace("{options}", options)
+        )
+
+    def corrected_part(self, y0: State) -> int | None:
+        """Return which part of a tuple state a tensor-fitted solver corrects.
+
+        None means that the hypernet gets the state as it is.
+
+        Raises:
+            StateShapeError: no part, or more than one, has the fitted trailing shape.
+            StateTypeError: a tuple-fitted solver is given another kind of state.
+        """
+        if isinstance(y0, Tensor):
+            if self.is_tuple:
+                raise StateTypeError(
+                    explain(
+                        "the solver was fitted on a tuple state, y0 is one tensor.",
+                        f"a tuple of {len(self.shapes)} tensors with trailing shapes "
+                        f"{self.shapes}.",
+                        "odeint(func, (y0, ...), t, ...)",
+                    )
+                )
+            return None
+        if self.is_tuple:
+            if len(y0) != len(self.shapes):
+                raise StateShapeError(
+                    explain(
+                        f"y0 is a tuple of {len(y0)} tensors.",
+                        f"{len(self.shapes)} tensors, as the solver was fitted.",
+                        "tdh.fit(func, y0, ...) on states of this structure",
+                    )
+                )
+            return None
+        matching = [i for i, part in enumerate(y0) if tuple(part.shape[1:]) == self.shapes[0]]
+        if len(matching) != 1:
+            shapes = [tuple(part.shape) for part in y0]
+            raise StateShapeError(
+                explain(
+                    f"y0 is a tuple with shapes {shapes}; {len(matching)} of its parts have the "
+                    f"trailing shape {self.shapes[0]} that the solver was fitted on.",
+                    "exactly one such part: it is corrected, the others take the plain base.",
+                    "tdh.fit(func, y0, ...) with the whole tuple as y0",
+                )
+            )
+        return matching[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-ready values."""
+        return {
+            "span": list(self.span),
+            "dt_min": self.dt_min,
+            "dt_max": self.dt_max,
+            "directions": list(self.directions),
+            "shapes": [list(shape) for shape in self.shapes],
+            "is_tuple": self.is_tuple,
+            "dtype": self.dtype,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> FitDomain:
+        """Rebuild from `to_dict`'s values."""
+        start, end = data["span"]
+        return cls(
+            span=(float(start), float(end)),
+            dt_min=float(data["dt_min"]),
+            dt_max=float(data["dt_max"]),
+            directions=tuple(int(sign) for sign in data["directions"]),
+            shapes=tuple(tuple(int(n) for n in shape) for shape in data["shapes"]),
+            is_tuple=bool(data["is_tuple"]),
+            dtype=str(data["dtype"]),
+        )

@@ -1,0 +1,186 @@
+"""A fitted solve as a file that runs without this package."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from torchdiffeq_hyper._fields._reuse import attributes_as_found
+from torchdiffeq_hyper._files._container import write_bytes
+from torchdiffeq_hyper._state import State, VectorField
+from torchdiffeq_hyper.errors import ExportError, HyperError, explain
+
+Solve = Callable[[VectorField, State, Tensor], State]
+
+
+def export_solve(
+    path: str | os.PathLike[str],
+    solve: Solve,
+    modules: tuple[object, ...],
+    example: tuple[State, Tensor],
+    *,
+    dynamic_batch: bool,
+) -> None:
+    """Write ``(y0, t) -> solve(func, y0, t)`` to ``path`` by `torch.export`.
+
+    Args:
+        path: the file, replaced in one step or left as it was.
+        solve: ``solve(func, y0, t)``.
+        modules: func, then the modules with the weights that ``solve`` uses.
+        example: (y0, t) of the shapes and dtypes to export for; run once.
+        dynamic_batch: whether dim 0 of the state may have any size.
+
+    Raises:
+        ExportError: func or a net is not made of tensor operations alone, or fixes the
+            batch size; nothing was written.
+        FileWriteError: the file cannot be written; nothing half-written is left.
+    """
+    y0, t = example
+    func = modules[0]
+    with attributes_as_found(func):  # counts of calls, or what tracing left there
+        with torch.no_grad():
+            solve(func, y0, t)  # type: ignore[arg-type]  # what is wrong without export says so
+        shapes: Any = None
+        if dynamic_batch:
+            y0, batch_dims = _example(y0)
+            shapes = (batch_dims, {})
+        module = _Solve(solve, modules)
+        try:
+            content = _saved(module, (y0, t), shapes)
+        except HyperError:
+            raise
+        except Exception as error:  # torch gives its reasons under a dozen types
+            traced = _saved_with_derivatives(module, (y0, t), shapes)
+            if traced is None:
+                raise _explained(error, dynamic_batch=dynamic_batch) from error
+            content = traced
+    write_bytes(path, content)
+
+
+def _saved(module: nn.Module, example: tuple[State, Tensor], shapes: Any) -> bytes:
+    program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    return file.getvalue()
+
+
+def _saved_with_derivatives(
+    module: nn.Module, example: tuple[State, Tensor], shapes: Any
+) -> bytes | None:
+    """Return the program of a func that differentiates, None if it still is none.
+
+    `torch.export` follows no backward pass (``torch.autograd.grad``, ``torch.func.vjp``), as
+    log-densities need. What it is given here has been traced to plain operations before.
+    """
+    y0, t = example
+    if shapes is not None:
+        y0 = _of_odd_size(y0, shapes[0])
+    leaves, spec = tree_flatten((y0, t))
+
+    def flat(*leaves: Tensor) -> State:
+        solution: State = module(*tree_unflatten(list(leaves), spec))
+        return solution
+
+    try:
+        traced = make_fx(flat, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*leaves)
+        content = _saved(_Traced(traced), (y0, t), shapes)
+        program = torch.export.load(io.BytesIO(content)).module()
+        with torch.no_grad():
+            torch.testing.assert_close(program(y0, t), module(y0, t))
+    except Exception:  # noqa: BLE001 - the reason to tell is that of the first attempt
+        return None
+    return content
+
+
+def _of_odd_size(y0: State, dims: Any) -> State:
+    """Return the example with a batch of a size that no other dimension has."""
+    parts, each = ((y0,), (dims,)) if isinstance(y0, Tensor) else (y0, dims)
+    taken = {size for part in parts for size in part.shape}
+    size = next(n for n in (3, 5, 7, 11, 13, 17, 19, 23) if n not in taken) if taken else 3
+    resized = [
+        part[torch.arange(size, device=part.device) % len(part)] if dim else part
+        for part, dim in zip(parts, each, strict=True)
+    ]
+    return resized[0] if isinstance(y0, Tensor) else tuple(resized)
+
+
+class _Traced(nn.Module):
+    """A traced solve, called with a state and times again."""
+
+    def __init__(self, graph: nn.Module) -> None:
+        super().__init__()
+        self.traced = graph
+
+    def forward(self, y0: State, t: Tensor) -> State:
+        solution: State = self.traced(*tree_flatten((y0, t))[0])
+        return solution
+
+
+class _Solve(nn.Module):
+    """A solve as the module that `torch.export` asks for; as submodules, weights keep names."""
+
+    def __init__(self, solve: Solve, modules: tuple[object, ...]) -> None:
+        super().__init__()
+        self._solve = solve
+        self.func, *others = modules
+        self.nets = nn.ModuleList([net for net in others if isinstance(net, nn.Module)])
+
+    def forward(self, y0: State, t: Tensor) -> State:
+        return self._solve(self.func, y0, t)  # type: ignore[arg-type]
+
+
+def _example(y0: State) -> tuple[State, Any]:
+    """Return an example state of several samples, and which of its dimensions is the batch's."""
+    parts = (y0,) if isinstance(y0, Tensor) else y0
+    sizes = [part.shape[0] for part in parts if part.dim() > 0]
+    batch = torch.export.Dim("batch")
+    examples: list[Tensor] = []
+    dims: list[dict[int, Any]] = []
+    for part in parts:
+        is_batched = part.dim() > 0 and part.shape[0] == sizes[0]
+        dims.append({0: batch} if is_batched else {})
+        # A batch of 0 or 1 would be taken for a constant.
+        is_alone = is_batched and sizes[0] < 2
+        examples.append(part.new_zeros(2, *part.shape[1:]) if is_alone else part)
+    if isinstance(y0, Tensor):
+        return examples[0], dims[0]
+    return tuple(examples), tuple(dims)
+
+
+def _explained(error: Exception, *, dynamic_batch: bool) -> ExportError:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    problem = f"the solve cannot be exported: {type(error).__name__}: {reason}"
+    if dynamic_batch and "Constraints violated" in reason:
+        return ExportError(
+            explain(
+                f"{problem}\n  func or the hypernet works for one batch size only.",
+                "operations that take any batch size.",
+                "y.shape[0] in place of a number or len(y), or dynamic_batch=False",
+            )
+        )
+    if dynamic_batch and "symbolic sizes" in reason:
+        return ExportError(
+            explain(
+                f"{problem}\n  func or the hypernet differentiates forward (torch.func.jvp), which "
+                "torch traces for one batch size only.",
+                "derivatives by torch.func.vjp or torch.autograd.grad, which export for any.",
+                "torch.func.vjp(f, x)[1](v) in place of torch.func.jvp, or dynamic_batch=False",
+            )
+        )
+    return ExportError(
+        explain(
+            problem,
+            "a func and a hypernet of tensor operations: no if on values, no float(t), no numpy, "
+            "no counters in Python. Derivatives within func: by torch.autograd.grad or "
+            "torch.func.vjp.",
+            "torch.where(condition, a, b) in place of if; t in place of float(t)\n"
+            "calls counted outside: tdh.record() in place of self.nfe += 1",
+        )
+    )

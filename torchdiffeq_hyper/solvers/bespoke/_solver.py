@@ -1,0 +1,329 @@
+r"""A bespoke non-stationary solver: one explicit method over the whole span, all learned."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchdiffeq_hyper._fields._context import context_of
+from torchdiffeq_hyper._files._container import damage_reported
+from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_half
+from torchdiffeq_hyper.hypernets._files import load_weights
+from torchdiffeq_hyper.solvers._domain import FitDomain, Match
+from torchdiffeq_hyper.solvers._files import read_bespoke, write_bespoke
+from torchdiffeq_hyper.solvers._finite import cast_back, is_finite
+from torchdiffeq_hyper.solvers._grid import check_times
+from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
+from torchdiffeq_hyper.solvers._report import FitReport
+from torchdiffeq_hyper.solvers._stepping import Correction, stage_call
+from torchdiffeq_hyper.solvers.bespoke._checks import (
+    check_knots,
+    check_weights,
+    is_whole_span,
+    raise_non_finite,
+    rounding_of,
+    slack_of,
+)
+from torchdiffeq_hyper.solvers.bespoke._dense import (
+    added_at_end,
+    between,
+    blank_outside,
+    default_knots,
+    hermite_weights,
+    passed_share,
+    stage_times,
+)
+from torchdiffeq_hyper.solvers.bespoke._rollout import (
+    KeptSchedule,
+    following,
+    is_differentiated,
+    is_plain,
+    roll_out,
+    schedule,
+)
+from torchdiffeq_hyper.solvers.bespoke._weights import KeptWeights, classical, is_method
+from torchdiffeq_hyper.tableaus import StageCall, Tableau
+
+ORDER = 1
+"""What weights that add up to the time passed guarantee, whatever they are."""
+
+
+class BespokeSolver(HyperSolver, kind="bns"):
+    r"""n calls of func over a fixed span, each sum and each time learned ([B]).
+
+    .. math::
+        k_i = f(t_0 + c_i T, x_i), \qquad x_{i+1} = y_0 + T \sum_{j \le i} w_{ij} k_j,
+        \qquad c_{i+1} = \sum_{j \le i} w_{ij}
+
+    from x_0 = y_0 to the solution x_n at the end of the span T. Each w has the sum of
+    its time, so constant derivatives are integrated exactly; times never decrease, and
+    the last row adds up to 1. With a hypernet g the end is x_n + T^2 g(T, t_0, x_n,
+    k_0..k_{n-1}). A solve costs n calls of func, whatever the span, and one of g.
+
+    The span belongs to the method: it starts where it was fitted to start and ends at
+    most where it was fitted to end. Points between are read off by cubic Hermite from
+    fitted combinations of the n derivatives, at no further call. `fit` with base="bns"
+    makes one.
+
+    Args:
+        weights: (n, n) lower triangular; see `bespoke.classical`. Kept frozen;
+            ``solver.requires_grad_()`` thaws them. Whatever values an optimizer gives to
+            the parameter, ``solver.weights`` are those of a method.
+        hypernet: a correction at the end of the span, None for none.
+        knots: what is read off between the ends: values (n - 1, n) at the inner of n + 1
+            equidistant times and slopes (n + 1, n) at all. None takes the ends of the steps
+            that the weights are made of (classical ones), else a cubic in time through
+            the derivatives.
+        domain: what the solver was fitted for; without it any span will do.
+        report: what the fit measured.
+
+    Raises:
+        StateShapeError: the weights are not square, or the knots do not match.
+        OptionError: not lower triangular, or the times decrease or leave the span.
+
+    Example:
+        >>> import torch
+        >>> import torchdiffeq_hyper as tdh
+        >>> solver = tdh.BespokeSolver.classical("rk4", 8)
+        >>> y = solver.solve(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]))
+        >>> y[-1]
+        tensor([0.3682])
+    """
+
+    def __init__(
+        self,
+        weights: Tensor,
+        *,
+        hypernet: Hypernet | None = None,
+        knots: tuple[Tensor, Tensor] | None = None,
+        domain: FitDomain | None = None,
+        report: FitReport | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # a hypersolver's base is a method of its own
+        checked = check_weights(weights)
+        # Not registered as usual: torch takes the name of a property for taken.
+        self._parameters["weights"] = nn.Parameter(checked, requires_grad=False)
+        values, slopes = default_knots(checked) if knots is None else check_knots(knots, checked)
+        self.register_buffer("knot_values", values)
+        self.register_buffer("knot_slopes", slopes)
+        self.hypernet = hypernet  # type: ignore[assignment]
+        self.steps = len(checked)
+        self.domain = domain
+        self.report = report
+        self._warned = set()
+        self._kept = KeptSchedule()
+        self._in_use = KeptWeights()
+
+    @classmethod
+    def classical(cls, method: str, calls: int) -> BespokeSolver:
+        """Return the solver that is some steps of a classical method; see `bespoke.classical`."""
+        return cls(classical(method, calls))
+
+    @property
+    def base(self) -> str:
+        """Always "bns"."""
+        return "bns"
+
+    @property
+    def method(self) -> str:
+        """Always "bns"."""
+        return "bns"
+
+    @property
+    def alpha(self) -> None:
+        """Always None."""
+        return
+
+    @property
+    def tableau(self) -> Tableau:  # type: ignore[override]
+        """One step over the whole span, without the correction."""
+        return Tableau("bns", ORDER, len(self._parameter), self._increment)
+
+    @property
+    def _parameter(self) -> Tensor:
+        parameter = self._parameters.get("weights")
+        found: Tensor = self.__dict__["_plain_weights"] if parameter is None else parameter
+        return found
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights in use, (n, n): always those of a method, whatever an optimizer did.
+
+        They are a differentiable function of the one parameter of that name, which they equal
+        where it is a method's: see `set_weights`, and ``solver.parameters()`` for an optimizer.
+        """
+        return self._in_use.of(self._parameter)
+
+    @weights.setter
+    def weights(self, value: Tensor) -> None:
+        # Where torch puts a plain tensor in the parameter's place: the replicas of DataParallel.
+        self.__dict__["_plain_weights"] = value
+
+    @torch.no_grad()
+    def set_weights(self, weights: Tensor) -> None:
+        """Write weights (n, n) of any dtype and device into the parameter.
+
+        What is read off between the ends stays as it was: it belongs to the weights that
+        it was fitted with. So it does while the weights are trained.
+        """
+        self._parameter.copy_(weights)
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """Where a solve starts and ends, None where any span will do."""
+        if self.domain is None:
+            return None
+        first, last = self.domain.span
+        is_along = (last > first) == (self.domain.directions[0] > 0)
+        return (first, last) if is_along else (last, first)
+
+    @property
+    def is_tied_to_span(self) -> bool:
+        """Whether it serves no times but those of its span: unless it has none."""
+        return self.span is not None
+
+    def match(self, direction: int, start: float | None = None, end: float | None = None) -> Match:
+        """Return how well the solver suits a solve: not at all outside of its span."""
+        found, span = super().match(direction, start, end), self.span
+        if span is None:
+            return found
+        if found == Match.OUTSIDE:
+            return Match.NONE
+        if start is None:
+            return found
+        # Times may come in half precision; `solve`, which knows, looks closer.
+        slack = slack_of(span, torch.bfloat16) * abs(span[1] - span[0])
+        last = span[0] if end is None else end
+        is_inside = min(span) - slack <= last <= max(span) + slack
+        return found if abs(start - span[0]) <= slack and is_inside else Match.NONE
+
+    @property
+    def times(self) -> Tensor:
+        """The share of the span passed at each call of func, (n,)."""
+        return stage_times(self.weights)
+
+    def extra_repr(self) -> str:
+        """Return what ``repr`` shows besides the net."""
+        return f"steps={self.steps}, span={self.span}"
+
+    def solve(
+        self, func: VectorField, y0: State, t: Tensor, *, rtol: Any = None, atol: Any = None
+    ) -> State:
+        """Solve dy/dt = func(t, y) over the fitted span, without a host.
+
+        Costs n calls of func, wherever the points of ``t`` lie, and one of g. Without
+        autograd it keeps n derivatives. Gradients flow to every point of ``t``: the first
+        costs one more call where the span is fitted, and second derivatives by it alone are
+        not those of the solution.
+
+        Args:
+            func: called as ``func(t, y)`` with a 0-d ``t``; returns a state like ``y``.
+            y0: tensor of any shape, or tuple of tensors. Half precision is integrated
+                in float32 and cast for each call.
+            t: 1-D floating tensor that starts where the fitted span does and stays in
+                it. A compiled or exported solve cannot raise: outside, it gives nan.
+            rtol: ignored: there is no error estimate.
+            atol: ignored.
+
+        Returns:
+            The state at every point of ``t``: like ``y0`` with ``len(t)`` in front.
+
+        Raises:
+            OptionError: ``t`` starts elsewhere, or leaves the span.
+            StateTypeError: integer state, or a net on another device.
+            StateShapeError: ``t`` is not 1-D, or func or g returned another shape.
+            NonFiniteError: the solve ended in inf or nan, or overflows the state's dtype.
+
+        Example:
+            >>> import torch
+            >>> import torchdiffeq_hyper as tdh
+            >>> solver = tdh.BespokeSolver.classical("heun3", 6)
+            >>> t = torch.linspace(0, 1, 5)
+            >>> solver.solve(lambda t, y: -y, torch.ones(2), t).shape
+            torch.Size([5, 2])
+        """
+        layout = StateLayout.of(y0)
+        flat = layout.join(y0)
+        dtype = flat.dtype
+        ends_at_end = is_whole_span(t, self.span, len(self.weights))
+        t, t_dtype = check_times(t, flat), t.dtype
+        if flat.numel() == 0 or len(t) == 1:
+            return layout.split(flat.unsqueeze(0).expand(len(t), *flat.shape).clone())
+        if is_half(dtype):
+            flat = flat.float()
+        start, end = self.span or (t[0], t[-1])
+        call, first = stage_call(func, layout, dtype), flat
+        if self.span is not None and not ends_at_end and is_differentiated(t):
+            flat = following(call, t, self.span[0], flat)
+        x, stages = self._roll_out(call, start, end, flat)
+        added = None
+        if self.hypernet is not None:
+            part = None if self.domain is None else self.domain.corrected_part(y0)
+            correction = Correction(
+                self.hypernet, ORDER, layout, flat, part=part, context=context_of(func)
+            )
+            added = added_at_end(correction, x, stages, (start, end))
+        if ends_at_end:
+            y = (x if added is None else x + added).unsqueeze(0)
+        else:
+            share = (t - start) / (end - start)
+            passed = passed_share(share[1:].to(self.weights.dtype), rounding_of(self.span, t.dtype))
+            knots = self.get_buffer("knot_values"), self.get_buffer("knot_slopes")
+            own = (part.to(flat.device) for part in (self.weights, *knots))
+            weights = hermite_weights(passed, *own) * (end - start)
+            weights = blank_outside(weights, share, slack_of(self.span, t_dtype))
+            y = between(passed, weights.to(flat.dtype), flat, stages, added)
+        if not is_finite(y[-1]):
+            calls = schedule(self.weights.to(y.device), start, end, y.dtype)
+            raise_non_finite(call, calls, first, dtype)
+        return layout.split(cast_back(torch.cat([first.unsqueeze(0), y]), dtype))
+
+    def _roll_out(
+        self, call: StageCall, start: Any, end: Any, y: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        weights = self.weights
+        if not is_plain() or self.span is None or weights.is_inference():
+            return roll_out(call, schedule(weights.to(y.device), start, end, y.dtype), y)
+        return roll_out(call, self._kept.of(weights, self.span, y), y)
+
+    def _increment(
+        self, call: StageCall, t0: Tensor, dt: Tensor, t1: Tensor, y: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        x, stages = self._roll_out(call, t0, t0 + dt, y)
+        return x - y, tuple(stages)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the solver to one safetensors file; an old one stays until it is complete.
+
+        Raises:
+            StateTypeError, FileWriteError: a plain function as net; nothing could be written.
+        """
+        write_bespoke(path, self)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], hypernet: nn.Module | None = None) -> BespokeSolver:
+        """Read a solver that `save` wrote, as `HyperSolver.load` does, which reads it as well."""
+        arguments, net, weights = read_bespoke(path, hypernet)
+        with damage_reported(path):
+            solver = cls(hypernet=net, **arguments)
+        if net is not None:
+            load_weights([(net, weights, hypernet is not None)], path)
+        return solver.eval().requires_grad_(requires_grad=False)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Load as any module does; weights may come from the middle of a training."""
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if prefix + "weights" in state_dict and not is_method(self._parameter.detach()):
+            self._in_use.is_fixed = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle as any module: the tableau is made when asked for."""
+        self._in_use.watch(self._parameter)  # for the copy, which may be averaged or loaded
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle as any module."""
+        nn.Module.__setstate__(self, {"_in_use": KeptWeights(), **state})  # older ones have none

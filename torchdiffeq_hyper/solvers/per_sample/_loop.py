@@ -1,0 +1,315 @@
+"""The loop: active samples step, those that have passed all times leave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_hyper import recording
+from torchdiffeq_hyper._state import StateLayout
+from torchdiffeq_hyper.errors import NonFiniteError, UnfinishedSolveError, explain
+from torchdiffeq_hyper.solvers.per_sample._control import (
+    Attempt,
+    StepControl,
+    attempt,
+    first_step,
+    interpolate,
+)
+from torchdiffeq_hyper.solvers.per_sample._field import SampleField
+from torchdiffeq_hyper.solvers.per_sample._rows import RowLayout
+
+
+class StepLog:
+    """Notes every round of steps.
+
+    Args:
+        batch: number of samples.
+        layout: how they lie in rows.
+        sign: -1 where the solver's time is the negated true time.
+    """
+
+    def __init__(self, batch: int, layout: RowLayout, sign: int) -> None:
+        self._batch = batch
+        self._layout = layout
+        self._sign = sign
+        self._rounds: list[tuple[Tensor, ...]] = []
+        self._errors: list[list[Tensor]] = []
+        self._marks: list[Any] = []
+
+    def mark(self, f: Tensor) -> Tensor:
+        """Return derivatives whose graph tells the record when it is freed."""
+        marked, mark = recording.mark(f)
+        self._marks += [] if mark is None else [mark]
+        return marked
+
+    def note(
+        self,
+        index: Tensor,
+        columns: tuple[Tensor, Tensor, Tensor],
+        is_accepted: Tensor,
+        error: Tensor,
+    ) -> None:
+        """Keep a round.
+
+        Args:
+            index: the samples that step.
+            columns: their times, step sizes and error ratios.
+            is_accepted: which steps are.
+            error: estimated errors, one row a sample.
+        """
+        t, dt, ratio = columns
+        columns = (self._sign * t, self._sign * dt, ratio)
+        self._rounds.append(
+            (*(self._padded(index, values) for values in columns), self._flags(index, is_accepted))
+        )
+        parts = error.split(self._layout.widths, dim=1)
+        norms = (torch.linalg.vector_norm(part, dim=1) for part in parts)
+        self._errors.append(
+            [self._padded(index, torch.where(is_accepted, n, n.detach())) for n in norms]
+        )
+
+    def steps(self, y0: Any) -> recording.Steps | None:
+        """Return what was noted, None if nothing was."""
+        if not self._rounds:
+            return None
+        t0, dt, ratio, is_accepted = map(torch.stack, zip(*self._rounds, strict=True))
+        return recording.Steps(
+            t0=t0,
+            dt=dt,
+            ratio=ratio,
+            is_accepted=is_accepted,
+            part_errors=tuple(map(torch.stack, zip(*self._errors, strict=True))),
+            layout=StateLayout.of(y0),
+            guard=recording.Guard(tuple(self._marks)),
+        )
+
+    def _padded(self, index: Tensor, values: Tensor) -> Tensor:
+        return values.new_full((self._batch,), torch.nan).index_copy(0, index, values)
+
+    def _flags(self, index: Tensor, values: Tensor) -> Tensor:
+        return values.new_zeros(self._batch).index_copy(0, index, values)
+
+
+class _Active(NamedTuple):
+    """The samples that still step; every field has one entry a sample.
+
+    Attributes:
+        samples: positions in the batch.
+        y: states, one a row.
+        f: derivatives.
+        t: times, float64.
+        dt: sizes of the next steps.
+        due: which of the output times comes next.
+        tried: steps tried since the last output time.
+        is_still: the last step left the finite range, although it hardly moved the state.
+    """
+
+    samples: Tensor
+    y: Tensor
+    f: Tensor
+    t: Tensor
+    dt: Tensor
+    due: Tensor
+    tried: Tensor
+    is_still: Tensor
+
+    def keep(self, which: Tensor) -> _Active:
+        """Return the samples at some positions."""
+        return _Active(*(values[which] for values in self))
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The solution and what it took, sample by sample.
+
+    Attributes:
+        rows: states at every time, (times, batch, width).
+        nfe: evaluations of func (batch,).
+        calls: calls of func, each for the samples that step then.
+    """
+
+    rows: Tensor
+    nfe: Tensor
+    calls: int
+
+
+class Loop:
+    """One solve.
+
+    Args:
+        field: the vector field.
+        control: of the step sizes.
+        tolerances: relative and absolute: 0-d, or one row a sample.
+        times: increasing output times, float64; the first is the start's.
+        log: keeps the steps, if they are recorded.
+    """
+
+    def __init__(
+        self,
+        field: SampleField,
+        control: StepControl,
+        tolerances: tuple[Tensor, Tensor],
+        times: Tensor,
+        log: StepLog | None = None,
+    ) -> None:
+        self._field = field
+        self._control = control
+        self._rtol, self._atol = tolerances
+        self._times = times
+        self._log = log
+        self._rounds = 0
+        self._calls = 0
+        self._values: list[Tensor] = []
+        self._places: list[Tensor] = []
+
+    def run(self, y0: Tensor) -> Solved:
+        """Return the solution from ``y0``, one row a sample.
+
+        Raises:
+            NonFiniteError: func's answers leave the finite range.
+            UnfinishedSolveError: too many steps, or too small ones.
+        """
+        everyone = torch.arange(len(y0), device=y0.device)
+        self._nfe = torch.zeros_like(everyone)
+        self._values, self._places = [y0], [everyone]
+        active = self._start(y0, everyone)
+        while len(active.samples):
+            self._check(active)
+            active = self._round(active)
+        return Solved(self._solution(len(y0)), self._nfe, self._calls)
+
+    def _start(self, y: Tensor, index: Tensor) -> _Active:
+        t = self._times[0].expand(len(y))
+        f = self._evaluate(index, t, y)
+
+        def choose() -> Tensor:
+            scale = self._scale(index, y.abs())
+            norm = self._field.layout.norm
+            return first_step(lambda t, y: self._evaluate(index, t, y), norm, (t, y, f), scale)
+
+        dt = self._control.first(choose, t.detach())
+        due, tried = torch.ones_like(index), torch.zeros_like(index)
+        return _Active(index, y, f, t, self._control.clamp(dt), due, tried, tried.bool())
+
+    def _evaluate(self, index: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        self._nfe[index] += 1
+        self._calls += len(index) if self._field.mode == "loop" else 1
+        return self._field(t, y, index)
+
+    def _scale(self, index: Tensor, size: Tensor) -> Tensor:
+        rtol, atol = (tol if tol.dim() == 0 else tol[index] for tol in (self._rtol, self._atol))
+        return atol + rtol * size
+
+    def _round(self, active: _Active) -> _Active:
+        """Try one step of every active sample."""
+        index, y, f, t, dt, due, tried, _ = active
+        if self._log is not None:
+            f = self._log.mark(f)
+        step = attempt(lambda t, y: self._evaluate(index, t, y), t, dt, y, f)
+        with torch.no_grad():
+            scale = self._scale(index, torch.maximum(y.abs(), step.y1.abs()))
+            ratio = self._field.layout.norm(step.error / scale)
+            # A step so large that func overflows is too large, like any with a large error.
+            ratio = torch.where(ratio.isnan(), torch.inf, ratio)
+            accept = (ratio <= 1) | ((dt <= self._control.min_step) & ratio.isfinite())
+            move, digits = dt * f.abs().amax(1), torch.finfo(self._field.dtype).eps
+            is_still = ratio.isinf() & (move <= digits * y.abs().amax(1))
+        if self._log is not None:
+            self._log.note(index, (t.detach(), dt, ratio), accept, step.error)
+        end = torch.where(accept, t + dt, t)
+        passed = self._write(active, step, end, accept)
+        tried = torch.where(passed > due, 0, tried + 1)
+        chosen = accept.unsqueeze(1)
+        y, f = torch.where(chosen, step.y1, y), torch.where(chosen, step.f1, f)
+        self._rounds += 1
+        after = _Active(index, y, f, end, self._control.next(dt, ratio), passed, tried, is_still)
+        left = (passed < len(self._times)).nonzero().squeeze(1)
+        return after if len(left) == len(index) else after.keep(left)
+
+    def _write(self, active: _Active, step: Attempt, end: Tensor, accept: Tensor) -> Tensor:
+        """Keep the states at the times that were passed; return the next times due."""
+        due, last = active.due, len(self._times) - 1
+        while True:
+            inside = accept & (due <= last) & (self._times[due.clamp(max=last)] <= end)
+            rows = inside.nonzero().squeeze(1)
+            if len(rows) == 0:
+                return due
+            times, start = self._times[due[rows]], active.t[rows]
+            x = ((times - start) / (end[rows] - start)).to(step.y1.abs().dtype)
+            self._values.append(interpolate(step, active.y, active.dt, x, rows))
+            self._places.append(due[rows] * len(self._nfe) + active.samples[rows])
+            due = due + inside.long()
+
+    def _solution(self, batch: int) -> Tensor:
+        values, places = torch.cat(self._values), torch.cat(self._places)
+        size = len(self._times) * batch
+        if len(places) == size:
+            return values[places.argsort()].reshape(len(self._times), batch, -1)
+        solution = values.new_full((size, values.shape[1]), torch.nan)
+        solution[places] = values
+        return solution.reshape(len(self._times), batch, -1)
+
+    def _check(self, active: _Active) -> None:
+        """Refuse to go on with a step that leads nowhere."""
+        stuck = ~(active.t + active.dt > active.t) | active.is_still
+        if self._rounds >= self._control.max_num_steps:
+            stuck = stuck | (active.tried >= self._control.max_num_steps)
+        for at in stuck.nonzero() if bool(stuck.any()) else ():
+            one = active.keep(at)
+            if not bool(one.is_still) or self._is_at_the_end(one):
+                self._raise_stuck(one)
+
+    def _is_at_the_end(self, one: _Active) -> bool:
+        """Return whether func, or the state's dtype, ends a few roundings ahead of a state.
+
+        Ever smaller steps would approach such an end for ever. An end in time is met by the
+        steps themselves.
+        """
+        ahead = 4 * torch.finfo(self._field.dtype).eps * one.y.abs() * one.f.sgn()
+        with torch.no_grad():
+            return not bool(torch.isfinite(self._evaluate(one.samples, one.t, one.y + ahead)).all())
+
+    def _raise_stuck(self, one: _Active) -> NoReturn:
+        sample, time = int(one.samples), self._field.sign * float(one.t)
+        where = f"sample {sample} at t = {time:.6g}"
+        with torch.no_grad():
+            is_finite = bool(torch.isfinite(self._evaluate(one.samples, one.t, one.y)).all())
+        if bool(one.is_still) and is_finite:
+            raise NonFiniteError(
+                explain(
+                    f"the solution of {where} has reached {float(one.y.abs().amax()):.6g}, and a "
+                    "little further func returns inf or nan, or the state's dtype ends.",
+                    "a solution that stays where func and the state's dtype are finite.",
+                    "y0 = y0.double()   # or a span that ends before",
+                )
+            )
+        if not is_finite or not bool(torch.isfinite(one.y).all()):
+            raise NonFiniteError(
+                explain(
+                    f"func returned inf or nan for {where}.",
+                    "finite derivatives along the solution.",
+                    "torch.isfinite(func(t, y)).all()",
+                )
+            )
+        smallest = self._control.min_step
+        if float(one.dt) == 0 < smallest:
+            problem = f"{where} leaves the finite range in a step of min_step = {smallest:g}."
+            fix = f'options={{"min_step": {smallest / 100:g}}}   # or none'
+        elif int(one.tried) >= self._control.max_num_steps:
+            problem = f"{where} took max_num_steps = {self._control.max_num_steps} steps."
+            fix = 'rtol=1e-3, atol=1e-3   # or options={"max_num_steps": 100000}'
+        else:
+            problem = f"the step size of {where} underflows: {float(one.dt):.3g}."
+            fix = 'rtol=1e-3, atol=1e-3   # or options={"min_step": 1e-6}'
+        raise UnfinishedSolveError(
+            explain(
+                problem,
+                "a problem that dopri5 can follow at these tolerances (is it stiff, or does it "
+                "blow up?); the error's `solution` holds what was reached.",
+                fix,
+            ),
+            self._field.layout.split(self._solution(len(self._nfe)).to(self._field.dtype)),
+        )

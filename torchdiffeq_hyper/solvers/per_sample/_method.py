@@ -1,0 +1,167 @@
+"""The method as a call of it sees it: options, then one solve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_hyper import recording
+from torchdiffeq_hyper._state import State, VectorField, is_half
+from torchdiffeq_hyper.errors import NonFiniteError, OptionError, closest, explain
+from torchdiffeq_hyper.solvers._finite import is_finite
+from torchdiffeq_hyper.solvers._grid import check_times
+from torchdiffeq_hyper.solvers.per_sample._control import StepControl
+from torchdiffeq_hyper.solvers.per_sample._field import (
+    TIME_MODES,
+    SampleField,
+    check_samples_alone,
+    check_times_alone,
+)
+from torchdiffeq_hyper.solvers.per_sample._loop import Loop, StepLog
+from torchdiffeq_hyper.solvers.per_sample._rows import RowLayout, Tolerance
+
+
+@dataclass(frozen=True)
+class PerSampleDopri5(StepControl):
+    """Dopri5 in which every sample keeps its own step size and stops on its own.
+
+    Order 5, six evaluations of func a step and sample, two at the start. Each sample takes
+    the steps it would take alone, to rounding; the samples that still step are evaluated
+    together. Step sizes are constants to the gradient.
+
+    Attributes:
+        time: how func meets samples at different times. "vmap" (default): through
+            `torch.func.vmap`, with a batch of 1 and a 0-d t for each sample; cannot take
+            funcs that branch on values, draw random numbers, update buffers, or call
+            autograd or numpy. "vector": t of shape (batch,) in one call; cannot take funcs
+            that expect a 0-d t. "loop": one call a sample; takes any func, and is slow.
+
+    Raises:
+        OptionError: a value is impossible; the text names it.
+    """
+
+    time: str = "vmap"
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if self.time not in TIME_MODES:
+            raise OptionError(
+                explain(
+                    f"time is {self.time!r}.",
+                    "; ".join(f'"{mode}": {what}' for mode, what in TIME_MODES.items()) + ".",
+                    f'options={{"time": "{closest(self.time, TIME_MODES)}"}}',
+                )
+            )
+        super().__post_init__()
+
+    def solve(
+        self,
+        func: VectorField,
+        y0: State,
+        t: Tensor,
+        *,
+        rtol: Tolerance = 1e-7,
+        atol: Tolerance = 1e-9,
+    ) -> State:
+        """Solve dy/dt = func(t, y) from ``y0`` without a host.
+
+        Args:
+            func: see `time`. A field that holds something of every sample needs a method
+                ``restrict``, see `Conditioned`.
+            y0: tensor or tuple of tensors, the samples along dim 0. Half precision is
+                integrated in float32 and cast for each call.
+            t: 1-D floating tensor, strictly increasing or decreasing.
+            rtol: relative tolerance: a number, a tensor that broadcasts against y0, or for
+                tuple states one of these a part.
+            atol: absolute tolerance, in the same forms.
+
+        Returns:
+            The state at every point of ``t``: like ``y0`` with ``len(t)`` in front.
+
+        Raises:
+            StateTypeError: integer state, or t is no floating tensor.
+            StateShapeError: no batch dimension, or func returned another shape.
+            OptionError: func cannot be called as `time` says, or t goes back and forth.
+            CoupledSamplesError: samples depend on each other (e.g. a single state (D,)).
+            NonFiniteError: func returned inf or nan, or the solution left the finite range.
+            UnfinishedSolveError: too many steps, or too small ones; has the ``solution``
+                so far.
+        """
+        return self.run(func, y0, t, rtol=rtol, atol=atol)[0]
+
+    def run(
+        self,
+        func: VectorField,
+        y0: State,
+        t: Tensor,
+        *,
+        rtol: Tolerance,
+        atol: Tolerance,
+    ) -> tuple[State, Tensor]:
+        """Return the solution, and how often func was evaluated for each sample (batch,)."""
+        draft = recording.take_over(self)
+        layout = RowLayout.of(y0)
+        rows = layout.join(y0)
+        t = check_times(t, rows)
+        dtype = rows.dtype
+        sign = -1 if len(t) > 1 and bool(t[1] < t[0]) else 1
+        # Sums of many small steps need more digits than the state has.
+        times = sign * t.to(torch.float64)
+        _check_order(times, t)
+        if rows.numel() == 0 or len(t) == 1:
+            start = rows.expand(len(t), *rows.shape).clone()
+            return layout.split(start), torch.zeros(len(rows), dtype=torch.long, device=t.device)
+        rows = rows.float() if is_half(dtype) else rows
+        field = SampleField(func, layout, self.time, sign, dtype)
+        check_samples_alone(field, y0, times)
+        if self.time == "vector":
+            check_times_alone(field, times, rows)
+        limits = layout.tolerance("rtol", rtol, rows), layout.tolerance("atol", atol, rows)
+        log = None if draft is None else StepLog(len(rows), layout, sign)
+        solved = Loop(field, self, limits, times, log).run(rows)
+        if draft is not None and log is not None:
+            draft.nfe, draft.sample_nfe = solved.calls, solved.nfe
+            draft.steps = log.steps(y0)
+        solution = solved.rows.to(dtype)
+        if not is_finite(solution):
+            _raise_non_finite(solution, solved.rows, t)
+        return layout.split(solution), solved.nfe
+
+
+def _check_order(times: Tensor, t: Tensor) -> None:
+    finite = torch.isfinite(times).all()
+    if bool(finite & (times.diff() > 0).all()):
+        return
+    raise OptionError(
+        explain(
+            f"t goes back and forth: {t.tolist()[:8]}."
+            if bool(finite)
+            else f"t holds inf or nan: {t.tolist()[:8]}.",
+            "finite times that strictly increase, or strictly decrease.",
+            "t = t.unique()" if bool(finite) else "t = t[torch.isfinite(t)]",
+        )
+    )
+
+
+def _raise_non_finite(solution: Tensor, rows: Tensor, t: Tensor) -> NoReturn:
+    """Name the first time and sample at which a solution is not finite.
+
+    Args:
+        solution: (times, batch, width), in the user's dtype.
+        rows: the same in the dtype that was integrated in.
+        t: the times.
+    """
+    broken = ~torch.isfinite(solution).all(dim=2)
+    time, sample = broken.nonzero()[0].tolist()
+    where = f"sample {sample} at t = {float(t[time]):.6g}"
+    if bool(torch.isfinite(rows[time, sample]).all()):
+        most = torch.finfo(solution.dtype).max
+        problem = f"{where} overflows the state's dtype, {solution.dtype} (at most {most:.4g})."
+        fix = "y0 = y0.float()"
+    else:
+        problem = f"{where} left the finite range of {rows.dtype}."
+        fix = "y0 = y0.double()   # or a span that ends before the solution blows up"
+    raise NonFiniteError(explain(problem, "a solution that stays finite.", fix))

@@ -18,7 +18,7 @@ from torchdiffeq_hyper import hypernets
 from torchdiffeq_hyper._state import StateLayout
 from torchdiffeq_hyper.errors import FileFormatError, FitDivergedError, NoiseFloorError, OptionError
 from torchdiffeq_hyper.fitting import _break_even
-from torchdiffeq_hyper.fitting.bespoke._gauss_newton import (
+from torchdiffeq_hyper.fitting._sensitivities import (
     NormalEquations,
     RollOut,
     gap_rows,

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._state import parts_of
+from torchdiffeq_hyper.fitting._adamw import usable_scale
 from torchdiffeq_hyper.fitting._auto import calibrate, measuring_time_in
 from torchdiffeq_hyper.fitting._batches import n_samples, select
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._context import Starts
 from torchdiffeq_hyper.fitting._data import Batch, measure_batch
 from torchdiffeq_hyper.fitting._field import Field
-from torchdiffeq_hyper.fitting._loop import usable_scale
 from torchdiffeq_hyper.fitting._noise import measure_noise
 from torchdiffeq_hyper.fitting._phases import Phase
 from torchdiffeq_hyper.fitting._planning import PROBES

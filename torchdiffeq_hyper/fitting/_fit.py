@@ -15,10 +15,10 @@ from torchdiffeq_hyper.fitting._auto import check_auto
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._distributed import Team
 from torchdiffeq_hyper.fitting._guard import left_as_found, own_random_state
+from torchdiffeq_hyper.fitting._hypersolver import run
 from torchdiffeq_hyper.fitting._neural_ode import attributes_kept, check_shareable
 from torchdiffeq_hyper.fitting._phases import Progress
 from torchdiffeq_hyper.fitting._problem import Problem
-from torchdiffeq_hyper.fitting._session import run
 from torchdiffeq_hyper.fitting.bespoke import BespokeProblem, run_bespoke
 from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from torchdiffeq_hyper._state import State, VectorField, parts_of
 from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper.fitting._chunks import samples_needed
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._distributed import Team
 from torchdiffeq_hyper.fitting._problem import Problem
-from torchdiffeq_hyper.fitting.bespoke._pieces import samples_needed
 from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers._grid import Steps
 

@@ -10,12 +10,12 @@ from torchdiffeq_hyper._state import State
 from torchdiffeq_hyper.fitting._batches import n_samples
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._checkpoint import FitState
+from torchdiffeq_hyper.fitting._chunks import samples_needed
+from torchdiffeq_hyper.fitting._correction import EndPhase
 from torchdiffeq_hyper.fitting._data import Batch, Data
 from torchdiffeq_hyper.fitting._objectives import Fitted, quantiles
 from torchdiffeq_hyper.fitting._report import reported
-from torchdiffeq_hyper.fitting.bespoke._correction import EndPhase
-from torchdiffeq_hyper.fitting.bespoke._gauss_newton import n_weights
-from torchdiffeq_hyper.fitting.bespoke._pieces import samples_needed
+from torchdiffeq_hyper.fitting._sensitivities import n_weights
 from torchdiffeq_hyper.fitting.bespoke._problem import BespokeProblem
 from torchdiffeq_hyper.solvers._report import FitReport
 from torchdiffeq_hyper.solvers.bespoke import ORDER, BespokeSolver

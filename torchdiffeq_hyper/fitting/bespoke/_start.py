@@ -11,15 +11,15 @@ from torch import Tensor
 
 from torchdiffeq_hyper._state import State, StateLayout, sample_norms
 from torchdiffeq_hyper.errors import FitDivergedError, NoiseFloorError, explain
+from torchdiffeq_hyper.fitting._adamw import snapshot
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._checkpoint import FitState
+from torchdiffeq_hyper.fitting._chunks import Piece, cut, samples_needed
 from torchdiffeq_hyper.fitting._data import Batch, Data
 from torchdiffeq_hyper.fitting._field import Field, state_dtype
-from torchdiffeq_hyper.fitting._loop import snapshot
+from torchdiffeq_hyper.fitting._levenberg_marquardt import WeightLoop, mean_error
 from torchdiffeq_hyper.fitting._phases import Progress
 from torchdiffeq_hyper.fitting._reference import Tolerances, solve_reference
-from torchdiffeq_hyper.fitting.bespoke._loop import WeightLoop, mean_error
-from torchdiffeq_hyper.fitting.bespoke._pieces import Piece, cut, samples_needed
 from torchdiffeq_hyper.fitting.bespoke._problem import BespokeProblem
 from torchdiffeq_hyper.solvers.bespoke import BespokeSolver, compositions
 

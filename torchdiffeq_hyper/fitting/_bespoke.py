@@ -10,15 +10,23 @@ from torch import nn
 
 from torchdiffeq_hyper._fields._independence import find_coupling
 from torchdiffeq_hyper._state import State, parts_of
+from torchdiffeq_hyper.fitting._adamw import Loop, snapshot
 from torchdiffeq_hyper.fitting._auto import measuring_time_in
 from torchdiffeq_hyper.fitting._batches import Batches, n_samples, select
 from torchdiffeq_hyper.fitting._budget import LAST_PHASE, Deadline
 from torchdiffeq_hyper.fitting._checkpoint import FitState, signs_of_net
+from torchdiffeq_hyper.fitting._chunks import cut, rows_of
 from torchdiffeq_hyper.fitting._context import bind
+from torchdiffeq_hyper.fitting._correction import (
+    EndPhase,
+    added_at_end,
+    calibrate_end,
+    fit_knots,
+)
 from torchdiffeq_hyper.fitting._distributed import budget_of
 from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError
 from torchdiffeq_hyper.fitting._guard import frozen_or_restored
-from torchdiffeq_hyper.fitting._loop import Loop, snapshot
+from torchdiffeq_hyper.fitting._levenberg_marquardt import mean_error
 from torchdiffeq_hyper.fitting._phases import Progress
 from torchdiffeq_hyper.fitting._planning import PROBES, ReferencePlan
 from torchdiffeq_hyper.fitting._prepare import (
@@ -34,14 +42,6 @@ from torchdiffeq_hyper.fitting._prepare import (
     to_keep,
 )
 from torchdiffeq_hyper.fitting._report import is_worse, without_references
-from torchdiffeq_hyper.fitting.bespoke._correction import (
-    EndPhase,
-    added_at_end,
-    calibrate_end,
-    fit_knots,
-)
-from torchdiffeq_hyper.fitting.bespoke._loop import mean_error
-from torchdiffeq_hyper.fitting.bespoke._pieces import cut, rows_of
 from torchdiffeq_hyper.fitting.bespoke._problem import BespokeProblem, with_large_batches
 from torchdiffeq_hyper.fitting.bespoke._report import fitted_of, report_of
 from torchdiffeq_hyper.fitting.bespoke._start import (

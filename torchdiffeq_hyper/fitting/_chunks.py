@@ -11,10 +11,10 @@ from torch import Tensor
 from torchdiffeq_hyper._state import State, StateLayout, VectorField, parts_of, sample_norms
 from torchdiffeq_hyper.fitting._batches import n_samples, select
 from torchdiffeq_hyper.fitting._budget import Budget
+from torchdiffeq_hyper.fitting._correction import KnotData
 from torchdiffeq_hyper.fitting._data import Batch
 from torchdiffeq_hyper.fitting._field import Field
-from torchdiffeq_hyper.fitting.bespoke._correction import KnotData
-from torchdiffeq_hyper.fitting.bespoke._gauss_newton import (
+from torchdiffeq_hyper.fitting._sensitivities import (
     NormalEquations,
     RollOut,
     n_tangents,

@@ -12,6 +12,7 @@ from torch import nn
 
 from torchdiffeq_hyper._state import Hypernet, State
 from torchdiffeq_hyper.errors import HyperError, NoiseFloorError
+from torchdiffeq_hyper.fitting._adamw import Loop, snapshot
 from torchdiffeq_hyper.fitting._auto import calibrate, choose, measuring_time_in
 from torchdiffeq_hyper.fitting._batches import Batches, n_samples, select
 from torchdiffeq_hyper.fitting._budget import Budget, Deadline
@@ -20,7 +21,6 @@ from torchdiffeq_hyper.fitting._data import Data
 from torchdiffeq_hyper.fitting._distributed import budget_of
 from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError
 from torchdiffeq_hyper.fitting._guard import frozen_or_restored, own_random_state
-from torchdiffeq_hyper.fitting._loop import Loop, snapshot
 from torchdiffeq_hyper.fitting._noise import measure_noise
 from torchdiffeq_hyper.fitting._objectives import Fitted, delta_quantiles, no_correction
 from torchdiffeq_hyper.fitting._phases import Phase, Progress, phases_of

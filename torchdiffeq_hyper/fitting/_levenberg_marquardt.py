@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from torchdiffeq_hyper.fitting._adamw import snapshot
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._checkpoint import FitState
+from torchdiffeq_hyper.fitting._chunks import Piece
 from torchdiffeq_hyper.fitting._distributed import Team
 from torchdiffeq_hyper.fitting._field import OutOfTimeError
-from torchdiffeq_hyper.fitting._loop import snapshot
 from torchdiffeq_hyper.fitting._phases import Progress
-from torchdiffeq_hyper.fitting.bespoke._gauss_newton import NormalEquations, packed, unpacked
-from torchdiffeq_hyper.fitting.bespoke._pieces import Piece
+from torchdiffeq_hyper.fitting._sensitivities import NormalEquations, packed, unpacked
 from torchdiffeq_hyper.solvers._report import LossPoint
 from torchdiffeq_hyper.solvers.bespoke import BespokeSolver
 

@@ -205,7 +205,7 @@ def test_float32_is_fitted_to_float32(fitted: tdh.BespokeSolver) -> None:
     assert error(solver, unseen) < classical / 5
 
 
-def test_images_are_fitted_in_pieces() -> None:
+def test_images_are_fitted_in_chunks() -> None:
     torch.manual_seed(0)
     field = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 3, 3, padding=1))
     for parameter in field.parameters():

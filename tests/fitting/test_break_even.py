@@ -21,7 +21,7 @@ from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._classical import FIXED
 from torchdiffeq_hyper.fitting._data import Batch, Data
 from torchdiffeq_hyper.fitting._distributed import Team
-from torchdiffeq_hyper.fitting._objectives import end_errors
+from torchdiffeq_hyper.fitting._errors import end_errors
 from torchdiffeq_hyper.fitting._reference import Tolerances
 from torchdiffeq_hyper.fitting._routes import Plan
 from torchdiffeq_hyper.fitting._units import Units
@@ -106,9 +106,9 @@ def test_a_classical_solver_is_matched_by_one_that_takes_no_more_steps(
     raced: list[str] = []
     race = _break_even._race
 
-    def spy(ours: Any, rivals: Any, *rest: Any) -> Any:
-        raced.extend(rival.label for rival in rivals)
-        return race(ours, rivals, *rest)
+    def spy(ours: Any, classical: Any, *rest: Any) -> Any:
+        raced.extend(solve.label for solve in classical)
+        return race(ours, classical, *rest)
 
     monkeypatch.setattr(_break_even, "_race", spy)
     calls = steps * FIXED[method].each
@@ -126,7 +126,7 @@ def test_the_alternative_is_no_less_accurate(monkeypatch: pytest.MonkeyPatch) ->
     t = torch.tensor(SPAN, dtype=torch.float64)
     y0 = batch.start(0)[: _break_even.MOST_SAMPLES]
     raced: list[Any] = []
-    monkeypatch.setattr(_break_even, "_race", lambda ours, rivals, *rest: raced.extend(rivals))
+    monkeypatch.setattr(_break_even, "_race", lambda ours, found, *rest: raced.extend(found))
     sizes = held_out().some(torch.arange(len(y0))).end_sizes()
 
     def error_of(y: Tensor) -> Tensor:

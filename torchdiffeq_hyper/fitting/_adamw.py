@@ -1,247 +1,244 @@
-"""The training loop: schedule, validation, budget."""
+"""A phase in which AdamW fits a net, batch by batch, with cosine annealing and a cooldown."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor, nn, optim
 from torch.nn.utils import clip_grad_norm_
 
+from torchdiffeq_hyper._files import (
+    FLOATS,
+    Items,
+    Maybe,
+    Mismatch,
+    Record,
+    Rule,
+    Such,
+    TensorOf,
+    Whole,
+    refused,
+)
 from torchdiffeq_hyper.errors import FitDivergedError, NonFiniteError, explain
-from torchdiffeq_hyper.fitting._budget import Budget, Pace
-from torchdiffeq_hyper.fitting._checkpoint import FitState
-from torchdiffeq_hyper.fitting._config import FitConfig
+from torchdiffeq_hyper.fitting._budget import Budget
+from torchdiffeq_hyper.fitting._checkpoint import PhaseState
 from torchdiffeq_hyper.fitting._data import Batch, Data
-from torchdiffeq_hyper.fitting._distributed import Team
-from torchdiffeq_hyper.fitting._field import OutOfTimeError
-from torchdiffeq_hyper.fitting._guard import random_state, set_random_state
-from torchdiffeq_hyper.fitting._phases import Phase, Progress, annealed
-from torchdiffeq_hyper.fitting._state_rules import restore
-from torchdiffeq_hyper.solvers._report import LossPoint
+from torchdiffeq_hyper.fitting._objectives import Objective, usable_scale
+from torchdiffeq_hyper.fitting._problem import Problem
+from torchdiffeq_hyper.fitting._target import Phase
 
 VALIDATIONS = 40
 """Validations in a phase."""
-LANDING = 0.25
+COOLDOWN = 0.25
 """What a phase that has stopped gaining adds to end annealed, as a share of its iterations."""
 STEEPEST = 1.0
 """Norm at which gradients are clipped, for losses relative to the base's."""
+LOWEST_RATE = 0.01
+"""What the learning rate is annealed to, as a share of its start."""
 
 
-class Loop:
-    """Runs the phases of a fit on from any state.
+def annealed(share: float, lowest: float = LOWEST_RATE) -> float:
+    """Return the share of the learning rate after a share of a phase: half a cosine."""
+    return lowest + (1 - lowest) * (1 + math.cos(math.pi * share)) / 2
+
+
+_MOMENT = TensorOf(FLOATS, is_finite=True)
+_STEP = Such(TensorOf(FLOATS, ()), lambda step: float(step) >= 1, "of at least 1")
+_MOMENTS = Record({"step": _STEP, "exp_avg": _MOMENT, "exp_avg_sq": _MOMENT})
+
+
+@dataclass
+class AdamWState(PhaseState):
+    """How far a phase of AdamW is.
+
+    Attributes:
+        moments: the optimizer's state for each parameter, None for those without a gradient.
+        cooldown_end: iterations after which the phase ends, once it has stopped gaining.
+    """
+
+    kind: ClassVar[str] = "adamw"
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "moments": Items(Maybe(_MOMENTS)),
+        "cooldown_end": Maybe(Whole(1)),
+    }
+
+    moments: list[dict[str, Tensor] | None] = field(default_factory=list)
+    cooldown_end: int | None = None
+
+
+class AdamWPhase(Phase):
+    """Minimises an objective over the training batches.
 
     Args:
-        phases: what to minimise, in order.
-        iterations: iterations wanted in each phase.
-        judge: the phase whose error selects the best state.
-        net: the hypernet.
+        objective: what is minimised.
+        validation: the objective whose held-out error selects the best state.
+        net: what is trained.
         data: the batches.
-        team: the processes that share them.
-        config: rates and numbers.
-        state: where to start; updated in place.
-        budget: the time there is.
-        progress: where to show it.
-        save: called with the state after each validation.
+        problem: rates, numbers and processes.
+        wanted: iterations wanted.
+        is_last: whether no phase follows.
+        calibrate: scales the net before the first iteration, which changes its error.
     """
+
+    training: AdamWState
 
     def __init__(
         self,
+        objective: Objective,
+        validation: Objective,
         *,
-        phases: Sequence[Phase],
-        iterations: Sequence[int],
-        judge: Phase,
         net: nn.Module,
         data: Data,
-        team: Team,
-        config: FitConfig,
-        state: FitState,
-        budget: Budget,
-        progress: Progress,
-        save: Callable[[FitState], None],
+        problem: Problem,
+        wanted: int,
+        is_last: bool,
+        calibrate: Callable[[], None] | None = None,
     ) -> None:
-        self._phases = phases
-        self._iterations = iterations
-        self._judge = judge
+        self.name = objective.name
+        self.wanted = wanted
+        self._objective = objective
+        self._validation = validation
         self._net = net
         self._data = data
-        self._team = team
-        self._config = config
-        self._state = state
-        self._budget = budget
-        self._progress = progress
-        self._save = save
+        self._team = problem.team
+        self._config = problem.config
+        self._is_last = is_last
+        self._calibrate = calibrate
         self._parameters = [p for p in net.parameters() if p.requires_grad]
-        self._losses: list[float] = []
 
-    def run(self) -> None:
-        """Run the phases that are left; the net ends in the best state."""
-        state = self._state
-        self._net.load_state_dict(state.net)
-        if state.random:
-            set_random_state(state.random)
-        while state.phase < len(self._phases):
-            self._run_phase(self._phases[state.phase])
-            state.phase += 1
-            self._net.load_state_dict(state.best)
-
-    def _run_phase(self, phase: Phase) -> None:
-        state = self._state
-        wanted = self._iterations[state.phase]
-        is_last = state.phase == len(self._phases) - 1
-        optimizer = self._begin_phase(wanted, is_last=is_last)
-        pace = self._budget.start_phase(wanted, is_last=is_last)
-        scales = self._team.from_first(
-            lambda: [
-                usable_scale(phase.base_loss(self._data.held_out, route))
-                for route in range(self._data.n_routes)
-            ]
+    def begin(self, saved: PhaseState | None, budget: Budget) -> bool:
+        """Make the optimizer: new, or as it was when the fit was interrupted."""
+        config, is_changed = self._config, False
+        self._optimizer = optim.AdamW(
+            self._parameters, lr=config.lr, weight_decay=config.weight_decay
         )
-        while state.iteration - state.phase_start < state.planned[-1]:
-            if pace.is_over():
-                break
-            self._anneal(optimizer)
-            try:
-                self._losses.append(self._iterate(phase, scales, optimizer))
-            except OutOfTimeError:
-                break
-            state.iteration += 1
-            done = state.iteration - state.phase_start
-            state.planned[-1] = max(done, self._plan(pace, done))
-            self._show(phase)
-            if done % self._every() == 0 or done >= state.planned[-1]:
-                self._validate(phase, optimizer)
-        if self._losses:  # stopped by the clock between two validations
-            self._validate(phase, optimizer)
-        state.stopped = self._reason(wanted)
+        if saved is None:
+            self.training = AdamWState(self.wanted)
+            if self._calibrate is not None:
+                self._calibrate()
+                is_changed = True
+        else:
+            assert isinstance(saved, AdamWState)
+            self.training = saved
+            _restore(self._optimizer, self._parameters, saved.moments)
+            if self._is_last:  # a fit that its clock had cut short may have more time now
+                saved.planned = min(self.wanted, saved.cooldown_end or self.wanted)
+        self.pace = budget.start_phase(self.wanted, is_last=self._is_last)
+        self._scales = self._team.from_first(self._measure_scales)
+        return is_changed
 
-    def _begin_phase(self, wanted: int, *, is_last: bool) -> optim.Optimizer:
-        """Return the phase's optimizer: new, or as it was when the fit was interrupted."""
-        state = self._state
-        optimizer = optim.AdamW(
-            self._parameters, lr=self._config.lr, weight_decay=self._config.weight_decay
-        )
-        if len(state.planned) > state.phase:
-            if state.optimizer is not None:
-                restore(optimizer, state.optimizer)
-            if is_last:  # a fit that its clock had cut short goes on if it has more time now
-                state.planned[-1] = min(wanted, state.landing or wanted)
-            return optimizer
-        state.planned.append(wanted)
-        state.phase_start, state.since_best, state.optimizer = state.iteration, 0, None
-        state.phase_best, state.landing = math.inf, None
-        return optimizer
+    def _measure_scales(self) -> list[float]:
+        """Return the base's loss on each route."""
+        held_out, routes = self._data.held_out, range(self._data.n_routes)
+        return [usable_scale(self._objective.base_loss(held_out, route)) for route in routes]
 
-    def _anneal(self, optimizer: optim.Optimizer) -> None:
-        """Set the learning rate: half a cosine over the phase."""
-        state = self._state
-        share = (state.iteration - state.phase_start) / state.planned[-1]
-        for group in optimizer.param_groups:
-            group["lr"] = self._config.lr * annealed(share)
-
-    def _iterate(self, phase: Phase, scales: Sequence[float], optimizer: optim.Optimizer) -> float:
-        """Do one iteration and return its loss."""
-        state, config = self._state, self._config
-        late = state.iteration - config.pretrain_iterations
+    def iterate(self, number: int, done: int) -> float:
+        """Do one step of AdamW along the gradient on a batch and a route."""
+        config = self._config
+        for group in self._optimizer.param_groups:
+            group["lr"] = config.lr * annealed(done / self.training.planned)
+        late = number - config.pretrain_iterations
         batch = self._data[0 if late < 0 else 1 + late // config.swap_every]
-        route = state.iteration % self._data.n_routes
+        route = number % self._data.n_routes
         self._net.train()
-        optimizer.zero_grad()
+        self._optimizer.zero_grad()
         try:
-            loss = phase.loss(batch, route)
+            loss = self._objective.loss(batch, route)
         except NonFiniteError as error:
-            raise self._diverged(phase, "the roll-out", batch, route) from error
+            what = "the roll-out"
+            raise self._diverged(what, number, batch, route) from error
         # Relative to the base's error, so that rates, clipping and the balance between
         # routes do not depend on the problem's units.
-        (loss / scales[route]).backward(inputs=self._parameters)
+        (loss / self._scales[route]).backward(inputs=self._parameters)
         loss = self._team.average(loss, self._parameters, batch.weight)
         norm = clip_grad_norm_(self._parameters, STEEPEST)
         for name, value in (("the loss", loss), ("the gradient", norm)):
             if not math.isfinite(float(value.detach())):
-                raise self._diverged(phase, name, batch, route)
-        optimizer.step()
+                raise self._diverged(name, number, batch, route)
+        self._optimizer.step()
         return float(loss.detach())
 
-    def _diverged(self, phase: Phase, what: str, batch: Batch, route: int) -> FitDivergedError:
-        where = f"at iteration {self._state.iteration} ({phase.name} phase)"
-        if math.isfinite(phase.base_error(batch, route)):
+    def _diverged(self, what: str, number: int, batch: Batch, route: int) -> FitDivergedError:
+        problem = f"{what} turned non-finite at iteration {number} ({self.name} phase)"
+        if math.isfinite(self._objective.base_error(batch, route)):
             return FitDivergedError(
                 explain(
-                    f"{what} turned non-finite {where}.",
+                    f"{problem}.",
                     "finite losses and gradients.",
                     f"FitConfig(lr={self._config.lr / 10:g})",
                 )
             )
         return FitDivergedError(
             explain(
-                f"{what} turned non-finite {where}; so does the base alone on these samples: it is "
-                "unstable at these step sizes.",
+                f"{problem}; so does the base alone on these samples: it is unstable at these "
+                "step sizes.",
                 "a base that stays finite on all samples.",
                 'more steps, or no roll-outs: objective="residual"',
             )
         )
 
-    def _plan(self, pace: Pace, done: int) -> int:
-        """Return the iterations to plan for, given the time and where the phase lands."""
-        planned = pace.plan(done, self._state.planned[-1])
-        return planned if self._state.landing is None else min(planned, self._state.landing)
+    def error(self) -> float:
+        """Return the held-out error of the objective that selects."""
+        return self._validation.error(self._data.held_out)
 
-    def _land(self) -> None:
+    @property
+    def every(self) -> int:
+        """Iterations between two validations."""
+        return max(1, self.training.planned // VALIDATIONS)
+
+    def plan(self, done: int) -> int:
+        """Return the iterations that end in time, and before the end of the cooldown."""
+        planned = self.pace.plan(done, self.training.planned)
+        end = self.training.cooldown_end
+        return planned if end is None else min(planned, end)
+
+    def validated(self, done: int) -> None:
         """Let a phase whose error has stopped falling anneal and end soon.
 
         Not at once: while the rate is high the error only jumps about its level, and falls
         once more when the rate does.
         """
-        state = self._state
-        if state.landing is None and state.since_best >= self._config.patience:
-            done = state.iteration - state.phase_start
-            state.landing = done + math.ceil(LANDING * done)
-            state.planned[-1] = min(state.planned[-1], state.landing)
+        training = self.training
+        if training.cooldown_end is None and training.since_best >= self._config.patience:
+            training.cooldown_end = done + math.ceil(COOLDOWN * done)
+            training.planned = min(training.planned, training.cooldown_end)
 
-    def _every(self) -> int:
-        return max(1, self._state.planned[-1] // VALIDATIONS)
+    def has_converged(self, done: int) -> bool:
+        """Return whether the cooldown is over."""
+        end = self.training.cooldown_end
+        return end is not None and done >= end
 
-    def _validate(self, phase: Phase, optimizer: optim.Optimizer) -> None:
-        """Measure the held-out error, keep the best state, save."""
-        state = self._state
-        self._net.eval()
-        self._team.align(self._net)
-        error = self._team.from_first(lambda: self._judge.error(self._data.held_out))
-        mean_loss = sum(self._losses) / len(self._losses)
-        state.history.append(LossPoint(state.iteration, phase.name, mean_loss, error))
-        self._losses = []
-        state.since_best += 1
-        state.net = self._net.state_dict()
-        if error < state.phase_best:  # a phase may begin far above where the last one ended
-            state.phase_best, state.since_best = error, 0
-        if error < state.best_error:
-            state.best, state.best_error = snapshot(self._net), error
-        self._land()
-        state.optimizer = optimizer.state_dict()
-        state.random = random_state()
-        state.seconds = self._budget.seconds
-        self._save(state)
-
-    def _show(self, phase: Phase) -> None:
-        state = self._state
-        left = sum(self._iterations[state.phase + 1 :])
-        total = state.phase_start + state.planned[-1] + left
-        self._progress.show(phase.name, state.iteration, total, state)
-
-    def _reason(self, wanted: int) -> str:
-        state = self._state
-        done = state.iteration - state.phase_start
-        if done >= wanted:
-            return "iterations"
-        has_landed = state.landing is not None and done >= state.landing
-        return "patience" if has_landed else "max_seconds"
+    def save(self) -> PhaseState:
+        """Return the state with the optimizer's moments."""
+        self.training.moments = [
+            dict(self._optimizer.state[p]) if p in self._optimizer.state else None
+            for p in self._parameters
+        ]
+        return self.training
 
 
-def snapshot(net: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of a net's state_dict."""
-    return {name: value.detach().clone() for name, value in net.state_dict().items()}
+def _restore(
+    optimizer: optim.Optimizer,
+    parameters: Sequence[Tensor],
+    moments: Sequence[dict[str, Tensor] | None],
+) -> None:
+    """Give an optimizer the moments that were saved; its settings stay those of this fit.
 
-
-def usable_scale(scale: float) -> float:
-    """Return a scale to divide by: 1 where the base is exact or blew up."""
-    return scale if math.isfinite(scale) and scale > 0 else 1.0
+    Raises:
+        FileFormatError: they are those of other parameters.
+    """
+    with refused("the checkpoint"):
+        at = "state.training.moments"
+        if len(moments) != len(parameters):
+            problem = f"{at} belong to {len(moments)} parameters."
+            raise Mismatch(problem, f"those of {len(parameters)} parameters")
+        for number, (p, own) in enumerate(zip(parameters, moments, strict=True)):
+            if own is not None:
+                for name in ("exp_avg", "exp_avg_sq"):
+                    TensorOf(FLOATS, tuple(p.shape)).check(own[name], f"{at}[{number}].{name}")
+    state = {number: own for number, own in enumerate(moments) if own is not None}
+    own_groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": own_groups})

@@ -14,11 +14,11 @@ import torch
 from torch import nn, optim
 
 from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper.fitting._adamw import annealed
 from torchdiffeq_hyper.fitting._data import Batch
 from torchdiffeq_hyper.fitting._guard import own_random_state
-from torchdiffeq_hyper.fitting._objectives import step_inputs
-from torchdiffeq_hyper.fitting._phases import ResidualPhase
-from torchdiffeq_hyper.fitting._problem import Problem
+from torchdiffeq_hyper.fitting._objectives import ResidualObjective, step_inputs
+from torchdiffeq_hyper.fitting._problem import HypersolverProblem
 from torchdiffeq_hyper.hypernets import ReadyHypernet, families, join_channels
 from torchdiffeq_hyper.recording._cost import FlopCounter
 
@@ -72,11 +72,11 @@ SHARE_OF_TIME = 0.15
 """Share of a fit's time that a comparison may take."""
 
 
-def check_auto(hypernet: str, base: str) -> None:
-    """Refuse a name that stands for no choice, and the choice where there is none.
+def check_auto(hypernet: str) -> None:
+    """Refuse a name that stands for no choice.
 
     Raises:
-        OptionError: ``hypernet`` is not "auto", or ``base`` is "bns".
+        OptionError: ``hypernet`` is not "auto".
     """
     if hypernet != AUTO:
         raise OptionError(
@@ -84,14 +84,6 @@ def check_auto(hypernet: str, base: str) -> None:
                 f"hypernet is {hypernet!r}.",
                 f'"{AUTO}", None for a ready net, or a torch.nn.Module called as g(step).',
                 f'hypernet="{AUTO}"   # or a net of tdh.hypernets',
-            )
-        )
-    if base == "bns":
-        raise OptionError(
-            explain(
-                f'hypernet is "{AUTO}" and base is "bns".',
-                'None (base "bns" learns its coefficients, a net on top is extra) or a module.',
-                "hypernet=None",
             )
         )
 
@@ -123,7 +115,7 @@ class Candidate:
         return name + cost + error
 
 
-def choose(problem: Problem, first: Batch, held_out: Batch) -> dict[str, Any]:
+def choose(problem: HypersolverProblem, first: Batch, held_out: Batch) -> dict[str, Any]:
     """Return the ready net that leaves the smallest held-out residual within the budget.
 
     The widest net of each kind (see `hypernets.families`) whose multiply-adds are at most
@@ -163,7 +155,7 @@ def choose(problem: Problem, first: Batch, held_out: Batch) -> dict[str, Any]:
     return {"architecture": best.net.architecture, "note": note}
 
 
-def within_budget(problem: Problem, batch: Batch) -> list[Candidate]:
+def within_budget(problem: HypersolverProblem, batch: Batch) -> list[Candidate]:
     """Return the widest net of each kind within the budget, or else the cheapest of all.
 
     Multiply-adds are half of what torch's own counter says. Where func has none that can
@@ -197,7 +189,10 @@ def count_flops(call: Callable[[], object]) -> int:
 
 
 def _compare(
-    candidates: list[Candidate], problem: Problem, batches: tuple[Batch, Batch], deadline: float
+    candidates: list[Candidate],
+    problem: HypersolverProblem,
+    batches: tuple[Batch, Batch],
+    deadline: float,
 ) -> None:
     """Fill in the candidates' errors by successive halving."""
     left: Sequence[Candidate] = candidates
@@ -221,13 +216,13 @@ class _PreFit:
     def __init__(
         self,
         candidate: Candidate,
-        problem: Problem,
+        problem: HypersolverProblem,
         batches: tuple[Batch, Batch],
         iterations: int,
     ) -> None:
         self._candidate = candidate
         self._first, self._held_out = batches
-        self._phase = ResidualPhase(candidate.net, problem.tableau.order)
+        self._phase = ResidualObjective(candidate.net, problem.tableau.order)
         self._scale = self._phase.base_loss(self._held_out, 0) or 1.0
         self._lr, self._planned = RATE * problem.config.lr, iterations
         self._optimizer = optim.AdamW(candidate.net.parameters(), lr=self._lr)
@@ -237,7 +232,7 @@ class _PreFit:
         """Do one iteration, at a rate that falls to nought over those planned."""
         share = self._done / self._planned
         for group in self._optimizer.param_groups:
-            group["lr"] = self._lr * (1 + math.cos(math.pi * share)) / 2
+            group["lr"] = self._lr * annealed(share, lowest=0.0)
         self._optimizer.zero_grad()
         route = self._done % len(self._first.routes)
         loss = self._phase.loss(self._first, route) / self._scale

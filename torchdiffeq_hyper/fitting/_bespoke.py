@@ -1,296 +1,353 @@
-"""A bespoke solver's fit from data to solver: choose a start, step, correct, read between."""
+"""Fitting the weights of a bespoke solver, then a correction at its end, then what lies between."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext, suppress
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchdiffeq_hyper._fields._independence import find_coupling
-from torchdiffeq_hyper._state import State, parts_of
-from torchdiffeq_hyper.fitting._adamw import Loop, snapshot
-from torchdiffeq_hyper.fitting._auto import measuring_time_in
-from torchdiffeq_hyper.fitting._batches import Batches, n_samples, select
-from torchdiffeq_hyper.fitting._budget import LAST_PHASE, Deadline
-from torchdiffeq_hyper.fitting._checkpoint import FitState, signs_of_net
-from torchdiffeq_hyper.fitting._chunks import cut, rows_of
-from torchdiffeq_hyper.fitting._context import bind
-from torchdiffeq_hyper.fitting._correction import (
-    EndPhase,
-    added_at_end,
-    calibrate_end,
-    fit_knots,
+from torchdiffeq_hyper._state import State, VectorField, parts_of
+from torchdiffeq_hyper.errors import FitDivergedError, OptionError, explain
+from torchdiffeq_hyper.fitting._adamw import AdamWPhase, AdamWState
+from torchdiffeq_hyper.fitting._auto import AUTO, check_auto
+from torchdiffeq_hyper.fitting._batches import n_samples
+from torchdiffeq_hyper.fitting._budget import LAST_PHASE
+from torchdiffeq_hyper.fitting._checkpoint import FitState, snapshot
+from torchdiffeq_hyper.fitting._chunks import Chunk, TrainingChunks, cut, rows_of, samples_needed
+from torchdiffeq_hyper.fitting._config import FitConfig
+from torchdiffeq_hyper.fitting._correction import EndObjective, added_at_end, calibrate_end
+from torchdiffeq_hyper.fitting._data import Data
+from torchdiffeq_hyper.fitting._errors import Comparison, is_worse, quantiles
+from torchdiffeq_hyper.fitting._field import Field
+from torchdiffeq_hyper.fitting._knots import fit_knots
+from torchdiffeq_hyper.fitting._levenberg_marquardt import (
+    LevenbergMarquardt,
+    LevenbergMarquardtState,
+    mean_error,
 )
-from torchdiffeq_hyper.fitting._distributed import budget_of
-from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError
-from torchdiffeq_hyper.fitting._guard import frozen_or_restored
-from torchdiffeq_hyper.fitting._levenberg_marquardt import mean_error
-from torchdiffeq_hyper.fitting._phases import Progress
-from torchdiffeq_hyper.fitting._planning import PROBES, ReferencePlan
-from torchdiffeq_hyper.fitting._prepare import (
-    ENDLESS,
-    NOISE_LATEST,
-    FieldCheck,
-    NotUsed,
-    measured,
-    most_batches,
-    opened,
-    planned,
-    reserve,
-    to_keep,
-)
-from torchdiffeq_hyper.fitting._report import is_worse, without_references
-from torchdiffeq_hyper.fitting.bespoke._problem import BespokeProblem, with_large_batches
-from torchdiffeq_hyper.fitting.bespoke._report import fitted_of, report_of
-from torchdiffeq_hyper.fitting.bespoke._start import (
-    Descents,
-    best_starts,
-    default_start,
-    noise_at_end,
-    refuse_exact,
-)
-from torchdiffeq_hyper.solvers._report import FitReport
+from torchdiffeq_hyper.fitting._noise import noise_at_end, refuse_exact
+from torchdiffeq_hyper.fitting._planning import ReferencePlan
+from torchdiffeq_hyper.fitting._prepare import ENDLESS
+from torchdiffeq_hyper.fitting._problem import Problem
+from torchdiffeq_hyper.fitting._reference import Tolerances
+from torchdiffeq_hyper.fitting._sensitivities import n_weights
+from torchdiffeq_hyper.fitting._signature import signs_of_net
+from torchdiffeq_hyper.fitting._target import Phase, Start, Target
+from torchdiffeq_hyper.solvers._domain import FitDomain
+from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers.bespoke import ORDER, BespokeSolver, compositions
 
 WEIGHTS_FIRST = 0.5
 """Share of the time that the weights get where a correction is fitted after them."""
+MOST_STARTS = 3
+"""Classical methods that weights start from, where there is time."""
+FEWEST_TO_PAY = 20
+"""Iterations below which a fit is a trial that nobody has to earn back."""
 
 
-def run_bespoke(
-    problem: BespokeProblem,
-    y0: State | Iterable[object],
-    hypernet: nn.Module | None,
-    progress: Progress,
-) -> BespokeSolver:
-    """Fit, or go on with an interrupted fit, or return a finished one."""
-    with (
-        suppress(NotUsed),
-        nullcontext() if hypernet is None else frozen_or_restored(hypernet),
-        measuring_time_in(hypernet, problem.width, ORDER),
-    ):
-        session = Session(problem, y0, hypernet, progress)
-        report = session.run()
-        problem.team.finish()
-        if hypernet is not None and session.solver.hypernet is None:
-            raise NotUsed
-    solver = session.solver
-    solver.domain, solver.report = problem.domain(session.batches.held_out.y0), report
-    return solver.eval().requires_grad_(requires_grad=False)
-
-
-class Session:
-    """One fit.
+class BespokeTarget(Target):
+    """A bespoke solver's weights, and the net g at its end if there is one.
 
     Args:
-        problem: what to fit.
-        y0: the starts.
+        problem: the arguments; ``steps`` is the number of calls of func, n.
         hypernet: the correction, if any.
-        progress: where to show it.
     """
 
-    def __init__(
-        self,
-        problem: BespokeProblem,
-        y0: State | Iterable[object],
-        hypernet: nn.Module | None,
-        progress: Progress,
-    ) -> None:
-        self._problem = problem
-        self._budget = budget_of(problem.team, problem.config.max_seconds)
-        self.batches = Batches(y0, with_large_batches(problem, y0), problem.context)
-        self._progress = progress
-        self.solver = self._new_solver("euler")
-        self.solver.hypernet = hypernet  # type: ignore[assignment]
+    module: BespokeSolver
 
-    def run(self) -> FitReport:
-        """Leave the solver in its best state, and return what was measured."""
-        problem, team = self._problem, self._problem.team
-        self._progress.say("reference solutions")
-        held_out = self.batches.held_out
-        self._field_check = FieldCheck.of(problem, held_out, self.batches.count)
-        signature = {
-            "base": problem.method,
-            "steps": problem.calls,
-            **self._field_check.signature(problem, held_out.context),
-            "weights": signs_of_net(self.solver),
-        }
-        store, state = opened(problem, signature, self._budget)
-        if state is not None and state.report is not None:
-            if state.fallback:
-                self.solver.hypernet = None  # type: ignore[assignment]
-            self.solver.load_state_dict(state.best, strict=not state.fallback)
-            return FitReport.from_dict(state.report)
-        try:
-            noise = self._measure(state)
-        except OutOfTimeError:
-            return self._unfitted(state)
-        starts = team.from_first(lambda: best_starts(self._held_out, self.solver.weights))
-        name = starts[0]
-        if state is None:
-            start = self._start(name, noise)
-            state = team.from_first(lambda: start)
-            store.write(state)
-        self._data.limit(state.most_batches)
-        if state.phase == 0:
-            share = LAST_PHASE if self.solver.hypernet is None else WEIGHTS_FIRST
-            reserve(problem, self._new_solver(name).solve, self._data, self._budget)
-            Descents(
-                problem,
-                self.solver,
-                self._data,
-                self._held_out,
-                rows=self._rows,
-                deadline=self._budget.seconds + share * self._budget.to_train,
-                budget=self._budget,
-                progress=self._progress,
-                save=store.write,
-            ).run(starts, state)
-        if self.solver.hypernet is not None:
-            self._fit_correction(state, store.write)
-        self._give_up_what_is_worse(name, state)
-        self._fit_knots()
-        state.best = {**state.best, **snapshot(self.solver)}
-        report = team.from_first(
-            lambda: report_of(
-                problem,
-                (self.solver, self._new_solver(name)),
-                self._data,
-                state=state,
-                budget=self._budget,
-                name=name,
-                cut=self._plan.note,
-            )
-        )
-        state.report = report.to_dict()
-        if state.stopped != "max_seconds":  # else the next call goes on, should it have more time
-            store.write(state)
-        return report
+    def __init__(self, problem: Problem, hypernet: nn.Module | None) -> None:
+        assert isinstance(problem.steps, int)
+        self.problem = problem
+        self.method = "bns"
+        self.order = ORDER
+        self.net = hypernet
+        self.phase_states = [LevenbergMarquardtState] + [AdamWState] * (hypernet is not None)
+        self._n = problem.steps
+        self._start = _default_start(self._n)
 
-    def _new_solver(self, method: str) -> BespokeSolver:
-        solver = BespokeSolver.classical(method, self._problem.calls)
-        solver.requires_grad_(requires_grad=False)
-        return solver.to(parts_of(self.batches.held_out.y0)[0].device)
-
-    def _measure(self, state: FitState | None) -> float:
-        """Measure the data, see how samples may be taken apart, return the noise floor.
+    @classmethod
+    def of(
+        cls,
+        func: VectorField,
+        t_span: object,
+        *,
+        base: str,
+        steps: Steps,
+        alpha: float | None,
+        hypernet: nn.Module | str | None,
+        objective: str,
+        direction: str,
+        **given: Any,
+    ) -> BespokeTarget:
+        """Return the target of checked arguments; see `fit`.
 
         Raises:
-            OutOfTimeError: there was no time for reference solutions.
+            HyperError: an argument is impossible.
         """
-        problem, field_check = self._problem, self._field_check
-        kept = None if state is None else state.references
-        plan = planned(problem, self.batches, field_check, budget=self._budget, kept=kept)
-        noise = plan.tolerances.rtol
-        if state is None and plan.has_noise:
-            noise = self._noise(plan)
-        self._data, self._plan = measured(
-            problem, self.batches, plan, field_check.units, self._budget, goes_on=state is not None
+        _refuse(base, steps, alpha, objective, direction)
+        problem = Problem.of(
+            func, t_span, steps=steps, objective=objective, direction=direction, **given
         )
-        self._held_out = cut(self._data.held_out, problem.func, ENDLESS, None)
-        held_out, n = self.batches.held_out, problem.calls
-        first, last = problem.span
+        if isinstance(hypernet, str):
+            check_auto(hypernet)
+            raise OptionError(
+                explain(
+                    f'hypernet is "{AUTO}" and base is "{base}".',
+                    f'None (base "{base}" learns its coefficients, a net on top is extra) or a '
+                    "module.",
+                    "hypernet=None",
+                )
+            )
+        return cls(problem, hypernet)
+
+    def config_for(self, y0: object) -> FitConfig:
+        """Return the configuration with batches large enough for one step, if fit makes them."""
+        config = self.problem.config
+        if not isinstance(y0, Tensor | tuple):
+            return config
+        parts = [part for part in parts_of(y0) if isinstance(part, Tensor) and part.dim()]
+        if not parts or len(parts[0]) == 0:
+            return config  # refused where batches are made
+        return replace(config, batch_size=max(config.batch_size, samples_needed(y0, self._n)))
+
+    def open(self, y0: State) -> None:
+        """Make a solver whose weights are still Euler's."""
+        self._y0 = y0
+        self.module = self._classical("euler")
+        self.module.hypernet = self.net  # type: ignore[assignment]
+
+    def _classical(self, method: str) -> BespokeSolver:
+        solver = BespokeSolver.classical(method, self._n).requires_grad_(requires_grad=False)
+        return solver.to(parts_of(self._y0)[0].device)
+
+    def signature(self) -> dict[str, Any]:
+        """Return the number of calls, and the solver's shapes."""
+        return {"base": self.method, "steps": self._n, "weights": signs_of_net(self.module)}
+
+    def measure_noise(self, field: Field, y0: State, tolerances: Tolerances) -> float:
+        """Return the noise in the ends, relative to them."""
+        return noise_at_end(field, y0, self.problem.plan.times[[0, -1]], tolerances)
+
+    def prepare(self, data: Data, choice: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Cut the held-out samples into chunks, and order the classical starts."""
+        self._data = data
+        self._held_out = cut(data.held_out, self.problem.func, ENDLESS, None)
+        first, last = self.problem.span
         times = torch.tensor([first, (first + last) / 2, last], dtype=torch.float64)
-        field = bind(problem.func, held_out)
+        field, y0 = data.held_out.field(self.problem.func), data.held_out.y0
         with torch.no_grad():
-            whole = find_coupling(field, held_out.y0, times) is not None
-        self._rows = None if whole else rows_of(held_out.y0, n)
-        return max(noise, self._plan.tolerances.rtol) if self._plan.is_looser else noise
+            is_coupled = find_coupling(field, y0, times) is not None
+        self._rows = None if is_coupled else rows_of(y0, self._n)
+        weights = self.module.weights
+        team = self.problem.team
+        self._starts = team.from_first(lambda: best_starts(self._held_out, weights))[:MOST_STARTS]
+        self._start = self._starts[0]
+        return None
 
-    def _start(self, name: str, noise: float) -> FitState:
-        """Return the state before the first iteration: a classical method."""
-        self.solver.set_weights(compositions(self._problem.calls)[name])
-        base_error = mean_error(self._held_out, self.solver.weights)
-        if base_error <= 2 * noise and not self._plan.is_looser:
-            refuse_exact(name, self._problem.calls, base_error, noise, self._field_check.dtype)
-        return FitState(
-            net=snapshot(self.solver),
-            best=snapshot(self.solver),
-            best_error=base_error,
-            base_error=base_error,
-            noise=noise,
-            most_batches=most_batches(self._data, self._budget),
-            references=to_keep(self._plan),
+    def start(self, noise: float | None, plan: ReferencePlan) -> Start:
+        """Start as the classical method with the smallest held-out error."""
+        rtol = plan.tolerances.rtol
+        if noise is None:
+            noise = rtol
+        if plan.is_looser:
+            noise = max(noise, rtol)
+        self.module.set_weights(compositions(self._n)[self._start])
+        error = mean_error(self._held_out, self.module.weights)
+        if error <= 2 * noise and not plan.is_looser:
+            refuse_exact(self._start, self._n, error, noise, self._data.held_out.dtype)
+        return Start(error, error, noise)
+
+    def phases(self) -> Sequence[Phase]:
+        """Return the phase of the weights, and that of the correction if there is one."""
+        has_net = self.net is not None
+        weights = LevenbergMarquardt(
+            self.module,
+            self._starts,
+            TrainingChunks(self._data, self.problem, self._rows),
+            self._held_out,
+            problem=self.problem,
+            share_of_time=WEIGHTS_FIRST if has_net else LAST_PHASE,
+        )
+        return [weights, self._correction_phase()] if has_net else [weights]
+
+    def _correction_phase(self) -> Phase:
+        solver, func, data = self.module, self.problem.func, self._data
+        objective = EndObjective(solver, func)
+        return AdamWPhase(
+            objective,
+            objective,
+            net=solver,
+            data=data,
+            problem=self.problem,
+            wanted=self.problem.config.iterations,
+            is_last=True,
+            calibrate=lambda: calibrate_end(solver, func, data.first),
         )
 
-    def _noise(self, plan: ReferencePlan) -> float:
-        """Return the noise in the ends; that of the tolerance where there is no time for it."""
-        held_out, budget = self.batches.held_out, self._budget
-        probes = select(held_out, torch.arange(min(PROBES, n_samples(held_out))))
-        until = Deadline(budget, NOISE_LATEST * budget.max_seconds)
-        field = Field(self._problem.func, probes, until, self._field_check.units)
-        try:
-            ends = self._problem.plan.times[[0, -1]]
-            return noise_at_end(field, probes.y0, ends, plan.tolerances)
-        except OutOfTimeError:
-            return plan.tolerances.rtol
+    def comparison(self) -> Comparison:
+        """Return the solver as it is, and the classical method that it started as."""
+        return self._compared_with_start(self.module)
 
-    def _unfitted(self, state: FitState | None) -> FitReport:
-        """Leave what there is without reference solutions: a start, or an earlier run's best."""
-        if state is not None:
-            self.solver.load_state_dict(state.best)
-            name = "the best of the run before"
-        else:
-            name = default_start(self._problem.calls)
-            self.solver = self._new_solver(name)
-            name = f"{name} in {self._problem.calls} calls of func"
-        return without_references(self._problem, name, self._budget, state)
+    def _compared_with_start(self, solver: BespokeSolver) -> Comparison:
+        # With the span, as they will be used.
+        own, start = (self._with_domain(s) for s in (solver, self._classical(self._start)))
+        return Comparison(own.solve, start.solve, self._start, self._n, FEWEST_TO_PAY)
 
-    def _give_up_what_is_worse(self, name: str, state: FitState) -> None:
-        """Let the solver be what is best, without its correction or as it started."""
-        state.fallback = self._problem.team.from_first(lambda: self._fallback(name, state))
-        if not state.fallback:
-            return
-        self.solver.hypernet = None  # type: ignore[assignment]
-        if state.fallback == "start":
-            self.solver.set_weights(self._new_solver(name).weights)
-        state.best_error = mean_error(self._held_out, self.solver.weights)
+    def _with_domain(self, solver: BespokeSolver) -> BespokeSolver:
+        knots = solver.get_buffer("knot_values"), solver.get_buffer("knot_slopes")
+        net, domain = solver.hypernet, self._domain(self._y0)
+        return BespokeSolver(solver.weights, hypernet=net, knots=knots, domain=domain)
 
-    def _fallback(self, name: str, state: FitState) -> str:
+    def _domain(self, y0: State) -> FitDomain:
+        """Return what the solver is fitted for: the span as one step."""
+        width = self.problem.width
+        return replace(self.problem.domain(y0), dt_min=width, dt_max=width)
+
+    def finish(self, state: FitState) -> None:
+        """Be the best of the fit, the weights alone and the start; fit the knots."""
+        solver = self.module
+        state.fallback = self.problem.team.from_first(lambda: self._fallback(state))
+        if state.fallback:
+            solver.hypernet = None  # type: ignore[assignment]
+            if state.fallback == "start":
+                solver.set_weights(self._classical(self._start).weights)
+            state.best_error = mean_error(self._held_out, solver.weights)
+        self._fit_knots()
+        state.best = {**state.best, **snapshot(solver)}
+
+    def _fallback(self, state: FitState) -> str:
         """Return what is better than what was fitted: "weights", "start", or "" for nothing."""
         if state.iteration == 0:
             return ""
-        solvers = {"": self.solver}
-        if self.solver.hypernet is not None:
-            solvers["weights"] = BespokeSolver(self.solver.weights)
-        start, y0 = self._new_solver(name), self.batches.held_out.y0
+        solvers = {"": self.module}
+        if self.net is not None:
+            solvers["weights"] = BespokeSolver(self.module.weights)
         for fallback, solver in solvers.items():
-            fitted = fitted_of(self._problem, (solver, start), name, y0)
-            if not is_worse(fitted, self._problem, self._data):
+            compared = self._compared_with_start(solver)
+            if not is_worse(compared, self.problem.func, self._data):
                 return fallback
         return "start"
 
-    def _fit_correction(self, state: FitState, save: Callable[[FitState], None]) -> None:
-        """Fit the correction, the weights staying as they are."""
-        phase = EndPhase(self.solver, self._problem.func)
-        if len(state.planned) == 1:
-            calibrate_end(self.solver, self._problem.func, self._data.first)
-            state.best_error = phase.error(self._data.held_out)
-            state.net = state.best = snapshot(self.solver)
-        Loop(
-            phases=(phase, phase),
-            iterations=[state.iteration, self._problem.config.iterations],
-            judge=phase,
-            net=self.solver,
-            data=self._data,
-            team=self._problem.team,
-            config=self._problem.config,
-            state=state,
-            budget=self._budget,
-            progress=self._progress,
-            save=save,
-        ).run()
-
     @torch.no_grad()
     def _fit_knots(self) -> None:
-        """Fit what is said between the ends, on the first training batches."""
-        n, func = self._problem.calls, self._problem.func
-        if n == 1:
+        """Fit what is said between the ends, on the first training batch."""
+        solver, func, batch = self.module, self.problem.func, self._data.first
+        if self._n == 1:
             return
-        batch = self._data.first
-        added = added_at_end(self.solver, func, batch)
-        pieces = cut(batch, func, ENDLESS, self._rows if added is None else None)
-        values, slopes = fit_knots(piece.knot_data(self.solver.weights, added) for piece in pieces)
-        self.solver.get_buffer("knot_values").copy_(values)
-        self.solver.get_buffer("knot_slopes").copy_(slopes)
+        added = added_at_end(solver, func, batch)
+        chunks = cut(batch, func, ENDLESS, self._rows if added is None else None)
+        values, slopes = fit_knots(chunk.knot_data(solver.weights, added) for chunk in chunks)
+        solver.get_buffer("knot_values").copy_(values)
+        solver.get_buffer("knot_slopes").copy_(slopes)
+
+    @torch.no_grad()
+    def deltas(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Return quantiles of the residuals: the span is one step, its error over its square."""
+        batch = self._data.held_out
+        unit = batch.units.residual(ORDER)
+        own, start = (
+            EndObjective(solver, self.problem.func).norms(batch)
+            for solver in (self.module, self._classical(self._start))
+        )
+        return quantiles(own, unit), quantiles(start, unit)
+
+    def notes(self, state: FitState) -> Sequence[str]:
+        """Return what the solver is compared with, and whether there were samples enough."""
+        return list(_notes(state, self._data, self._start, self._n))
+
+    def restore(self, state: FitState) -> None:
+        """Take the weights of an earlier run."""
+        if state.fallback:
+            self.module.hypernet = None  # type: ignore[assignment]
+        self.module.load_state_dict(state.best, strict=not state.fallback)
+
+    def leave_unfitted(self) -> str:
+        """Be a classical method, without the correction."""
+        self.module = self._classical(self._start)
+        return f"{self._start} in {self._n} calls of func"
+
+    def solver(self, y0: State) -> BespokeSolver:
+        """Return the solver."""
+        self.module.domain = self._domain(y0)
+        return self.module
+
+
+def _refuse(base: str, steps: Steps, alpha: float | None, objective: str, direction: str) -> None:
+    """Refuse arguments that a bespoke solver has no use for."""
+    given = f'and base is "{base}".'
+    if isinstance(steps, tuple) or steps is None:
+        problem, expected, fix = f"steps is {steps!r},", "one number of calls of func.", "steps=8"
+    elif alpha is not None:
+        problem, expected = f"alpha is {alpha!r},", 'alpha with base="alpha" only.'
+        fix = f'base="alpha", alpha={alpha!r}'
+    elif direction == "both":
+        problem, expected = 'direction is "both",', "one: its weights and times serve one way."
+        fix = 'direction="forward"   # and another fit with direction="reverse"'
+    elif objective == "residual":
+        problem, expected = 'objective is "residual",', "errors at the end: there are no steps."
+        fix = 'objective="trajectory"   # or leave it out'
+    else:
+        return
+    raise OptionError(explain(f"{problem} {given}", expected, fix))
+
+
+def _default_start(n: int) -> str:
+    """Return the classical method of the highest order in n calls of func."""
+    return {1: "euler", 2: "midpoint", 3: "heun3"}.get(n, "rk4")
+
+
+def best_starts(held_out: Sequence[Chunk], like: Tensor) -> list[str]:
+    """Return the classical methods that stay finite, the smallest held-out error first.
+
+    Args:
+        held_out: what they are compared on.
+        like: weights (n, n) of the right size, on the right device.
+
+    Raises:
+        FitDivergedError: all of them leave the finite range.
+    """
+    n = len(like)
+    classical = {name: weights.to(like) for name, weights in compositions(n).items()}
+    errors = {name: mean_error(held_out, weights) for name, weights in classical.items()}
+    finite = sorted(
+        (name for name in errors if math.isfinite(errors[name])), key=errors.__getitem__
+    )
+    if not finite:
+        total = sum(len(chunk.scale) for chunk in held_out)
+        least = min(
+            sum(chunk.blown_up(weights) for chunk in held_out) for weights in classical.values()
+        )
+        raise FitDivergedError(
+            explain(
+                f"no classical method stays finite with {n} calls of func on the held-out "
+                f"samples: at best {least} of {total} blow up. There is nothing to start from.",
+                "a method that stays finite on all of them.",
+                f"a shorter span, starts without those, or more calls: steps={2 * n}",
+            )
+        )
+    return finite
+
+
+def _notes(state: FitState, data: Data, start: str, n: int) -> Iterator[str]:
+    if state.iteration == 0:
+        yield f"no iteration ended in time: this is {start}; pass a larger max_seconds"
+    elif state.fallback == "weights":
+        yield "the correction was worse than none in mean or tail: these are the weights alone"
+    elif state.fallback:
+        yield f"the fitted weights were worse than {start} in mean or tail: this is {start}"
+    elif not state.best_error < state.base_error:
+        yield f"no better than {start} on held-out samples: do not use it as it is"
+    else:
+        yield f"the base is {start} with as many calls of func, the best classical start"
+    needed = samples_needed(data.held_out.y0, n)
+    if data.n_starts < needed:
+        yield (
+            f"{data.n_starts} samples for {n_weights(n)} weights: starts unlike them may go "
+            f"wrong, and the held-out error ({n_samples(data.held_out.y0)} samples) need not show "
+            f"it; pass {needed} or more"
+        )

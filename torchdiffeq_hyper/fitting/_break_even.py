@@ -14,7 +14,7 @@ from torchdiffeq_hyper._state import VectorField, is_half
 from torchdiffeq_hyper.fitting._batches import n_samples
 from torchdiffeq_hyper.fitting._classical import FIXED, FixedStep, Solve, dopri5
 from torchdiffeq_hyper.fitting._data import Batch
-from torchdiffeq_hyper.fitting._objectives import BROKEN, Run, end_errors
+from torchdiffeq_hyper.fitting._errors import BROKEN, Run, end_errors
 from torchdiffeq_hyper.recording._cost import median_seconds
 from torchdiffeq_hyper.solvers._report import BreakEven, ErrorSummary, Rival
 
@@ -110,15 +110,15 @@ def measure(
         target = probe.error(ours)
         if not math.isfinite(target):
             return "the fitted solver blows up on held-out samples"
-        rivals = _rivals(probe, target, calls, probe.batch.units.state)
-        return _race(ours, rivals, task, fit_seconds)
+        classical = _as_accurate(probe, target, calls, probe.batch.units.state)
+        return _race(ours, classical, task, fit_seconds)
     except _NoTimeError:
         if allowed <= 0:
             return "no time was left to measure it"
         return f"its measurement would have taken more than {allowed:.2g} s"
 
 
-def _rivals(task: _Task, target: float, calls: int, size: float) -> list[Solve]:
+def _as_accurate(task: _Task, target: float, calls: int, size: float) -> list[Solve]:
     """Return the classical solvers that reach an error with little work."""
     predicted = {}
     for name, method in FIXED.items():
@@ -162,10 +162,10 @@ def _fewest_steps(task: _Task, name: str, work: float, target: float, most: int)
     return found
 
 
-def _race(ours: Solve, rivals: list[Solve], task: _Task, fit_seconds: float) -> BreakEven | str:
-    """Time all on the whole batch; a rival that breaks down there is none."""
+def _race(ours: Solve, classical: list[Solve], task: _Task, fit_seconds: float) -> BreakEven | str:
+    """Time all on the whole batch; a classical solver that breaks down there is out."""
     began = time.perf_counter()
-    pairs = zip(rivals, task.runs(rivals), strict=True)
+    pairs = zip(classical, task.runs(classical), strict=True)
     error = task.error(ours)
     # Settings were sought on a few samples: what is less accurate on all is no alternative.
     left = [solve for solve, run in pairs if _does_run(run) and task.error(solve) <= error]
@@ -177,11 +177,11 @@ def _race(ours: Solve, rivals: list[Solve], task: _Task, fit_seconds: float) -> 
     device = task.batch.routes[0].y.device
     times = median_seconds(task.runs([ours, *left]), device, ROUNDS, turn_seconds=TURN_SECONDS)
     own, *others = times
-    seconds, rival = min(zip(others, left, strict=True), key=lambda pair: pair[0])
+    seconds, fastest = min(zip(others, left, strict=True), key=lambda pair: pair[0])
     return BreakEven(
         predictions=fit_seconds / (seconds - own) if seconds > own else None,
         seconds=own,
-        alternative=rival.label,
+        alternative=fastest.label,
         alternative_seconds=seconds,
         samples=n_samples(task.batch.y0),
         error=error,

@@ -1,4 +1,4 @@
-"""The state of a running fit, and the file it is kept in."""
+"""The state of a running fit, and the file that holds it."""
 
 from __future__ import annotations
 
@@ -7,40 +7,58 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._files import (
+    FLAG,
     Anything,
     Choice,
+    Items,
+    Maybe,
+    Real,
     Record,
+    Rule,
     Table,
+    Tagged,
+    TensorOf,
+    Text,
+    Whole,
+    check_sizes,
     checked,
+    mismatch,
+    missing,
     record_of,
     refused,
     shown,
 )
-from torchdiffeq_hyper.errors import (
-    FileFormatError,
-    FileWriteError,
-    OptionError,
-    explain,
-    first_line,
-)
-from torchdiffeq_hyper.fitting._field import SHARES
-from torchdiffeq_hyper.fitting._state_rules import RULES, check_state
-from torchdiffeq_hyper.fitting._units import differing, fingerprint
+from torchdiffeq_hyper.errors import FileFormatError, FileWriteError, explain, first_line
+from torchdiffeq_hyper.fitting._signature import check_same_fit
+from torchdiffeq_hyper.hypernets._select import ARCHITECTURES
+from torchdiffeq_hyper.solvers._files import REPORT
 from torchdiffeq_hyper.solvers._report import LossPoint
 
-FUNC = "func(t, y)"
-POINTS_OF: dict[str, Sequence[str]] = {
-    "y0": ("",),
-    FUNC: [f", {share:.0%} of t_span passed" for share in SHARES],
-}
-"""Entries of a signature that are fingerprints, and how each of their points is called."""
-FORMAT = "torchdiffeq_hyper fit 2"
+FORMAT = "torchdiffeq_hyper fit 3"
+
+
+@dataclass
+class PhaseState:
+    """How far a phase of a fit is; each optimizer adds to it what it remembers.
+
+    Attributes:
+        planned: iterations planned.
+        best_error: smallest held-out error of the phase.
+        since_best: validations since that one.
+    """
+
+    kind: ClassVar[str]
+    rules: ClassVar[Mapping[str, Rule]] = {}
+
+    planned: int
+    best_error: float = math.inf
+    since_best: int = 0
 
 
 @dataclass
@@ -48,29 +66,25 @@ class FitState:
     """All that a fit has to know to go on as if it had never been interrupted.
 
     Attributes:
-        net: the hypernet's state_dict.
+        net: the state_dict of what is trained.
         best: the state_dict with the smallest held-out error so far.
         best_error: that error.
-        base_error: the held-out error of the base alone.
-        optimizer: the optimizer's state_dict; None before a phase's first iteration.
+        base_error: the held-out error of what the fit started as.
+        noise: noise floor.
+        most_batches: distinct training batches that the budget allows.
+        references: what is solved and how exactly, as `prepare.to_keep` returns it.
+        choice: the net that was chosen ("architecture") and why ("note"), None if it was given.
         random: states of the random generators.
         phase: number of the current phase.
         phase_start: iterations done before it.
+        training: how far that phase is, None between two.
         iteration: iterations done.
-        phase_best: smallest held-out error of the current phase.
-        since_best: validations since that one.
-        landing: iterations after which the current phase ends, once it has stopped gaining.
-        planned: iterations planned for each phase begun so far.
         history: the validations.
-        noise: noise floor.
-        most_batches: distinct training batches that the budget allows.
         seconds: wall time used.
         stopped: why the last phase ended, "" before.
-        report: the finished fit's report, None while it runs.
-        choice: the net that was chosen ("architecture") and why ("note"), None if it was given.
         fallback: what is returned in place of what was fitted: "" for nothing, "weights" for a
             bespoke solver without its correction, "start" for the base or classical start.
-        references: what is solved and how exactly, as `prepare.to_keep` returns it.
+        report: the finished fit's report, None while it runs.
     """
 
     net: dict[str, Tensor]
@@ -79,32 +93,54 @@ class FitState:
     base_error: float
     noise: float
     most_batches: int
-    optimizer: dict[str, Any] | None = None
+    references: dict[str, Any]
+    choice: dict[str, Any] | None = None
     random: list[Tensor] = field(default_factory=list)
     phase: int = 0
     phase_start: int = 0
+    training: PhaseState | None = None
     iteration: int = 0
-    phase_best: float = math.inf
-    since_best: int = 0
-    landing: int | None = None
-    planned: list[int] = field(default_factory=list)
     history: list[LossPoint] = field(default_factory=list)
     seconds: float = 0.0
     stopped: str = ""
-    report: dict[str, Any] | None = None
-    choice: dict[str, Any] | None = None
-    references: dict[str, Any] | None = None
     fallback: str = ""
+    report: dict[str, Any] | None = None
 
 
-CHECKPOINT = Record(
-    {
-        "format": Choice((FORMAT,)),
-        "signature": Table(Anything()),
-        "state": record_of(FitState, is_complete=True, **RULES),
-    }
-)
-"""What the file holds."""
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of a module's state_dict."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+_TOLERANCE = Real(above=0.0)
+_RULES: dict[str, Rule] = {
+    "most_batches": Whole(1),
+    "references": Record(
+        {
+            "tolerances": Record({"method": Text(100), "rtol": _TOLERANCE, "atol": _TOLERANCE}),
+            "held_out": Whole(1),
+            "batch": Whole(1),
+            "has_noise": FLAG,
+            "note": Text(),
+        }
+    ),
+    "choice": Maybe(Record({"architecture": Tagged("kind", ARCHITECTURES), "note": Text()})),
+    "random": Items(TensorOf((torch.uint8,), (None,)), most=1025),
+    "seconds": Real(low=0.0),
+    "fallback": Choice(("", "weights", "start")),
+    "report": Maybe(REPORT),
+}
+"""Rules of fields of a `FitState`; the others' come from their annotations."""
+
+
+_FILE = Record({"format": Choice((FORMAT,)), "signature": Table(Anything()), "state": Anything()})
+
+
+def _state_rule(phases: Sequence[type[PhaseState]]) -> Record:
+    """Return what the state of a fit with these phases may be."""
+    kinds = {kind.kind: record_of(kind, is_complete=True, **kind.rules) for kind in phases}
+    rules = {**_RULES, "phase": Whole(0, len(phases)), "training": Maybe(Tagged("kind", kinds))}
+    return record_of(FitState, is_complete=True, **rules)
 
 
 class Store:
@@ -113,14 +149,21 @@ class Store:
     Args:
         path: the file, None to keep nothing.
         signature: what tells this fit from others: plain values and lists of them.
+        phases: the kind of state of each phase.
 
     Raises:
         FileWriteError: the folder does not exist.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, signature: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        signature: Mapping[str, Any],
+        phases: Sequence[type[PhaseState]],
+    ) -> None:
         self._path = None if path is None else Path(path)
         self._signature = dict(signature)
+        self._phases = phases
         if self._path is not None and not self._path.parent.is_dir():
             raise _not_writable(self._path, "there is no such folder")
 
@@ -132,8 +175,9 @@ class Store:
         """
         if self._path is None:
             return
-        values = {name: getattr(state, name) for name in state.__dataclass_fields__}
-        values["history"] = [asdict(point) for point in state.history]
+        values = vars(state) | {"history": [asdict(point) for point in state.history]}
+        if state.training is not None:
+            values["training"] = {"kind": state.training.kind, **vars(state.training)}
         content = {"format": FORMAT, "signature": self._signature, "state": values}
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
         try:
@@ -156,127 +200,74 @@ class Store:
         try:
             content = torch.load(self._path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a reader of damaged archives may raise
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise self._unusable(reason) from error
+            raise _unusable(self._path, f"{type(error).__name__}: {first_line(error)}") from error
         if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
-            reason = f"its format is {shown(content['format'])}"
-            raise self._unusable(reason)
+            raise _unusable(self._path, f"its format is {shown(content['format'])}")
         what = f"{str(self._path)!r} is not a checkpoint of a fit, or is damaged: it"
-        content = checked(CHECKPOINT, content, what)
-        self._check(self._path, content["signature"])
+        content = checked(_FILE, content, what)
+        check_same_fit(content["signature"], self._signature, str(self._path), _remedy(self._path))
+        values = checked(_state_rule(self._phases), content["state"], what, at="state")
         with refused(what):
-            check_state(content["state"], self._signature)
-        values = content["state"]
-        return FitState(**{**values, "history": [LossPoint(**p) for p in values["history"]]})
-
-    def _unusable(self, reason: str) -> FileFormatError:
-        assert self._path is not None
-        return FileFormatError(
-            explain(
-                f"{str(self._path)!r} is not a checkpoint of a fit, or is damaged: {reason}",
-                f"a file that a fit of this version wrote ({FORMAT}).",
-                _remedy(self._path),
-            )
-        )
-
-    def _check(self, path: Path, found: Mapping[str, Any]) -> None:
-        name = _difference(found, self._signature)
-        if name is not None:
-            raise OptionError(
-                explain(
-                    f"the checkpoint {str(path)!r} belongs to another fit: "
-                    f"{_told(name, found, self._signature, 'there', 'here')}.",
-                    "the same call as the one that was interrupted.",
-                    _remedy(path),
-                )
-            )
+            _check_state(values, self._signature)
+        values["history"] = [LossPoint(**point) for point in values["history"]]
+        if values["training"] is not None:
+            own = dict(values["training"])
+            kinds = {kind.kind: kind for kind in self._phases}
+            values["training"] = kinds[own.pop("kind")](**own)
+        return FitState(**values)
 
 
-def check_same_call(signatures: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse processes that fit different things.
+def _check_state(values: Mapping[str, Any], signature: Mapping[str, Any]) -> None:
+    """Refuse a state that is not of this fit, or that no fit can be in.
 
     Args:
-        signatures: what tells a fit from others, in the order of ranks.
+        values: the fields of a `FitState`, each checked by its own rule.
+        signature: what tells this fit from others; the shapes of its weights among it.
 
     Raises:
-        OptionError: two differ.
+        Mismatch: it is no state of this fit.
     """
-    first = signatures[0]
-    for rank, other in enumerate(signatures[1:], 1):
-        name = _difference(other, first)
-        if name is not None:
-            raise OptionError(
-                explain(
-                    f"process {rank} of this fit makes another call than process 0: "
-                    f"{_told(name, other, first, 'there', 'in process 0')}.",
-                    "the same arguments in every process, y0 among them: fit shares it out itself.",
-                    "torch.manual_seed(0)   # before y0 is drawn; and no DistributedSampler",
-                )
-            )
+    shapes = signature.get("weights", signature.get("hypernet"))
+    if isinstance(shapes, dict):
+        for place in ("net", "best"):
+            _weights_of(shapes).check(values[place], f"state.{place}")
+    elif values["choice"] is None:  # there is but the name of a way to choose a net
+        raise missing(name="state.choice", expected="the net that was chosen")
+    else:
+        architecture, at = values["choice"]["architecture"], "state.choice.architecture"
+        check_sizes(architecture, values["best"], at, but=("n_stages", "order"))
+    if values["phase_start"] > values["iteration"]:
+        start, expected = values["phase_start"], "no more than the iterations"
+        raise mismatch(name="state.phase_start", value=start, expected=expected)
+    if values["random"]:
+        _check_generator(values["random"][0])
 
 
-def check_same_field(found: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> None:
-    """Refuse what was fitted to another field, if it was looked at from the same starts.
+def _weights_of(shapes: Mapping[str, list[Any]]) -> Record:
+    """Return the rule for weights of known shapes and dtypes."""
+    rules: dict[str, Any] = {}
+    for name, (*shape, dtype) in shapes.items():
+        rules[name] = TensorOf((getattr(torch, dtype.removeprefix("torch.")),), tuple(shape))
+    return Record(rules)
 
-    Args:
-        found: what `signs_of_field` returned then, None if it was not kept.
-        wanted: what it returns now.
 
-    Raises:
-        OptionError: func has other values.
-    """
-    if found is None or not _are_same("y0", found.get("y0"), wanted["y0"]):
-        return
-    if not _are_same(FUNC, found.get(FUNC), wanted[FUNC]):
-        raise OptionError(
-            explain(
-                "the checkpoint belongs to another field: "
-                f"{_told(FUNC, found, wanted, 'there', 'here')}.",
-                "the func that it was fitted to.",
-                "a new fit that begins with its net: HyperSolverModule(func, ..., hypernet=net)",
-            )
+def _check_generator(state: Tensor) -> None:
+    """Refuse a state that the generator would not take."""
+    try:
+        torch.Generator().set_state(state)
+    except (RuntimeError, TypeError) as error:
+        expected = "a generator's state"
+        raise mismatch(name="state.random[0]", value=state, expected=expected) from error
+
+
+def _unusable(path: Path, reason: str) -> FileFormatError:
+    return FileFormatError(
+        explain(
+            f"{str(path)!r} is not a checkpoint of a fit, or is damaged: {reason}",
+            f"a file that a fit of this version wrote ({FORMAT}).",
+            _remedy(path),
         )
-
-
-def signs_of_field(probes: Sequence[Tensor]) -> dict[str, Any]:
-    """Return what tells starts and a field from others.
-
-    Args:
-        probes: the starts, flat, and what `field.check_field` returned.
-    """
-    dtype = probes[0].dtype
-    return {
-        "y0": fingerprint(probes[:1], dtype),
-        FUNC: fingerprint(probes[1:], dtype),
-    }
-
-
-def signs_of_net(net: nn.Module) -> dict[str, list[Any]]:
-    """Return what a checkpoint's weights are held against: shapes and dtypes."""
-    return {
-        name: [*value.shape, str(value.dtype)]
-        for name, value in net.state_dict().items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    """Return the name of the first entry of ``wanted`` that is another one in ``found``."""
-    return next((key for key in wanted if not _are_same(key, found.get(key), wanted[key])), None)
-
-
-def _are_same(name: str, first: object, second: object) -> bool:
-    return differing(first, second) is None if name in POINTS_OF else _agree(first, second)
-
-
-def _told(
-    name: str, found: Mapping[str, Any], wanted: Mapping[str, Any], there: str, here: str
-) -> str:
-    """Return in which way an entry differs."""
-    if name not in POINTS_OF:
-        return f"{name} is {shown(found.get(name))} {there} and {shown(wanted[name])} {here}"
-    position = differing(found.get(name), wanted[name]) or 0
-    return f"{name} has other values {there} than {here}{POINTS_OF[name][position]}"
+    )
 
 
 def _remedy(path: Path) -> str:
@@ -291,14 +282,3 @@ def _not_writable(path: Path, reason: str) -> FileWriteError:
             f"os.makedirs({str(path.parent)!r}, exist_ok=True)",
         )
     )
-
-
-def _agree(first: Any, second: Any) -> bool:
-    if isinstance(first, list) and isinstance(second, list):
-        return len(first) == len(second) and all(map(_agree, first, second))
-    if isinstance(first, dict) and isinstance(second, dict):
-        return first.keys() == second.keys() and all(_agree(first[k], second[k]) for k in second)
-    kinds = {type(first), type(second)}
-    if kinds <= {int, float}:
-        return bool(first == second) or (first != first and second != second)  # noqa: PLR0124
-    return len(kinds) == 1 and not isinstance(first, Tensor) and bool(first == second)

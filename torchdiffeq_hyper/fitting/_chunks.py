@@ -1,4 +1,4 @@
-"""Starts and ends that a bespoke solver is fitted to, in pieces small enough to hold."""
+"""Starts and ends that a bespoke solver is fitted to, in chunks small enough to hold."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._state import State, StateLayout, VectorField, parts_of, sample_norms
-from torchdiffeq_hyper.fitting._batches import n_samples, select
-from torchdiffeq_hyper.fitting._budget import Budget
-from torchdiffeq_hyper.fitting._correction import KnotData
-from torchdiffeq_hyper.fitting._data import Batch
+from torchdiffeq_hyper._state import State, VectorField, parts_of, sample_norms
+from torchdiffeq_hyper.fitting._batches import n_samples
+from torchdiffeq_hyper.fitting._budget import Budget, Deadline
+from torchdiffeq_hyper.fitting._data import Batch, Data
 from torchdiffeq_hyper.fitting._field import Field
+from torchdiffeq_hyper.fitting._knots import KnotData
+from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._sensitivities import (
     NormalEquations,
     RollOut,
@@ -28,23 +29,21 @@ RESIDUALS_PER_WEIGHT = 20
 FEWEST = 4
 """Samples in a step at least."""
 MOST_BYTES = 2**29
-"""Memory that the sensitivities of a piece may take."""
+"""Memory that the sensitivities of a chunk may take."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """Some samples of a batch, in the units of `Units`: the span is 1 long.
 
     Attributes:
         roll_out: the solver's task: starts, span and field.
         path: (n + 1, ...) the solution, flat, on equidistant times from the start on.
-        slopes: (n, ...) its derivative at all of these but the last.
         scale: (batch,) what errors are divided by.
     """
 
     roll_out: RollOut
     path: Tensor
-    slopes: Tensor
     scale: Tensor
 
     def errors(self, x: Tensor) -> Tensor:
@@ -55,6 +54,10 @@ class Piece:
     def loss(self, weights: Tensor) -> float:
         """Return the sum of the relative errors; not finite where the roll-out is not."""
         return float(self.errors(self.roll_out.end(weights)[0]).sum())
+
+    def blown_up(self, weights: Tensor) -> int:
+        """Return the number of samples whose end is not finite."""
+        return int((~torch.isfinite(self.errors(self.roll_out.end(weights)[0]))).sum())
 
     def equations(self, weights: Tensor) -> NormalEquations:
         """Return the normal equations, for the mean of errors, not of their squares.
@@ -71,7 +74,7 @@ class Piece:
         return NormalEquations.of(residual, sensitivities.mul_(factor))
 
     def knot_data(self, weights: Tensor, added: Tensor | None) -> KnotData:
-        """Return what the knots are fitted to.
+        """Return what the knots are fitted to. Costs 2 n + 1 calls.
 
         Args:
             weights: the solver's.
@@ -85,9 +88,8 @@ class Piece:
         if added is not None:
             share = torch.linspace(0, 1, n + 1).to(way)[1:-1]
             way = way - (share**2).reshape(-1, *[1] * added.dim()) * added / task.width
-        end = torch.as_tensor(task.start + task.width, dtype=way.dtype, device=way.device)
-        last = task.call(end, self.path[-1])
-        slopes = torch.cat([self.slopes, last.unsqueeze(0)])
+        times = task.start + task.width * torch.linspace(0, 1, n + 1).to(way)
+        slopes = torch.stack([task.call(t, x) for t, x in zip(times, self.path, strict=True)])
         flat = (torch.stack(stages), way, slopes)
         return KnotData(*((factor * part).reshape(len(part), -1) for part in flat))
 
@@ -101,43 +103,69 @@ class Piece:
 
 
 def cut(
-    batch: Batch, func: VectorField, budget: Budget, rows: int | None, n_processes: int = 1
-) -> list[Piece]:
-    """Return a batch in pieces of at most ``rows`` samples, as many in every process."""
+    batch: Batch,
+    func: VectorField,
+    budget: Budget | Deadline,
+    rows: int | None,
+    n_processes: int = 1,
+) -> list[Chunk]:
+    """Return a batch in chunks of at most ``rows`` samples, as many in every process."""
     count = n_samples(batch.y0)
     whole = round(count / batch.weight) if batch.weight else 1
     share = math.ceil(whole / n_processes)
-    n_pieces = 1 if rows is None else math.ceil(share / rows)
-    positions = torch.arange(count).tensor_split(min(n_pieces, count))
-    samples, units = batch.routes[0], batch.units
+    n_chunks = 1 if rows is None else math.ceil(share / rows)
+    units, times, scale = batch.units, batch.routes[0].times, batch.end_sizes()
     # 0 and plus or minus 1: large times in float32 need not be.
-    first, last = (round(units.time_of(float(samples.times[i]))) for i in (0, -1))
-    scale = batch.end_sizes()
-    pieces = []
-    for index in positions:
-        starts = select(batch.starts, index)
-        layout = StateLayout.of(starts.y0)
-        path = _rows(batch.layout, samples.y, index) / units.state
-        call = Field(func, starts, budget, units)
-        slopes = _rows(batch.layout, samples.stages[0], index) * (units.time / units.state)
-        pieces.append(
-            Piece(
-                roll_out=RollOut(call, layout, first, last - first, path[0]),
-                path=path,
-                slopes=slopes,
-                scale=scale[index.to(scale.device)],
-            )
-        )
-    return pieces
+    first, last = (round(units.time_of(float(times[i]))) for i in (0, -1))
+    chunks = []
+    for index in torch.arange(count).tensor_split(min(n_chunks, count)):
+        part = batch.some(index)
+        path = part.routes[0].y / units.state
+        call = Field(func, part.starts, budget, units)
+        roll_out = RollOut(call, part.layout, first, last - first, path[0])
+        chunks.append(Chunk(roll_out, path, scale[index.to(scale.device)]))
+    return chunks
 
 
-def _rows(layout: StateLayout, flat: Tensor, index: Tensor) -> Tensor:
-    """Return some samples of flat states (m, ...)."""
-    state = layout.split(flat)
-    index = index.to(flat.device)
-    if isinstance(state, Tensor):
-        return state[:, index]
-    return torch.cat([part[:, index].reshape(len(part), -1) for part in state], dim=1)
+class TrainingChunks:
+    """The training batches in chunks, by number, each cut when first asked for.
+
+    Args:
+        data: the batches.
+        problem: the field and the processes.
+        rows: samples in a chunk, None for whole batches.
+    """
+
+    def __init__(self, data: Data, problem: Problem, rows: int | None) -> None:
+        self._data = data
+        self._problem = problem
+        self._rows = rows
+        self._chunks: list[Chunk] = []
+        self._batches: list[Batch] = []
+
+    @property
+    def first(self) -> Chunk:
+        """The first chunk."""
+        chunk = self.get(0)
+        assert chunk is not None
+        return chunk
+
+    def get(self, number: int) -> Chunk | None:
+        """Return a chunk, None beyond the last."""
+        data, problem = self._data, self._problem
+        while number >= len(self._chunks):
+            batch = data[len(self._batches)]
+            if any(batch is known for known in self._batches):
+                return None
+            self._batches.append(batch)
+            self._chunks += cut(batch, problem.func, data.budget, self._rows, problem.team.size)
+        return self._chunks[number]
+
+    def needed(self) -> int:
+        """Return how many chunks a step should look at."""
+        in_one = len(self.first.scale) * self._problem.team.size
+        n = len(self.first.path) - 1
+        return math.ceil(samples_needed(self._data.held_out.y0, n) / in_one)
 
 
 def samples_needed(y0: State, n: int) -> int:
@@ -147,7 +175,7 @@ def samples_needed(y0: State, n: int) -> int:
 
 
 def rows_of(y0: State, n: int) -> int:
-    """Return how many samples a piece may have."""
+    """Return how many samples a chunk may have."""
     per_sample = _numel(y0) / n_samples(y0)
     most = int(MOST_BYTES / (4 * n_tangents(n) * per_sample))
     return max(2, min(most, samples_needed(y0, n)))

@@ -17,6 +17,7 @@ from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError
 from torchdiffeq_hyper.fitting._reference import (
     Samples,
     Tolerances,
+    along_route,
     measure_residuals,
     solve_reference,
 )
@@ -92,7 +93,7 @@ class Batch:
             state, rows = self.layout.split(flat), index.to(flat.device)
             if isinstance(state, Tensor):
                 return state[:, rows]
-            return torch.cat([part[:, rows].reshape(len(part), -1) for part in state], dim=1)
+            return torch.cat([part[:, rows].flatten(1) for part in state], dim=1)
 
         routes = tuple(
             Samples(
@@ -114,7 +115,7 @@ class Data:
     Args:
         func: the vector field.
         batches: the starts.
-        tableau: the base.
+        tableau: the base whose residuals are measured, None for none.
         plan: times and routes.
         tolerances: of the reference solutions.
         units: those of references and residuals.
@@ -134,7 +135,7 @@ class Data:
         func: VectorField,
         batches: Batches,
         *,
-        tableau: Tableau,
+        tableau: Tableau | None,
         plan: Plan,
         tolerances: Tolerances,
         units: Units,
@@ -243,9 +244,9 @@ class Data:
 
 
 def measure_batch(
-    field: Field, starts: Starts, tableau: Tableau, plan: Plan, tolerances: Tolerances
+    field: Field, starts: Starts, tableau: Tableau | None, plan: Plan, tolerances: Tolerances
 ) -> Batch:
-    """Return a batch of starts with their reference solution and residuals.
+    """Return a batch of starts with their reference solution and a base's residuals, if any.
 
     Raises:
         NonFiniteError: a start or the solution is not finite.
@@ -254,5 +255,10 @@ def measure_batch(
     y0 = starts.y0
     layout = StateLayout.of(y0)
     solution = solve_reference(field, layout.join(y0), plan.times, tolerances)
-    routes = tuple(measure_residuals(field, tableau, route, solution) for route in plan.routes)
+    routes = tuple(
+        along_route(field, route, solution)
+        if tableau is None
+        else measure_residuals(field, tableau, route, solution)
+        for route in plan.routes
+    )
     return Batch(layout, field.dtype, routes, y0, field.units, context=starts.context)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._state import parts_of
-from torchdiffeq_hyper.fitting._adamw import usable_scale
 from torchdiffeq_hyper.fitting._auto import calibrate, measuring_time_in
 from torchdiffeq_hyper.fitting._batches import n_samples, select
 from torchdiffeq_hyper.fitting._budget import Budget
@@ -20,10 +19,10 @@ from torchdiffeq_hyper.fitting._context import Starts
 from torchdiffeq_hyper.fitting._data import Batch, measure_batch
 from torchdiffeq_hyper.fitting._field import Field
 from torchdiffeq_hyper.fitting._noise import measure_noise
-from torchdiffeq_hyper.fitting._phases import Phase
+from torchdiffeq_hyper.fitting._objectives import Objective, usable_scale
 from torchdiffeq_hyper.fitting._planning import PROBES
 from torchdiffeq_hyper.fitting._prepare import ENDLESS, MOST_BYTES, FieldCheck
-from torchdiffeq_hyper.fitting._problem import Problem
+from torchdiffeq_hyper.fitting._problem import HypersolverProblem
 from torchdiffeq_hyper.fitting._reference import Tolerances
 from torchdiffeq_hyper.fitting._units import Units
 from torchdiffeq_hyper.hypernets import ready
@@ -51,7 +50,7 @@ class Start:
     signs: dict[str, Any]
 
     @classmethod
-    def of(cls, problem: Problem, starts: Starts, net: nn.Module | None) -> Start:
+    def of(cls, problem: HypersolverProblem, starts: Starts, net: nn.Module | None) -> Start:
         """Check the field, measure, and calibrate a net.
 
         Args:
@@ -81,7 +80,7 @@ class Start:
             calibrate(net, batch)
         return cls(net, batch, noise, tolerances, units, field_check.signs)
 
-    def scale(self, phase: Phase, route: int) -> float:
+    def scale(self, phase: Objective, route: int) -> float:
         """Return the base's loss in a phase on a route, to which losses are relative."""
         return usable_scale(phase.base_loss(self.batch, route))
 
@@ -137,7 +136,7 @@ class KeptBatches:
         seconds: wall time spent so far.
     """
 
-    def __init__(self, problem: Problem, tolerances: Tolerances, units: Units) -> None:
+    def __init__(self, problem: HypersolverProblem, tolerances: Tolerances, units: Units) -> None:
         self._problem = problem
         self._tolerances = tolerances
         self._units = units

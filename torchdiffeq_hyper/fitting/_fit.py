@@ -1,27 +1,25 @@
-"""Fitting the correction of a hypersolver to a vector field."""
+"""`fit`: a learned solver for a vector field."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack, closing
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import StateTypeError, explain
-from torchdiffeq_hyper.fitting._auto import check_auto
+from torchdiffeq_hyper.fitting._bespoke import BespokeTarget
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._distributed import Team
-from torchdiffeq_hyper.fitting._guard import left_as_found, own_random_state
-from torchdiffeq_hyper.fitting._hypersolver import run
-from torchdiffeq_hyper.fitting._neural_ode import attributes_kept, check_shareable
-from torchdiffeq_hyper.fitting._phases import Progress
-from torchdiffeq_hyper.fitting._problem import Problem
-from torchdiffeq_hyper.fitting.bespoke import BespokeProblem, run_bespoke
+from torchdiffeq_hyper.fitting._engine import run
+from torchdiffeq_hyper.fitting._hypersolver import HypersolverTarget
+from torchdiffeq_hyper.fitting._neural_ode import check_shareable
 from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
+
+TARGETS: dict[str, type[BespokeTarget | HypersolverTarget]] = {"bns": BespokeTarget}
+"""What is fitted for a base, where it is not a hypersolver's net."""
 
 
 def fit(
@@ -140,13 +138,15 @@ def fit(
         >>> solver.report.validation < solver.report.base_validation / 5
         True
     """
+    if not isinstance(hypernet, str):
+        check_hypernet(hypernet)
     team = Team.current()
-    kind = BespokeProblem if base == "bns" else Problem
-    problem = kind.of(
+    target = TARGETS.get(base, HypersolverTarget).of(
         func,
         t_span,
         base=base,
         steps=steps,
+        hypernet=hypernet,
         alpha=alpha,
         objective=objective,
         direction=direction,
@@ -154,31 +154,8 @@ def fit(
         team=team,
         context=context,
     )
-    check_shareable(problem.func, team.size)
-    if isinstance(hypernet, str):
-        check_auto(hypernet, base)
-    else:
-        check_hypernet(hypernet)
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))  # noqa: FBT003
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(own_random_state(problem.config.seed))
-        stack.enter_context(left_as_found(func))
-        stack.enter_context(attributes_kept(problem.func))
-        stack.enter_context(team.together())
-        bar = stack.enter_context(
-            closing(
-                Progress(
-                    f"fit {problem.method}",
-                    problem.config.iterations,
-                    shown=progress and team.is_first,
-                )
-            )
-        )
-        if isinstance(problem, BespokeProblem):
-            assert not isinstance(hypernet, str)
-            return run_bespoke(problem, y0, hypernet, bar)
-        return run(problem, y0, hypernet, bar)
+    check_shareable(target.problem.func, team.size)
+    return run(target, func, y0, shown=progress)
 
 
 def check_hypernet(hypernet: object) -> None:

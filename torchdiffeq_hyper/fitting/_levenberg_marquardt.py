@@ -1,33 +1,47 @@
-"""The loop over damped steps: which samples, which damping, when to stop."""
+r"""Levenberg-Marquardt steps for the weights of a bespoke solver.
+
+n(n + 1)/2 weights are few beside the numbers in a batch of states, and a roll-out is
+nearly linear in them once they are near: a step of
+
+.. math:: (H + \lambda\,\mathrm{diag} H)\,\delta = -g, \qquad H = J^\top J,\; g = J^\top r
+
+with the residuals r of the end and their sensitivities J does what thousands of steps
+along the gradient do not.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper.fitting._adamw import snapshot
-from torchdiffeq_hyper.fitting._budget import Budget
-from torchdiffeq_hyper.fitting._checkpoint import FitState
-from torchdiffeq_hyper.fitting._chunks import Piece
-from torchdiffeq_hyper.fitting._distributed import Team
+from torchdiffeq_hyper._files import Maybe, Real, Row, Rule, TensorOf, Whole, refused
+from torchdiffeq_hyper.fitting._budget import Budget, Pace
+from torchdiffeq_hyper.fitting._checkpoint import PhaseState
+from torchdiffeq_hyper.fitting._chunks import Chunk, TrainingChunks
 from torchdiffeq_hyper.fitting._field import OutOfTimeError
-from torchdiffeq_hyper.fitting._phases import Progress
-from torchdiffeq_hyper.fitting._sensitivities import NormalEquations, packed, unpacked
-from torchdiffeq_hyper.solvers._report import LossPoint
-from torchdiffeq_hyper.solvers.bespoke import BespokeSolver
+from torchdiffeq_hyper.fitting._problem import Problem
+from torchdiffeq_hyper.fitting._sensitivities import (
+    NormalEquations,
+    n_weights,
+    packed,
+    unpacked,
+)
+from torchdiffeq_hyper.fitting._target import Phase
+from torchdiffeq_hyper.solvers.bespoke import BespokeSolver, compositions
 
 T = TypeVar("T")
 
 DAMPING = 1e-3
 LEAST_DAMPING = 1e-9
-MEMORY = 0.7
-"""Share of an iteration's equations that the next one still counts."""
+FORGETTING = 0.7
+"""Forgetting factor: share of an iteration's equations that the next one still counts."""
 RECENT = 4
-"""Iterations whose samples judge a step."""
+"""Iterations whose samples tell whether a step is taken."""
 TRIES = 6
 """Dampings tried in an iteration, each four times the one before."""
 GAIN = 0.03
@@ -37,204 +51,208 @@ STALLED = 4
 MOST_GROWTH = 8
 """Times as many samples as in the beginning, at most."""
 LAST_PATIENCE = 10
-"""Iterations without a gain, with all these samples, that end the loop."""
+"""Iterations without a gain, with all these samples, that end the descent."""
+SLOWER = 1.5
+"""Times as long as the one before that the descent from a further start may take."""
+
+_SQUARE = TensorOf((torch.float64,), (None, None))
+_VECTOR = TensorOf((torch.float64,), (None,))
 
 
-class WeightLoop:
-    """Improves a solver's weights step by step.
+@dataclass
+class LevenbergMarquardtState(PhaseState):
+    """How far a descent is.
+
+    Attributes:
+        start: number of the start that the weights come from.
+        damping: lambda.
+        count: chunks in an iteration.
+        position: number of the next chunk.
+        recent: numbers of the chunks of the last iterations.
+        memory: curvature and gradient of the iterations before, None without.
+    """
+
+    kind: ClassVar[str] = "levenberg-marquardt"
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "damping": Real(above=0.0),
+        "count": Whole(1),
+        "memory": Maybe(Row((_SQUARE, _VECTOR))),
+    }
+
+    start: int = 0
+    damping: float = DAMPING
+    count: int = 1
+    position: int = 0
+    recent: list[int] = field(default_factory=list)
+    memory: tuple[Tensor, Tensor] | None = None
+
+
+class LevenbergMarquardt(Phase):
+    """Improves a solver's weights step by step, from one start or from more in turn.
+
+    A descent ends in the valley it began in, and the best start is not always in the lowest:
+    where there is time, further starts follow.
 
     Args:
-        solver: ends with the weights that have the smallest held-out error.
-        state: where to start; updated in place.
-        training: the pieces by number, None beyond the last.
-        held_out: what is judged by.
-        number: number of the start that the weights come from.
-        first_count: pieces in an iteration in the beginning.
-        iterations: iterations wanted.
-        patience: iterations without a gain that end it, if fewer than usual.
-        deadline: when to end, in the budget's seconds.
-        team: the processes that share the work.
-        budget: the time there is.
-        progress: where to show it.
-        save: called with the state after each iteration.
+        solver: whose weights.
+        starts: classical methods to begin from, in order; the weights are the first one's.
+        training: the chunks to fit to.
+        held_out: the chunks to validate on.
+        problem: numbers and processes.
+        share_of_time: share of the time left that the phase may take.
     """
+
+    name = "trajectory"
+    gain = GAIN
+    training: LevenbergMarquardtState
 
     def __init__(
         self,
         solver: BespokeSolver,
-        state: FitState,
-        training: Callable[[int], Piece | None],
-        held_out: Sequence[Piece],
+        starts: Sequence[str],
+        training: TrainingChunks,
+        held_out: Sequence[Chunk],
         *,
-        number: int,
-        first_count: int,
-        iterations: int,
-        patience: int,
-        deadline: float,
-        team: Team,
-        budget: Budget,
-        progress: Progress,
-        save: Callable[[FitState], None],
+        problem: Problem,
+        share_of_time: float,
     ) -> None:
+        self.wanted = problem.config.iterations
         self._solver = solver
-        self._state = state
-        self._training = training
+        self._starts = starts
+        self._chunks = training
         self._held_out = held_out
-        self._number = number
-        self._first_count = first_count
-        self._iterations = iterations
-        self._patience = min(patience, LAST_PATIENCE)
-        self._deadline = deadline
-        self._team = team
-        self._budget = budget
-        self._progress = progress
-        self._save = save
+        self._team = problem.team
+        self._patience = min(problem.config.patience, LAST_PATIENCE)
+        self._share_of_time = share_of_time
         self._n = len(solver.weights)
 
-    @torch.no_grad()
-    def run(self) -> None:
-        """Run until nothing is gained, or iterations or time are over."""
-        state = self._state
-        self._solver.load_state_dict(state.net)
-        if state.optimizer is None:
-            count = self._first_count
-            state.optimizer = {
-                "number": self._number,
-                "damping": DAMPING,
-                "count": count,
-                "position": 0,
-                "recent": [],
-                "memory": [],
-                "mark": math.inf,
-            }
-            state.planned = [self._iterations]
-        state.stopped = "max_seconds"
-        while self._budget.seconds < self._deadline:
-            if state.iteration >= self._iterations:
-                state.stopped = "iterations"
-                break
-            if not self._iterate():
-                break
-            if self._has_stalled():
-                state.stopped = "patience"
-                break
-        self._solver.load_state_dict(state.best)
+    def begin(self, saved: PhaseState | None, budget: Budget) -> bool:
+        """Begin at the first start, or go on."""
+        self._budget = budget
+        self._deadline = budget.seconds + self._share_of_time * budget.to_train
+        self.pace = Pace(budget, self._deadline, self.wanted)
+        self._first_count = self._team.from_first(self._chunks.needed)
+        self._descend_from(0)
+        if saved is not None:
+            assert isinstance(saved, LevenbergMarquardtState)
+            self.training = saved
+            if saved.memory is not None:
+                size = n_weights(self._n)
+                with refused("the checkpoint"):
+                    rule = Row((TensorOf(shape=(size, size)), TensorOf(shape=(size,))))
+                    rule.check(saved.memory, "state.training.memory")
+        return False
 
-    def _iterate(self) -> bool:
-        """Do one iteration; return whether it ended in time."""
-        state, optimizer = self._state, self._state.optimizer
-        assert optimizer is not None
+    def _descend_from(self, start: int) -> None:
+        self._began = self._budget.seconds
+        self.training = LevenbergMarquardtState(self.wanted, start=start, count=self._first_count)
+
+    @torch.no_grad()
+    def iterate(self, number: int, done: int) -> float:
+        """Try steps with more and more damping, until one lowers the error."""
+        training = self.training
         vector = packed(self._solver.weights.detach().double().cpu())
-        try:
-            pieces = self._next_pieces(optimizer)
-        except OutOfTimeError:
-            return False
+        chunks = self._next_chunks()
         weights = self._solver.weights.detach()
-        found = self._together(lambda: _added([piece.equations(weights) for piece in pieces]))
-        if found is None:
-            return False
-        equations = _added([*found, *(NormalEquations(*m) for m in optimizer["memory"])])
-        judges = self._recent(optimizer)
-        before = self._loss(judges, vector)
-        if before is None:
-            return False
+        found = self._together(lambda: _added([chunk.equations(weights) for chunk in chunks]))
+        if training.memory is not None:
+            found.append(NormalEquations(*training.memory))
+        equations = _added(found)
+        compared = self._recent()
+        before = self._loss(compared, vector)
         loss, moved = before, torch.zeros_like(vector)
         for tried in range(TRIES):
-            new = equations.step(vector, self._n, optimizer["damping"])
-            after = self._loss(judges, new)
-            if after is None:
-                return False
+            new = equations.step(vector, self._n, training.damping)
+            after = self._loss(compared, new)
             if new is not None and after < before:
                 loss, moved = after, new - vector
                 self._solver.set_weights(unpacked(new, self._n))
                 if tried == 0:
-                    optimizer["damping"] = max(optimizer["damping"] / 4, LEAST_DAMPING)
+                    training.damping = max(training.damping / 4, LEAST_DAMPING)
                 break
-            optimizer["damping"] *= 4
-        optimizer["memory"] = [tuple(equations.faded(MEMORY, moved))]
-        state.iteration += 1
-        self._validate(loss)
-        return True
+            training.damping *= 4
+        older = equations.forgotten(FORGETTING, moved)
+        training.memory = (older.curvature, older.gradient)
+        return loss
 
-    def _loss(self, pieces: Sequence[Piece], vector: Tensor | None) -> float | None:
-        """Return the mean error with some weights, inf without any; None if time is over."""
+    def _loss(self, chunks: Sequence[Chunk], vector: Tensor | None) -> float:
+        """Return the mean error with some weights, inf without any."""
         if vector is None:
             return math.inf
         weights = unpacked(vector, self._n).to(self._solver.weights)
-        found = self._together(lambda: [(p.loss(weights), len(p.scale)) for p in pieces])
-        if found is None:
-            return None
+        found = self._together(lambda: [(c.loss(weights), len(c.scale)) for c in chunks])
         losses = [one for process in found for one in process]
         return sum(loss for loss, _ in losses) / sum(count for _, count in losses)
 
-    def _together(self, measure: Callable[[], T]) -> list[T] | None:
-        """Return what all processes measure, None if one has run out of time."""
+    def _together(self, measure: Callable[[], T]) -> list[T]:
+        """Return what all processes measure.
+
+        Raises:
+            OutOfTimeError: one of them has run out of time.
+        """
         mine: T | None
         try:
             mine = measure()
         except OutOfTimeError:
             mine = None
         found = [one for one in self._team.gather(mine) if one is not None]
-        return found if len(found) == self._team.size else None
+        if len(found) < self._team.size:
+            raise OutOfTimeError
+        return found
 
-    def _next_pieces(self, optimizer: dict[str, Any]) -> list[Piece]:
-        """Return the next pieces in turn, each at most once."""
-        position = optimizer["position"]
-        chosen: dict[int, Piece] = {}
-        for _ in range(optimizer["count"]):
-            piece = self._training(position)
-            if piece is None:
-                position, piece = 0, self._training(0)
-                assert piece is not None
+    def _next_chunks(self) -> list[Chunk]:
+        """Return the next chunks in turn, each at most once."""
+        training, position = self.training, self.training.position
+        chosen: dict[int, Chunk] = {}
+        for _ in range(training.count):
+            chunk = self._chunks.get(position)
+            if chunk is None:
+                position, chunk = 0, self._chunks.first
             if position in chosen:
                 break
-            chosen[position] = piece
+            chosen[position] = chunk
             position += 1
-        optimizer["position"] = position
-        older = [p for p in optimizer["recent"] if p not in chosen]
+        training.position = position
+        older = [p for p in training.recent if p not in chosen]
         if not older:  # the same samples again: what was remembered of them is only staler
-            optimizer["memory"] = []
-        optimizer["recent"] = [*older, *chosen][-RECENT * optimizer["count"] :]
+            training.memory = None
+        training.recent = [*older, *chosen][-RECENT * training.count :]
         return list(chosen.values())
 
-    def _recent(self, optimizer: dict[str, Any]) -> list[Piece]:
-        """Return the pieces of this and the last iterations."""
-        pieces = [self._training(position) for position in optimizer["recent"]]
-        return [piece for piece in pieces if piece is not None]
+    def _recent(self) -> list[Chunk]:
+        """Return the chunks of this and the last iterations."""
+        chunks = [self._chunks.get(position) for position in self.training.recent]
+        return [chunk for chunk in chunks if chunk is not None]
 
-    def _validate(self, loss: float) -> None:
-        state = self._state
-        weights = self._solver.weights.detach()
-        error = self._team.from_first(lambda: mean_error(self._held_out, weights))
-        state.history.append(LossPoint(state.iteration, "trajectory", loss, error))
-        state.net = self._solver.state_dict()
-        assert state.optimizer is not None
-        state.since_best += 1
-        if error < state.best_error:
-            state.best, state.best_error = snapshot(self._solver), error
-        if error < state.optimizer["mark"] * (1 - GAIN):
-            state.optimizer["mark"], state.since_best = error, 0
-        state.seconds = self._budget.seconds
-        self._save(state)
-        self._progress.show("trajectory", state.iteration, self._iterations, state)
+    def error(self) -> float:
+        """Return the mean relative error at the end of the held-out samples."""
+        return mean_error(self._held_out, self._solver.weights.detach())
 
-    def _has_stalled(self) -> bool:
-        """Return whether nothing more is gained; look at more samples before that."""
-        state, optimizer = self._state, self._state.optimizer
-        assert optimizer is not None
-        most = MOST_GROWTH * self._first_count
-        if optimizer["count"] < most and state.since_best >= STALLED:
-            optimizer["count"] = min(2 * optimizer["count"], most)
-            state.since_best = 0
-            return False
-        return state.since_best >= self._patience
+    def validated(self, done: int) -> None:
+        """Where nothing more is gained, look at more samples, then go to the next start."""
+        training, most = self.training, MOST_GROWTH * self._first_count
+        if training.count < most and training.since_best >= STALLED:
+            training.count, training.since_best = min(2 * training.count, most), 0
+        elif self.has_converged(done) and done < self.wanted:
+            self._try_next_start()
+
+    def _try_next_start(self) -> None:
+        """Begin anew at the next start, if there is one and time for it."""
+        start, now = self.training.start + 1, self._budget.seconds
+        if start < len(self._starts) and now + SLOWER * (now - self._began) <= self._deadline:
+            self._solver.set_weights(compositions(self._n)[self._starts[start]])
+            self._descend_from(start)
+
+    def has_converged(self, done: int) -> bool:
+        """Return whether nothing more is gained."""
+        return self.training.since_best >= self._patience
 
 
 @torch.no_grad()
-def mean_error(pieces: Sequence[Piece], weights: Tensor) -> float:
+def mean_error(chunks: Sequence[Chunk], weights: Tensor) -> float:
     """Return the mean relative error at the end; inf if a roll-out blew up."""
-    count = sum(len(piece.scale) for piece in pieces)
-    error = sum(piece.loss(weights) for piece in pieces) / count
+    count = sum(len(chunk.scale) for chunk in chunks)
+    error = sum(chunk.loss(weights) for chunk in chunks) / count
     return error if math.isfinite(error) else math.inf
 
 

@@ -1,4 +1,4 @@
-"""Whether residuals stand above the noise in them."""
+"""Whether what is fitted to stands above the noise in it: rounding, and that of references."""
 
 from __future__ import annotations
 
@@ -85,3 +85,57 @@ def _refined(times: Tensor) -> Tensor:
     """Return the times with their midpoints."""
     middles = (times[:-1] + times[1:]) / 2
     return torch.cat([torch.stack([times[:-1], middles], dim=1).flatten(), times[-1:]])
+
+
+LOOSE = 1e3
+"""Noise, in units of the dtype's rounding, that is more than rounding."""
+
+
+def noise_at_end(field: Field, y0: State, times: Tensor, tolerances: Tolerances) -> float:
+    """Return the relative noise in the solution's end: of the reference, and of rounding.
+
+    Args:
+        field: the vector field, for states like ``y0``.
+        y0: a few samples.
+        times: start and end.
+        tolerances: those of the reference solutions.
+    """
+    layout = StateLayout.of(y0)
+    flat = layout.join(y0)
+    tight = tolerances.tightened(10.0 if tolerances.rtol >= 1e-12 else 0.1)
+    first, second = (solve_reference(field, flat, times, each)[-1:] for each in (tolerances, tight))
+    size, noise = (
+        float(sample_norms(layout.split(state)).mean()) for state in (first, first - second)
+    )
+    # Half a unit in the last place of the state, and half of one of the state in true units.
+    return noise / (size or 1.0) + torch.finfo(state_dtype(flat.dtype)).eps
+
+
+def refuse_exact(name: str, n: int, error: float, noise: float, dtype: torch.dtype) -> NoReturn:
+    """Refuse to fit where a classical method is exact to rounding, or the reference too loose.
+
+    Raises:
+        NoiseFloorError: always.
+    """
+    if noise > LOOSE * torch.finfo(dtype).eps:
+        raise NoiseFloorError(
+            explain(
+                f"the reference solution is too loose to fit to: the mean relative error of {name} "
+                f"with {n} calls of func is {error:.3g}, the reference's own {noise:.3g}.",
+                "noise below half of the error. The default atol is absolute: it suits states of "
+                "size 1 and above.",
+                "config=tdh.FitConfig(atol=1e-3 * 1e-6)   # for states of size 1e-3",
+            )
+        )
+    raise NoiseFloorError(
+        explain(
+            f"{name} with {n} calls of func is already exact to this dtype, as far as can be "
+            f"told: its mean relative error is {error:.3g}, the noise in it {noise:.3g} ({dtype}).",
+            "noise below half of the error: nothing else could be learned.",
+            f"{name} as it is\n"
+            f"or fewer calls: steps={max(1, n // 2)}\n"
+            "or, if the digits matter: func.double() and y0.double()\n"
+            "or, if the reference is the loose part: FitConfig(rtol=..., atol=...), "
+            "100 times smaller",
+        )
+    )

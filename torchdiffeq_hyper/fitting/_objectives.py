@@ -1,22 +1,27 @@
-r"""What a fit minimises, and what it is judged by."""
+"""What a fit minimises, and the errors by which its result is measured."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from torchdiffeq_hyper._state import Hypernet, State, StepInput, VectorField, parts_of, sample_norms
+from torchdiffeq_hyper._state import Hypernet, State, StepInput, VectorField, sample_norms
 from torchdiffeq_hyper.errors import NonFiniteError
-from torchdiffeq_hyper.fitting._batches import n_samples
 from torchdiffeq_hyper.fitting._data import Batch
+from torchdiffeq_hyper.fitting._errors import quantiles
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 from torchdiffeq_hyper.solvers._stepping import Correction
 
-QUANTILES = ("0.5", "0.9", "0.99", "max")
+
+def no_correction(step: StepInput) -> State:
+    """Return zero: the hypernet of the base alone."""
+    if isinstance(step.y, Tensor):
+        return torch.zeros_like(step.y)
+    return tuple(torch.zeros_like(part) for part in step.y)
 
 
 def step_inputs(batch: Batch, route: int) -> Iterator[StepInput]:
@@ -117,86 +122,110 @@ def delta_quantiles(hypernet: Hypernet, order: int, batch: Batch) -> dict[str, f
         residual_errors(hypernet, order, batch, r, range(len(batch.routes[r].dt))).flatten()
         for r in _routes(batch, None)
     ]
-    unit = batch.units.residual(order)
-    return {name: unit * value for name, value in quantiles(torch.cat(errors)).items()}
+    return quantiles(torch.cat(errors), batch.units.residual(order))
 
 
-def quantiles(values: Tensor) -> dict[str, float]:
-    """Return the quantiles that a report has of some values, (n,)."""
-    errors = values.sort().values
-    # By rank, not interpolated: torch.quantile refuses more than 2^24 values.
-    ranks = [min(int(float(q) * len(errors)), len(errors) - 1) for q in QUANTILES[:-1]]
-    chosen = [errors[rank] for rank in ranks] + [errors[-1]]
-    return {name: float(value) for name, value in zip(QUANTILES, chosen, strict=True)}
+MOST_STEPS = 8
+"""Steps of a route that one iteration on residuals looks at."""
 
 
-def no_correction(step: StepInput) -> State:
-    """Return zero: the hypernet of the base alone."""
-    if isinstance(step.y, Tensor):
-        return torch.zeros_like(step.y)
-    return tuple(torch.zeros_like(part) for part in step.y)
+class Objective(Protocol):
+    """What is minimised, and an error to compare states of a net by."""
 
-
-Run = Callable[[VectorField, State, Tensor], State]
-"""``(func, y0, t) -> solution``, like ``y0`` with ``len(t)`` in front."""
-
-
-class Fitted(NamedTuple):
-    """A fitted solver and the one it started as.
-
-    Attributes:
-        run: the fitted solver's ``(func, y0, t) -> solution``.
-        base: the same of the classical method that it started as.
-        name: that method's name, for people.
-        calls: calls of func in a solve between two points.
-        fewest: iterations below which a fit is a trial that nobody has to earn back.
-    """
-
-    run: Run
-    base: Run
     name: str
-    calls: int
-    fewest: int
+
+    def loss(self, batch: Batch, route: int) -> Tensor:
+        """Return the 0-d training loss."""
+        ...
+
+    def error(self, batch: Batch) -> float:
+        """Return the mean error over all routes, without gradient."""
+        ...
+
+    def base_error(self, batch: Batch, route: int | None = None) -> float:
+        """Return the same for the base alone, over all routes or on one."""
+        ...
+
+    def base_loss(self, batch: Batch, route: int) -> float:
+        """Return the training loss of the base alone, to which losses are relative."""
+        ...
 
 
-BROKEN = (ArithmeticError, AssertionError)
-"""What our solvers and the host raise where a solve blows up."""
+class ResidualObjective:
+    r"""Minimise mean_n :math:`|R_n - g|_2` ([H] eq. 5): calls of g only."""
+
+    name = "residual"
+
+    def __init__(self, net: nn.Module, order: int) -> None:
+        self._net = net
+        self._order = order
+
+    def loss(self, batch: Batch, route: int) -> Tensor:
+        """Return the mean over a few random steps, so that fine grids cost no more."""
+        n_steps = len(batch.routes[route].dt)
+        steps = torch.randperm(n_steps)[:MOST_STEPS].tolist()
+        return residual_errors(self._net, self._order, batch, route, steps).mean()
+
+    def error(self, batch: Batch) -> float:
+        """Return the mean of |R - g|_2 as a share of that of |R|_2."""
+        size = mean_residual_error(no_correction, self._order, batch)
+        return mean_residual_error(self._net, self._order, batch) / (size or 1.0)
+
+    def base_error(self, batch: Batch, route: int | None = None) -> float:
+        """Return 1: all of |R|_2."""
+        return 1.0
+
+    def base_loss(self, batch: Batch, route: int) -> float:
+        """Return the mean of |R|_2."""
+        return mean_residual_error(no_correction, self._order, batch, route)
 
 
-@torch.no_grad()
-def end_errors(run: Run, func: VectorField, batch: Batch, route: int = 0) -> Tensor:
-    """Return |y(T) - y_n|_2 / |y(T)|_2 of each sample at the end of a route, (batch,).
+class TrajectoryObjective:
+    r"""Minimise :math:`\sum_n |y(t_n) - y_n|_2` of the solver's own roll-out."""
 
-    A sample that blows up has an infinite error; the others have their own.
-    """
-    off = _off(run, func, batch, route, is_whole=False)[-1]
-    return _finite_or_inf(off / batch.end_sizes(route))
+    name = "trajectory"
 
+    def __init__(self, solver: HyperSolver, func: VectorField) -> None:
+        self._solver = solver
+        self._base = HyperSolver(solver.base, no_correction, alpha=solver.alpha)
+        self._func = func
 
-@torch.no_grad()
-def errors_along(run: Run, func: VectorField, batch: Batch, route: int = 0) -> Tensor:
-    """Return the relative errors at all times of a route but the first, (n, batch)."""
-    off = _off(run, func, batch, route, is_whole=True)
-    return _finite_or_inf(off / batch.sizes(route)[1:])
+    def loss(self, batch: Batch, route: int) -> Tensor:
+        """Return the mean over samples."""
+        return trajectory_errors(self._solver, self._func, batch, route).sum(0).mean()
 
+    def error(self, batch: Batch) -> float:
+        """Return the mean relative error over samples and steps; inf if a roll-out blew up."""
+        return mean_trajectory_error(self._solver, self._func, batch)
 
-def _off(run: Run, func: VectorField, batch: Batch, route: int, *, is_whole: bool) -> Tensor:
-    """Return |y(t_n) - y_n|_2 at all times but the first, or at the end alone."""
-    samples, count = batch.routes[route], n_samples(batch.y0)
-    times = samples.times if is_whole else samples.times[[0, -1]]
-    try:
-        found = run(batch.field(func), batch.start(route), times)
-    except BROKEN:
-        if count == 1:
-            return torch.full((len(times) - 1, 1), math.inf, device=samples.y.device)
-        halves = torch.arange(count).tensor_split(2)
-        parts = [_off(run, func, batch.some(half), route, is_whole=is_whole) for half in halves]
-        return torch.cat(parts, dim=1)
-    exact = batch.layout.split(samples.y if is_whole else samples.y[[0, -1]])
-    pairs = zip(parts_of(found), parts_of(exact), strict=True)
-    difference = tuple(a[1:].to(b.dtype) - b[1:] for a, b in pairs)
-    return sample_norms(difference, batch.units.state)
+    def base_error(self, batch: Batch, route: int | None = None) -> float:
+        """Return the same with no correction."""
+        return mean_trajectory_error(self._base, self._func, batch, route)
+
+    @torch.no_grad()
+    def base_loss(self, batch: Batch, route: int) -> float:
+        """Return the loss with no correction; inf if its roll-out blew up."""
+        try:
+            errors = trajectory_errors(self._base, self._func, batch, route)
+        except NonFiniteError:
+            return float("inf")
+        return float(errors.sum(0).mean())
 
 
-def _finite_or_inf(errors: Tensor) -> Tensor:
-    return torch.where(torch.isfinite(errors), errors, torch.inf)
+def objectives_of(
+    name: str, solver: HyperSolver, func: VectorField
+) -> tuple[tuple[Objective, ...], Objective]:
+    """Return what each phase of a fit minimises, and what selects its best state."""
+    assert isinstance(solver.hypernet, nn.Module)
+    residual = ResidualObjective(solver.hypernet, solver.tableau.order)
+    trajectory = TrajectoryObjective(solver, func)
+    if name == "residual":
+        return (residual,), residual
+    if name == "trajectory":
+        return (trajectory,), trajectory
+    return (residual, trajectory), trajectory
+
+
+def usable_scale(scale: float) -> float:
+    """Return a scale to divide by: 1 where the base is exact or blew up."""
+    return scale if math.isfinite(scale) and scale > 0 else 1.0

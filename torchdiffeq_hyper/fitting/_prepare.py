@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NoReturn
 
@@ -16,15 +15,15 @@ from torchdiffeq_hyper._state import StateLayout
 from torchdiffeq_hyper.errors import CoupledSamplesError, StateShapeError, explain, first_line
 from torchdiffeq_hyper.fitting._batches import Batches, n_samples, select
 from torchdiffeq_hyper.fitting._budget import Budget, Deadline
-from torchdiffeq_hyper.fitting._checkpoint import FitState, Store, check_same_call, signs_of_field
 from torchdiffeq_hyper.fitting._context import Starts, context_signature
 from torchdiffeq_hyper.fitting._data import Data
+from torchdiffeq_hyper.fitting._errors import Run, end_errors
 from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError, check_field, wide_dtype
 from torchdiffeq_hyper.fitting._neural_ode import NeuralODEField, check_call
-from torchdiffeq_hyper.fitting._objectives import Run, end_errors
 from torchdiffeq_hyper.fitting._planning import FEWEST, LOOSEST, ReferencePlan, plan_references
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._reference import Tolerances
+from torchdiffeq_hyper.fitting._signature import signs_of_field
 from torchdiffeq_hyper.fitting._units import Units
 
 SOME = 8
@@ -201,23 +200,6 @@ class FieldCheck:
             "context": context_signature(context),
             **self.signs,
         }
-
-
-def opened(
-    problem: Problem, signature: Mapping[str, Any], budget: Budget
-) -> tuple[Store, FitState | None]:
-    """Return where the fit's state is kept, and what an interrupted run left there.
-
-    Raises:
-        OptionError: processes of this fit make different calls; or as `Store.read`.
-    """
-    team = problem.team
-    check_same_call(team.gather(signature))
-    store = Store(problem.config.checkpoint if team.is_first else None, signature)
-    state = team.from_first(store.read)
-    if state is not None:
-        budget.resume(state.seconds)
-    return store, state
 
 
 def planned(

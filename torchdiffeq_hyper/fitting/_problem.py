@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, parts_of
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._context import Context, split_context
 from torchdiffeq_hyper.fitting._distributed import Team
-from torchdiffeq_hyper.fitting._phases import OBJECTIVES
 from torchdiffeq_hyper.fitting._routes import Plan, check_choice, check_span, step_counts
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._domain import FitDomain
@@ -17,37 +16,38 @@ from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 from torchdiffeq_hyper.tableaus import Tableau
 
+OBJECTIVES = ("combined", "residual", "trajectory")
 RESIDUAL_SHARE = 0.25
 """Share of the iterations of a combined fit that its residual phase takes."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The checked arguments of a fit, apart from data and net.
+    """The checked arguments of any fit, apart from data and net.
 
     Attributes:
         func: the vector field, called with the context of each batch.
         span: start and end.
         steps: as the user gave them.
         plan: times and routes.
-        tableau: the base.
         direction: "forward", "reverse" or "both".
         objective: "combined", "residual" or "trajectory".
         config: lengths, rates, tolerances.
         team: the processes that share the work.
         context: that of all samples; "batch" where each batch brings its own.
+        tableau: the base whose residuals are measured along references; None for none.
     """
 
     func: VectorField
     span: tuple[float, float]
     steps: Steps
     plan: Plan
-    tableau: Tableau
     direction: str
     objective: str
     config: FitConfig
-    team: Team = field(default_factory=Team)
-    context: Context = ()
+    team: Team
+    context: Context
+    tableau: Tableau | None
 
     @classmethod
     def of(
@@ -55,15 +55,14 @@ class Problem:
         func: VectorField,
         t_span: object,
         *,
-        base: str,
         steps: Steps,
-        alpha: float | None,
         objective: str,
         direction: str,
         config: FitConfig | None,
+        tableau: Tableau | None = None,
         team: Team | None = None,
         context: object = None,
-    ) -> Problem:
+    ) -> Self:
         """Return the problem, checked.
 
         Raises:
@@ -78,12 +77,12 @@ class Problem:
             span=span,
             steps=steps,
             plan=Plan.of(span, steps, direction),
-            tableau=_registry.find_tableau(base, alpha),
             direction=direction,
             objective=check_choice("objective", objective, OBJECTIVES),
             config=FitConfig() if config is None else config,
             team=Team() if team is None else team,
             context=checked_context,
+            tableau=tableau,
         )
 
     @property
@@ -91,10 +90,32 @@ class Problem:
         """Length of the span, above 0."""
         return abs(self.span[1] - self.span[0])
 
-    @property
-    def method(self) -> str:
-        """The method string of the solver to be fitted."""
-        return _registry.method_of(self.tableau.name).name
+    def domain(self, y0: State) -> FitDomain:
+        """Return what the solver is fitted for."""
+        counts = step_counts(self.steps)
+        return FitDomain(
+            span=self.span,
+            dt_min=self.width / counts[-1],
+            dt_max=self.width / counts[0],
+            directions=self.plan.signs,
+            shapes=tuple(tuple(part.shape[1:]) for part in parts_of(y0)),
+            is_tuple=isinstance(y0, tuple),
+            dtype=str(StateLayout.of(y0).join(y0).dtype).removeprefix("torch."),
+        )
+
+
+@dataclass(frozen=True)
+class HypersolverProblem(Problem):
+    """The checked arguments of a hypersolver's fit; ``tableau`` is its base."""
+
+    tableau: Tableau
+
+    @classmethod
+    def of_base(
+        cls, func: VectorField, t_span: object, *, base: str, alpha: float | None, **given: Any
+    ) -> Self:
+        """Return the problem, checked as by `Problem.of`, which takes the other arguments."""
+        return cls.of(func, t_span, tableau=_registry.find_tableau(base, alpha), **given)
 
     @property
     def iterations(self) -> list[int]:
@@ -109,17 +130,3 @@ class Problem:
         """Return a solver with this base."""
         base, alpha = self.tableau.name, self.tableau.alpha
         return HyperSolver(base, net, steps, alpha=alpha, **filled)
-
-    def domain(self, y0: State) -> FitDomain:
-        """Return what the solver is fitted for."""
-        parts = parts_of(y0)
-        width, counts = self.width, step_counts(self.steps)
-        return FitDomain(
-            span=self.span,
-            dt_min=width / counts[-1],
-            dt_max=width / counts[0],
-            directions=self.plan.signs,
-            shapes=tuple(tuple(part.shape[1:]) for part in parts),
-            is_tuple=isinstance(y0, tuple),
-            dtype=str(StateLayout.of(y0).join(y0).dtype).removeprefix("torch."),
-        )

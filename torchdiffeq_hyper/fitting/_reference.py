@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -152,14 +152,16 @@ class Samples:
     """The steps of one route along a reference solution, ready for fitting.
 
     All are in the dtype in which a solver steps the state; states are flat. All but the
-    residuals are in true units: they are what a hypernet is given.
+    residuals are in true units: they are what a hypernet is given. Where no residuals are
+    measured, there are no stages either.
 
     Attributes:
         times: (n + 1,) times.
         dt: (n,) signed step sizes.
         y: (n + 1, ...) the solution.
         stages: for each stage of the base, (n, ...) its derivatives.
-        residual: (n, ...) the residuals R_n, in units of `Units.residual`.
+        residual: (n, ...) the residuals R_n, in units of `Units.residual`; (0, ...) where
+            they are not measured.
     """
 
     times: Tensor
@@ -167,6 +169,21 @@ class Samples:
     y: Tensor
     stages: tuple[Tensor, ...]
     residual: Tensor
+
+
+def along_route(field: Field, route: Route, solution: Tensor) -> Samples:
+    """Return a reference solution along a route, without residuals: at no call of func.
+
+    Args:
+        field: the vector field.
+        route: which steps.
+        solution: (m, ...) states in the field's units, of which ``route.points`` are the route's.
+    """
+    narrow = state_dtype(field.dtype)
+    y = (solution[route.points.to(solution.device)] * field.units.state).to(narrow)
+    # The step sizes must be those that a solve in the state's dtype takes.
+    times = route.times.to(y.device, narrow)
+    return Samples(times=times, dt=times.diff(), y=y, stages=(), residual=y[:0])
 
 
 @torch.no_grad()
@@ -184,7 +201,8 @@ def measure_residuals(field: Field, tableau: Tableau, route: Route, solution: Te
         route: which steps.
         solution: (m, ...) states in the field's units, of which ``route.points`` are the route's.
     """
-    narrow, units = state_dtype(field.dtype), field.units
+    samples = along_route(field, route, solution)
+    narrow, units = samples.y.dtype, field.units
     y = solution[route.points.to(solution.device)]
     times = units.times(route.times).to(y)
     residuals, stages = [], []
@@ -192,12 +210,8 @@ def measure_residuals(field: Field, tableau: Tableau, route: Route, solution: Te
         dy, k = tableau.increment(field, times[n], dt, times[n + 1], y[n])
         residuals.append(((y[n + 1] - y[n] - dy) / dt ** (tableau.order + 1)).to(narrow))
         stages.append(tuple((stage * (units.state / units.time)).to(narrow) for stage in k))
-    # The step sizes must be those that a solve in the state's dtype takes.
-    narrow_times = route.times.to(y.device, narrow)
-    return Samples(
-        times=narrow_times,
-        dt=narrow_times.diff(),
-        y=(y * units.state).to(narrow),
+    return replace(
+        samples,
         stages=tuple(torch.stack(stage) for stage in zip(*stages, strict=True)),
         residual=torch.stack(residuals),
     )

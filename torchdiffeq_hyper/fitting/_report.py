@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -17,15 +17,16 @@ from torchdiffeq_hyper.fitting._break_even import measure as measure_break_even
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._checkpoint import FitState
 from torchdiffeq_hyper.fitting._data import Batch, Data
-from torchdiffeq_hyper.fitting._objectives import (
+from torchdiffeq_hyper.fitting._errors import (
     BROKEN,
     QUANTILES,
-    Fitted,
+    Comparison,
     Run,
-    end_errors,
+    at_end,
     errors_along,
 )
 from torchdiffeq_hyper.fitting._problem import Problem
+from torchdiffeq_hyper.fitting._target import Target
 from torchdiffeq_hyper.fitting._units import size_of
 from torchdiffeq_hyper.hypernets import join_channels
 from torchdiffeq_hyper.solvers._report import BreakEven, ErrorSummary, FitReport, Rival
@@ -37,7 +38,7 @@ ASTRAY = 3.0
 
 
 @torch.no_grad()
-def wider_starts(fitted: Fitted, func: VectorField, batch: Batch) -> str:
+def starts_further_out(compared: Comparison, func: VectorField, batch: Batch) -> str:
     """Return what to say of starts further out; "" where the fitted solver takes them.
 
     Held-out samples are like those fitted on, and may miss what a tail of others does. No
@@ -45,14 +46,14 @@ def wider_starts(fitted: Fitted, func: VectorField, batch: Batch) -> str:
     stands in for it, on the samples on which that stays finite.
 
     Args:
-        fitted: the solver.
+        compared: the solver, and what it started as.
         func: the vector field.
         batch: samples that it was fitted on.
     """
     start = batch.start(0)
-    wide = tuple(_wider(part) for part in parts_of(start))
-    y0: State = wide if isinstance(start, tuple) else wide[0]
-    own, base = (_ends(run, func, batch, y0) for run in (fitted.run, fitted.base))
+    far = tuple(_further_out(part) for part in parts_of(start))
+    y0: State = far if isinstance(start, tuple) else far[0]
+    own, base = (_ends(run, func, batch, y0) for run in (compared.run, compared.base))
     unit = batch.units.state
     is_finite = torch.isfinite(sample_norms(base, unit)[0])
     if not bool(is_finite.any()):
@@ -64,12 +65,12 @@ def wider_starts(fitted: Fitted, func: VectorField, batch: Batch) -> str:
         return ""
     return (
         f"starts unlike those fitted on may go wrong: {astray} of {len(off)} starts {FURTHER:g} "
-        f"times as far from their mean end far from where {fitted.name} ends; fit on starts that "
+        f"times as far from their mean end far from where {compared.name} ends; fit on starts that "
         "cover all that you will meet"
     )
 
 
-def _wider(part: Tensor) -> Tensor:
+def _further_out(part: Tensor) -> Tensor:
     mean = part.float().mean(0).to(part.dtype)
     return mean + FURTHER * (part - mean)
 
@@ -102,60 +103,36 @@ CLEAR = 1.25
 T = TypeVar("T")
 
 
-def is_worse(fitted: Fitted, problem: Problem, data: Data) -> bool:
-    """Return whether the base has smaller errors at the end, in mean or 95th percentile.
-
-    That is on held-out samples, or even on those fitted to.
-    """
-    for batch in (data.held_out, data.first):
-        own, base = (_at_end(run, problem, batch) for run in (fitted.run, fitted.base))
-        if not (own.mean <= base.mean and own.p95 <= base.p95):
-            return True
-    return False
-
-
 def reported(
-    problem: Problem,
-    fitted: Fitted,
-    data: Data,
-    state: FitState,
-    budget: Budget,
-    *,
-    deltas: Callable[[], tuple[dict[str, float], dict[str, float]]],
-    notes: tuple[str, ...],
+    target: Target, data: Data, state: FitState, budget: Budget, notes: Sequence[str]
 ) -> FitReport:
     """Return the report of a fit that ends. No measurement that fails loses the fit.
 
     Args:
-        problem: what was fitted.
-        fitted: the solver.
+        target: what was fitted.
         data: what was measured.
         state: where the fit ended.
         budget: the time there was.
-        deltas: measures the quantiles of |R - g| and of |R|.
         notes: of the fit itself.
     """
-    failed: list[str] = []
-    held_out, func = data.held_out, problem.func
-    errors = _or_none(lambda: _at_end(fitted.run, problem, held_out), "the error", failed)
-    base_errors = _or_none(lambda: _at_end(fitted.base, problem, held_out), "the base", failed)
+    held_out, func, compared = data.held_out, target.problem.func, target.comparison()
+    measured = _Measurements()
     finest = max(range(len(held_out.routes)), key=lambda r: len(held_out.routes[r].dt))
-    along = _or_none(lambda: errors_along(fitted.run, func, held_out, finest), "the span", failed)
-    rival = _or_none(
-        lambda: best_classical(fitted.run, func, held_out, calls=fitted.calls), "rivals", failed
+    errors = measured("the error", lambda: at_end(compared.run, func, held_out))
+    base_errors = measured("the base", lambda: at_end(compared.base, func, held_out))
+    along = measured("the span", lambda: errors_along(compared.run, func, held_out, finest))
+    classical = measured(
+        "classical solvers",
+        lambda: best_classical(compared.run, func, held_out, calls=compared.calls),
     )
-    pays = _break_even(problem, fitted, held_out, state.iteration, budget)
-    if isinstance(pays, Exception):
-        failed.append(_failure("the break-even", pays))
-        pays = "its measurement failed"
-    delta, base_delta = _or_none(deltas, "delta", failed) or (nothing(), nothing())
-    own = tuple(_notes(errors, base_errors, rival, fitted.name))
-    unlike = _or_none(lambda: unlike_channels(held_out), "the size of channels", failed)
-    if unlike:
-        own = (*own, unlike)
-    wider = _or_none(lambda: wider_starts(fitted, func, data.first), "wider starts", failed)
-    if wider:
-        own = (*own, wider)
+    pays = measured("the break-even", lambda: _break_even(target, held_out, state, budget))
+    pays = "its measurement failed" if pays is None else pays
+    delta, base_delta = measured("delta", target.deltas) or (nothing(), nothing())
+    told = (
+        *_notes(errors, base_errors, classical, compared.name),
+        measured("the size of channels", lambda: unlike_channels(held_out)),
+        measured("starts further out", lambda: starts_further_out(compared, func, data.first)),
+    )
     return FitReport(
         losses=tuple(state.history),
         delta=delta,
@@ -168,16 +145,32 @@ def reported(
         reference_seconds=data.seconds,
         reference_nfe=data.calls,
         stopped=state.stopped,
-        seed=problem.config.seed,
-        notes=(*notes, *own, *failed),
+        seed=target.problem.config.seed,
+        notes=(*notes, *(note for note in told if note), *measured.failures),
         break_even=pays if isinstance(pays, BreakEven) else None,
         no_break_even="" if isinstance(pays, BreakEven) else pays,
         errors=errors,
         base_errors=base_errors,
         along=None if along is None else ErrorSummary.of(along.mean(0)),
         worst_time=None if along is None else _worst_time(along, held_out.routes[finest].times),
-        rival=rival,
+        rival=classical,
     )
+
+
+class _Measurements:
+    """Takes measurements, and notes those that fail: func may raise anything."""
+
+    def __init__(self) -> None:
+        self.failures: list[str] = []
+
+    def __call__(self, what: str, measure: Callable[[], T]) -> T | None:
+        """Return what is measured, None if that fails."""
+        try:
+            return measure()
+        except Exception as error:  # noqa: BLE001
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            self.failures.append(f"{what} could not be measured: {reason}")
+            return None
 
 
 def without_references(
@@ -231,53 +224,30 @@ def unlike_channels(batch: Batch) -> str:
     )
 
 
-def _at_end(run: Run, problem: Problem, batch: Batch) -> ErrorSummary:
-    """Return the errors at the end, or at both where both directions were fitted."""
-    routes = {float(samples.times[0]): r for r, samples in enumerate(batch.routes)}.values()
-    return ErrorSummary.of(torch.cat([end_errors(run, problem.func, batch, r) for r in routes]))
-
-
 def _worst_time(along: Tensor, times: Tensor) -> tuple[float, float]:
     means = along.mean(1)
     worst = int(means.argmax())
     return float(times[1 + worst]), float(means[worst])
 
 
-def _break_even(
-    problem: Problem, fitted: Fitted, batch: Batch, iterations: int, budget: Budget
-) -> BreakEven | str | Exception:
-    if iterations < fitted.fewest:
-        return f"{iterations} iterations are a trial, not a fit to be earned back"
-    try:
-        return measure_break_even(
-            fitted.run,
-            problem.func,
-            batch,
-            calls=fitted.calls,
-            fit_seconds=budget.seconds,
-            seconds_left=budget.max_seconds - budget.seconds,
-        )
-    except Exception as error:  # noqa: BLE001  # func may raise anything
-        return error
-
-
-def _or_none(measure: Callable[[], T], what: str, failed: list[str]) -> T | None:
-    """Return what is measured; if that fails, None, and a note."""
-    try:
-        return measure()
-    except Exception as error:  # noqa: BLE001  # func may raise anything
-        failed.append(_failure(what, error))
-        return None
-
-
-def _failure(what: str, error: Exception) -> str:
-    return f"{what} could not be measured: {type(error).__name__}: {first_line(error)}"
+def _break_even(target: Target, batch: Batch, state: FitState, budget: Budget) -> BreakEven | str:
+    compared = target.comparison()
+    if state.iteration < compared.fewest:
+        return f"{state.iteration} iterations are a trial, not a fit to be earned back"
+    return measure_break_even(
+        compared.run,
+        target.problem.func,
+        batch,
+        calls=compared.calls,
+        fit_seconds=budget.seconds,
+        seconds_left=budget.max_seconds - budget.seconds,
+    )
 
 
 def _notes(
     errors: ErrorSummary | None,
     base_errors: ErrorSummary | None,
-    rival: Rival | None,
+    classical: Rival | None,
     name: str,
 ) -> Iterator[str]:
     """Yield what the errors mean for a user."""
@@ -300,18 +270,18 @@ def _notes(
         )
     if base_errors is not None and not errors.mean * CLEAR < base_errors.mean:
         yield f"no clear gain over {name}, which it started as"
-    if rival is not None:
-        yield from _compared(rival)
+    if classical is not None:
+        yield from _compared(classical)
 
 
-def _compared(rival: Rival) -> Iterator[str]:
-    errors = rival.own_errors
-    if not errors.mean <= rival.errors.mean:
-        yield f"a classical solver wins: {rival.solver} is more accurate in the same time"
-    elif not errors.mean * CLEAR < rival.errors.mean:
-        yield f"no clear gain over {rival.solver}, which takes the same time"
-    elif not errors.p95 * CLEAR < rival.best_p95:
+def _compared(best: Rival) -> Iterator[str]:
+    errors = best.own_errors
+    if not errors.mean <= best.errors.mean:
+        yield f"a classical solver wins: {best.solver} is more accurate in the same time"
+    elif not errors.mean * CLEAR < best.errors.mean:
+        yield f"no clear gain over {best.solver}, which takes the same time"
+    elif not errors.p95 * CLEAR < best.best_p95:
         yield (
             f"no clear gain in the 95th percentile ({errors.p95:.3g}): a classical solver has "
-            f"{rival.best_p95:.3g} in the same time"
+            f"{best.best_p95:.3g} in the same time"
         )

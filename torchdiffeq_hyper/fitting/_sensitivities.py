@@ -1,13 +1,4 @@
-r"""Damped Gauss-Newton steps for the weights of a bespoke solver.
-
-n(n + 1)/2 weights are few beside the numbers in a batch of states, and a roll-out is
-nearly linear in them once they are near: a step of
-
-.. math:: (H + \lambda\,\mathrm{diag} H)\,\delta = -g, \qquad H = J^\top J,\; g = J^\top r
-
-with the residuals r of the end and their sensitivities J does what thousands of steps
-along the gradient do not.
-"""
+"""Least squares in a bespoke solver's weights: sensitivities of its end, and normal equations."""
 
 from __future__ import annotations
 
@@ -193,19 +184,18 @@ class NormalEquations(NamedTuple):
             self.gradient + other.gradient,
         )
 
-    def faded(self, share: float, moved: Tensor) -> NormalEquations:
-        """Return the equations as they are after the weights have moved, with a lower weight."""
+    def forgotten(self, factor: float, moved: Tensor) -> NormalEquations:
+        """Return the equations after the weights have moved, times a forgetting factor."""
         return NormalEquations(
-            share * self.curvature,
-            share * (self.gradient + self.curvature @ moved),
+            factor * self.curvature,
+            factor * (self.gradient + self.curvature @ moved),
         )
 
     def step(self, vector: Tensor, n: int, damping: float) -> Tensor | None:
         """Return the packed weights after a damped step; None where there is none.
 
-        The last time stays 1, and no time comes to lie before the one before it: of the
-        bounds that a step would cross, those crossed are made equalities, as long as any
-        are crossed.
+        The last time stays 1, and no time comes to lie before the one before it: an active
+        set, to which the bounds that a step would cross are added as long as it crosses any.
 
         Args:
             vector: packed weights, (n_weights,) float64.

@@ -16,7 +16,6 @@ from torchdiffeq_hyper._fields._context import Conditioned
 from torchdiffeq_hyper._files import Anything, Default, Maybe, Record, Table, checked, record_of
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.fitting._batches import check_like, checked_batch, n_samples
-from torchdiffeq_hyper.fitting._checkpoint import check_same_field
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._context import many_batches
 from torchdiffeq_hyper.fitting._data import Batch
@@ -25,9 +24,9 @@ from torchdiffeq_hyper.fitting._field import wide_dtype
 from torchdiffeq_hyper.fitting._fit import check_hypernet
 from torchdiffeq_hyper.fitting._guard import left_as_found, modules_in, own_random_state
 from torchdiffeq_hyper.fitting._neural_ode import attributes_kept
-from torchdiffeq_hyper.fitting._objectives import delta_quantiles, no_correction
-from torchdiffeq_hyper.fitting._phases import phases_of
-from torchdiffeq_hyper.fitting._problem import Problem
+from torchdiffeq_hyper.fitting._objectives import delta_quantiles, no_correction, objectives_of
+from torchdiffeq_hyper.fitting._problem import HypersolverProblem
+from torchdiffeq_hyper.fitting._signature import check_same_field
 from torchdiffeq_hyper.lightning._trainer import LeftAsFound, Schedule, find_lightning
 from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
@@ -111,7 +110,7 @@ class HyperSolverModule(LightningModule):
         context: Literal["batch"] | None = None,
     ) -> None:
         super().__init__()
-        self._problem = Problem.of(
+        self._problem = HypersolverProblem.of_base(
             func,
             t_span,
             base=base,
@@ -130,7 +129,7 @@ class HyperSolverModule(LightningModule):
             start = Start.of(self._problem, self._starts, hypernet)
             self.hypernet = start.net
             solver = self._problem.solver(self.hypernet)
-            self._phases, self._judge = phases_of(objective, solver, self._problem.func)
+            self._phases, self._judge = objectives_of(objective, solver, self._problem.func)
             routes = range(len(self._problem.plan.routes))
             self._scales = [[start.scale(phase, r) for r in routes] for phase in self._phases]
         self._noise = start.noise

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torchdiffeq_hyper.errors import MissingExtraError, OptionError, explain
-from torchdiffeq_hyper.fitting._phases import annealed
+from torchdiffeq_hyper.fitting._adamw import annealed
 from torchdiffeq_hyper.fitting._problem import RESIDUAL_SHARE
 
 

@@ -18,7 +18,7 @@ from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._classical import FIXED
 from torchdiffeq_hyper.fitting._data import Batch, Data
 from torchdiffeq_hyper.fitting._distributed import Team
-from torchdiffeq_hyper.fitting._objectives import end_errors, errors_along
+from torchdiffeq_hyper.fitting._errors import end_errors, errors_along
 from torchdiffeq_hyper.fitting._reference import Tolerances
 from torchdiffeq_hyper.fitting._routes import Plan
 from torchdiffeq_hyper.fitting._units import Units
@@ -81,7 +81,7 @@ def slow(calls: int, clock: Clock) -> Any:
     return run
 
 
-def test_the_rival_is_the_best_of_all_methods_in_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_is_that_of_all_methods_in_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     found = best(slow(12, clock), clock.field, 4)
     steps = {name: (12 - method.start) // method.each for name, method in FIXED.items()}
@@ -179,7 +179,7 @@ def test_relative_errors_do_not_depend_on_the_size_of_a_sample() -> None:
 def test_what_is_worse_than_its_start_is_not_returned(
     monkeypatch: pytest.MonkeyPatch, base: str
 ) -> None:
-    module = "bespoke._session" if base == "bns" else "_session"
+    module = "_bespoke" if base == "bns" else "_hypersolver"
     monkeypatch.setattr(f"torchdiffeq_hyper.fitting.{module}.is_worse", lambda *a: True)
     config = tdh.FitConfig(iterations=20)
     solver = tdh.fit(damped_wave, Y0, SPAN, base=base, steps=4, config=config, progress=False)
@@ -243,7 +243,7 @@ def test_no_measurement_that_fails_loses_the_fit(
 
 
 def noted(errors: ErrorSummary, **others: Any) -> str:
-    given = {"base_errors": None, "rival": None, "name": "heun", **others}
+    given = {"base_errors": None, "classical": None, "name": "heun", **others}
     return "\n".join(report_module._notes(errors, *given.values()))
 
 
@@ -251,7 +251,7 @@ def summary(mean: float, *, p95: float | None = None, worst: float | None = None
     return ErrorSummary(mean, mean, p95 or 2 * mean, worst or 3 * mean, 50)
 
 
-def rival(mean: float, p95: float, own: ErrorSummary) -> Rival:
+def best_of(mean: float, p95: float, own: ErrorSummary) -> Rival:
     return Rival("rk4 with 3 steps", summary(mean), own, p95, 1.0, 1.0)
 
 
@@ -281,7 +281,9 @@ def test_notes_say_what_errors_mean() -> None:
 
 def test_notes_say_when_a_classical_solver_is_as_good() -> None:
     own = summary(0.01)
-    assert "a classical solver wins: rk4 with 3 steps" in noted(own, rival=rival(0.009, 0.1, own))
-    assert "no clear gain over rk4" in noted(own, rival=rival(0.011, 0.1, own))
-    assert "95th percentile" in noted(own, rival=rival(0.1, 0.02, own))
-    assert noted(own, rival=rival(0.1, 0.2, own)) == ""
+    assert "a classical solver wins: rk4 with 3 steps" in noted(
+        own, classical=best_of(0.009, 0.1, own)
+    )
+    assert "no clear gain over rk4" in noted(own, classical=best_of(0.011, 0.1, own))
+    assert "95th percentile" in noted(own, classical=best_of(0.1, 0.02, own))
+    assert noted(own, classical=best_of(0.1, 0.2, own)) == ""

@@ -36,46 +36,46 @@ def fit(config: tdh.FitConfig = CONFIG, **arguments: Any) -> tdh.HyperSolver:
 
 
 @pytest.fixture(scope="module")
-def landed() -> tdh.FitReport:
+def cooled_down() -> tdh.FitReport:
     report = fit().report
     assert report is not None
     return report
 
 
-def test_a_fit_that_gains_nothing_more_ends_early(landed: tdh.FitReport) -> None:
+def test_a_fit_that_gains_nothing_more_ends_early(cooled_down: tdh.FitReport) -> None:
     whole = fit(replace(CONFIG, patience=1000)).report
     assert whole is not None
-    assert (landed.stopped, whole.stopped) == ("patience", "iterations")
-    assert landed.iterations < 0.7 * whole.iterations
-    assert landed.validation < 1.02 * whole.validation
+    assert (cooled_down.stopped, whole.stopped) == ("patience", "iterations")
+    assert cooled_down.iterations < 0.7 * whole.iterations
+    assert cooled_down.validation < 1.02 * whole.validation
 
 
-def test_the_rate_is_annealed_before_the_end(landed: tdh.FitReport) -> None:
-    errors = [point.validation for point in landed.losses]
+def test_the_rate_is_annealed_before_the_end(cooled_down: tdh.FitReport) -> None:
+    errors = [point.validation for point in cooled_down.losses]
     best = min(range(len(errors)), key=errors.__getitem__)
     assert best > len(errors) / 2
 
 
-def test_the_landing_takes_a_quarter_of_the_iterations_done(landed: tdh.FitReport) -> None:
+def test_the_cooldown_takes_a_quarter_of_the_iterations_done(cooled_down: tdh.FitReport) -> None:
     stalled = [
         after.iteration
-        for i, after in enumerate(landed.losses)
+        for i, after in enumerate(cooled_down.losses)
         if i >= 4
-        and min(p.validation for p in landed.losses[: i - 3])
-        < min(p.validation for p in landed.losses[i - 3 : i + 1])
+        and min(p.validation for p in cooled_down.losses[: i - 3])
+        < min(p.validation for p in cooled_down.losses[i - 3 : i + 1])
     ]
-    assert landed.iterations == -(-stalled[0] * 5 // 4)
+    assert cooled_down.iterations == -(-stalled[0] * 5 // 4)
 
 
-def test_a_fit_interrupted_while_it_lands_ends_as_it_would_have(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, landed: tdh.FitReport
+def test_a_fit_interrupted_in_its_cooldown_ends_as_it_would_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cooled_down: tdh.FitReport
 ) -> None:
     config = replace(CONFIG, checkpoint=tmp_path / "fit.pt")
     write = Store.write
 
     def interrupt(self: Store, state: Any) -> None:
         write(self, state)
-        if state.landing is not None:
+        if state.training is not None and state.training.cooldown_end is not None:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -84,5 +84,5 @@ def test_a_fit_interrupted_while_it_lands_ends_as_it_would_have(
             fit(config)
     report = fit(config).report
     assert report is not None
-    assert report.losses == landed.losses
+    assert report.losses == cooled_down.losses
     assert report.stopped == "patience"

@@ -11,8 +11,8 @@ from torch import Tensor
 import torchdiffeq_hyper as tdh
 from stubs import damped_wave
 from torchdiffeq_hyper.fitting._classical import FIXED
-from torchdiffeq_hyper.fitting._objectives import Fitted
-from torchdiffeq_hyper.fitting._report import FURTHER, wider_starts
+from torchdiffeq_hyper.fitting._errors import Comparison
+from torchdiffeq_hyper.fitting._report import FURTHER, starts_further_out
 
 Y0 = torch.randn(60, 2, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
 RK4 = FIXED["rk4"].with_steps("rk4", 8).run
@@ -63,7 +63,7 @@ def fails_beyond(limit: float, how: str) -> Any:
 
 def note_on(run: Any, y0: Any = Y0) -> str:
     func = damped_wave if isinstance(y0, Tensor) else waves
-    return wider_starts(Fitted(run, RK4, "rk4", 8, 0), func, batch(y0))
+    return starts_further_out(Comparison(run, RK4, "rk4", 8, 0), func, batch(y0))
 
 
 @pytest.mark.parametrize("y0", [Y0, (Y0, Y0[:, 0].clone())], ids=["tensor", "tuple"])
@@ -79,4 +79,4 @@ def test_what_goes_wrong_further_out_is_said(y0: Any, how: str) -> None:
 def test_nothing_is_said_where_all_is_well_or_the_base_is_no_better() -> None:
     assert note_on(RK4) == ""
     broken = fails_beyond(0.0, "raises")
-    assert wider_starts(Fitted(RK4, broken, "rk4", 8, 0), damped_wave, batch()) == ""
+    assert starts_further_out(Comparison(RK4, broken, "rk4", 8, 0), damped_wave, batch()) == ""

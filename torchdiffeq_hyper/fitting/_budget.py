@@ -59,12 +59,7 @@ class Budget:
         self._own_began -= used
 
     def affordable_batches(self, seconds_per_batch: float, spent: float = 0.0) -> int:
-        """Return how many batches may be given reference solutions, at least one.
-
-        Args:
-            seconds_per_batch: what the solution of one takes.
-            spent: what other reference solutions have taken.
-        """
+        """Return how many batches may be given reference solutions, at least one."""
         left = REFERENCES * self.max_seconds - spent
         return max(1, int(left / max(seconds_per_batch, 1e-6)))
 
@@ -98,11 +93,6 @@ class Pace:
     The number is estimated anew ever more rarely, so that the annealing of the learning
     rate comes to its end even where the machine's speed changes. As long as all that are
     wanted end in time, it does not change, and the fit is repeatable.
-
-    Args:
-        budget: the clock.
-        deadline: when the phase must end, in its seconds.
-        wanted: iterations wanted.
     """
 
     def __init__(self, budget: Budget, deadline: float, wanted: int) -> None:
@@ -117,12 +107,7 @@ class Pace:
         return self._budget.seconds >= self._deadline
 
     def plan(self, done: int, planned: int) -> int:
-        """Return the iterations to plan for, called after each one.
-
-        Args:
-            done: iterations done in this phase.
-            planned: what was planned so far.
-        """
+        """Return the iterations to plan for, after each one that was done."""
         self._timed += 1
         now = self._budget.seconds
         if self._timed == 0:  # the first one pays for what is set up once

@@ -38,17 +38,7 @@ def bind(func: VectorField, starts: Starts) -> VectorField:
 
 
 def split_context(func: VectorField, context: object) -> tuple[VectorField, Context]:
-    """Return the field and the context it takes, from a `Conditioned` func or an argument.
-
-    Args:
-        func: the vector field, also `Conditioned` or a torchdyn `NeuralODE`.
-        context: tensors, "batch" or None.
-
-    Raises:
-        StateTypeError: func cannot be called with the context, or this is no tensor.
-        StateShapeError: its tensors differ in their number of samples.
-        OptionError: it is given twice, an unknown name, or func is a `NeuralODE`.
-    """
+    """Return the field and the context it takes, from a `Conditioned` func or an argument."""
     if isinstance(func, Conditioned):
         if context is not None:
             raise OptionError(
@@ -75,12 +65,7 @@ def split_context(func: VectorField, context: object) -> tuple[VectorField, Cont
 
 
 def bound(func: VectorField, y0: State, context: object) -> VectorField:
-    """Return the field of the samples that start at ``y0``, as `split_context` and `bind`.
-
-    Raises:
-        OptionError: ``context`` is "batch": there is one batch.
-        StateShapeError: the context has another number of samples than ``y0``.
-    """
+    """Return the field of the samples that start at ``y0``, with their context checked."""
     field, found = split_context(func, context)
     if found == "batch":
         raise one_batch()

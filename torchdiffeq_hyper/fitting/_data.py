@@ -109,18 +109,9 @@ class Batch:
 def measure_batch(
     field: Field, starts: Starts, tableau: Tableau | None, plan: Plan, tolerances: Tolerances
 ) -> Batch:
-    """Return a batch of starts with their reference solution and residuals.
+    """Return a batch of starts with their reference solution and a base's residuals.
 
-    Args:
-        field: the vector field of these starts.
-        starts: the samples.
-        tableau: the base whose residuals are measured; None for the solution only.
-        plan: times and routes.
-        tolerances: of the reference solution.
-
-    Raises:
-        NonFiniteError: a start or the solution is not finite.
-        OutOfTimeError: the time of ``field`` ended.
+    Without a base (None) it is the solution alone, at no further call of func.
     """
     layout = StateLayout.of(starts.y0)
     solution = solve_reference(field, layout.join(starts.y0), plan.times, tolerances)
@@ -135,16 +126,6 @@ def measure_batch(
 
 class Data:
     """The training batches by number and the held-out batch, each measured once.
-
-    Args:
-        func: the vector field.
-        batches: the starts.
-        tableau: the base; None for reference solutions without residuals.
-        plan: times and routes.
-        tolerances: of the reference solutions.
-        units: those of references and residuals.
-        budget: the time there is.
-        team: the processes that share the work.
 
     Attributes:
         budget: the time that solutions may take from now on.

@@ -33,28 +33,17 @@ class Team:
     means, and rank 0's clock. So nobody waits for a process that broke off, processes that
     took different paths find out, and all read the same clock. A single process exchanges
     nothing.
-
-    Args:
-        rank: this process's number.
-        size: how many there are.
-
-    Attributes:
-        now: rank 0's clock at the last collective call, in seconds.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank = rank
         self.size = size
-        self.now = 0.0
+        self.now = 0.0  # rank 0's clock at the last collective call, in seconds
         self._is_heard = True
 
     @classmethod
     def current(cls) -> Team:
-        """Return the default process group's processes, or this one alone.
-
-        Warns:
-            HyperWarning: torchrun launched several processes without a process group.
-        """
+        """Return the default process group's processes, or this one alone."""
         if not dist.is_available():
             return cls()
         if dist.is_initialized():
@@ -76,12 +65,7 @@ class Team:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Begin with the others; an error in one process is raised in all.
-
-        Raises:
-            HyperError: another process failed, with its text; `RankError` where its error
-                is none of this package's.
-        """
+        """Begin with the others; an error in one process is raised in all, with its text."""
         if self.size == 1:
             yield
             return
@@ -118,12 +102,8 @@ class Team:
 
         With the weights of `share` and losses that are means over samples, both are those
         of the whole batch. Costs one ``all_reduce`` of as many numbers as there are
-        parameters, summed in float64 where the device has it.
-
-        Args:
-            loss: 0-d, after its ``backward``.
-            parameters: whose ``.grad`` is replaced; None where no process has one.
-            weight: this process's weight.
+        parameters, summed in float64 where the device has it. Called after ``backward``; a
+        parameter that has no ``.grad`` in any process gets none.
         """
         loss = loss.detach()
         if self.size == 1:

@@ -80,12 +80,7 @@ class Field:
         self.calls = 0
 
     def __call__(self, t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
-        """Return ``func(t, y)`` in the dtype of ``y``, in units of state over time.
-
-        Raises:
-            StateShapeError: func returned another shape.
-            OutOfTimeError: the fit's time is up.
-        """
+        """Return ``func(t, y)`` in the dtype of ``y``, in units of state over time."""
         if self.budget.is_over():
             raise OutOfTimeError
         self.calls += 1
@@ -124,11 +119,6 @@ def check_field(field: Field, span: tuple[float, float], y0: Tensor) -> tuple[Te
         The field at the start and a little later, which have to be finite; and, to tell it
         from others, at the middle and end of the span and at perturbed states; each like
         the flat ``y0``.
-
-    Raises:
-        StateShapeError: func returned another shape.
-        NonFiniteError: y0 or func's answer holds inf or nan.
-        NoisyFieldError: func answers differently the second time.
     """
     check_start(y0)
     start = torch.tensor(span[0], dtype=wide_dtype(y0.device), device=y0.device)
@@ -171,17 +161,7 @@ def _answer(field: Field, t: Tensor, y: Tensor) -> Tensor:
 
 
 def check_repeatable(first: Tensor, second: Tensor, dtype: torch.dtype, t: float) -> None:
-    """Refuse a field whose two flat answers at one point differ by more than rounding.
-
-    Args:
-        first: its answer.
-        second: its answer to the same question.
-        dtype: what the field computes in.
-        t: the time, for the message.
-
-    Raises:
-        NoisyFieldError: they do.
-    """
+    """Refuse a field computing in ``dtype`` whose two flat answers differ beyond rounding."""
     # Parallel sums may differ in the last digits from call to call; noise is far above.
     slack = min(1e3 * torch.finfo(dtype).eps, 0.05)
     # Sizes that neither overflow nor vanish in any unit.
@@ -215,11 +195,6 @@ def check_samples(field: Field, count: int, span: tuple[float, float]) -> None:
     Costs two calls on eight samples: a sample's derivative must not depend on its place in
     the batch. Where func fails on eight, one more call tells whether it takes ``count``
     samples, and these only.
-
-    Raises:
-        StateTypeError: func cannot be called with the context.
-        StateShapeError: func takes ``count`` samples only.
-        CoupledSamplesError: a sample's derivative depends on its place in the batch.
     """
     check_call(field.func, len(field.starts.context))
     # Any number but theirs: a func that holds something of each fails on no other.

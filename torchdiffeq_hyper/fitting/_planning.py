@@ -126,13 +126,8 @@ def plan_references(
 ) -> ReferencePlan:
     """Return what can be solved in the time that references may take.
 
-    Args:
-        func: the vector field.
-        sizes: the held-out samples, and the number of samples in a training batch.
-        times: those at which solutions are wanted.
-        wanted: tolerances, if there is time.
-        units: those of the solutions.
-        budget: the time there is.
+    ``sizes`` are the held-out samples, and the number of samples in a training batch; ``wanted``
+    are the tolerances if there is time.
     """
     held_out, in_batch = sizes
     count = n_samples(held_out)

@@ -79,11 +79,6 @@ def solve_reference(field: Field, y0: Tensor, times: Tensor, tolerances: Toleran
 
     Returns:
         (m, *y0.shape) states, in the field's units.
-
-    Raises:
-        NonFiniteError: ``y0`` is not finite, or the solution leaves the finite range.
-        OptionError: the host does not know the method.
-        OutOfTimeError: the field's time is up.
     """
     check_start(y0)
     wide = wide_dtype(y0.device)
@@ -171,10 +166,7 @@ class Samples:
 def states_along(field: Field, route: Route, solution: Tensor) -> Samples:
     """Return the states of a reference solution on a route, without residuals.
 
-    Args:
-        field: the vector field.
-        route: which steps.
-        solution: (m, ...) states in the field's units, of which ``route.points`` are the route's.
+    The solution is (m, ...), in the field's units; ``route.points`` are those on the route.
     """
     narrow = state_dtype(field.dtype)
     y = (solution[route.points.to(solution.device)] * field.units.state).to(narrow)
@@ -191,12 +183,6 @@ def measure_residuals(field: Field, tableau: Tableau, route: Route, solution: Te
 
     Costs s calls of func a step. The differences are formed in the solution's own dtype
     (float64 where the device has it): they are differences of nearly equal numbers.
-
-    Args:
-        field: the vector field.
-        tableau: the base, of order p with s stages.
-        route: which steps.
-        solution: as in `states_along`.
     """
     narrow, units = state_dtype(field.dtype), field.units
     y = solution[route.points.to(solution.device)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -90,20 +91,22 @@ class Batch:
     def some(self, index: Tensor, weight: float = 1.0) -> Batch:
         """Return the samples at the positions ``index`` of the batch."""
         starts = select(self.starts, index)
-
-        def rows(flat: Tensor) -> Tensor:
-            state = self.layout.split(flat)
-            parts = [part[:, index.to(flat.device)] for part in parts_of(state)]
-            if isinstance(state, Tensor):
-                return parts[0]
-            return torch.cat([part.flatten(1) for part in parts], dim=1)
-
+        rows = partial(select_flat, self.layout, index=index)
         routes = tuple(
             Samples(s.times, s.dt, rows(s.y), tuple(map(rows, s.stages)), rows(s.residual))
             for s in self.routes
         )
         layout = StateLayout.of(starts.y0)
         return Batch(layout, self.dtype, routes, starts.y0, self.units, weight, starts.context)
+
+
+def select_flat(layout: StateLayout, flat: Tensor, index: Tensor) -> Tensor:
+    """Return some of the samples of flat states (m, ...)."""
+    state = layout.split(flat)
+    parts = [part[:, index.to(flat.device)] for part in parts_of(state)]
+    if isinstance(state, Tensor):
+        return parts[0]
+    return torch.cat([part.flatten(1) for part in parts], dim=1)
 
 
 def measure_batch(

@@ -17,7 +17,7 @@ MOST_STEP_COUNTS = 4
 
 @dataclass(frozen=True)
 class Route:
-    """One way through the span: ``n`` equal steps in one direction.
+    """One way through the span: equal steps in one direction.
 
     Attributes:
         times: (n + 1,) float64 times in the order they are visited.
@@ -50,18 +50,18 @@ class Plan:
         """Return the plan for a span, steps and "forward", "reverse" or "both"."""
         check_choice("direction", direction, DIRECTIONS)
         ends = torch.tensor(span, dtype=torch.float64)
-        grids = [equal_steps(ends, n) for n in step_counts(steps)]
-        times = torch.cat(grids).unique()
+        equal = [equal_steps(ends, n) for n in step_counts(steps)]
+        times = torch.cat(equal).unique()
         if span[1] < span[0]:
             times = times.flip(0)
         order = times.sort().indices
         routes = []
-        for grid in grids:
-            points = order[torch.searchsorted(times[order], grid)]
+        for visited in equal:
+            points = order[torch.searchsorted(times[order], visited)]
             if direction != "reverse":
-                routes.append(Route(grid, points))
+                routes.append(Route(visited, points))
             if direction != "forward":
-                routes.append(Route(grid.flip(0), points.flip(0)))
+                routes.append(Route(visited.flip(0), points.flip(0)))
         return cls(times, tuple(routes))
 
     @property

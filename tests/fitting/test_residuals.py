@@ -13,6 +13,8 @@ from torch import Tensor
 from stubs import Counted, damped_wave, spiral, spiral_solution
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._config import FitConfig
+from torchdiffeq_hyper.fitting._context import Starts
+from torchdiffeq_hyper.fitting._data import measure_batch
 from torchdiffeq_hyper.fitting._field import Field
 from torchdiffeq_hyper.fitting._reference import (
     Samples,
@@ -96,6 +98,26 @@ def test_both_directions_pass_the_same_states() -> None:
     assert torch.equal(forward.y, reverse.y.flip(0))
     assert (forward.dt > 0).all()
     assert (reverse.dt < 0).all()
+
+
+def test_references_are_had_without_residuals_at_no_further_call() -> None:
+    def pair(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return lagging(t, state[0]), lagging(t, state[1])
+
+    starts, plan = Starts((Y0, Y0[:, 0])), Plan.of((0.0, 1.0), 4, "both")
+    tolerances, euler = Tolerances("dopri5", 1e-6, 1e-6), find_tableau("euler")
+    fields = [Field(pair, starts, Budget(1e9)) for _ in range(2)]
+    alone = measure_batch(fields[0], starts, None, plan, tolerances)
+    full = measure_batch(fields[1], starts, euler, plan, tolerances)
+    assert fields[1].calls - fields[0].calls == 8  # four steps, both ways
+    for part, whole in zip(
+        alone.some(torch.tensor([2, 0])).routes, full.some(torch.tensor([2, 0])).routes, strict=True
+    ):
+        assert torch.equal(part.y, whole.y)
+        assert torch.equal(part.dt, whole.dt)
+        assert not part.stages
+        assert not part.residual.numel()
+    assert alone.nbytes < full.nbytes
 
 
 def test_float32_residuals_are_formed_from_float64_states() -> None:

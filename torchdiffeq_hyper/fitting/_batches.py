@@ -40,13 +40,6 @@ class Batches:
     Attributes:
         held_out: the samples that are not trained on.
         count: samples in ``y0``, or in its first batch.
-
-    Raises:
-        OptionError: no batch, an empty one, or one of a single sample; or ``context`` is not
-            of a kind with ``y0``.
-        StateTypeError: a batch is not a real floating-point state.
-        StateShapeError: parts of a tuple state, or the context, differ in their number of
-            samples.
     """
 
     def __init__(
@@ -54,28 +47,25 @@ class Batches:
     ) -> None:
         self._most: int | None = None
         self._kept: int | None = None
-        self._has_context = context == "batch"
-        generator = torch.Generator().manual_seed(config.seed)
+        has_context = context == "batch"
         self._source: Iterator[Starts]
         if isinstance(y0, Tensor | tuple):
             if context == "batch":
                 raise one_batch()
             starts = _checked_starts(y0, context)
-            rest, held = _split(starts, config, generator)
+            rest, held = _split(starts, config)
             self._source = _chunks(starts, rest, config.batch_size)
             self._pulled = [next(self._source)]
         else:
-            if context and not self._has_context:
+            if context and not has_context:
                 raise many_batches()
-            self._source = self._iterate(y0)
+            batches = _iterate(y0)
+            self._source = (checked_batch(each, has_context=has_context) for each in batches)
             starts = _first(self._source)
-            rest, held = _split(starts, config, generator)
+            rest, held = _split(starts, config)
             self._pulled = [select(starts, rest)]
         self.count = n_samples(starts)
         self.held_out = select(starts, held)
-
-    def _iterate(self, y0: object) -> Iterator[Starts]:
-        return (checked_batch(each, has_context=self._has_context) for each in _iterate(y0))
 
     def __getitem__(self, number: int) -> Starts:
         """Return a batch."""
@@ -104,55 +94,40 @@ class Batches:
             batch = next(self._source, None)
             if batch is None:
                 return number % len(self._pulled)
-            self._pulled.append(_like(batch, self._pulled[0]))
+            self._pulled.append(_moved_to(batch, self._pulled[0]))
         return number
 
 
 def checked_batch(batch: object, *, has_context: bool = False) -> Starts:
     """Return a batch, detached, after checking that it is one.
 
-    Args:
-        batch: a state; a list stands for its elements. With context (state, *context).
-        has_context: whether the batch brings its context.
-
-    Raises:
-        OptionError: it is empty, or has no context.
-        StateTypeError: it is not a real floating-point state, or its context no tensors.
-        StateShapeError: parts of a tuple state, or the context, differ in their number of
-            samples.
+    It is a state, or (state, *context); a list stands for its elements.
     """
     if not has_context:
         return _checked_starts(_unwrapped(batch), ())
-    kinds = _kinds(batch)
-    if not isinstance(batch, tuple | list) or kinds[1:] != ["Tensor"] * max(1, len(kinds) - 1):
+    items = batch if isinstance(batch, tuple | list) else (batch,)
+    kinds = [type(item).__name__ for item in items]
+    if items is not batch or kinds[1:] != ["Tensor"] * max(1, len(kinds) - 1):
+        found = f"a {type(batch).__name__} of {', '.join(kinds) or 'nothing'}"
         raise StateTypeError(
             explain(
-                f'context is "batch", and a batch is {_a(batch)} of {", ".join(kinds) or "nothing"}'
-                ".",
+                f'context is "batch", and a batch is {found}.',
                 "(state, *context): a state, itself a tensor or a tuple, and then tensors.",
                 "DataLoader(TensorDataset(y0, labels), batch_size=256)",
             )
         )
-    state, *context = batch
+    state, *context = items
     return _checked_starts(_unwrapped(state), tuple(map(owned, context)))
 
 
-def _kinds(batch: object) -> list[str]:
-    parts = batch if isinstance(batch, tuple | list) else (batch,)
-    return [type(part).__name__ for part in parts]
-
-
-def _a(batch: object) -> str:
-    return f"a {type(batch).__name__}"
-
-
 def _checked_starts(state: State, context: tuple[Tensor, ...]) -> Starts:
-    layout = StateLayout.of(state)  # refuses what is not a state
+    StateLayout.of(state)  # refuses what is not a state
     parts = parts_of(state)
-    if any(part.is_complex() for part in parts):
+    dtype = next((part.dtype for part in parts if part.is_complex()), None)
+    if dtype is not None:
         raise StateTypeError(
             explain(
-                f"y0 has dtype {next(p.dtype for p in parts if p.is_complex())}.",
+                f"y0 has dtype {dtype}.",
                 "a real state: hypernets take real channels.",
                 "func on torch.view_as_real(y), with real and imaginary parts as channels",
             )
@@ -169,13 +144,17 @@ def _checked_starts(state: State, context: tuple[Tensor, ...]) -> Starts:
                 else "y0 = torch.stack(starts)   # a fit takes many samples",
             )
         )
-    if layout.join(state).numel() == 0:
+    if not any(part.numel() for part in parts):
         raise OptionError(
             explain("y0 is empty.", "at least two samples.", "y0 = torch.randn(256, 2)")
         )
     check_rows(context, state)
-    y0 = tuple(owned(part) for part in state) if isinstance(state, tuple) else owned(state)
-    return Starts(y0, context)
+    return Starts(_like(state, map(owned, parts)), context)
+
+
+def _like(state: State, parts: Iterable[Tensor]) -> State:
+    """Return parts as a tuple, or the only one, as ``state`` is built."""
+    return tuple(parts) if isinstance(state, tuple) else next(iter(parts))
 
 
 def _unwrapped(batch: object) -> State:
@@ -218,24 +197,19 @@ def _first(source: Iterator[Starts]) -> Starts:
     )
 
 
-def _like(batch: Starts, first: Starts) -> Starts:
+def _moved_to(batch: Starts, first: Starts) -> Starts:
     """Return a batch on the device and in the dtype of the first one."""
     check_like(batch, first)
     pairs = zip(parts_of(batch.y0), parts_of(first.y0), strict=True)
-    moved = tuple(part.to(model) for part, model in pairs)
     context = zip(batch.context, first.context, strict=True)
     return Starts(
-        moved if isinstance(batch.y0, tuple) else moved[0],
+        _like(batch.y0, (part.to(model) for part, model in pairs)),
         tuple(part.to(model) for part, model in context),
     )
 
 
 def check_like(batch: Starts, first: Starts) -> Starts:
-    """Return a batch after checking that it is built as the first one.
-
-    Raises:
-        StateShapeError: it has other trailing shapes, or another context.
-    """
+    """Return a batch after checking that it is built as the first one."""
     shapes, expected = ([tuple(p.shape[1:]) for p in parts_of(s.y0)] for s in (batch, first))
     if shapes != expected or isinstance(batch.y0, tuple) != isinstance(first.y0, tuple):
         raise StateShapeError(
@@ -249,7 +223,7 @@ def check_like(batch: Starts, first: Starts) -> Starts:
     return batch
 
 
-def _split(starts: Starts, config: FitConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _split(starts: Starts, config: FitConfig) -> tuple[Tensor, Tensor]:
     """Return the positions along dim 0 to train on and those to hold out."""
     count = n_samples(starts)
     if count < 2:
@@ -262,7 +236,7 @@ def _split(starts: Starts, config: FitConfig, generator: torch.Generator) -> tup
         )
     wanted = min(round(config.validation * count), MOST_HELD_OUT * config.batch_size)
     held = min(max(1, wanted), count - 1)
-    order = torch.randperm(count, generator=generator)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))
     return order[held:], order[:held]
 
 
@@ -288,7 +262,9 @@ def select(samples: State, index: Tensor) -> State: ...
 def select(samples: State | Starts, index: Tensor) -> State | Starts:
     """Return some of the samples, with their context."""
     if isinstance(samples, Starts):
-        context = tuple(part[index.to(part.device)] for part in samples.context)
-        return Starts(select(samples.y0, index), context)
-    parts = tuple(part[index.to(part.device)] for part in parts_of(samples))
-    return parts if isinstance(samples, tuple) else parts[0]
+        return Starts(select(samples.y0, index), _rows(samples.context, index))
+    return _like(samples, _rows(parts_of(samples), index))
+
+
+def _rows(parts: Iterable[Tensor], index: Tensor) -> tuple[Tensor, ...]:
+    return tuple(part[index.to(part.device)] for part in parts)

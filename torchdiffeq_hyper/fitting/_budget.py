@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 FIRST_PHASE = 0.4
 """Share of the time left that a phase followed by another may take."""
@@ -21,25 +23,31 @@ class Budget:
 
     Args:
         max_seconds: the time there is.
+        shared_clock: in seconds, the same in all processes of a fit; this process's by default.
 
     Attributes:
         reserved: seconds wanted for measuring the result.
     """
 
-    def __init__(self, max_seconds: float) -> None:
+    def __init__(self, max_seconds: float, shared_clock: Callable[[], float] | None = None) -> None:
         self.max_seconds = max_seconds
         self.reserved = 0.0
-        self._began = self._now()
+        self._clock = time.perf_counter if shared_clock is None else shared_clock
+        self._began = self._clock()
+        self._own_began = time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """Wall time used."""
-        return self._now() - self._began
+        """Wall time used, the same in all processes."""
+        return self._clock() - self._began
 
     @property
     def elapsed(self) -> float:
-        """Wall time used, on this process's own clock."""
-        return self.seconds
+        """Wall time used, on this process's own clock.
+
+        A shared one stands still between exchanges, as within a reference solution.
+        """
+        return time.perf_counter() - self._own_began
 
     def is_over(self) -> bool:
         """Return whether all the time is used."""
@@ -48,19 +56,15 @@ class Budget:
     def resume(self, used: float) -> None:
         """Count the time an interrupted run had used as well."""
         self._began -= used
+        self._own_began -= used
 
     def affordable_batches(self, seconds_per_batch: float, spent: float = 0.0) -> int:
-        """Return how many batches may be given reference solutions, at least one.
-
-        Args:
-            seconds_per_batch: what the solution of one takes.
-            spent: what other reference solutions have taken.
-        """
+        """Return how many batches may be given reference solutions, at least one."""
         left = REFERENCES * self.max_seconds - spent
         return max(1, int(left / max(seconds_per_batch, 1e-6)))
 
     def start_phase(self, wanted: int, *, is_last: bool) -> Pace:
-        """Return the pace of a phase that begins now."""
+        """Return the pace of a phase of at most ``wanted`` iterations that begins now."""
         share = LAST_PHASE if is_last else FIRST_PHASE
         return Pace(self, self.seconds + share * self.to_train, wanted)
 
@@ -70,25 +74,17 @@ class Budget:
         left = max(0.0, self.max_seconds - self.seconds)
         return left - min(self.reserved, MOST_RESERVED * left)
 
-    def _now(self) -> float:
-        return time.perf_counter()
 
-
+@dataclass(frozen=True)
 class Deadline:
-    """An earlier end of a budget's time.
+    """An earlier end of a budget's time, in its seconds."""
 
-    Args:
-        budget: the clock.
-        at: the end, in its seconds.
-    """
-
-    def __init__(self, budget: Budget, at: float) -> None:
-        self._budget = budget
-        self._at = min(at, budget.max_seconds)
+    budget: Budget
+    at: float
 
     def is_over(self) -> bool:
         """Return whether that time is used."""
-        return self._budget.elapsed >= self._at
+        return self.budget.elapsed >= min(self.at, self.budget.max_seconds)
 
 
 class Pace:
@@ -97,11 +93,6 @@ class Pace:
     The number is estimated anew ever more rarely, so that the annealing of the learning
     rate comes to its end even where the machine's speed changes. As long as all that are
     wanted end in time, it does not change, and the fit is repeatable.
-
-    Args:
-        budget: the clock.
-        deadline: when the phase must end, in its seconds.
-        wanted: iterations wanted.
     """
 
     def __init__(self, budget: Budget, deadline: float, wanted: int) -> None:
@@ -116,12 +107,7 @@ class Pace:
         return self._budget.seconds >= self._deadline
 
     def plan(self, done: int, planned: int) -> int:
-        """Return the iterations to plan for; called after each iteration.
-
-        Args:
-            done: iterations done in this phase.
-            planned: what was planned so far.
-        """
+        """Return the iterations to plan for, after each one that was done."""
         self._timed += 1
         now = self._budget.seconds
         if self._timed == 0:  # the first one pays for what is set up once

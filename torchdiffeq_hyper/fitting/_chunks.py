@@ -10,9 +10,8 @@ from torch import Tensor
 
 from torchdiffeq_hyper._state import State, VectorField, parts_of, sample_norms
 from torchdiffeq_hyper.fitting._batches import n_samples
-from torchdiffeq_hyper.fitting._budget import Budget, Deadline
 from torchdiffeq_hyper.fitting._data import Batch, Data
-from torchdiffeq_hyper.fitting._field import Field
+from torchdiffeq_hyper.fitting._field import Field, Timer
 from torchdiffeq_hyper.fitting._knots import KnotData
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._sensitivities import (
@@ -105,7 +104,7 @@ class Chunk:
 def cut(
     batch: Batch,
     func: VectorField,
-    budget: Budget | Deadline,
+    budget: Timer,
     rows: int | None,
     n_processes: int = 1,
 ) -> list[Chunk]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor
 
 from torchdiffeq_hyper._fields._context import Conditioned
-from torchdiffeq_hyper._state import State, StateLayout, VectorField
+from torchdiffeq_hyper._state import State, StateLayout, VectorField, parts_of
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, explain
 from torchdiffeq_hyper.fitting._neural_ode import NeuralODEField, check_call, vector_field
 
@@ -38,17 +38,7 @@ def bind(func: VectorField, starts: Starts) -> VectorField:
 
 
 def split_context(func: VectorField, context: object) -> tuple[VectorField, Context]:
-    """Return the field and the context it takes, from a `Conditioned` func or an argument.
-
-    Args:
-        func: the vector field, also `Conditioned` or a torchdyn `NeuralODE`.
-        context: tensors, "batch" or None.
-
-    Raises:
-        StateTypeError: func cannot be called with the context, or this is no tensor.
-        StateShapeError: its tensors differ in their number of samples.
-        OptionError: it is given twice, an unknown name, or func is a `NeuralODE`.
-    """
+    """Return the field and the context it takes, from a `Conditioned` func or an argument."""
     if isinstance(func, Conditioned):
         if context is not None:
             raise OptionError(
@@ -70,17 +60,12 @@ def split_context(func: VectorField, context: object) -> tuple[VectorField, Cont
                 "tdh.fit(net, y0, t_span, ..., context=labels)",
             )
         )
-    n_context = 0 if checked == "batch" else len(checked)
-    return (field if checked == "batch" else check_call(field, n_context)), checked
+    # How many tensors a batch brings is only known once there is one.
+    return (field if checked == "batch" else check_call(field, len(checked))), checked
 
 
 def bound(func: VectorField, y0: State, context: object) -> VectorField:
-    """Return the field of the samples that start at ``y0``, as `split_context` and `bind`.
-
-    Raises:
-        OptionError: ``context`` is "batch": there is one batch.
-        StateShapeError: the context has another number of samples than ``y0``.
-    """
+    """Return the field of the samples that start at ``y0``, with their context checked."""
     field, found = split_context(func, context)
     if found == "batch":
         raise one_batch()
@@ -116,16 +101,11 @@ def _check_context(context: object) -> Context:
 
 
 def check_rows(context: tuple[Tensor, ...], y0: State) -> None:
-    """Refuse a context of other samples than those of a state.
-
-    Raises:
-        StateShapeError: a tensor has another number of samples.
-        StateTypeError: ``y0`` is no state.
-    """
+    """Refuse a context of other samples than those of a state, by `StateShapeError`."""
     if not context:
         return
-    StateLayout.of(y0)
-    first = y0 if isinstance(y0, Tensor) else y0[0]
+    StateLayout.of(y0)  # refuses what is not a state
+    first = parts_of(y0)[0]
     if any(part.shape[:1] != first.shape[:1] for part in context):
         shapes = ", ".join(str(tuple(part.shape)) for part in context)
         raise StateShapeError(
@@ -139,30 +119,21 @@ def check_rows(context: tuple[Tensor, ...], y0: State) -> None:
 
 
 def check_context_like(context: tuple[Tensor, ...], first: tuple[Tensor, ...]) -> None:
-    """Refuse the context of a batch that is not built as that of the first one.
-
-    Raises:
-        StateShapeError: another number of tensors, other trailing shapes or dtypes.
-    """
-    found, expected = described(context), described(first)
+    """Refuse the context of a batch that is not built as that of the first one."""
+    found, expected = context_signature(context), context_signature(first)
     if found != expected:
         raise StateShapeError(
             explain(
-                f"a batch has the context {found} (trailing shapes and dtypes).",
-                f"{expected}, as the first batch.",
+                f"a batch has the context {found or []} (trailing shapes and dtypes).",
+                f"{expected or []}, as the first batch.",
                 "batches that differ in their number of samples only",
             )
         )
 
 
-def described(context: tuple[Tensor, ...]) -> list[list[Any]]:
-    """Return trailing shape and dtype of each tensor, as plain values."""
-    return [[list(part.shape[1:]), str(part.dtype)] for part in context]
-
-
 def context_signature(context: tuple[Tensor, ...]) -> list[list[Any]] | None:
-    """Return what tells a fit's context from others; None without, as in older checkpoints."""
-    return described(context) or None
+    """Return trailing shape and dtype of each tensor, as plain values; None without context."""
+    return [[list(part.shape[1:]), str(part.dtype)] for part in context] or None
 
 
 def one_batch() -> OptionError:

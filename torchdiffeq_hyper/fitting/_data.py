@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._state import State, StateLayout, VectorField, sample_sizes
+from torchdiffeq_hyper._state import (
+    State,
+    StateLayout,
+    VectorField,
+    parts_of,
+    sample_sizes,
+)
 from torchdiffeq_hyper.fitting._batches import Batches, n_samples, select
-from torchdiffeq_hyper.fitting._budget import Budget, Deadline
 from torchdiffeq_hyper.fitting._context import Starts, bind
 from torchdiffeq_hyper.fitting._distributed import Team
-from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError
+from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError, Timer
 from torchdiffeq_hyper.fitting._reference import (
     Samples,
     Tolerances,
-    along_route,
     measure_residuals,
     solve_reference,
+    states_along,
 )
 from torchdiffeq_hyper.fitting._routes import Plan
 from torchdiffeq_hyper.fitting._units import Units
@@ -60,11 +66,8 @@ class Batch:
     @property
     def nbytes(self) -> int:
         """Memory that the batch takes."""
-        return sum(part.nbytes for part in self.context) + sum(
-            part.nbytes
-            for samples in self.routes
-            for part in (samples.y, samples.residual, *samples.stages)
-        )
+        along = [p for s in self.routes for p in (s.y, s.residual, *s.stages)]
+        return sum(part.nbytes for part in (*self.context, *along))
 
     def sizes(self, route: int) -> Tensor:
         """Return what errors along a route are divided by to be relative, (n + 1, batch)."""
@@ -78,49 +81,54 @@ class Batch:
         """Return the state where a route starts, as func takes it."""
         return self.layout.split(self.routes[route].y[0].to(self.dtype))
 
-    def part_of(self, team: Team) -> Batch:
+    def share_of(self, team: Team) -> Batch:
         """Return the samples that are this process's share."""
         if team.size == 1:
             return self
-        index, weight = team.share(n_samples(self.y0))
-        return self.some(torch.arange(n_samples(self.y0))[index], weight)
+        rows, weight = team.share(n_samples(self.y0))
+        return self.some(torch.arange(n_samples(self.y0))[rows], weight)
 
     def some(self, index: Tensor, weight: float = 1.0) -> Batch:
         """Return the samples at the positions ``index`` of the batch."""
         starts = select(self.starts, index)
-
-        def cut(flat: Tensor) -> Tensor:
-            state, rows = self.layout.split(flat), index.to(flat.device)
-            if isinstance(state, Tensor):
-                return state[:, rows]
-            return torch.cat([part[:, rows].flatten(1) for part in state], dim=1)
-
+        rows = partial(select_flat, self.layout, index=index)
         routes = tuple(
-            Samples(
-                times=samples.times,
-                dt=samples.dt,
-                y=cut(samples.y),
-                stages=tuple(map(cut, samples.stages)),
-                residual=cut(samples.residual),
-            )
-            for samples in self.routes
+            Samples(s.times, s.dt, rows(s.y), tuple(map(rows, s.stages)), rows(s.residual))
+            for s in self.routes
         )
         layout = StateLayout.of(starts.y0)
         return Batch(layout, self.dtype, routes, starts.y0, self.units, weight, starts.context)
 
 
+def select_flat(layout: StateLayout, flat: Tensor, index: Tensor) -> Tensor:
+    """Return some of the samples of flat states (m, ...)."""
+    state = layout.split(flat)
+    parts = [part[:, index.to(flat.device)] for part in parts_of(state)]
+    if isinstance(state, Tensor):
+        return parts[0]
+    return torch.cat([part.flatten(1) for part in parts], dim=1)
+
+
+def measure_batch(
+    field: Field, starts: Starts, tableau: Tableau | None, plan: Plan, tolerances: Tolerances
+) -> Batch:
+    """Return a batch of starts with their reference solution and a base's residuals.
+
+    Without a base (None) it is the solution alone, at no further call of func.
+    """
+    layout = StateLayout.of(starts.y0)
+    solution = solve_reference(field, layout.join(starts.y0), plan.times, tolerances)
+    routes = tuple(
+        states_along(field, route, solution)
+        if tableau is None
+        else measure_residuals(field, tableau, route, solution)
+        for route in plan.routes
+    )
+    return Batch(layout, field.dtype, routes, starts.y0, field.units, context=starts.context)
+
+
 class Data:
     """The training batches by number and the held-out batch, each measured once.
-
-    Args:
-        func: the vector field.
-        batches: the starts.
-        tableau: the base whose residuals are measured, None for none.
-        plan: times and routes.
-        tolerances: of the reference solutions.
-        units: those of references and residuals.
-        budget: the time there is.
-        team: the processes that share the work.
 
     Attributes:
         budget: the time that solutions may take from now on.
@@ -139,7 +147,7 @@ class Data:
         plan: Plan,
         tolerances: Tolerances,
         units: Units,
-        budget: Budget | Deadline,
+        budget: Timer,
         team: Team,
     ) -> None:
         self._func = func
@@ -173,14 +181,9 @@ class Data:
         return self._first
 
     @property
-    def n_measured(self) -> int:
-        """Number of training batches measured."""
-        return len(self._measured)
-
-    @property
     def seconds_per_batch(self) -> float:
         """Wall time that a training batch has taken."""
-        return (self.seconds - self.held_out_seconds) / max(1, self.n_measured)
+        return (self.seconds - self.held_out_seconds) / max(1, len(self._measured))
 
     @property
     def n_starts(self) -> int:
@@ -199,11 +202,12 @@ class Data:
 
     def _measure_held_out(self) -> Batch:
         """Measure the held-out batch, in every process; what one cannot do in time, none does."""
+        batch: Batch | None
         try:
-            batch, is_late = self._measure(self._batches.held_out), False
+            batch = self._measure(self._batches.held_out)
         except OutOfTimeError:
-            batch, is_late = None, True
-        if any(self._team.gather(is_late)):
+            batch = None
+        if any(self._team.gather(batch is None)):
             raise OutOfTimeError
         assert batch is not None
         return batch
@@ -232,7 +236,7 @@ class Data:
             assert isinstance(found, Batch)
             if place == 0:
                 self._first = found
-            self._measured[place] = found.part_of(self._team)
+            self._measured[place] = found.share_of(self._team)
 
     def _measure(self, starts: Starts) -> Batch:
         began = time.perf_counter()
@@ -241,24 +245,3 @@ class Data:
         self.calls += field.calls
         self.seconds += time.perf_counter() - began
         return batch
-
-
-def measure_batch(
-    field: Field, starts: Starts, tableau: Tableau | None, plan: Plan, tolerances: Tolerances
-) -> Batch:
-    """Return a batch of starts with their reference solution and a base's residuals, if any.
-
-    Raises:
-        NonFiniteError: a start or the solution is not finite.
-        OutOfTimeError: the time of ``field`` ended.
-    """
-    y0 = starts.y0
-    layout = StateLayout.of(y0)
-    solution = solve_reference(field, layout.join(y0), plan.times, tolerances)
-    routes = tuple(
-        along_route(field, route, solution)
-        if tableau is None
-        else measure_residuals(field, tableau, route, solution)
-        for route in plan.routes
-    )
-    return Batch(layout, field.dtype, routes, y0, field.units, context=starts.context)

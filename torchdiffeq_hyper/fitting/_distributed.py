@@ -1,4 +1,4 @@
-"""One fit in several processes, through torch.distributed."""
+"""One fit in several processes, through torch.distributed's default process group."""
 
 from __future__ import annotations
 
@@ -17,82 +17,33 @@ from torch import distributed as dist
 from torchdiffeq_hyper import errors
 from torchdiffeq_hyper.errors import HyperError, HyperWarning, RankError, explain
 from torchdiffeq_hyper.fitting._budget import Budget
-
-
-def from_another(reports: Sequence[bytes]) -> HyperError:
-    """Return the error of the first process that failed, for those that did not."""
-    told = [(rank, unpack(report, "cpu")) for rank, report in enumerate(reports)]
-    rank, (name, text) = next((rank, found) for rank, found in told if found is not None)
-    kind = getattr(errors, name, None)
-    if isinstance(kind, type) and issubclass(kind, HyperError):
-        with suppress(TypeError):  # an error that takes more than a text
-            return kind(f"in process {rank}: {text}")
-    return RankError(f"process {rank} of this fit failed: {name}: {text}")
-
-
-def exchange_device(wanted: torch.device) -> torch.device:
-    """Return the device on which the group exchanges tensors: ``wanted`` if it can."""
-    backend = str(dist.get_backend())
-    if wanted.type == "cuda" and "nccl" in backend:
-        return wanted
-    only_nccl = "nccl" in backend and "gloo" not in backend
-    return torch.device("cuda", torch.cuda.current_device()) if only_nccl else torch.device("cpu")
-
-
-def exchange_dtype(device: torch.device) -> torch.dtype:
-    """Return the widest floating dtype of a device."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def pack(value: object) -> bytes:
-    """Return a value as bytes."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def unpack(packed: bytes, device: torch.device | str) -> Any:
-    """Return what `pack` was given, its tensors on ``device``."""
-    # Pickles, as torch's own exchanges of objects: one's own processes are trusted.
-    return torch.load(io.BytesIO(packed), map_location=device, weights_only=False)
-
+from torchdiffeq_hyper.fitting._field import wide_dtype
 
 T = TypeVar("T")
 
-_EXCHANGES = ("begin", "gradients", "gather", "from_first", "end")
+_COLLECTIVES = ("begin", "gradients", "gather", "from_first", "end")
 
 
 class Team:
     """The processes that fit one net together: one, or all of the default process group.
 
     All processes do the same, each on its share of a batch, and whatever is decided by
-    measuring (an error, a time) is decided by rank 0. Every exchange first tells the
-    others three things: whether this process failed, which exchange it means, and rank
-    0's clock. So nobody waits for a process that broke off, processes that took different
-    paths find out, and all read the same clock. In a single process nothing is exchanged
-    and nothing costs anything.
-
-    Args:
-        rank: this process's number.
-        size: how many there are.
-
-    Attributes:
-        now: rank 0's clock at the last exchange, in seconds.
+    measuring (an error, a time) is decided by rank 0. Before every collective call an
+    ``all_reduce`` tells the others three things: whether this process failed, which call it
+    means, and rank 0's clock. So nobody waits for a process that broke off, processes that
+    took different paths find out, and all read the same clock. A single process exchanges
+    nothing.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank = rank
         self.size = size
-        self.now = 0.0
+        self.now = 0.0  # rank 0's clock at the last collective call, in seconds
         self._is_heard = True
 
     @classmethod
     def current(cls) -> Team:
-        """Return the default process group's team, or that of this process alone.
-
-        Warns:
-            HyperWarning: torchrun launched several processes without a process group.
-        """
+        """Return the default process group's processes, or this one alone."""
         if not dist.is_available():
             return cls()
         if dist.is_initialized():
@@ -114,12 +65,7 @@ class Team:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Begin with the others; an error in one process is raised in all.
-
-        Raises:
-            HyperError: another process failed, with its text; `RankError` where its error
-                is none of this package's.
-        """
+        """Begin with the others; an error in one process is raised in all, with its text."""
         if self.size == 1:
             yield
             return
@@ -155,40 +101,34 @@ class Team:
         """Return the weighted sum of all processes' losses; do the same to the gradients.
 
         With the weights of `share` and losses that are means over samples, both are those
-        of the whole batch. Costs one exchange of as many numbers as there are parameters,
-        summed in float64 where the device has it.
-
-        Args:
-            loss: 0-d, after its ``backward``.
-            parameters: whose ``.grad`` is replaced; None where no process has one.
-            weight: this process's weight.
+        of the whole batch. Costs one ``all_reduce`` of as many numbers as there are
+        parameters, summed in float64 where the device has it. Called after ``backward``; a
+        parameter that has no ``.grad`` in any process gets none.
         """
         loss = loss.detach()
         if self.size == 1:
             return loss
         self._meet("gradients")
-        device = exchange_device(loss.device)
+        device = _collective_device(loss.device)
         parts = [loss.reshape(1)]
         for p in parameters:
             grad = torch.zeros_like(p) if p.grad is None else p.grad
             is_used = torch.full((1,), float(p.grad is not None), device=p.device)
             parts += [is_used, grad.detach().reshape(-1)]
-        flat = weight * torch.cat([part.to(device, exchange_dtype(device)) for part in parts])
-        self._exchange(dist.all_reduce, flat)
-        start = 1
-        for p in parameters:
-            end = start + 1 + p.numel()
-            mean = flat[start + 1 : end].reshape(p.shape).to(p.device, p.dtype)
-            p.grad = mean if bool(flat[start] > 0) else None
-            start = end
-        return flat[0].to(loss.device, loss.dtype)
+        flat = weight * torch.cat([part.to(device, wide_dtype(device)) for part in parts])
+        self._collect(dist.all_reduce, flat)
+        total: Tensor
+        total, *sums = flat.split([1, *(n for p in parameters for n in (1, p.numel()))])
+        for p, is_used, grad in zip(parameters, sums[::2], sums[1::2], strict=True):
+            p.grad = grad.reshape(p.shape).to(p.device, p.dtype) if bool(is_used > 0) else None
+        return total[0].to(loss.device, loss.dtype)
 
     def gather(self, value: T, device: torch.device | str = "cpu") -> list[T]:
         """Return every process's value, its tensors on ``device``, in the order of ranks."""
         if self.size == 1:
             return [value]
         self._meet("gather")
-        return [unpack(packed, device) for packed in self._gather(pack(value))]
+        return self._gather(value, device)
 
     def from_first(self, measure: Callable[[], T]) -> T:
         """Return what ``measure`` returns in rank 0, its tensors on the CPU elsewhere."""
@@ -196,32 +136,30 @@ class Team:
             return measure()
         value = measure() if self.is_first else None
         self._meet("from_first")
-        held = [pack(value)] if self.is_first else [b""]
-        self._exchange(dist.broadcast_object_list, held, src=0)
-        return value if value is not None else unpack(held[0], "cpu")
+        held = [_pack(value)]
+        self._collect(dist.broadcast_object_list, held, src=0)
+        return value if value is not None else _unpack(held[0], "cpu")
 
     def align(self, net: nn.Module) -> None:
         """Give a net rank 0's parameters and buffers."""
         if self.size > 1:
             net.load_state_dict(self.from_first(net.state_dict))
 
-    def _meet(self, exchange: str, error: BaseException | None = None) -> None:
+    def _meet(self, collective: str, error: BaseException | None = None) -> None:
         """Tell the others what comes next, or what went wrong here."""
-        kind = float(_EXCHANGES.index(exchange))
+        kind = float(_COLLECTIVES.index(collective))
         clock = time.perf_counter() if self.is_first else 0.0
-        device = exchange_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        status = torch.tensor(
-            [error is not None, kind, kind**2, clock], dtype=exchange_dtype(device)
-        )
+        device = _collective_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        status = torch.tensor([error is not None, kind, kind**2, clock], dtype=wide_dtype(device))
         status = status.to(device)
-        self._exchange(dist.all_reduce, status)
+        self._collect(dist.all_reduce, status)
         failed, sum_of_kinds, sum_of_squares, self.now = status.tolist()
         if failed:
             told = None if error is None else (type(error).__name__, str(error))
-            reports = self._gather(pack(told))
+            reports = self._gather(told, "cpu")
             self._is_heard = False
             if error is None:
-                raise from_another(reports)
+                raise _error_of_first(reports)
         elif sum_of_kinds**2 != self.size * sum_of_squares:  # unless all are equal
             self._is_heard = False
             raise RankError(
@@ -233,47 +171,51 @@ class Team:
                 )
             )
 
-    def _gather(self, packed: bytes) -> list[bytes]:
+    def _gather(self, value: T, device: torch.device | str) -> list[T]:
         gathered: list[Any] = [None] * self.size
-        self._exchange(dist.all_gather_object, gathered, packed)
-        return gathered
+        self._collect(dist.all_gather_object, gathered, _pack(value))
+        return [_unpack(packed, device) for packed in gathered]
 
-    def _exchange(self, collective: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+    def _collect(self, collective: Callable[..., object], *args: Any, **kwargs: Any) -> None:
         self._is_heard = False  # should it break off, nobody would listen any more
         collective(*args, **kwargs)
         self._is_heard = True
 
 
-class SharedBudget(Budget):
-    """A budget on rank 0's clock, so that all processes decide alike.
-
-    Args:
-        max_seconds: the time there is.
-        team: the processes.
-    """
-
-    def __init__(self, max_seconds: float, team: Team) -> None:
-        self._team = team
-        self._own_began = time.perf_counter()
-        super().__init__(max_seconds)
-
-    @property
-    def elapsed(self) -> float:
-        """Wall time used, on this process's own clock.
-
-        The shared one stands still between exchanges, as within a reference solution.
-        """
-        return time.perf_counter() - self._own_began
-
-    def resume(self, used: float) -> None:
-        """Count the time an interrupted run had used as well."""
-        super().resume(used)
-        self._own_began -= used
-
-    def _now(self) -> float:
-        return self._team.now
-
-
 def budget_of(team: Team, max_seconds: float) -> Budget:
-    """Return a budget that all processes read alike."""
-    return Budget(max_seconds) if team.size == 1 else SharedBudget(max_seconds, team)
+    """Return a budget on rank 0's clock, so that all processes decide alike."""
+    return Budget(max_seconds, None if team.size == 1 else lambda: team.now)
+
+
+def _error_of_first(reports: Sequence[tuple[str, str] | None]) -> HyperError:
+    """Return the error of the first process that failed, for those that did not."""
+    rank, (name, text) = next((rank, told) for rank, told in enumerate(reports) if told)
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, HyperError):
+        with suppress(TypeError):  # an error that takes more than a text
+            return kind(f"in process {rank}: {text}")
+    return RankError(f"process {rank} of this fit failed: {name}: {text}")
+
+
+def _collective_device(wanted: torch.device) -> torch.device:
+    """Return the device on which the group exchanges tensors: ``wanted`` if it can."""
+    backend = str(dist.get_backend())
+    if wanted.type == "cuda" and "nccl" in backend:
+        return wanted
+    only_nccl = "nccl" in backend and "gloo" not in backend
+    return torch.device("cuda", torch.cuda.current_device()) if only_nccl else torch.device("cpu")
+
+
+# torch's collectives of objects keep tensors on the device of the process they come from;
+# packed, they arrive where they are wanted.
+
+
+def _pack(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpack(packed: bytes, device: torch.device | str) -> Any:
+    # Pickles, as torch's own exchanges of objects: one's own processes are trusted.
+    return torch.load(io.BytesIO(packed), map_location=device, weights_only=False)

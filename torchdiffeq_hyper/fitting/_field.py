@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import contextvars
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._fields._checks import check_answer
-from torchdiffeq_hyper._state import State, StateLayout, VectorField, is_half
-from torchdiffeq_hyper.errors import NoisyFieldError, NonFiniteError, explain
-from torchdiffeq_hyper.fitting._budget import Budget, Deadline
+from torchdiffeq_hyper._fields._context import SHAPE_CLASHES
+from torchdiffeq_hyper._state import State, StateLayout, VectorField, is_half, parts_of
+from torchdiffeq_hyper.errors import (
+    CoupledSamplesError,
+    NoisyFieldError,
+    NonFiniteError,
+    StateShapeError,
+    explain,
+    first_line,
+)
+from torchdiffeq_hyper.fitting._batches import n_samples, select
 from torchdiffeq_hyper.fitting._context import Starts, bind
+from torchdiffeq_hyper.fitting._neural_ode import NeuralODEField, check_call
 from torchdiffeq_hyper.fitting._units import SEED, Units, size_of
 from torchdiffeq_hyper.solvers._finite import is_finite
 from torchdiffeq_hyper.tableaus import Edge
@@ -31,6 +41,13 @@ class OutOfTimeError(Exception):
     """The time for a reference solution ended within it; a fit catches it and does less."""
 
 
+class Timer(Protocol):
+    """Some time that ends."""
+
+    def is_over(self) -> bool:
+        """Return whether it has ended."""
+
+
 class Field:
     """A vector field on flat states of any precision, called in the data's own dtype.
 
@@ -41,10 +58,6 @@ class Field:
         units: those of the times and states that the field is called with.
 
     Attributes:
-        units: as given.
-        func: func itself.
-        starts: the samples.
-        budget: the time there is.
         dtype: what func is called in.
         calls: calls of func so far.
     """
@@ -53,7 +66,7 @@ class Field:
         self,
         func: VectorField,
         starts: Starts | State,
-        budget: Budget | Deadline,
+        budget: Timer,
         units: Units | None = None,
     ) -> None:
         self.starts = starts if isinstance(starts, Starts) else Starts(starts)
@@ -67,12 +80,7 @@ class Field:
         self.calls = 0
 
     def __call__(self, t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
-        """Return ``func(t, y)`` in the dtype of ``y``, in units of state over time.
-
-        Raises:
-            StateShapeError: func returned another shape.
-            OutOfTimeError: the fit's time is up.
-        """
+        """Return ``func(t, y)`` in the dtype of ``y``, in units of state over time."""
         if self.budget.is_over():
             raise OutOfTimeError
         self.calls += 1
@@ -88,11 +96,7 @@ class Field:
 
 
 def check_start(y0: Tensor) -> None:
-    """Refuse starts that are not finite.
-
-    Raises:
-        NonFiniteError: one is not.
-    """
+    """Refuse starts that are not finite, by `NonFiniteError`."""
     if not is_finite(y0):
         raise NonFiniteError(
             explain(
@@ -111,20 +115,10 @@ SHARES = (0.0, 0.1, 0.5, 1.0, 0.0, 0.77)
 def check_field(field: Field, span: tuple[float, float], y0: Tensor) -> tuple[Tensor, ...]:
     """Refuse a field that has no solution to fit, before one is looked for.
 
-    Args:
-        field: the field.
-        span: start and end.
-        y0: flat state at the start.
-
     Returns:
         The field at the start and a little later, which have to be finite; and, to tell it
         from others, at the middle and end of the span and at perturbed states; each like
-        ``y0``.
-
-    Raises:
-        StateShapeError: func returned another shape.
-        NonFiniteError: y0 or func's answer holds inf or nan.
-        NoisyFieldError: func answers differently the second time.
+        the flat ``y0``.
     """
     check_start(y0)
     start = torch.tensor(span[0], dtype=wide_dtype(y0.device), device=y0.device)
@@ -167,17 +161,7 @@ def _answer(field: Field, t: Tensor, y: Tensor) -> Tensor:
 
 
 def check_repeatable(first: Tensor, second: Tensor, dtype: torch.dtype, t: float) -> None:
-    """Refuse a field that answers differently twice at one point.
-
-    Args:
-        first: its answer, flat.
-        second: its answer to the same question.
-        dtype: what the field computes in.
-        t: the time, for the message.
-
-    Raises:
-        NoisyFieldError: the answers differ by more than rounding.
-    """
+    """Refuse a field computing in ``dtype`` whose two flat answers differ beyond rounding."""
     # Parallel sums may differ in the last digits from call to call; noise is far above.
     slack = min(1e3 * torch.finfo(dtype).eps, 0.05)
     # Sizes that neither overflow nor vanish in any unit.
@@ -194,3 +178,96 @@ def check_repeatable(first: Tensor, second: Tensor, dtype: torch.dtype, t: float
                 "func.noise = torch.randn_like(y0)",
             )
         )
+
+
+SOME = 8
+"""Samples that func is called on to see whether their order matters."""
+CHANGE = 1e-2
+"""Relative change of the derivatives that is not rounding."""
+NOISE = 1e-2
+"""Change at a second call, as a share of the change in another order, that is noise."""
+
+
+@torch.no_grad()
+def check_samples(field: Field, count: int, span: tuple[float, float]) -> None:
+    """Refuse a field that holds something of each of ``count`` samples without saying so.
+
+    Costs two calls on eight samples: a sample's derivative must not depend on its place in
+    the batch. Where func fails on eight, one more call tells whether it takes ``count``
+    samples, and these only.
+    """
+    check_call(field.func, len(field.starts.context))
+    # Any number but theirs: a func that holds something of each fails on no other.
+    some = torch.arange(SOME if count != SOME else SOME - 1)
+    turn = (3 * some + 1) % len(some)  # no symmetry of a line or a ring of points
+    t = span[0] + (span[1] - span[0]) / 10  # what is held may not count at the very start
+    try:
+        k = _derivatives(field, some, t)
+        # A trace estimator's noise is drawn by places.
+        if isinstance(field.func, NeuralODEField):
+            return
+        change = torch.linalg.vector_norm(_derivatives(field, turn, t) - k[turn])
+        if not bool(change > CHANGE * torch.linalg.vector_norm(k)):
+            return
+        again = torch.linalg.vector_norm(_derivatives(field, some, t) - k)
+    except SHAPE_CLASHES as error:
+        if _takes(field, count, t):
+            _refuse_size(field, count, len(some), error)
+        raise
+    # One that answers otherwise at each call is refused by `check_field`.
+    if not bool(again > NOISE * change):
+        _refuse_order(field, t)
+
+
+def _derivatives(field: Field, order: Tensor, t: float) -> Tensor:
+    """Return the derivatives of some of the field's samples, in an order, one a row."""
+    starts = select(field.starts, order % n_samples(field.starts))
+    layout = StateLayout.of(starts.y0)
+    y = layout.join(starts.y0)
+    wide = wide_dtype(y.device)
+    time = torch.tensor(t, dtype=wide, device=y.device)
+    k = layout.split(Field(field.func, starts, field.budget)(time, y.to(wide)))
+    return torch.cat([part.reshape(len(part), -1) for part in parts_of(k)], dim=1)
+
+
+def _takes(field: Field, count: int, t: float) -> bool:
+    """Return whether func takes ``count`` samples."""
+    try:
+        _derivatives(field, torch.arange(count), t)
+    except SHAPE_CLASHES:
+        return False
+    return True
+
+
+def _refuse_order(field: Field, t: float) -> NoReturn:
+    raise CoupledSamplesError(
+        explain(
+            f"func gives the same samples other derivatives at t = {t:.6g} where their order is "
+            "another: it holds something of every sample (labels, controls, noise), or dim 0 of y0 "
+            "is not that of samples.",
+            "a derivative of each sample that does not depend on its place in the batch.",
+            _how_to_condition(field),
+        )
+    )
+
+
+def _refuse_size(field: Field, count: int, some: int, error: Exception) -> NoReturn:
+    reason = first_line(error)
+    raise StateShapeError(
+        explain(
+            f"func takes all {count} samples and fails on {some} ({reason}): it holds something "
+            "of every sample (labels, controls, noise) and does not say which row is whose.",
+            "a func of any of the samples, called with the rows that are theirs.",
+            _how_to_condition(field),
+        )
+    ) from error
+
+
+def _how_to_condition(field: Field) -> str:
+    known = "".join(f"known{i}, " for i in range(len(field.starts.context)))
+    return (
+        f"tdh.fit(tdh.Conditioned(func, {known}labels), y0, t_span, ...)"
+        f"   # calls func(t, y, {known}labels)\n"
+        'or, for batches (state, labels): tdh.fit(func, loader, t_span, ..., context="batch")\n'
+        "or, if dim 0 is one system's (a grid, a graph): y0 = y0.unsqueeze(0), with a func for it"
+    )

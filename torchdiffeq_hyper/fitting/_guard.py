@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import MethodType
 from typing import TypeVar
@@ -18,12 +18,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class ModuleState:
-    """Mode, ``requires_grad``, ``.grad`` and buffers of a module, to be put back.
-
-    Args:
-        module: the module.
-        values: whether parameter values are kept too.
-    """
+    """Mode, ``requires_grad``, ``.grad`` and buffers of a module; parameter values if asked for."""
 
     def __init__(self, module: nn.Module, *, values: bool = False) -> None:
         self._modes = [(part, part.training) for part in module.modules()]
@@ -50,7 +45,7 @@ class ModuleState:
         for part, name, buffer, value in self._buffers:
             # A module may have bound a new tensor to the name, or written into the old one.
             part._buffers[name] = buffer  # noqa: SLF001
-            if buffer is not None and value is not None:
+            if value is not None:
                 buffer.copy_(value)
 
 
@@ -58,21 +53,17 @@ class ModuleState:
 def left_as_found(func: object) -> Iterator[None]:
     """Put func's modules in evaluation mode without gradients, and back afterwards.
 
-    Modules are found in func itself, in the object of a bound method and in what a
-    `functools.partial` holds. What a closure or another object hides is not. Attributes,
-    such as a count of calls, come back too; see `attributes_as_found`.
+    What a closure or an object that is no module hides is not found. Attributes, such as
+    a count of calls, come back too; see `attributes_as_found`.
     """
-    modules = modules_in(func)
-    states = [ModuleState(module) for module in modules]
-    with attributes_as_found(func):
-        try:
-            for module in modules:
-                module.eval()
-                module.requires_grad_(False)  # noqa: FBT003
-            yield
-        finally:
-            for state in states:
-                state.restore()
+    with ExitStack() as stack:
+        stack.enter_context(attributes_as_found(func))
+        modules = modules_in(func)
+        for module in modules:
+            stack.callback(ModuleState(module).restore)
+        for module in modules:
+            module.eval().requires_grad_(requires_grad=False)
+        yield
 
 
 def modules_in(func: object) -> list[nn.Module]:
@@ -100,7 +91,7 @@ def frozen_or_restored(hypernet: Module) -> Iterator[Module]:
         raise
     for parameter in hypernet.parameters():
         parameter.grad = None
-    hypernet.eval().requires_grad_(False)  # noqa: FBT003
+    hypernet.eval().requires_grad_(requires_grad=False)
 
 
 @contextmanager

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from torchdiffeq_hyper._state import StateLayout, VectorField
 from torchdiffeq_hyper.errors import HyperError
@@ -64,14 +64,15 @@ class ReferencePlan:
     @property
     def is_looser(self) -> bool:
         """Whether digits were given up."""
-        return self.note != "" and "tolerance" in self.note
+        return "tolerance" in self.note
 
 
+@dataclass(frozen=True)
 class CallCost:
     """Seconds of one call of func: a part for every call and one for every sample."""
 
-    def __init__(self, each: float, per_sample: float) -> None:
-        self._each, self._per_sample = each, per_sample
+    each: float
+    per_sample: float
 
     @classmethod
     def measure(cls, func: VectorField, starts: Starts, span: tuple[float, float]) -> CallCost:
@@ -86,17 +87,17 @@ class CallCost:
 
     def of(self, samples: int) -> float:
         """Return the seconds of a call on some samples."""
-        return self._each + samples * self._per_sample
+        return self.each + samples * self.per_sample
 
     def samples_in(self, seconds: float, most: int) -> int:
         """Return how many samples a call of so many seconds has.
 
         At least as many as hardly add to the cost of a call without any: fewer save nothing.
         """
-        if self.of(most) <= max(seconds, FREE * self._each):
+        seconds = max(seconds, FREE * self.each)
+        if self.of(most) <= seconds:
             return most
-        in_time = max(seconds, FREE * self._each) - self._each
-        return max(0, min(most, int(in_time / max(self._per_sample, 1e-12))))
+        return max(0, min(most, int((seconds - self.each) / max(self.per_sample, 1e-12))))
 
 
 @torch.no_grad()
@@ -117,7 +118,7 @@ def _seconds(func: VectorField, starts: Starts, span: tuple[float, float]) -> fl
 def plan_references(
     func: VectorField,
     sizes: tuple[Starts, int],
-    times: torch.Tensor,
+    times: Tensor,
     *,
     wanted: Tolerances,
     units: Units,
@@ -125,25 +126,19 @@ def plan_references(
 ) -> ReferencePlan:
     """Return what can be solved in the time that references may take.
 
-    Args:
-        func: the vector field.
-        sizes: the held-out samples, and the number of samples in a training batch.
-        times: those at which solutions are wanted.
-        wanted: tolerances, if there is time.
-        units: those of the solutions.
-        budget: the time there is.
+    ``sizes`` are the held-out samples, and the number of samples in a training batch; ``wanted``
+    are the tolerances if there is time.
     """
     held_out, in_batch = sizes
     count = n_samples(held_out)
-    span = (float(times[0]), float(times[-1]))
     allowed = REFERENCES * budget.max_seconds - budget.elapsed
-    cost = CallCost.measure(func, held_out, span)
+    cost = CallCost.measure(func, held_out, (float(times[0]), float(times[-1])))
     if PLENTY * cost.of(max(count, in_batch)) <= allowed:
         return ReferencePlan(wanted, count, in_batch)
     loose = max(LOOSEST, wanted.rtol)
     calls = _calls(func, held_out, times, wanted.loosened(loose), units=units, budget=budget)
     allowed = max(0.0, REFERENCES * budget.max_seconds - budget.elapsed)
-    rtol, has_noise, needed = wanted.rtol, True, math.inf
+    rtol, has_noise = wanted.rtol, True
     while True:
         needed = calls * (loose / rtol) ** (1 / ORDERS.get(wanted.method, 5))
         noise = NOISE_SOLVES * needed * cost.of(min(PROBES, count))
@@ -155,9 +150,8 @@ def plan_references(
             break
         rtol = min(loose, 10 * rtol)
     each = (allowed - noise) / max(needed, 1)
-    fewest = min(2, count), min(2, in_batch)
-    kept = max(fewest[0], cost.samples_in(HELD_OUT_SHARE * each, count))
-    trained = max(fewest[1], cost.samples_in((1 - HELD_OUT_SHARE) * each, in_batch))
+    kept = max(min(2, count), cost.samples_in(HELD_OUT_SHARE * each, count))
+    trained = max(min(2, in_batch), cost.samples_in((1 - HELD_OUT_SHARE) * each, in_batch))
     cuts = []
     if rtol > wanted.rtol:
         cuts.append(f"a tolerance of {rtol:.0e} in place of {wanted.rtol:.0e}")
@@ -167,21 +161,15 @@ def plan_references(
         cuts.append(f"{trained} of {in_batch} samples in a batch")
     if not has_noise:
         cuts.append("the noise in them not measured")
-    note = _note(cuts, budget) if cuts else ""
+    seconds = f"reference solutions were cut to fit into max_seconds = {budget.max_seconds:g}: "
+    note = seconds + ", ".join(cuts) if cuts else ""
     return ReferencePlan(wanted.loosened(rtol), kept, trained, has_noise, note)
-
-
-def _note(cuts: Sequence[str], budget: Budget) -> str:
-    return (
-        f"reference solutions were cut to fit into max_seconds = {budget.max_seconds:g}: "
-        + ", ".join(cuts)
-    )
 
 
 def _calls(
     func: VectorField,
     starts: Starts,
-    times: torch.Tensor,
+    times: Tensor,
     tolerances: Tolerances,
     *,
     units: Units,
@@ -192,8 +180,7 @@ def _calls(
     until = budget.elapsed + PROBE_SHARE * budget.max_seconds
     field = Field(func, probes, Deadline(budget, until), units)
     try:
-        flat = StateLayout.of(probes.y0).join(probes.y0)
-        solve_reference(field, flat, times, tolerances)
+        solve_reference(field, StateLayout.of(probes.y0).join(probes.y0), times, tolerances)
     except OutOfTimeError:
         return 2 * field.calls
     except HyperError:  # it is reported where the solution is needed

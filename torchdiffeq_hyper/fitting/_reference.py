@@ -1,4 +1,4 @@
-r"""Reference solutions and the residuals they show ([H] eq. 5)."""
+"""Reference solutions at tight tolerances, and the residuals measured along them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,9 @@ from torchdiffeq_hyper.fitting._routes import Route
 from torchdiffeq_hyper.fitting._units import Units
 from torchdiffeq_hyper.tableaus import Tableau
 
-# These can be told where to step; left alone they interpolate at the times asked for, an
-# error of its own that the small divisor dt^(p+1) would blow up.
-LANDING_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "tsit5")
-
-
+STEP_TIMES_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "tsit5")
+"""Methods that can be told where to step. Left alone they interpolate at the times asked for, an
+error of its own that the small divisor dt^(p+1) of residuals would blow up."""
 BROKEN_DOWN = ("underflow in dt", "non-finite values in state", "max_num_steps exceeded")
 """What the host's assertions say where an adaptive method cannot go on."""
 ENOUGH_FOR_FLOAT32 = 1e-4
@@ -66,7 +64,7 @@ class Tolerances:
 
     def tightened(self, factor: float) -> Tolerances:
         """Return the same, ``factor`` times tighter."""
-        return Tolerances(self.method, self.rtol / factor, self.atol / factor)
+        return replace(self, rtol=self.rtol / factor, atol=self.atol / factor)
 
 
 @torch.no_grad()
@@ -81,17 +79,13 @@ def solve_reference(field: Field, y0: Tensor, times: Tensor, tolerances: Toleran
 
     Returns:
         (m, *y0.shape) states, in the field's units.
-
-    Raises:
-        NonFiniteError: ``y0`` is not finite, or the solution leaves the finite range.
-        OptionError: the host does not know the method.
     """
     check_start(y0)
     wide = wide_dtype(y0.device)
     t = field.units.times(times).to(device=y0.device, dtype=wide)
     if tolerances.rtol >= ENOUGH_FOR_FLOAT32:
         wide = state_dtype(field.dtype)
-    options = {"step_t": t} if tolerances.method in LANDING_METHODS else None
+    options = {"step_t": t} if tolerances.method in STEP_TIMES_METHODS else None
     with _explained(tolerances.method):
         solution: Tensor = contextvars.Context().run(
             odeint,
@@ -152,16 +146,14 @@ class Samples:
     """The steps of one route along a reference solution, ready for fitting.
 
     All are in the dtype in which a solver steps the state; states are flat. All but the
-    residuals are in true units: they are what a hypernet is given. Where no residuals are
-    measured, there are no stages either.
+    residuals are in true units: they are what a hypernet is given.
 
     Attributes:
         times: (n + 1,) times.
         dt: (n,) signed step sizes.
         y: (n + 1, ...) the solution.
-        stages: for each stage of the base, (n, ...) its derivatives.
-        residual: (n, ...) the residuals R_n, in units of `Units.residual`; (0, ...) where
-            they are not measured.
+        stages: for each stage of the base, (n, ...) its derivatives; empty without a base.
+        residual: (n, ...) the residuals R_n, in units of `Units.residual`; (0, ...) without a base.
     """
 
     times: Tensor
@@ -171,38 +163,28 @@ class Samples:
     residual: Tensor
 
 
-def along_route(field: Field, route: Route, solution: Tensor) -> Samples:
-    """Return a reference solution along a route, without residuals: at no call of func.
+def states_along(field: Field, route: Route, solution: Tensor) -> Samples:
+    """Return the states of a reference solution on a route, without residuals.
 
-    Args:
-        field: the vector field.
-        route: which steps.
-        solution: (m, ...) states in the field's units, of which ``route.points`` are the route's.
+    The solution is (m, ...), in the field's units; ``route.points`` are those on the route.
     """
     narrow = state_dtype(field.dtype)
     y = (solution[route.points.to(solution.device)] * field.units.state).to(narrow)
     # The step sizes must be those that a solve in the state's dtype takes.
     times = route.times.to(y.device, narrow)
-    return Samples(times=times, dt=times.diff(), y=y, stages=(), residual=y[:0])
+    return Samples(times, times.diff(), y, stages=(), residual=y[:0])
 
 
 @torch.no_grad()
 def measure_residuals(field: Field, tableau: Tableau, route: Route, solution: Tensor) -> Samples:
-    r"""Measure the base's residuals along a reference solution.
+    r"""Return the states of a reference solution on a route, with a base's residuals.
 
     .. math:: R_n = (y(t_{n+1}) - y(t_n) - dt\,\psi(t_n, y(t_n))) / dt^{p+1}
 
     Costs s calls of func a step. The differences are formed in the solution's own dtype
     (float64 where the device has it): they are differences of nearly equal numbers.
-
-    Args:
-        field: the vector field.
-        tableau: the base, of order p with s stages.
-        route: which steps.
-        solution: (m, ...) states in the field's units, of which ``route.points`` are the route's.
     """
-    samples = along_route(field, route, solution)
-    narrow, units = samples.y.dtype, field.units
+    narrow, units = state_dtype(field.dtype), field.units
     y = solution[route.points.to(solution.device)]
     times = units.times(route.times).to(y)
     residuals, stages = [], []
@@ -211,7 +193,7 @@ def measure_residuals(field: Field, tableau: Tableau, route: Route, solution: Te
         residuals.append(((y[n + 1] - y[n] - dy) / dt ** (tableau.order + 1)).to(narrow))
         stages.append(tuple((stage * (units.state / units.time)).to(narrow) for stage in k))
     return replace(
-        samples,
+        states_along(field, route, solution),
         stages=tuple(torch.stack(stage) for stage in zip(*stages, strict=True)),
         residual=torch.stack(residuals),
     )

@@ -17,7 +17,7 @@ MOST_STEP_COUNTS = 4
 
 @dataclass(frozen=True)
 class Route:
-    """One way through the span: ``n`` equal steps in one direction.
+    """One way through the span: equal steps in one direction.
 
     Attributes:
         times: (n + 1,) float64 times in the order they are visited.
@@ -47,25 +47,21 @@ class Plan:
 
     @classmethod
     def of(cls, span: tuple[float, float], steps: Steps, direction: str) -> Plan:
-        """Return the plan for a span, steps and "forward", "reverse" or "both".
-
-        Raises:
-            OptionError: unknown direction, or impossible steps.
-        """
+        """Return the plan for a span, steps and "forward", "reverse" or "both"."""
         check_choice("direction", direction, DIRECTIONS)
         ends = torch.tensor(span, dtype=torch.float64)
-        grids = [equal_steps(ends, n) for n in step_counts(steps)]
-        times = torch.cat(grids).unique()
+        equal = [equal_steps(ends, n) for n in step_counts(steps)]
+        times = torch.cat(equal).unique()
         if span[1] < span[0]:
             times = times.flip(0)
         order = times.sort().indices
         routes = []
-        for grid in grids:
-            points = order[torch.searchsorted(times[order], grid)]
+        for visited in equal:
+            points = order[torch.searchsorted(times[order], visited)]
             if direction != "reverse":
-                routes.append(Route(grid, points))
+                routes.append(Route(visited, points))
             if direction != "forward":
-                routes.append(Route(grid.flip(0), points.flip(0)))
+                routes.append(Route(visited.flip(0), points.flip(0)))
         return cls(times, tuple(routes))
 
     @property
@@ -80,9 +76,6 @@ def step_counts(steps: Steps) -> list[int]:
 
     They are spread evenly in the logarithm, since errors go by ratios of dt, and hold
     both ends.
-
-    Raises:
-        OptionError: ``steps`` is None, below 1, or not a range.
 
     Example:
         >>> step_counts(10), step_counts((4, 16)), step_counts((2, 3))
@@ -106,11 +99,7 @@ def step_counts(steps: Steps) -> list[int]:
 
 
 def check_span(t_span: object) -> tuple[float, float]:
-    """Return the span as two floats.
-
-    Raises:
-        OptionError: not two distinct finite numbers.
-    """
+    """Return the span as two floats; refuse what is not two distinct finite numbers."""
     try:
         times = t_span.tolist() if isinstance(t_span, Tensor) else t_span
         start, end = (float(t) for t in times)  # type: ignore[attr-defined]
@@ -129,11 +118,7 @@ def check_span(t_span: object) -> tuple[float, float]:
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
-    """Return ``value`` if it is one of ``choices``.
-
-    Raises:
-        OptionError: it is none of them.
-    """
+    """Return ``value`` if it is one of ``choices``, else raise `OptionError`."""
     if value not in choices:
         raise OptionError(
             explain(

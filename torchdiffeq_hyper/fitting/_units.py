@@ -29,14 +29,10 @@ Print = dict[str, Any]
 
 @torch.no_grad()
 def fingerprint(points: Sequence[Tensor], dtype: torch.dtype) -> list[Print | None]:
-    """Return what tells values from others: their sizes, and projections relative to these.
+    """Return what tells values, computed in ``dtype``, from others: sizes and projections.
 
-    In units of the values' own size, so that it overflows for no unit. Global random
-    state is not touched. What is not finite gives None.
-
-    Args:
-        points: values of one shape, real or complex.
-        dtype: what they were computed in.
+    The projections are relative to the sizes, so that they overflow for no unit. What is not
+    finite gives None.
 
     Example:
         >>> import torch
@@ -81,9 +77,7 @@ def size_of(value: Tensor) -> float:
 def differing(first: object, second: object) -> int | None:
     """Return the first point at which two fingerprints differ, None if at none.
 
-    Args:
-        first: what was read from a file, whatever it is.
-        second: what `fingerprint` returned.
+    The first may be anything that was read from a file, the second is of `fingerprint`.
     """
     assert isinstance(second, list)
     if not isinstance(first, list) or len(first) != len(second):
@@ -130,13 +124,7 @@ class Units:
 
     @classmethod
     def of(cls, span: tuple[float, float], y0: Tensor, f0: Tensor) -> Units:
-        """Return the units of a problem.
-
-        Args:
-            span: start and end.
-            y0: flat starts.
-            f0: func at the start, like ``y0``.
-        """
+        """Return the units of a problem with flat starts ``y0`` and derivatives ``f0`` there."""
         width = abs(span[1] - span[0])
         size = max(size_of(y0), DRIVEN * width * size_of(f0))
         return cls(span[0], width, size if 0 < size < math.inf else 1.0)

@@ -21,20 +21,25 @@ from torchdiffeq_hyper._fields._parts import (
     by_restricting,
     difference,
     halves,
-    like,
     moved,
-    n_samples,
     nudged,
     own,
     probing,
     relative_slack,
     scaled,
-    shapes,
     size,
-    take,
     ways_of_one_sample,
 )
-from torchdiffeq_hyper._state import State, VectorField, is_half, parts_of
+from torchdiffeq_hyper._state import (
+    State,
+    VectorField,
+    is_half,
+    map_parts,
+    n_samples,
+    parts_of,
+    shapes_of,
+    take,
+)
 from torchdiffeq_hyper.errors import CoupledSamplesError, StateShapeError, explain
 
 SLACK = 1e-5
@@ -70,7 +75,7 @@ class Probe:
             answer = func(t, y)
         except Exception:  # noqa: BLE001 - the solve says so, if it matters there
             return None
-        return cls(func, t, y, own(answer)) if shapes(answer) == shapes(y) else None
+        return cls(func, t, y, own(answer)) if shapes_of(answer) == shapes_of(y) else None
 
     def moved(self, span: float) -> State:
         """Return the state a little along func's answer."""
@@ -224,7 +229,7 @@ def find_coupling(
         return None
     device = parts_of(y0)[0].device
     # Views: func may set requires_grad on what it is given.
-    y0 = like(y0, tuple(part.view_as(part) for part in parts_of(y0)))
+    y0 = map_parts(lambda part: part.view_as(part), y0)
     looked_at = torch.linspace(0, batch - 1, min(batch, MOST), dtype=torch.float64).long()
     comparison = _Comparison(func, y0, looked_at.to(device), groups, alone)
     with probing():

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._fields._context import HOW_TO_RESTRICT, SHAPE_CLASHES, restrict
-from torchdiffeq_hyper._state import State, VectorField, is_half, parts_of
+from torchdiffeq_hyper._state import (
+    State,
+    VectorField,
+    is_half,
+    map_parts,
+    n_samples,
+    parts_of,
+    shapes_of,
+)
 from torchdiffeq_hyper.errors import (
     CoupledSamplesError,
     HyperError,
@@ -22,41 +30,17 @@ from torchdiffeq_hyper.errors import (
 )
 
 
-def like(y: State, parts: tuple[Tensor, ...]) -> State:
-    """Return parts as a tuple state, or as one tensor, as ``y`` is."""
-    return parts if isinstance(y, tuple) else parts[0]
-
-
-def n_samples(y: State) -> int:
-    """Return the number of samples; 0 where the parts have none in common, or no numbers."""
-    parts = parts_of(y)
-    sizes = {len(part) if part.dim() else 0 for part in parts}
-    return sizes.pop() if len(sizes) == 1 and any(part.numel() for part in parts) else 0
-
-
-def shapes(y: object) -> tuple[bool, list[tuple[int, ...]]]:
-    """Return whether ``y`` is a tuple, and the shapes in it: equal for alike states."""
-    parts = y if isinstance(y, tuple) else (y,)
-    return isinstance(y, tuple), [tuple(getattr(part, "shape", (-1,))) for part in parts]
-
-
-def take(y: State, index: Tensor) -> State:
-    """Return the samples at some positions."""
-    return like(y, tuple(part[index] for part in parts_of(y)))
-
-
 def scaled(y: State, index: Tensor, factor: float) -> State:
     """Return the state with the samples at some positions multiplied by a factor."""
     factors = torch.ones(n_samples(y), device=index.device).index_fill(0, index, factor)
-    parts = (
-        part * factors.to(part.dtype).reshape(-1, *[1] * (part.dim() - 1)) for part in parts_of(y)
+    return map_parts(
+        lambda part: part * factors.to(part.dtype).reshape(-1, *[1] * (part.dim() - 1)), y
     )
-    return like(y, tuple(parts))
 
 
 def own(k: State) -> State:
     """Return a copy of an answer: func may write its next one to the same memory."""
-    return like(k, tuple(part.detach().clone() for part in parts_of(k)))
+    return map_parts(lambda part: part.detach().clone(), k)
 
 
 def difference(k: State, other: State) -> Tensor:
@@ -87,19 +71,18 @@ def moved(y0: State, k: State, span: float) -> State:
     h = 0.1 * span
     if largest > 0 and abs(h) * fastest > 0.1 * largest:
         h *= 0.1 * largest / (abs(h) * fastest)
-    pairs = zip(parts_of(y0), parts_of(k), strict=True)
-    return like(y0, tuple(part + (h * slope).to(part.dtype) for part, slope in pairs))
+    return map_parts(lambda part, slope: part + (h * slope).to(part.dtype), y0, k)
 
 
 def nudged(y: State, digits: int) -> State:
     """Return the state changed in its last digits, up and down at random."""
     generator = torch.Generator().manual_seed(0)
-    parts = []
-    for part in parts_of(y):
+
+    def nudge(part: Tensor) -> Tensor:
         signs = torch.randint(0, 2, part.shape, generator=generator).to(part.device) * 2 - 1
-        eps = torch.finfo(part.dtype).eps
-        parts.append(part * (1 + digits * eps * signs.to(part.dtype)))
-    return like(y, tuple(parts))
+        return part * (1 + digits * torch.finfo(part.dtype).eps * signs.to(part.dtype))
+
+    return map_parts(nudge, y)
 
 
 def relative_slack(y: State, wide: float) -> Tensor:
@@ -155,8 +138,8 @@ def by_restricting(func: VectorField, y0: State) -> Alone:
             reason = first_line(error)
             error_of_part = cannot_take_part(f"fails ({reason})", y0)
             raise error_of_part from error
-        if shapes(k) != shapes(y):
-            what = f"returned shapes {shapes(k)[1]} for {shapes(y)[1]}"
+        if shapes_of(k) != shapes_of(y):
+            what = f"returned shapes {shapes_of(k)[1]} for {shapes_of(y)[1]}"
             raise cannot_take_part(what, y0)
         return own(k)
 

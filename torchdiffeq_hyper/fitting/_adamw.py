@@ -80,7 +80,7 @@ class AdamWPhase(Phase):
         problem: rates, numbers and processes.
         wanted: iterations wanted.
         is_last: whether no phase follows.
-        calibrate: scales the net before the first iteration, which changes its error.
+        calibrate: scales the net for a batch before the first iteration; its error changes.
     """
 
     training: AdamWState
@@ -95,7 +95,7 @@ class AdamWPhase(Phase):
         problem: Problem,
         wanted: int,
         is_last: bool,
-        calibrate: Callable[[], None] | None = None,
+        calibrate: Callable[[Batch], None] | None = None,
     ) -> None:
         self.name = objective.name
         self.wanted = wanted
@@ -118,7 +118,7 @@ class AdamWPhase(Phase):
         if saved is None:
             self.training = AdamWState(self.wanted)
             if self._calibrate is not None:
-                self._calibrate()
+                self._calibrate(self._data.first)
                 is_changed = True
         else:
             assert isinstance(saved, AdamWState)

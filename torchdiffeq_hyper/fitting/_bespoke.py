@@ -18,19 +18,25 @@ from torchdiffeq_hyper.fitting._auto import AUTO, check_auto
 from torchdiffeq_hyper.fitting._batches import n_samples
 from torchdiffeq_hyper.fitting._budget import LAST_PHASE
 from torchdiffeq_hyper.fitting._checkpoint import FitState, snapshot
-from torchdiffeq_hyper.fitting._chunks import Chunk, TrainingChunks, cut, rows_of, samples_needed
+from torchdiffeq_hyper.fitting._chunks import (
+    Chunk,
+    TrainingChunks,
+    cut,
+    fit_knots,
+    rows_of,
+    samples_needed,
+)
 from torchdiffeq_hyper.fitting._config import FitConfig
-from torchdiffeq_hyper.fitting._correction import EndObjective, added_at_end, calibrate_end
 from torchdiffeq_hyper.fitting._data import Data
 from torchdiffeq_hyper.fitting._errors import Comparison, is_worse, quantiles
 from torchdiffeq_hyper.fitting._field import Field
-from torchdiffeq_hyper.fitting._knots import fit_knots
 from torchdiffeq_hyper.fitting._levenberg_marquardt import (
     LevenbergMarquardt,
     LevenbergMarquardtState,
     mean_error,
 )
 from torchdiffeq_hyper.fitting._noise import noise_at_end, refuse_exact
+from torchdiffeq_hyper.fitting._objectives import EndObjective
 from torchdiffeq_hyper.fitting._planning import ReferencePlan
 from torchdiffeq_hyper.fitting._prepare import ENDLESS
 from torchdiffeq_hyper.fitting._problem import Problem
@@ -176,17 +182,16 @@ class BespokeTarget(Target):
         return [weights, self._correction_phase()] if has_net else [weights]
 
     def _correction_phase(self) -> Phase:
-        solver, func, data = self.module, self.problem.func, self._data
-        objective = EndObjective(solver, func)
+        objective = EndObjective(self.module, self.problem.func)
         return AdamWPhase(
             objective,
             objective,
-            net=solver,
-            data=data,
+            net=self.module,
+            data=self._data,
             problem=self.problem,
             wanted=self.problem.config.iterations,
             is_last=True,
-            calibrate=lambda: calibrate_end(solver, func, data.first),
+            calibrate=objective.calibrate,
         )
 
     def comparison(self) -> Comparison:
@@ -239,9 +244,9 @@ class BespokeTarget(Target):
         solver, func, batch = self.module, self.problem.func, self._data.first
         if self._n == 1:
             return
-        added = added_at_end(solver, func, batch)
+        added = EndObjective(solver, func).added(batch)
         chunks = cut(batch, func, ENDLESS, self._rows if added is None else None)
-        values, slopes = fit_knots(chunk.knot_data(solver.weights, added) for chunk in chunks)
+        values, slopes = fit_knots(chunks, solver.weights, added)
         solver.get_buffer("knot_values").copy_(values)
         solver.get_buffer("knot_slopes").copy_(slopes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,6 @@ from torchdiffeq_hyper._state import State, VectorField, parts_of, sample_norms
 from torchdiffeq_hyper.fitting._batches import n_samples
 from torchdiffeq_hyper.fitting._data import Batch, Data
 from torchdiffeq_hyper.fitting._field import Field, Timer
-from torchdiffeq_hyper.fitting._knots import KnotData
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._sensitivities import (
     NormalEquations,
@@ -72,25 +72,27 @@ class Chunk:
         residual = factor * (x - self.path[-1])
         return NormalEquations.of(residual, sensitivities.mul_(factor))
 
-    def knot_data(self, weights: Tensor, added: Tensor | None) -> KnotData:
-        """Return what the knots are fitted to. Costs 2 n + 1 calls.
+    def knot_products(self, weights: Tensor, added: Tensor | None) -> tuple[Tensor, ...]:
+        """Return the products of the n derivatives with themselves and with what knots are.
+
+        These are the solution's way from the start to the inner knots, over the span, and its
+        slopes at all knots. Costs 2 n + 1 calls.
 
         Args:
             weights: the solver's.
             added: the correction at the end, flat; it grows with the square of time.
         """
         task = self.roll_out
-        _, stages = task.end(weights)
+        stages = torch.stack(task.end(weights)[1])
         factor = self._spread(1 / self.scale)
-        n = len(stages)
+        share = torch.linspace(0, 1, len(self.path)).to(self.path)
         way = (self.path[1:-1] - task.y0) / task.width
         if added is not None:
-            share = torch.linspace(0, 1, n + 1).to(way)[1:-1]
-            way = way - (share**2).reshape(-1, *[1] * added.dim()) * added / task.width
-        times = task.start + task.width * torch.linspace(0, 1, n + 1).to(way)
+            way = way - (share[1:-1] ** 2).reshape(-1, *[1] * added.dim()) * added / task.width
+        times = task.start + task.width * share
         slopes = torch.stack([task.call(t, x) for t, x in zip(times, self.path, strict=True)])
-        flat = (torch.stack(stages), way, slopes)
-        return KnotData(*((factor * part).reshape(len(part), -1) for part in flat))
+        flat = [(factor * each).flatten(1).double() for each in (stages, way, slopes)]
+        return tuple((each @ flat[0].t()).cpu() for each in flat)
 
     def _spread(self, values: Tensor) -> Tensor:
         """Return per-sample values as a flat state."""
@@ -182,3 +184,37 @@ def rows_of(y0: State, n: int) -> int:
 
 def _numel(y0: State) -> int:
     return sum(part.numel() for part in parts_of(y0))
+
+
+RIDGE = 1e-8
+"""Pull towards small weights, relative to the derivatives' mean square."""
+
+
+@torch.no_grad()
+def fit_knots(
+    chunks: Sequence[Chunk], weights: Tensor, added: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the weights of the derivatives in the knots' values and slopes, in float64.
+
+    They are (n - 1, n) and (n + 1, n): least squares over all chunks, with sums that keep
+    constant derivatives exact: i/n for the i-th value, 1 for slopes.
+    """
+    products = zip(*(chunk.knot_products(weights, added) for chunk in chunks), strict=True)
+    gram, values, slopes = (torch.stack(each).sum(0) for each in products)
+    n = len(gram)
+    gram = gram + RIDGE * gram.diagonal().mean() * torch.eye(n, dtype=gram.dtype)
+    inner = torch.linspace(0, 1, n + 1, dtype=gram.dtype)[1:-1]
+    slope_sums = torch.ones(n + 1, dtype=gram.dtype)
+    return _solve(gram, values, inner), _solve(gram, slopes, slope_sums)
+
+
+def _solve(gram: Tensor, products: Tensor, sums: Tensor) -> Tensor:
+    """Return the rows w with ``w gram = products`` as near as their given sums allow."""
+    n = len(gram)
+    system = torch.zeros(n + 1, n + 1, dtype=gram.dtype)
+    scale = gram.diagonal().mean()
+    system[:n, :n] = gram / scale
+    system[:n, n] = system[n, :n] = 1
+    wanted = torch.cat([products.t() / scale, sums[None]])
+    solution: Tensor = torch.linalg.solve(system, wanted)
+    return solution[:n].t().contiguous()

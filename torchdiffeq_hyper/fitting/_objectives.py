@@ -1,27 +1,83 @@
-"""What a fit minimises, and the errors by which its result is measured."""
+"""What a fit minimises: residuals, roll-outs, or the end of a span."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._state import Hypernet, State, StepInput, VectorField, sample_norms
+from torchdiffeq_hyper._state import (
+    Hypernet,
+    State,
+    StateLayout,
+    StepInput,
+    VectorField,
+    map_parts,
+    sample_norms,
+)
 from torchdiffeq_hyper.errors import NonFiniteError
 from torchdiffeq_hyper.fitting._data import Batch
 from torchdiffeq_hyper.fitting._errors import quantiles
+from torchdiffeq_hyper.hypernets import ReadyHypernet, join_channels
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 from torchdiffeq_hyper.solvers._stepping import Correction
+from torchdiffeq_hyper.solvers.bespoke import BespokeSolver
+
+MOST_STEPS = 8
+"""Steps of a route that one iteration on residuals looks at."""
 
 
 def no_correction(step: StepInput) -> State:
     """Return zero: the hypernet of the base alone."""
-    if isinstance(step.y, Tensor):
-        return torch.zeros_like(step.y)
-    return tuple(torch.zeros_like(part) for part in step.y)
+    return map_parts(torch.zeros_like, step.y)
+
+
+class Objective(ABC):
+    """A training loss, and an error to compare states of a net by.
+
+    Attributes:
+        name: "residual" or "trajectory", for the history.
+    """
+
+    name: str
+
+    @abstractmethod
+    def loss(self, batch: Batch, route: int) -> Tensor:
+        """Return the 0-d training loss."""
+
+    @abstractmethod
+    def error(self, batch: Batch) -> float:
+        """Return the mean error over all routes, without gradient; inf if it is not finite."""
+
+    @abstractmethod
+    def base_error(self, batch: Batch, route: int | None = None) -> float:
+        """Return the same for the base alone, over all routes or on one."""
+
+    @abstractmethod
+    def base_loss(self, batch: Batch, route: int) -> float:
+        """Return the training loss of the base alone, to which losses are relative."""
+
+
+def usable_scale(scale: float) -> float:
+    """Return a scale to divide by: 1 where the base is exact or blew up."""
+    return scale if math.isfinite(scale) and scale > 0 else 1.0
+
+
+def objectives_of(
+    name: str, solver: HyperSolver, func: VectorField
+) -> tuple[tuple[Objective, ...], Objective]:
+    """Return what each phase of a fit minimises, and what selects its best state."""
+    assert isinstance(solver.hypernet, nn.Module)
+    residual = ResidualObjective(solver.hypernet, solver.tableau.order)
+    trajectory = TrajectoryObjective(solver, func)
+    if name == "residual":
+        return (residual,), residual
+    if name == "trajectory":
+        return (trajectory,), trajectory
+    return (residual, trajectory), trajectory
 
 
 def step_inputs(batch: Batch, route: int) -> Iterator[StepInput]:
@@ -37,7 +93,7 @@ def step_inputs(batch: Batch, route: int) -> Iterator[StepInput]:
 def residual_errors(
     hypernet: Hypernet, order: int, batch: Batch, route: int, steps: Sequence[int]
 ) -> Tensor:
-    r"""Return :math:`|R_n - g|_2` for some steps of a route, (len(steps), batch) ([H] eq. 5).
+    r"""Return :math:`|R_n - g|_2` for some steps of a route, (len(steps), batch).
 
     In units of `Units.residual`. Costs one call of g a step and none of func.
     """
@@ -56,107 +112,33 @@ def residual_errors(
     return sample_norms(layout.split(torch.stack(differences)))
 
 
-def trajectory_errors(solver: HyperSolver, func: VectorField, batch: Batch, route: int) -> Tensor:
-    r"""Return :math:`|y(t_n) - y_n|_2` for n = 1, 2, ... of a route, (n, batch).
-
-    The y_n are the solver's own roll-out; costs what a solve costs. In units of the
-    states' size.
-
-    Raises:
-        NonFiniteError: the roll-out ended in inf or nan.
-    """
-    samples = batch.routes[route]
-    solution = solver.solve(batch.field(func), batch.start(route), samples.times)
-    difference = _difference(solution, batch.layout.split(samples.y))
-    return sample_norms(difference, batch.units.state)
-
-
-def _difference(first: State, second: State) -> State:
-    """Return the difference of two solutions without their common start."""
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return first[1:] - second[1:]
-    return tuple(a[1:] - b[1:] for a, b in zip(first, second, strict=True))
-
-
 @torch.no_grad()
-def mean_residual_error(
+def all_residual_errors(
     hypernet: Hypernet, order: int, batch: Batch, route: int | None = None
-) -> float:
-    """Return the mean of |R - g|_2 over samples, steps and routes (or on one)."""
+) -> Tensor:
+    """Return |R - g|_2 of all samples and steps, on all routes or on one, (n,)."""
     errors = [
         residual_errors(hypernet, order, batch, r, range(len(batch.routes[r].dt))).flatten()
         for r in _routes(batch, route)
     ]
-    return float(torch.cat(errors).mean())
-
-
-@torch.no_grad()
-def mean_trajectory_error(
-    solver: HyperSolver, func: VectorField, batch: Batch, route: int | None = None
-) -> float:
-    """Return the mean of |y(t_n) - y_n|_2 / |y(t_n)|_2 over samples, steps and routes.
-
-    It is inf if a roll-out blew up.
-    """
-    try:
-        errors = [
-            (trajectory_errors(solver, func, batch, r) / batch.sizes(r)[1:]).mean()
-            for r in _routes(batch, route)
-        ]
-    except NonFiniteError:
-        return float("inf")
-    return float(torch.stack(errors).mean())
+    return torch.cat(errors)
 
 
 def _routes(batch: Batch, route: int | None) -> Sequence[int]:
     return range(len(batch.routes)) if route is None else (route,)
 
 
-@torch.no_grad()
 def delta_quantiles(hypernet: Hypernet, order: int, batch: Batch) -> dict[str, float]:
-    """Return quantiles of |R - g|_2 over samples, steps and routes ([H] theorem 1).
-
-    In true units: the state's over time^(p+1).
-    """
-    errors = [
-        residual_errors(hypernet, order, batch, r, range(len(batch.routes[r].dt))).flatten()
-        for r in _routes(batch, None)
-    ]
-    return quantiles(torch.cat(errors), batch.units.residual(order))
+    """Return quantiles of |R - g|_2 in true units: the state's over time^(p+1)."""
+    return quantiles(all_residual_errors(hypernet, order, batch), batch.units.residual(order))
 
 
-MOST_STEPS = 8
-"""Steps of a route that one iteration on residuals looks at."""
-
-
-class Objective(Protocol):
-    """What is minimised, and an error to compare states of a net by."""
-
-    name: str
-
-    def loss(self, batch: Batch, route: int) -> Tensor:
-        """Return the 0-d training loss."""
-        ...
-
-    def error(self, batch: Batch) -> float:
-        """Return the mean error over all routes, without gradient."""
-        ...
-
-    def base_error(self, batch: Batch, route: int | None = None) -> float:
-        """Return the same for the base alone, over all routes or on one."""
-        ...
-
-    def base_loss(self, batch: Batch, route: int) -> float:
-        """Return the training loss of the base alone, to which losses are relative."""
-        ...
-
-
-class ResidualObjective:
-    r"""Minimise mean_n :math:`|R_n - g|_2` ([H] eq. 5): calls of g only."""
+class ResidualObjective(Objective):
+    r"""The mean over n of :math:`|R_n - g|_2`: calls of g only."""
 
     name = "residual"
 
-    def __init__(self, net: nn.Module, order: int) -> None:
+    def __init__(self, net: Hypernet, order: int) -> None:
         self._net = net
         self._order = order
 
@@ -168,8 +150,11 @@ class ResidualObjective:
 
     def error(self, batch: Batch) -> float:
         """Return the mean of |R - g|_2 as a share of that of |R|_2."""
-        size = mean_residual_error(no_correction, self._order, batch)
-        return mean_residual_error(self._net, self._order, batch) / (size or 1.0)
+        own, size = (
+            float(all_residual_errors(net, self._order, batch).mean())
+            for net in (self._net, no_correction)
+        )
+        return own / (size or 1.0)
 
     def base_error(self, batch: Batch, route: int | None = None) -> float:
         """Return 1: all of |R|_2."""
@@ -177,55 +162,129 @@ class ResidualObjective:
 
     def base_loss(self, batch: Batch, route: int) -> float:
         """Return the mean of |R|_2."""
-        return mean_residual_error(no_correction, self._order, batch, route)
+        return float(all_residual_errors(no_correction, self._order, batch, route).mean())
 
 
-class TrajectoryObjective:
-    r"""Minimise :math:`\sum_n |y(t_n) - y_n|_2` of the solver's own roll-out."""
+class TrajectoryObjective(Objective):
+    r"""The sum over n of :math:`|y(t_n) - y_n|_2` of the solver's own roll-out."""
 
     name = "trajectory"
 
     def __init__(self, solver: HyperSolver, func: VectorField) -> None:
         self._solver = solver
-        self._base = HyperSolver(solver.base, no_correction, alpha=solver.alpha)
         self._func = func
+
+    def _base(self) -> TrajectoryObjective:
+        base = HyperSolver(self._solver.base, no_correction, alpha=self._solver.alpha)
+        return TrajectoryObjective(base, self._func)
+
+    def _norms(self, batch: Batch, route: int) -> Tensor:
+        """Return |y(t_n) - y_n|_2 in units of the states' size, (n, batch)."""
+        samples = batch.routes[route]
+        found = self._solver.solve(batch.field(self._func), batch.start(route), samples.times)
+        exact = batch.layout.split(samples.y)
+        return sample_norms(map_parts(_after_start, found, exact), batch.units.state)
 
     def loss(self, batch: Batch, route: int) -> Tensor:
         """Return the mean over samples."""
-        return trajectory_errors(self._solver, self._func, batch, route).sum(0).mean()
+        return self._norms(batch, route).sum(0).mean()
 
     def error(self, batch: Batch) -> float:
-        """Return the mean relative error over samples and steps; inf if a roll-out blew up."""
-        return mean_trajectory_error(self._solver, self._func, batch)
+        """Return the mean relative error over samples and steps."""
+        return self._mean_error(batch, None)
+
+    @torch.no_grad()
+    def _mean_error(self, batch: Batch, route: int | None) -> float:
+        try:
+            errors = [
+                (self._norms(batch, r) / batch.sizes(r)[1:]).mean() for r in _routes(batch, route)
+            ]
+        except NonFiniteError:
+            return math.inf
+        return float(torch.stack(errors).mean())
 
     def base_error(self, batch: Batch, route: int | None = None) -> float:
         """Return the same with no correction."""
-        return mean_trajectory_error(self._base, self._func, batch, route)
+        return self._base()._mean_error(batch, route)  # noqa: SLF001
 
     @torch.no_grad()
     def base_loss(self, batch: Batch, route: int) -> float:
         """Return the loss with no correction; inf if its roll-out blew up."""
         try:
-            errors = trajectory_errors(self._base, self._func, batch, route)
+            return float(self._base().loss(batch, route))
         except NonFiniteError:
-            return float("inf")
-        return float(errors.sum(0).mean())
+            return math.inf
 
 
-def objectives_of(
-    name: str, solver: HyperSolver, func: VectorField
-) -> tuple[tuple[Objective, ...], Objective]:
-    """Return what each phase of a fit minimises, and what selects its best state."""
-    assert isinstance(solver.hypernet, nn.Module)
-    residual = ResidualObjective(solver.hypernet, solver.tableau.order)
-    trajectory = TrajectoryObjective(solver, func)
-    if name == "residual":
-        return (residual,), residual
-    if name == "trajectory":
-        return (trajectory,), trajectory
-    return (residual, trajectory), trajectory
+def _after_start(first: Tensor, second: Tensor) -> Tensor:
+    return first[1:] - second[1:]
 
 
-def usable_scale(scale: float) -> float:
-    """Return a scale to divide by: 1 where the base is exact or blew up."""
-    return scale if math.isfinite(scale) and scale > 0 else 1.0
+class EndObjective(Objective):
+    """The mean error at the end of a bespoke solver, relative to the state there."""
+
+    name = "trajectory"
+
+    def __init__(self, solver: BespokeSolver, func: VectorField) -> None:
+        self._solver = solver
+        self._func = func
+
+    def _ends(self, solver: BespokeSolver, batch: Batch) -> State:
+        """Return a solver's ends, (1, batch, ...)."""
+        times = batch.routes[0].times[[0, -1]]
+        solution = solver.solve(batch.field(self._func), batch.start(0), times)
+        return map_parts(lambda part: part[1:], solution)
+
+    def norms(self, batch: Batch) -> Tensor:
+        """Return |y(T) - y_n|_2 of each sample, (batch,), in units of the states' size."""
+        exact = batch.layout.split(batch.routes[0].y[-1:])
+        left = map_parts(torch.sub, exact, self._ends(self._solver, batch))
+        return sample_norms(left, batch.units.state)[0]
+
+    def loss(self, batch: Batch, route: int) -> Tensor:
+        """Return the mean over samples."""
+        return (self.norms(batch) / batch.end_sizes()).mean()
+
+    @torch.no_grad()
+    def error(self, batch: Batch) -> float:
+        """Return the same without gradient; inf if the solve blew up."""
+        try:
+            return float(self.loss(batch, 0))
+        except NonFiniteError:
+            return math.inf
+
+    def base_error(self, batch: Batch, route: int | None = None) -> float:
+        """Return the same without the correction."""
+        return EndObjective(BespokeSolver(self._solver.weights), self._func).error(batch)
+
+    def base_loss(self, batch: Batch, route: int) -> float:
+        """Return the same: errors are relative already."""
+        return self.base_error(batch)
+
+    @torch.no_grad()
+    def calibrate(self, batch: Batch) -> None:
+        """Calibrate a ready net that is still zero on what the weights alone leave over."""
+        net = self._solver.hypernet
+        if not isinstance(net, ReadyHypernet) or not net.is_zero:
+            return  # it was fitted before, with these scales
+        seen: list[StepInput] = []
+
+        def watch(step: StepInput) -> State:
+            seen.append(step)
+            return no_correction(step)
+
+        exact = batch.layout.split(batch.routes[0].y[-1:])
+        ends = self._ends(BespokeSolver(self._solver.weights, hypernet=watch), batch)
+        step = seen[0].dt / net.time_unit
+        residual = map_parts(lambda y, x: (y - x)[0] / step**2, exact, ends)
+        net.calibrate(net.concat(seen[0]), join_channels(residual))
+
+    @torch.no_grad()
+    def added(self, batch: Batch) -> Tensor | None:
+        """Return what the correction adds at the end, flat; None without one."""
+        if self._solver.hypernet is None:
+            return None
+        pair = (self._solver, BespokeSolver(self._solver.weights))
+        own, plain = (map_parts(lambda y: y[0], self._ends(solver, batch)) for solver in pair)
+        added = map_parts(torch.sub, own, plain)
+        return StateLayout.of(added).join(added).to(batch.routes[0].y.dtype)

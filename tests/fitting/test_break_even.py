@@ -17,8 +17,8 @@ from exact import zero
 from stubs import Counted, MLPField, coupled, damped_wave
 from torchdiffeq_hyper.fitting import _break_even
 from torchdiffeq_hyper.fitting._batches import Batches
+from torchdiffeq_hyper.fitting._break_even import FIXED
 from torchdiffeq_hyper.fitting._budget import Budget
-from torchdiffeq_hyper.fitting._classical import FIXED
 from torchdiffeq_hyper.fitting._data import Batch, Data
 from torchdiffeq_hyper.fitting._distributed import Team
 from torchdiffeq_hyper.fitting._errors import end_errors

@@ -14,8 +14,8 @@ from stubs import MLPField, damped_wave
 from torchdiffeq_hyper.fitting import _break_even
 from torchdiffeq_hyper.fitting import _report as report_module
 from torchdiffeq_hyper.fitting._batches import Batches
+from torchdiffeq_hyper.fitting._break_even import FIXED
 from torchdiffeq_hyper.fitting._budget import Budget
-from torchdiffeq_hyper.fitting._classical import FIXED
 from torchdiffeq_hyper.fitting._data import Batch, Data
 from torchdiffeq_hyper.fitting._distributed import Team
 from torchdiffeq_hyper.fitting._errors import end_errors, errors_along

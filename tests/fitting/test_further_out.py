@@ -10,7 +10,7 @@ from torch import Tensor
 
 import torchdiffeq_hyper as tdh
 from stubs import damped_wave
-from torchdiffeq_hyper.fitting._classical import FIXED
+from torchdiffeq_hyper.fitting._break_even import FIXED
 from torchdiffeq_hyper.fitting._errors import Comparison
 from torchdiffeq_hyper.fitting._report import FURTHER, starts_further_out
 

@@ -1,4 +1,4 @@
-"""Choosing a hypernet: what fits into a budget, compared by a short fit of the residuals."""
+"""Ready nets: their scales, and the choice of one by a short fit of the residuals."""
 
 from __future__ import annotations
 
@@ -73,11 +73,7 @@ SHARE_OF_TIME = 0.15
 
 
 def check_auto(hypernet: str) -> None:
-    """Refuse a name that stands for no choice.
-
-    Raises:
-        OptionError: ``hypernet`` is not "auto".
-    """
+    """Refuse a name that stands for no choice: any but "auto"."""
     if hypernet != AUTO:
         raise OptionError(
             explain(
@@ -123,13 +119,7 @@ def choose(problem: HypersolverProblem, first: Batch, held_out: Batch) -> dict[s
     batch's residuals for 40 iterations, the better half for 120 more. Of nets within 2 % of
     the best the cheapest is taken. The result depends on the seed alone, unless the
     comparison is cut short at 15 % of ``config.max_seconds``.
-
     Costs one call of func on the first batch, and calls of the nets.
-
-    Args:
-        problem: what is fitted.
-        first: the batch to fit to.
-        held_out: the batch to compare on.
 
     Returns:
         "architecture", which describes the net (see `ReadyHypernet.architecture`), and
@@ -165,20 +155,15 @@ def within_budget(problem: HypersolverProblem, batch: Batch) -> list[Candidate]:
     y = batch.start(0)
     t = step.t.to(batch.dtype)
     in_func = problem.tableau.calls * count_flops(lambda: batch.field(problem.func)(t, y))
-    kinds = [
-        [Candidate(net, _share(count_flops(partial(net, step)), in_func)) for net in family]
-        for family in families(y, problem.tableau, time_unit=problem.width)
-    ]
-    affordable = [
-        [candidate for candidate in kind if candidate.cost <= problem.config.hypernet_budget]
-        for kind in kinds
-    ]
+    kinds = []
+    for family in families(y, problem.tableau, time_unit=problem.width):
+        flops = [count_flops(partial(net, step)) for net in family]
+        costs = [n / in_func if in_func else math.inf for n in flops]
+        kinds.append([Candidate(*pair) for pair in zip(family, costs, strict=True)])
+    budget = problem.config.hypernet_budget
+    affordable = [[candidate for candidate in kind if candidate.cost <= budget] for kind in kinds]
     widest = [kind[-1] for kind in affordable if kind]
     return widest or [kinds[0][0]]
-
-
-def _share(flops: int, in_func: int) -> float:
-    return flops / in_func if in_func else math.inf
 
 
 def count_flops(call: Callable[[], object]) -> int:
@@ -222,8 +207,8 @@ class _PreFit:
     ) -> None:
         self._candidate = candidate
         self._first, self._held_out = batches
-        self._phase = ResidualObjective(candidate.net, problem.tableau.order)
-        self._scale = self._phase.base_loss(self._held_out, 0) or 1.0
+        self._objective = ResidualObjective(candidate.net, problem.tableau.order)
+        self._scale = self._objective.base_loss(self._held_out, 0) or 1.0
         self._lr, self._planned = RATE * problem.config.lr, iterations
         self._optimizer = optim.AdamW(candidate.net.parameters(), lr=self._lr)
         self._done = 0
@@ -235,7 +220,7 @@ class _PreFit:
             group["lr"] = self._lr * annealed(share, lowest=0.0)
         self._optimizer.zero_grad()
         route = self._done % len(self._first.routes)
-        loss = self._phase.loss(self._first, route) / self._scale
+        loss = self._objective.loss(self._first, route) / self._scale
         loss.backward()
         nn.utils.clip_grad_norm_(self._candidate.net.parameters(), 1.0)
         self._optimizer.step()
@@ -243,6 +228,6 @@ class _PreFit:
 
     def measure(self) -> None:
         """Keep the held-out error, and what it took."""
-        error = self._phase.error(self._held_out)
+        error = self._objective.error(self._held_out)
         self._candidate.error = error if math.isfinite(error) else math.inf
         self._candidate.iterations += self._done

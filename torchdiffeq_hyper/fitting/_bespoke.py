@@ -90,11 +90,7 @@ class BespokeTarget(Target):
         direction: str,
         **given: Any,
     ) -> BespokeTarget:
-        """Return the target of checked arguments; see `fit`.
-
-        Raises:
-            HyperError: an argument is impossible.
-        """
+        """Return the target of the arguments of `fit`, checked."""
         _refuse(base, steps, alpha, objective, direction)
         problem = Problem.of(
             func, t_span, steps=steps, objective=objective, direction=direction, **given
@@ -309,12 +305,7 @@ def _default_start(n: int) -> str:
 def best_starts(held_out: Sequence[Chunk], like: Tensor) -> list[str]:
     """Return the classical methods that stay finite, the smallest held-out error first.
 
-    Args:
-        held_out: what they are compared on.
-        like: weights (n, n) of the right size, on the right device.
-
-    Raises:
-        FitDivergedError: all of them leave the finite range.
+    ``like`` are weights (n, n) on the right device. It is an error if none stays finite.
     """
     n = len(like)
     classical = {name: weights.to(like) for name, weights in compositions(n).items()}

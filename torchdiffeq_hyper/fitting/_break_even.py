@@ -1,22 +1,115 @@
-"""What a fitted solver saves, against the cheapest classical solver of the same error."""
+"""A fitted solver against classical ones: the best in its time, the fastest of its error."""
 
 from __future__ import annotations
 
+import contextvars
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torchdiffeq import odeint
 
-from torchdiffeq_hyper._state import VectorField, is_half
+from torchdiffeq_hyper._state import State, StateLayout, VectorField, is_half
 from torchdiffeq_hyper.fitting._batches import n_samples
-from torchdiffeq_hyper.fitting._classical import FIXED, FixedStep, Solve, dopri5
 from torchdiffeq_hyper.fitting._data import Batch
 from torchdiffeq_hyper.fitting._errors import BROKEN, Run, end_errors
 from torchdiffeq_hyper.recording._cost import median_seconds
+from torchdiffeq_hyper.solvers._grid import equal_steps
 from torchdiffeq_hyper.solvers._report import BreakEven, ErrorSummary, Rival
+from torchdiffeq_hyper.solvers._stepping import stage_call
+from torchdiffeq_hyper.tableaus import MIDPOINT
+
+
+class Solve(NamedTuple):
+    """A solver at one setting: ``run(func, y0, t)`` solves between the two points of t."""
+
+    label: str
+    run: Callable[[VectorField, State, Tensor], State]
+
+
+class FixedStep(NamedTuple):
+    """A method with equal steps.
+
+    Attributes:
+        each: calls of func in a step.
+        start: calls of func that the first step takes beside.
+        order: order of convergence.
+        run: ``(func, y0, t, steps) -> solution`` at the two points of t.
+    """
+
+    each: int
+    start: int
+    order: int
+    run: Callable[..., State]
+
+    def with_steps(self, name: str, steps: int) -> Solve:
+        """Return the method with so many steps."""
+        label = f"{name} with {steps} step{'s' * (steps > 1)}"
+        return Solve(label, partial(self.run, steps=steps))
+
+
+def dopri5(tolerance: float, size: float) -> Solve:
+    """Return torchdiffeq's dopri5 with one tolerance, the absolute one for states of a size."""
+    label = f"dopri5 at rtol = {tolerance:.1e}"
+    atol = tolerance * size
+    return Solve(label, partial(_host, method="dopri5", rtol=tolerance, atol=atol))
+
+
+def _host(func: VectorField, y0: State, t: Tensor, **given: Any) -> State:
+    # Outside any scope that would answer to these names.
+    solution: State = contextvars.Context().run(odeint, func, y0, t, **given)
+    return solution
+
+
+def _fixed(func: VectorField, y0: State, t: Tensor, steps: int, *, method: str) -> State:
+    options = {"grid_constructor": lambda func, y0, t: equal_steps(t, steps)}
+    return _host(func, y0, t, method=method, options=options)
+
+
+# Weights of the derivatives at the last steps, newest first, times the step size.
+_ADAMS_BASHFORTH = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12)}
+
+
+def _adams_bashforth(func: VectorField, y0: State, t: Tensor, steps: int, *, order: int) -> State:
+    """Solve by the method of Adams and Bashforth, started by one midpoint step.
+
+    A later step has as high an order as there are derivatives, up to ``order``.
+    """
+    layout = StateLayout.of(y0)
+    y = layout.join(y0)
+    call = stage_call(func, layout, y.dtype)
+    start, history = y, list[Tensor]()
+    for t0, t1 in pairwise(equal_steps(t.to(y.device), steps).unbind()):
+        dt = t1 - t0
+        if not history:
+            dy, (f0, _) = MIDPOINT.increment(call, t0, dt, t1, y)
+            history = [f0]
+        else:
+            history = [call(t0, y), *history][:order]
+            weights = _ADAMS_BASHFORTH[len(history)]
+            terms = (w * f for w, f in zip(weights, history, strict=True))
+            dy = dt * torch.stack(list(terms)).sum(0)
+        y = y + dy.to(y.dtype)
+    return layout.split(torch.stack([start, y]))
+
+
+FIXED = {
+    "euler": FixedStep(1, 0, 1, partial(_fixed, method="euler")),
+    "midpoint": FixedStep(2, 0, 2, partial(_fixed, method="midpoint")),
+    "heun2": FixedStep(2, 0, 2, partial(_fixed, method="heun2")),
+    "heun3": FixedStep(3, 0, 3, partial(_fixed, method="heun3")),
+    "rk4": FixedStep(4, 0, 4, partial(_fixed, method="rk4")),
+    "Adams-Bashforth 2": FixedStep(1, 1, 2, partial(_adams_bashforth, order=2)),
+    "Adams-Bashforth 3": FixedStep(1, 1, 3, partial(_adams_bashforth, order=3)),
+}
+"""The methods with equal steps, by name."""
+
 
 SHARE_OF_FIT = 0.05
 """Share of a fit's time that the measurement may take, if that is more than `LEAST_SECONDS`."""
@@ -82,16 +175,8 @@ def measure(
     The alternative is the fastest of the fixed-step methods in `classical.FIXED` and dopri5,
     each with the fewest steps or the loosest tolerance found that reach the fitted solver's
     mean relative error at the end of the span, on the same held-out samples. Times are
-    medians of interleaved runs of the whole batch, without gradients.
-
-    Args:
-        run: the fitted solver's ``(func, y0, t) -> solution``.
-        func: the vector field.
-        batch: held-out samples.
-        calls: calls of func in one of the fitted solver's solves.
-        fit_seconds: what the fit took.
-        seconds_left: what the measurement may take at most; it takes a twentieth of the
-            fit's time, or five seconds if that is more.
+    medians of interleaved runs of the whole batch, without gradients. Takes a twentieth of
+    the fit's time, or five seconds if that is more, but no more than ``seconds_left``.
 
     Returns:
         The reason, where there is none.
@@ -205,31 +290,13 @@ FEWEST = 8
 """Samples that are solved at least."""
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """A classical solver with some steps."""
-
-    label: str
-    errors: ErrorSummary
-    seconds: float
-
-
 @torch.no_grad()
 def best_classical(run: Run, func: VectorField, batch: Batch, *, calls: int) -> Rival | None:
     """Return the best of the classical solvers in the time that a fitted one takes.
 
     Each of them has as many steps as end in that time, or as its calls of func allow, if
     that is more: times of single runs are only roughly known. The one with the smallest mean
-    error is the best.
-
-    Args:
-        run: the fitted solver.
-        func: the vector field.
-        batch: held-out samples, of which the first route is solved.
-        calls: calls of func in one of the fitted solver's solves.
-
-    Returns:
-        None for half-precision samples, which the host cannot solve as ours are.
+    error is the best. None for half-precision samples, which the host cannot solve as ours are.
     """
     if is_half(batch.dtype):
         return None
@@ -240,23 +307,26 @@ def best_classical(run: Run, func: VectorField, batch: Batch, *, calls: int) -> 
         batch = batch.some(torch.arange(max(FEWEST, wanted)))
         own_errors, own_seconds = _timed(run, func, batch)
     found = [
-        _measured(name, method, func, batch, (calls, own_seconds)) for name, method in FIXED.items()
+        _in_time(name, method, func, batch, (calls, own_seconds)) for name, method in FIXED.items()
     ]
-    best = min(found, key=lambda each: each.errors.mean)
+    label, errors, seconds = min(found, key=lambda each: each[1].mean)
     return Rival(
-        solver=best.label,
-        errors=best.errors,
+        solver=label,
+        errors=errors,
         own_errors=own_errors,
-        best_p95=min(each.errors.p95 for each in found),
-        seconds=best.seconds,
+        best_p95=min(errors.p95 for _, errors, _ in found),
+        seconds=seconds,
         own_seconds=own_seconds,
     )
 
 
-def _measured(
+def _in_time(
     name: str, method: FixedStep, func: VectorField, batch: Batch, own: tuple[int, float]
-) -> _Measured:
-    """Return a method with the steps that fit into the fitted solver's calls and time."""
+) -> tuple[str, ErrorSummary, float]:
+    """Return a method with the steps that fit into the fitted solver's calls and time.
+
+    That is its label, its errors and its seconds.
+    """
     calls, own_seconds = own
     steps = max(1, calls // method.each)
     first = method.with_steps(name, steps)
@@ -265,10 +335,9 @@ def _measured(
     in_time = work * own_seconds / max(seconds, 1e-9)
     more = int((in_time - method.start) / method.each)
     if more <= steps:
-        return _Measured(first.label, errors, seconds)
+        return first.label, errors, seconds
     second = method.with_steps(name, more)
-    errors, seconds = _timed(second.run, func, batch)
-    return _Measured(second.label, errors, seconds)
+    return second.label, *_timed(second.run, func, batch)
 
 
 def _timed(run: Run, func: VectorField, batch: Batch) -> tuple[ErrorSummary, float]:

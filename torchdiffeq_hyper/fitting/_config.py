@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torchdiffeq_hyper.errors import OptionError, explain
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How `fit` is run; the defaults follow the schedule of [H].
+    """How `fit` is run.
 
     AdamW with cosine annealing: `pretrain_iterations` on the first batch, then a new
-    batch every `swap_every` iterations, the residual phase before the trajectory phase.
+    batch every `swap_every` iterations, the residual phase before the trajectory phase. The
+    defaults follow the schedule of Poli et al., "Hypersolvers: Toward Fast Continuous-Depth
+    Models", NeurIPS 2020, https://arxiv.org/abs/2007.09601.
 
     Attributes:
         iterations: iterations of all phases ("combined" gives the residual phase a quarter).
@@ -35,7 +35,7 @@ class FitConfig:
         validation: fraction of the samples that is held out, at most two batches of them;
             with an iterable, of the first batch.
         patience: validations without improvement, of about 40 in a phase, after which the
-            phase lands: it anneals within a quarter of the iterations done, and ends.
+            phase cools down: it anneals within a quarter of the iterations done, and ends.
         seed: seeds the split, the batches and the net's start. Global state is not touched.
         hypernet_budget: what ``hypernet="auto"`` may cost: multiply-adds of one call, as a
             share of func's in one step of the base.
@@ -71,50 +71,32 @@ class FitConfig:
     def __post_init__(self) -> None:
         """Check every value."""
         for name in ("iterations", "swap_every", "batch_size", "patience"):
-            self._require(name, lambda n: _is_int(n) and n >= 1, "an int of at least 1", "100")
+            self._require(name, _is_int(getattr(self, name), 1), "an int of at least 1", "100")
         for name in ("pretrain_iterations", "seed"):
-            self._require(name, lambda n: _is_int(n) and n >= 0, "an int of at least 0", "0")
+            self._require(name, _is_int(getattr(self, name), 0), "an int of at least 0", "0")
         for name, example in (("max_seconds", "120.0"), ("lr", "1e-2"), ("hypernet_budget", "0.1")):
-            self._require(name, lambda x: _is_real(x) and x > 0, "a finite number above 0", example)
-        self._require(
-            "weight_decay",
-            lambda x: _is_real(x) and x >= 0,
-            "a finite number of at least 0",
-            "1e-6",
-        )
+            is_valid = _is_real(getattr(self, name)) and getattr(self, name) > 0
+            self._require(name, is_valid, "a finite number above 0", example)
+        is_valid = _is_real(self.weight_decay) and self.weight_decay >= 0
+        self._require("weight_decay", is_valid, "a finite number of at least 0", "1e-6")
         for name in ("rtol", "atol"):
-            self._require(
-                name,
-                lambda x: x is None or (_is_real(x) and x > 0),
-                "None or a finite number above 0",
-                "1e-6",
-            )
-        self._require(
-            "validation",
-            lambda x: _is_real(x) and 0 < x < 1,
-            "a fraction between 0 and 1, both excluded",
-            "0.15",
-        )
-        self._require("method", lambda x: isinstance(x, str), "a method string", '"dopri5"')
-        self._require(
-            "checkpoint",
-            lambda x: x is None or isinstance(x, str | os.PathLike),
-            "None or a path",
-            '"fit.pt"',
-        )
+            value = getattr(self, name)
+            is_valid = value is None or (_is_real(value) and value > 0)
+            self._require(name, is_valid, "None or a finite number above 0", "1e-6")
+        is_valid = _is_real(self.validation) and 0 < self.validation < 1
+        self._require("validation", is_valid, "a fraction between 0 and 1, both excluded", "0.15")
+        self._require("method", isinstance(self.method, str), "a method string", '"dopri5"')
+        is_valid = self.checkpoint is None or isinstance(self.checkpoint, str | os.PathLike)
+        self._require("checkpoint", is_valid, "None or a path", '"fit.pt"')
 
-    def _require(
-        self, name: str, is_valid: Callable[[Any], bool], expected: str, example: str
-    ) -> None:
-        value = getattr(self, name)
-        if not is_valid(value):
-            raise OptionError(
-                explain(f"{name} is {value!r}.", f"{expected}.", f"FitConfig({name}={example})")
-            )
+    def _require(self, name: str, is_valid: bool, expected: str, example: str) -> None:  # noqa: FBT001
+        if not is_valid:
+            problem, fix = f"{name} is {getattr(self, name)!r}.", f"FitConfig({name}={example})"
+            raise OptionError(explain(problem, f"{expected}.", fix))
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_int(value: object, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
 def _is_real(value: object) -> bool:

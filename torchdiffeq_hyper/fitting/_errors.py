@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._state import State, VectorField, parts_of, sample_norms
-from torchdiffeq_hyper.fitting._batches import n_samples
+from torchdiffeq_hyper.fitting._batches import n_samples, select
 from torchdiffeq_hyper.fitting._data import Batch, Data
 from torchdiffeq_hyper.solvers._report import ErrorSummary
 
@@ -43,37 +43,42 @@ BROKEN = (ArithmeticError, AssertionError)
 
 
 @torch.no_grad()
-def end_errors(run: Run, func: VectorField, batch: Batch, route: int = 0) -> Tensor:
-    """Return |y(T) - y_n|_2 / |y(T)|_2 of each sample at the end of a route, (batch,).
+def solved(
+    run: Run, func: VectorField, batch: Batch, y0: State, times: Tensor
+) -> tuple[Tensor, ...]:
+    """Return the parts of a solution from ``y0`` on, (m, batch, ...); inf where a sample blows up.
 
-    A sample that blows up has an infinite error; the others have their own.
+    The others have their own solution: what raises is solved again in halves.
     """
-    off = _off(run, func, batch, route, is_whole=False)[-1]
-    return _finite_or_inf(off / batch.end_sizes(route))
+    try:
+        return parts_of(run(batch.field(func), y0, times))
+    except BROKEN:
+        count = n_samples(y0)
+        if count == 1:
+            return tuple(p.new_full((len(times), *p.shape), math.inf) for p in parts_of(y0))
+        halves = torch.arange(count).tensor_split(2)
+        found = [solved(run, func, batch.some(h), select(y0, h), times) for h in halves]
+        return tuple(torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
 
 
-@torch.no_grad()
+def end_errors(run: Run, func: VectorField, batch: Batch, route: int = 0) -> Tensor:
+    """Return |y(T) - y_n|_2 / |y(T)|_2 of each sample at the end of a route, (batch,)."""
+    return _finite_or_inf(_off(run, func, batch, route, [0, -1])[-1] / batch.end_sizes(route))
+
+
 def errors_along(run: Run, func: VectorField, batch: Batch, route: int = 0) -> Tensor:
     """Return the relative errors at all times of a route but the first, (n, batch)."""
-    off = _off(run, func, batch, route, is_whole=True)
-    return _finite_or_inf(off / batch.sizes(route)[1:])
+    return _finite_or_inf(_off(run, func, batch, route, slice(None)) / batch.sizes(route)[1:])
 
 
-def _off(run: Run, func: VectorField, batch: Batch, route: int, *, is_whole: bool) -> Tensor:
-    """Return |y(t_n) - y_n|_2 at all times but the first, or at the end alone."""
-    samples, count = batch.routes[route], n_samples(batch.y0)
-    times = samples.times if is_whole else samples.times[[0, -1]]
-    try:
-        found = run(batch.field(func), batch.start(route), times)
-    except BROKEN:
-        if count == 1:
-            return torch.full((len(times) - 1, 1), math.inf, device=samples.y.device)
-        halves = torch.arange(count).tensor_split(2)
-        parts = [_off(run, func, batch.some(half), route, is_whole=is_whole) for half in halves]
-        return torch.cat(parts, dim=1)
-    exact = batch.layout.split(samples.y if is_whole else samples.y[[0, -1]])
-    pairs = zip(parts_of(found), parts_of(exact), strict=True)
-    difference = tuple(a[1:].to(b.dtype) - b[1:] for a, b in pairs)
+def _off(
+    run: Run, func: VectorField, batch: Batch, route: int, points: slice | list[int]
+) -> Tensor:
+    """Return |y(t_n) - y_n|_2 at some points of a route but the first."""
+    samples = batch.routes[route]
+    found = solved(run, func, batch, batch.start(route), samples.times[points])
+    exact = parts_of(batch.layout.split(samples.y[points]))
+    difference = tuple(a[1:].to(b.dtype) - b[1:] for a, b in zip(found, exact, strict=True))
     return sample_norms(difference, batch.units.state)
 
 

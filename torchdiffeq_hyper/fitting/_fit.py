@@ -41,7 +41,6 @@ def fit(
 
     Reference solutions are computed once a batch, at tight tolerances and in float64, for
     as many batches as fit into 1 GiB and 30 % of the time. They show the residuals
-    ([H] eq. 5)
 
     .. math:: R_n = (y(t_{n+1}) - y(t_n) - dt\,\psi(t_n, y(t_n))) / dt^{p+1}
 
@@ -50,9 +49,9 @@ def fit(
     solver's own roll-out, with gradients through func. A part of the samples is held out;
     the state with the smallest held-out error is returned, be it the unfitted one.
 
-    With base="bns" the weights and times of a `BespokeSolver` are fitted instead ([B]).
-    They start as the classical method that has the smallest held-out error with as many
-    calls of func, and damped Gauss-Newton steps minimise the mean of
+    With base="bns" the weights and times of a `BespokeSolver` are fitted instead. They
+    start as the classical method that has the smallest held-out error with as many calls
+    of func, and Levenberg-Marquardt steps minimise the mean of
     :math:`|y(T) - y_n|_2 / |y(T)|_2` at the span's end T; the held-out error is the same
     mean. Norms are over all parts of a tuple: scale func so that those that matter have
     numbers of like size. A step costs about n^3/6 calls of func on a few samples, and no
@@ -74,6 +73,11 @@ def fit(
     each process's share): losses are means over samples, and each batch's reference
     is solved by one process. An error in one is raised in all. Samples must not depend
     on each other, in func nor in the hypernet.
+
+    Sources: Poli et al., "Hypersolvers: Toward Fast Continuous-Depth Models", NeurIPS 2020,
+    https://arxiv.org/abs/2007.09601 (the residuals are its equation 5); Shaul et al.,
+    "Bespoke Non-Stationary Solvers for Fast Sampling of Diffusion and Flow Models", 2024,
+    https://arxiv.org/abs/2403.01329.
 
     Args:
         func: the vector field ``func(t, y)`` (with context ``func(t, y, *context)``), the same

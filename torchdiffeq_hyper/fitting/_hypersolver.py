@@ -66,11 +66,7 @@ class HypersolverTarget(Target):
         hypernet: nn.Module | str | None,
         **given: Any,
     ) -> HypersolverTarget:
-        """Return the target of checked arguments; see `fit`.
-
-        Raises:
-            HyperError: an argument is impossible.
-        """
+        """Return the target of the arguments of `fit`, checked."""
         problem = HypersolverProblem.of_base(func, t_span, base=base, **given)
         if isinstance(hypernet, str):
             check_auto(hypernet)
@@ -180,11 +176,9 @@ class HypersolverTarget(Target):
 
     def deltas(self) -> tuple[dict[str, float], dict[str, float]]:
         """Return quantiles over held-out samples, steps and routes."""
-        own, base = (
-            delta_quantiles(net, self.order, self._data.held_out)
-            for net in (self._used, no_correction)
-        )
-        return own, base
+        order, held_out = self.order, self._data.held_out
+        own = delta_quantiles(self._used, order, held_out)
+        return own, delta_quantiles(no_correction, order, held_out)
 
     def notes(self, state: FitState) -> Sequence[str]:
         """Return whether the base was taken in place of the fit, and which net was chosen."""

@@ -23,22 +23,12 @@ TIGHTEST = 1e-13
 def measure_noise(
     field: Field, y0: State, tableau: Tableau, plan: Plan, tolerances: Tolerances
 ) -> float:
-    """Return the mean noise in |R|_2, after checking that |R|_2 stands above it.
+    """Return the mean noise in |R|_2, after checking that it is at most half of |R|_2.
 
-    The residuals are compared with those of a solution that is ten times tighter and
-    lands on twice as many points, so that even a fixed-step method takes other steps. To
-    the difference comes what a solver cannot help: half a unit in the last place of the
-    state that it keeps, over dt^(p+1).
-
-    Args:
-        field: the vector field, for states like ``y0``.
-        y0: a few samples.
-        tableau: the base.
-        plan: times and routes.
-        tolerances: those of the reference solutions.
-
-    Raises:
-        NoiseFloorError: the noise exceeds half of the residuals.
+    The residuals are compared with those of a solution that is ten times tighter and steps
+    on twice as many points, so that even a fixed-step method takes other steps. To the
+    difference comes what a solver cannot help: half a unit in the last place of the state
+    that it keeps, over dt^(p+1).
     """
     layout, units = StateLayout.of(y0), field.units
     flat = layout.join(y0)
@@ -92,14 +82,7 @@ LOOSE = 1e3
 
 
 def noise_at_end(field: Field, y0: State, times: Tensor, tolerances: Tolerances) -> float:
-    """Return the relative noise in the solution's end: of the reference, and of rounding.
-
-    Args:
-        field: the vector field, for states like ``y0``.
-        y0: a few samples.
-        times: start and end.
-        tolerances: those of the reference solutions.
-    """
+    """Return the relative noise in the solution's end: of the reference, and of rounding."""
     layout = StateLayout.of(y0)
     flat = layout.join(y0)
     tight = tolerances.tightened(10.0 if tolerances.rtol >= 1e-12 else 0.1)
@@ -112,11 +95,7 @@ def noise_at_end(field: Field, y0: State, times: Tensor, tolerances: Tolerances)
 
 
 def refuse_exact(name: str, n: int, error: float, noise: float, dtype: torch.dtype) -> NoReturn:
-    """Refuse to fit where a classical method is exact to rounding, or the reference too loose.
-
-    Raises:
-        NoiseFloorError: always.
-    """
+    """Refuse to fit where a classical method is exact to rounding, or the reference too loose."""
     if noise > LOOSE * torch.finfo(dtype).eps:
         raise NoiseFloorError(
             explain(

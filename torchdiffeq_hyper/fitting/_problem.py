@@ -63,13 +63,7 @@ class Problem:
         team: Team | None = None,
         context: object = None,
     ) -> Self:
-        """Return the problem, checked.
-
-        Raises:
-            StateTypeError: ``func`` cannot be called as ``func(t, y, *context)``.
-            StateShapeError: tensors of ``context`` differ in their number of samples.
-            OptionError: another argument is impossible.
-        """
+        """Return the problem of these arguments, checked."""
         checked, checked_context = split_context(func, context)
         span = check_span(t_span)
         return cls(

@@ -9,21 +9,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._state import State, VectorField, parts_of, sample_norms, sample_sizes
+from torchdiffeq_hyper._state import VectorField, map_parts, sample_norms, sample_sizes
 from torchdiffeq_hyper.errors import first_line
-from torchdiffeq_hyper.fitting._batches import n_samples, select
 from torchdiffeq_hyper.fitting._break_even import best_classical
 from torchdiffeq_hyper.fitting._break_even import measure as measure_break_even
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._checkpoint import FitState
 from torchdiffeq_hyper.fitting._data import Batch, Data
 from torchdiffeq_hyper.fitting._errors import (
-    BROKEN,
     QUANTILES,
     Comparison,
-    Run,
     at_end,
     errors_along,
+    solved,
 )
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._target import Target
@@ -39,21 +37,17 @@ ASTRAY = 3.0
 
 @torch.no_grad()
 def starts_further_out(compared: Comparison, func: VectorField, batch: Batch) -> str:
-    """Return what to say of starts further out; "" where the fitted solver takes them.
+    """Return what to say of starts further out than those fitted on; "" where all is well.
 
     Held-out samples are like those fitted on, and may miss what a tail of others does. No
     reference is needed to see a blow-up: the classical method that the solver started as
     stands in for it, on the samples on which that stays finite.
-
-    Args:
-        compared: the solver, and what it started as.
-        func: the vector field.
-        batch: samples that it was fitted on.
     """
-    start = batch.start(0)
-    far = tuple(_further_out(part) for part in parts_of(start))
-    y0: State = far if isinstance(start, tuple) else far[0]
-    own, base = (_ends(run, func, batch, y0) for run in (compared.run, compared.base))
+    far, times = map_parts(_further_out, batch.start(0)), batch.routes[0].times[[0, -1]]
+    own, base = (
+        tuple(part[-1:] for part in solved(run, func, batch, far, times))
+        for run in (compared.run, compared.base)
+    )
     unit = batch.units.state
     is_finite = torch.isfinite(sample_norms(base, unit)[0])
     if not bool(is_finite.any()):
@@ -75,20 +69,6 @@ def _further_out(part: Tensor) -> Tensor:
     return mean + FURTHER * (part - mean)
 
 
-def _ends(run: Run, func: VectorField, batch: Batch, y0: State) -> tuple[Tensor, ...]:
-    """Return the parts of the ends, (1, batch, ...) each; inf where a sample blows up."""
-    try:
-        solution = run(batch.field(func), y0, batch.routes[0].times[[0, -1]])
-    except BROKEN:
-        count = n_samples(y0)
-        if count == 1:
-            return tuple(torch.full_like(part, math.inf).unsqueeze(0) for part in parts_of(y0))
-        halves = torch.arange(count).tensor_split(2)
-        found = [_ends(run, func, batch.some(half), select(y0, half)) for half in halves]
-        return tuple(torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-    return tuple(part[-1:] for part in parts_of(solution))
-
-
 UNUSABLE = 0.3
 """Mean relative error from which on a result says little of the solution."""
 HEAVY_TAIL = 20.0
@@ -106,14 +86,9 @@ T = TypeVar("T")
 def reported(
     target: Target, data: Data, state: FitState, budget: Budget, notes: Sequence[str]
 ) -> FitReport:
-    """Return the report of a fit that ends. No measurement that fails loses the fit.
+    """Return the report of a fit that ends, with notes of its own before those made here.
 
-    Args:
-        target: what was fitted.
-        data: what was measured.
-        state: where the fit ended.
-        budget: the time there was.
-        notes: of the fit itself.
+    No measurement that fails loses the fit.
     """
     held_out, func, compared = data.held_out, target.problem.func, target.comparison()
     measured = _Measurements()
@@ -178,11 +153,7 @@ def without_references(
 ) -> FitReport:
     """Return the report of a fit that had no time for reference solutions.
 
-    Args:
-        problem: what was to be fitted.
-        name: what is returned, for people.
-        budget: the time there was.
-        state: where an earlier run had ended, None without.
+    What is returned is called ``name``; ``state`` is where an earlier run had ended, if any.
     """
     note = (
         f"max_seconds = {problem.config.max_seconds:g} was over before reference solutions were "

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from stubs import Counted, convergence_order, coupled, coupled_start, spiral, spiral_solution
-from torchdiffeq_hyper.fitting._classical import FIXED, dopri5
+from torchdiffeq_hyper.fitting._break_even import FIXED, dopri5
 
 Y0 = torch.tensor([[1.0, 0.5], [-0.3, 0.8]], dtype=torch.float64)
 

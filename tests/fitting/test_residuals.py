@@ -14,15 +14,9 @@ from stubs import Counted, damped_wave, spiral, spiral_solution
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._context import Starts
-from torchdiffeq_hyper.fitting._data import measure_batch
+from torchdiffeq_hyper.fitting._data import Samples, measure_batch, measure_residuals
 from torchdiffeq_hyper.fitting._field import Field
-from torchdiffeq_hyper.fitting._reference import (
-    Samples,
-    Tolerances,
-    measure_residuals,
-    solve_reference,
-)
-from torchdiffeq_hyper.fitting._routes import Plan, step_counts
+from torchdiffeq_hyper.fitting._reference import Plan, Tolerances, solve_reference, step_counts
 from torchdiffeq_hyper.fitting._units import Units
 from torchdiffeq_hyper.methods._registry import find_tableau
 

@@ -19,8 +19,7 @@ from torchdiffeq_hyper.fitting._classical import FIXED
 from torchdiffeq_hyper.fitting._data import Batch, Data
 from torchdiffeq_hyper.fitting._distributed import Team
 from torchdiffeq_hyper.fitting._objectives import end_errors, errors_along
-from torchdiffeq_hyper.fitting._reference import Tolerances
-from torchdiffeq_hyper.fitting._routes import Plan
+from torchdiffeq_hyper.fitting._reference import Plan, Tolerances
 from torchdiffeq_hyper.fitting._units import Units
 from torchdiffeq_hyper.solvers._report import ErrorSummary, FitReport, Rival
 from torchdiffeq_hyper.tableaus import EULER

@@ -23,8 +23,7 @@ def batch(y0: Any = Y0) -> Any:
     from torchdiffeq_hyper.fitting._budget import Budget
     from torchdiffeq_hyper.fitting._data import Data
     from torchdiffeq_hyper.fitting._distributed import Team
-    from torchdiffeq_hyper.fitting._reference import Tolerances
-    from torchdiffeq_hyper.fitting._routes import Plan
+    from torchdiffeq_hyper.fitting._reference import Plan, Tolerances
     from torchdiffeq_hyper.fitting._units import Units
     from torchdiffeq_hyper.tableaus import EULER
 

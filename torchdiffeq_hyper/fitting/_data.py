@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -19,17 +19,68 @@ from torchdiffeq_hyper._state import (
 from torchdiffeq_hyper.fitting._batches import Batches, n_samples, select
 from torchdiffeq_hyper.fitting._context import Starts, bind
 from torchdiffeq_hyper.fitting._distributed import Team
-from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError, Timer
-from torchdiffeq_hyper.fitting._reference import (
-    Samples,
-    Tolerances,
-    measure_residuals,
-    solve_reference,
-    states_along,
-)
-from torchdiffeq_hyper.fitting._routes import Plan
+from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError, Timer, state_dtype
+from torchdiffeq_hyper.fitting._reference import Plan, Route, Tolerances, solve_reference
 from torchdiffeq_hyper.fitting._units import Units
 from torchdiffeq_hyper.tableaus import Tableau
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The steps of one route along a reference solution, ready for fitting.
+
+    All are in the dtype in which a solver steps the state; states are flat. All but the
+    residuals are in true units: they are what a hypernet is given.
+
+    Attributes:
+        times: (n + 1,) times.
+        dt: (n,) signed step sizes.
+        y: (n + 1, ...) the solution.
+        stages: for each stage of the base, (n, ...) its derivatives; empty without a base.
+        residual: (n, ...) the residuals R_n, in units of `Units.residual`; (0, ...) without a base.
+    """
+
+    times: Tensor
+    dt: Tensor
+    y: Tensor
+    stages: tuple[Tensor, ...]
+    residual: Tensor
+
+
+def states_along(field: Field, route: Route, solution: Tensor) -> Samples:
+    """Return the states of a reference solution on a route, without residuals.
+
+    The solution is (m, ...), in the field's units; ``route.points`` are those on the route.
+    """
+    narrow = state_dtype(field.dtype)
+    y = (solution[route.points.to(solution.device)] * field.units.state).to(narrow)
+    # The step sizes must be those that a solve in the state's dtype takes.
+    times = route.times.to(y.device, narrow)
+    return Samples(times, times.diff(), y, stages=(), residual=y[:0])
+
+
+@torch.no_grad()
+def measure_residuals(field: Field, tableau: Tableau, route: Route, solution: Tensor) -> Samples:
+    r"""Return the states of a reference solution on a route, with a base's residuals.
+
+    .. math:: R_n = (y(t_{n+1}) - y(t_n) - dt\,\psi(t_n, y(t_n))) / dt^{p+1}
+
+    Costs s calls of func a step. The differences are formed in the solution's own dtype
+    (float64 where the device has it): they are differences of nearly equal numbers.
+    """
+    narrow, units = state_dtype(field.dtype), field.units
+    y = solution[route.points.to(solution.device)]
+    times = units.times(route.times).to(y)
+    residuals, stages = [], []
+    for n, dt in enumerate(times.diff().unbind()):
+        dy, k = tableau.increment(field, times[n], dt, times[n + 1], y[n])
+        residuals.append(((y[n + 1] - y[n] - dy) / dt ** (tableau.order + 1)).to(narrow))
+        stages.append(tuple((stage * (units.state / units.time)).to(narrow) for stage in k))
+    return replace(
+        states_along(field, route, solution),
+        stages=tuple(torch.stack(stage) for stage in zip(*stages, strict=True)),
+        residual=torch.stack(residuals),
+    )
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from torchdiffeq_hyper._state import State, StateLayout, sample_norms
 from torchdiffeq_hyper.errors import NoiseFloorError, explain
+from torchdiffeq_hyper.fitting._data import measure_residuals
 from torchdiffeq_hyper.fitting._field import Field, state_dtype
-from torchdiffeq_hyper.fitting._reference import Tolerances, measure_residuals, solve_reference
-from torchdiffeq_hyper.fitting._routes import Plan, Route
+from torchdiffeq_hyper.fitting._reference import Plan, Route, Tolerances, solve_reference
 from torchdiffeq_hyper.tableaus import Tableau
 
 HIGHEST = 0.5

@@ -13,13 +13,19 @@ from torch import Tensor
 
 from torchdiffeq_hyper._state import StateLayout
 from torchdiffeq_hyper.fitting._batches import Batches
-from torchdiffeq_hyper.fitting._budget import Budget, Deadline
+from torchdiffeq_hyper.fitting._budget import (
+    FEWEST,
+    LOOSEST,
+    Budget,
+    Deadline,
+    ReferencePlan,
+    plan_references,
+)
 from torchdiffeq_hyper.fitting._checkpoint import FitState, Store, check_same_call, signs_of_field
 from torchdiffeq_hyper.fitting._context import Starts, context_signature
 from torchdiffeq_hyper.fitting._data import Data
 from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError, check_field, check_samples
 from torchdiffeq_hyper.fitting._objectives import Run, end_errors
-from torchdiffeq_hyper.fitting._planning import FEWEST, LOOSEST, ReferencePlan, plan_references
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._reference import Tolerances
 from torchdiffeq_hyper.fitting._units import Units

@@ -10,7 +10,7 @@ from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._context import Context, split_context
 from torchdiffeq_hyper.fitting._distributed import Team
 from torchdiffeq_hyper.fitting._phases import OBJECTIVES
-from torchdiffeq_hyper.fitting._routes import Plan, check_choice, check_span, step_counts
+from torchdiffeq_hyper.fitting._reference import Plan, check_choice, check_span, step_counts
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers._grid import Steps

@@ -14,7 +14,7 @@ from torchdiffeq_hyper._state import Hypernet, State
 from torchdiffeq_hyper.errors import HyperError, NoiseFloorError
 from torchdiffeq_hyper.fitting._auto import calibrate, choose, measuring_time_in
 from torchdiffeq_hyper.fitting._batches import Batches, n_samples, select
-from torchdiffeq_hyper.fitting._budget import Budget, Deadline
+from torchdiffeq_hyper.fitting._budget import PROBES, Budget, Deadline, ReferencePlan
 from torchdiffeq_hyper.fitting._checkpoint import FitState, signs_of_net
 from torchdiffeq_hyper.fitting._data import Data
 from torchdiffeq_hyper.fitting._distributed import budget_of
@@ -24,7 +24,6 @@ from torchdiffeq_hyper.fitting._loop import Loop, snapshot
 from torchdiffeq_hyper.fitting._noise import measure_noise
 from torchdiffeq_hyper.fitting._objectives import Fitted, delta_quantiles, no_correction
 from torchdiffeq_hyper.fitting._phases import Phase, Progress, phases_of
-from torchdiffeq_hyper.fitting._planning import PROBES, ReferencePlan
 from torchdiffeq_hyper.fitting._prepare import (
     NOISE_LATEST,
     FieldCheck,

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from torchdiffeq_hyper._state import parts_of
 from torchdiffeq_hyper.fitting._batches import n_samples, select
+from torchdiffeq_hyper.fitting._budget import PROBES
 from torchdiffeq_hyper.fitting._context import Starts
 from torchdiffeq_hyper.fitting._data import Batch, measure_batch
 from torchdiffeq_hyper.fitting._field import Field
 from torchdiffeq_hyper.fitting._noise import measure_noise
-from torchdiffeq_hyper.fitting._planning import PROBES
 from torchdiffeq_hyper.fitting._prepare import ENDLESS, MOST_BYTES, FieldCheck
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.solvers._report import FitReport, LossPoint

@@ -12,7 +12,7 @@ from torchdiffeq_hyper._fields._independence import find_coupling
 from torchdiffeq_hyper._state import State, parts_of
 from torchdiffeq_hyper.fitting._auto import measuring_time_in
 from torchdiffeq_hyper.fitting._batches import Batches, n_samples, select
-from torchdiffeq_hyper.fitting._budget import LAST_PHASE, Deadline
+from torchdiffeq_hyper.fitting._budget import LAST_PHASE, PROBES, Deadline, ReferencePlan
 from torchdiffeq_hyper.fitting._checkpoint import FitState, signs_of_net
 from torchdiffeq_hyper.fitting._context import bind
 from torchdiffeq_hyper.fitting._distributed import budget_of
@@ -20,7 +20,6 @@ from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError
 from torchdiffeq_hyper.fitting._guard import frozen_or_restored
 from torchdiffeq_hyper.fitting._loop import Loop, snapshot
 from torchdiffeq_hyper.fitting._phases import Progress
-from torchdiffeq_hyper.fitting._planning import PROBES, ReferencePlan
 from torchdiffeq_hyper.fitting._prepare import (
     ENDLESS,
     NOISE_LATEST,

@@ -14,7 +14,7 @@ from stubs import Counted, damped_wave, spiral, spiral_solution
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._context import Starts
-from torchdiffeq_hyper.fitting._data import Samples, measure_batch, measure_residuals
+from torchdiffeq_hyper.fitting._data import References, Samples, measure_residuals
 from torchdiffeq_hyper.fitting._field import Field
 from torchdiffeq_hyper.fitting._reference import Plan, Tolerances, solve_reference, step_counts
 from torchdiffeq_hyper.fitting._units import Units
@@ -100,13 +100,11 @@ def test_references_are_had_without_residuals_at_no_further_call() -> None:
 
     starts, plan = Starts((Y0, Y0[:, 0])), Plan.of((0.0, 1.0), 4, "both")
     tolerances, euler = Tolerances("dopri5", 1e-6, 1e-6), find_tableau("euler")
-    fields = [Field(pair, starts, Budget(1e9)) for _ in range(2)]
-    alone = measure_batch(fields[0], starts, None, plan, tolerances)
-    full = measure_batch(fields[1], starts, euler, plan, tolerances)
-    assert fields[1].calls - fields[0].calls == 8  # four steps, both ways
-    for part, whole in zip(
-        alone.some(torch.tensor([2, 0])).routes, full.some(torch.tensor([2, 0])).routes, strict=True
-    ):
+    both = [References(pair, plan, tolerances, Units(), base) for base in (None, euler)]
+    alone, full = (references.solve(starts, Budget(1e9)) for references in both)
+    assert both[1].calls - both[0].calls == 8  # four steps, both ways
+    some = [batch.some(torch.tensor([2, 0])).routes for batch in (alone, full)]
+    for part, whole in zip(*some, strict=True):
         assert torch.equal(part.y, whole.y)
         assert torch.equal(part.dt, whole.dt)
         assert not part.stages

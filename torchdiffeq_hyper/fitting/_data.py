@@ -160,22 +160,49 @@ def select_flat(layout: StateLayout, flat: Tensor, index: Tensor) -> Tensor:
     return torch.cat([part.flatten(1) for part in parts], dim=1)
 
 
-def measure_batch(
-    field: Field, starts: Starts, tableau: Tableau | None, plan: Plan, tolerances: Tolerances
-) -> Batch:
-    """Return a batch of starts with their reference solution and a base's residuals.
+@dataclass
+class References:
+    """Solves batches of starts, measures a base's residuals along the solutions, and counts.
 
-    Without a base (None) it is the solution alone, at no further call of func.
+    Without a base there is the solution alone, at no further call of func.
+
+    Attributes:
+        func: the vector field.
+        plan: times and routes.
+        tolerances: of the solutions.
+        units: those of solutions and residuals.
+        tableau: the base, or None.
+        calls: calls of func so far.
+        seconds: wall time spent so far.
     """
-    layout = StateLayout.of(starts.y0)
-    solution = solve_reference(field, layout.join(starts.y0), plan.times, tolerances)
-    routes = tuple(
-        states_along(field, route, solution)
-        if tableau is None
-        else measure_residuals(field, tableau, route, solution)
-        for route in plan.routes
-    )
-    return Batch(layout, field.dtype, routes, starts.y0, field.units, context=starts.context)
+
+    func: VectorField
+    plan: Plan
+    tolerances: Tolerances
+    units: Units
+    tableau: Tableau | None = None
+    calls: int = 0
+    seconds: float = 0.0
+
+    def solve(self, starts: Starts, budget: Timer) -> Batch:
+        """Return a batch with its reference solution.
+
+        Raises:
+            NonFiniteError: a start or the solution is not finite.
+            OutOfTimeError: the time ended.
+        """
+        began = time.perf_counter()
+        field = Field(self.func, starts, budget, self.units)
+        layout = StateLayout.of(starts.y0)
+        y = solve_reference(field, layout.join(starts.y0), self.plan.times, self.tolerances)
+        if self.tableau is None:
+            found = [states_along(field, route, y) for route in self.plan.routes]
+        else:
+            found = [measure_residuals(field, self.tableau, r, y) for r in self.plan.routes]
+        self.calls += field.calls
+        self.seconds += time.perf_counter() - began
+        context = starts.context
+        return Batch(layout, field.dtype, tuple(found), starts.y0, self.units, context=context)
 
 
 class Data:
@@ -185,8 +212,6 @@ class Data:
         budget: the time that solutions may take from now on.
         held_out: the batch that is not fitted on.
         held_out_seconds: wall time spent on it.
-        calls: calls of func so far.
-        seconds: wall time spent so far.
     """
 
     def __init__(
@@ -201,18 +226,12 @@ class Data:
         budget: Timer,
         team: Team,
     ) -> None:
-        self._func = func
+        self._references = References(func, plan, tolerances, units, tableau)
         self._batches = batches
-        self._tableau = tableau
-        self._plan = plan
-        self._tolerances = tolerances
-        self._units = units
         self.budget = budget
         self._team = team
         self._measured: dict[int, Batch] = {}
         self._first: Batch | None = None
-        self.calls = 0
-        self.seconds = 0.0
         self.held_out = self._measure_held_out()
         self.held_out_seconds = self.seconds
 
@@ -232,6 +251,16 @@ class Data:
         return self._first
 
     @property
+    def calls(self) -> int:
+        """Calls of func so far, in all processes."""
+        return self._references.calls
+
+    @property
+    def seconds(self) -> float:
+        """Wall time spent so far."""
+        return self._references.seconds
+
+    @property
     def seconds_per_batch(self) -> float:
         """Wall time that a training batch has taken."""
         return (self.seconds - self.held_out_seconds) / max(1, len(self._measured))
@@ -245,7 +274,7 @@ class Data:
     @property
     def n_routes(self) -> int:
         """Number of routes."""
-        return len(self._plan.routes)
+        return len(self._references.plan.routes)
 
     def limit(self, most: int) -> None:
         """Start over after ``most`` distinct training batches."""
@@ -255,7 +284,7 @@ class Data:
         """Measure the held-out batch, in every process; what one cannot do in time, none does."""
         batch: Batch | None
         try:
-            batch = self._measure(self._batches.held_out)
+            batch = self._solve(self._batches.held_out)
         except OutOfTimeError:
             batch = None
         if any(self._team.gather(batch is None)):
@@ -274,12 +303,12 @@ class Data:
         before = self.calls
         batch: Batch | OutOfTimeError | None
         try:
-            batch = None if mine is None else self._measure(self._batches[mine])
+            batch = None if mine is None else self._solve(self._batches[mine])
         except OutOfTimeError as error:  # the others hear of it: all end the phase alike
             batch = error
         device = self.held_out.routes[0].y.device
         gathered = self._team.gather((batch, self.calls - before), device)
-        self.calls = before + sum(calls for _, calls in gathered)
+        self._references.calls = before + sum(calls for _, calls in gathered)
         for found, _ in gathered:
             if isinstance(found, OutOfTimeError):
                 raise found
@@ -289,10 +318,5 @@ class Data:
                 self._first = found
             self._measured[place] = found.share_of(self._team)
 
-    def _measure(self, starts: Starts) -> Batch:
-        began = time.perf_counter()
-        field = Field(self._func, starts, self.budget, self._units)
-        batch = measure_batch(field, starts, self._tableau, self._plan, self._tolerances)
-        self.calls += field.calls
-        self.seconds += time.perf_counter() - began
-        return batch
+    def _solve(self, starts: Starts) -> Batch:
+        return self._references.solve(starts, self.budget)

@@ -23,7 +23,7 @@ from torchdiffeq_hyper.fitting._budget import (
 )
 from torchdiffeq_hyper.fitting._checkpoint import FitState, Store, check_same_call, signs_of_field
 from torchdiffeq_hyper.fitting._context import Starts, context_signature
-from torchdiffeq_hyper.fitting._data import Data
+from torchdiffeq_hyper.fitting._data import Data, References
 from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError, check_field, check_samples
 from torchdiffeq_hyper.fitting._objectives import Run, end_errors
 from torchdiffeq_hyper.fitting._problem import Problem
@@ -71,6 +71,10 @@ class FieldCheck:
         units = Units.of(problem.span, flat, answers[0])
         tolerances = Tolerances.of(problem.config, flat.dtype, units)
         return cls(flat.dtype, signs_of_field((flat, *answers)), units, tolerances)
+
+    def references(self, problem: Problem) -> References:
+        """Return what solves references at the wanted tolerances."""
+        return References(problem.func, problem.plan, self.tolerances, self.units, problem.tableau)
 
     def signature(self, problem: Problem, context: tuple[Tensor, ...]) -> dict[str, Any]:
         """Return what tells fits of one kind apart, but for what is fitted."""

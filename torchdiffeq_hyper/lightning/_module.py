@@ -28,10 +28,10 @@ from torchdiffeq_hyper.fitting._loop import usable_scale
 from torchdiffeq_hyper.fitting._neural_ode import attributes_kept
 from torchdiffeq_hyper.fitting._objectives import delta_quantiles, no_correction
 from torchdiffeq_hyper.fitting._phases import phases_of
-from torchdiffeq_hyper.fitting._prepare import FieldCheck
+from torchdiffeq_hyper.fitting._prepare import ENDLESS, FieldCheck
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.hypernets import ready
-from torchdiffeq_hyper.lightning._measured import History, References
+from torchdiffeq_hyper.lightning._measured import History, KnownBatches, noise_floor
 from torchdiffeq_hyper.lightning._trainer import LeftAsFound, Schedule, find_lightning
 from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
@@ -143,9 +143,9 @@ class HyperSolverModule(LightningModule):
         problem, starts = self._problem, self._starts
         check = FieldCheck.of(problem, starts, n_samples(starts))
         self._signs = check.signs
-        self._references = References(problem, check)
-        self._noise = self._references.noise(starts)
-        batch, _ = self._references.measure(starts)
+        self._noise = noise_floor(problem, starts, check)
+        batch = check.references(problem).solve(starts, ENDLESS)
+        self._known = KnownBatches(check.references(problem))
         if net is None:
             net = ready(starts.y0, problem.tableau, time_unit=problem.width)
         with measuring_time_in(net, problem.width, problem.tableau.order):
@@ -173,8 +173,8 @@ class HyperSolverModule(LightningModule):
         """What was measured at the last validation; None before there was one."""
         return self._history.report(
             noise_floor=self._noise,
-            reference_seconds=self._references.seconds,
-            reference_nfe=self._references.calls,
+            reference_seconds=self._known.references.seconds,
+            reference_nfe=self._known.references.calls,
             stopped="trainer",
             seed=self._problem.config.seed,
         )
@@ -272,7 +272,7 @@ class HyperSolverModule(LightningModule):
     def _measure(self, key: tuple[Any, ...], batch: Any) -> Batch:
         with self._measuring(), torch.autocast(self.device.type, enabled=False):
             starts = checked_batch(batch, has_context=self._has_context)
-            return self._references.batch(key, check_like(starts, self._starts))
+            return self._known.measure(key, check_like(starts, self._starts))
 
     @contextmanager
     def _as_found(self) -> Iterator[None]:

@@ -88,8 +88,6 @@ class Batch:
     """A batch of starts with the reference solution along every route.
 
     Attributes:
-        layout: how a state of this batch lies flat.
-        dtype: the data's dtype.
         routes: what was measured, one entry a route.
         y0: the starts, at the first time of the span.
         units: those in which norms and residuals are.
@@ -162,18 +160,10 @@ def select_flat(layout: StateLayout, flat: Tensor, index: Tensor) -> Tensor:
 
 @dataclass
 class References:
-    """Solves batches of starts, measures a base's residuals along the solutions, and counts.
+    """Solves batches of starts and measures a base's residuals along the solutions.
 
-    Without a base there is the solution alone, at no further call of func.
-
-    Attributes:
-        func: the vector field.
-        plan: times and routes.
-        tolerances: of the solutions.
-        units: those of solutions and residuals.
-        tableau: the base, or None.
-        calls: calls of func so far.
-        seconds: wall time spent so far.
+    Without a tableau there is the solution alone, at no further call of func. The calls of func
+    and the wall time of all batches are counted.
     """
 
     func: VectorField

@@ -63,7 +63,7 @@ class _Task:
     def runs(self, solves: Sequence[Solve]) -> list[Callable[[], object]]:
         """Return the solves of all samples, ready to be timed."""
         field, y0 = self.batch.field(self.func), self.batch.start(0)
-        t = self.batch.routes[0].times[[0, -1]]
+        t = self.batch.grids[0].times[[0, -1]]
         return [partial(solve.run, field, y0, t) for solve in solves]
 
 
@@ -174,7 +174,7 @@ def _race(ours: Solve, rivals: list[Solve], task: _Task, fit_seconds: float) -> 
         return f"no classical solver is as accurate in {MOST_WORK} times as many calls of func"
     if time.perf_counter() + ROUNDS * once > task.deadline:
         raise _NoTimeError
-    device = task.batch.routes[0].y.device
+    device = task.batch.grids[0].y.device
     times = median_seconds(task.runs([ours, *left]), device, ROUNDS, turn_seconds=TURN_SECONDS)
     own, *others = times
     seconds, rival = min(zip(others, left, strict=True), key=lambda pair: pair[0])
@@ -225,7 +225,7 @@ def best_classical(run: Run, func: VectorField, batch: Batch, *, calls: int) -> 
     Args:
         run: the fitted solver.
         func: the vector field.
-        batch: held-out samples, of which the first route is solved.
+        batch: held-out samples, of which the first grid is solved.
         calls: calls of func in one of the fitted solver's solves.
 
     Returns:

@@ -18,16 +18,16 @@ from torchdiffeq_hyper._state import (
 )
 from torchdiffeq_hyper.fitting._batches import Batches, n_samples, select
 from torchdiffeq_hyper.fitting._context import Starts, bind
-from torchdiffeq_hyper.fitting._distributed import Team
+from torchdiffeq_hyper.fitting._distributed import ProcessGroup
 from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError, Timer, state_dtype
-from torchdiffeq_hyper.fitting._reference import Plan, Route, Tolerances, solve_reference
+from torchdiffeq_hyper.fitting._reference import Plan, TimeGrid, Tolerances, solve_reference
 from torchdiffeq_hyper.fitting._units import Units
 from torchdiffeq_hyper.tableaus import Tableau
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The steps of one route along a reference solution, ready for fitting.
+    """The steps of one grid along a reference solution, ready for fitting.
 
     All are in the dtype in which a solver steps the state; states are flat. All but the
     residuals are in true units: they are what a hypernet is given.
@@ -47,21 +47,21 @@ class Samples:
     residual: Tensor
 
 
-def states_along(field: Field, route: Route, solution: Tensor) -> Samples:
-    """Return the states of a reference solution on a route, without residuals.
+def states_along(field: Field, grid: TimeGrid, solution: Tensor) -> Samples:
+    """Return the states of a reference solution on a grid, without residuals.
 
-    The solution is (m, ...), in the field's units; ``route.points`` are those on the route.
+    The solution is (m, ...), in the field's units; ``grid.points`` are those on the grid.
     """
     narrow = state_dtype(field.dtype)
-    y = (solution[route.points.to(solution.device)] * field.units.state).to(narrow)
+    y = (solution[grid.points.to(solution.device)] * field.units.state).to(narrow)
     # The step sizes must be those that a solve in the state's dtype takes.
-    times = route.times.to(y.device, narrow)
+    times = grid.times.to(y.device, narrow)
     return Samples(times, times.diff(), y, stages=(), residual=y[:0])
 
 
 @torch.no_grad()
-def measure_residuals(field: Field, tableau: Tableau, route: Route, solution: Tensor) -> Samples:
-    r"""Return the states of a reference solution on a route, with a base's residuals.
+def measure_residuals(field: Field, tableau: Tableau, grid: TimeGrid, solution: Tensor) -> Samples:
+    r"""Return the states of a reference solution on a grid, with a base's residuals.
 
     .. math:: R_n = (y(t_{n+1}) - y(t_n) - dt\,\psi(t_n, y(t_n))) / dt^{p+1}
 
@@ -69,15 +69,15 @@ def measure_residuals(field: Field, tableau: Tableau, route: Route, solution: Te
     (float64 where the device has it): they are differences of nearly equal numbers.
     """
     narrow, units = state_dtype(field.dtype), field.units
-    y = solution[route.points.to(solution.device)]
-    times = units.times(route.times).to(y)
+    y = solution[grid.points.to(solution.device)]
+    times = units.times(grid.times).to(y)
     residuals, stages = [], []
     for n, dt in enumerate(times.diff().unbind()):
         dy, k = tableau.increment(field, times[n], dt, times[n + 1], y[n])
         residuals.append(((y[n + 1] - y[n] - dy) / dt ** (tableau.order + 1)).to(narrow))
         stages.append(tuple((stage * (units.state / units.time)).to(narrow) for stage in k))
     return replace(
-        states_along(field, route, solution),
+        states_along(field, grid, solution),
         stages=tuple(torch.stack(stage) for stage in zip(*stages, strict=True)),
         residual=torch.stack(residuals),
     )
@@ -85,10 +85,10 @@ def measure_residuals(field: Field, tableau: Tableau, route: Route, solution: Te
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of starts with the reference solution along every route.
+    """A batch of starts with the reference solution along every grid.
 
     Attributes:
-        routes: what was measured, one entry a route.
+        grids: what was measured, one entry a grid.
         y0: the starts, at the first time of the span.
         units: those in which norms and residuals are.
         weight: share of the samples of the whole batch, of which this may be a part.
@@ -97,7 +97,7 @@ class Batch:
 
     layout: StateLayout
     dtype: torch.dtype
-    routes: tuple[Samples, ...]
+    grids: tuple[Samples, ...]
     y0: State
     units: Units
     weight: float = 1.0
@@ -115,38 +115,38 @@ class Batch:
     @property
     def nbytes(self) -> int:
         """Memory that the batch takes."""
-        along = [p for s in self.routes for p in (s.y, s.residual, *s.stages)]
+        along = [p for s in self.grids for p in (s.y, s.residual, *s.stages)]
         return sum(part.nbytes for part in (*self.context, *along))
 
-    def sizes(self, route: int) -> Tensor:
-        """Return what errors along a route are divided by to be relative, (n + 1, batch)."""
-        return sample_sizes(self.layout.split(self.routes[route].y), self.units.state)
+    def sizes(self, grid: int) -> Tensor:
+        """Return what errors along a grid are divided by to be relative, (n + 1, batch)."""
+        return sample_sizes(self.layout.split(self.grids[grid].y), self.units.state)
 
-    def end_sizes(self, route: int = 0) -> Tensor:
-        """Return what errors at the end of a route are divided by to be relative, (batch,)."""
-        return sample_sizes(self.layout.split(self.routes[route].y[-1:]), self.units.state)[0]
+    def end_sizes(self, grid: int = 0) -> Tensor:
+        """Return what errors at the end of a grid are divided by to be relative, (batch,)."""
+        return sample_sizes(self.layout.split(self.grids[grid].y[-1:]), self.units.state)[0]
 
-    def start(self, route: int) -> State:
-        """Return the state where a route starts, as func takes it."""
-        return self.layout.split(self.routes[route].y[0].to(self.dtype))
+    def start(self, grid: int) -> State:
+        """Return the state where a grid starts, as func takes it."""
+        return self.layout.split(self.grids[grid].y[0].to(self.dtype))
 
-    def share_of(self, team: Team) -> Batch:
+    def share_of(self, group: ProcessGroup) -> Batch:
         """Return the samples that are this process's share."""
-        if team.size == 1:
+        if group.size == 1:
             return self
-        rows, weight = team.share(n_samples(self.y0))
+        rows, weight = group.share(n_samples(self.y0))
         return self.some(torch.arange(n_samples(self.y0))[rows], weight)
 
     def some(self, index: Tensor, weight: float = 1.0) -> Batch:
         """Return the samples at the positions ``index`` of the batch."""
         starts = select(self.starts, index)
         rows = partial(select_flat, self.layout, index=index)
-        routes = tuple(
+        grids = tuple(
             Samples(s.times, s.dt, rows(s.y), tuple(map(rows, s.stages)), rows(s.residual))
-            for s in self.routes
+            for s in self.grids
         )
         layout = StateLayout.of(starts.y0)
-        return Batch(layout, self.dtype, routes, starts.y0, self.units, weight, starts.context)
+        return Batch(layout, self.dtype, grids, starts.y0, self.units, weight, starts.context)
 
 
 def select_flat(layout: StateLayout, flat: Tensor, index: Tensor) -> Tensor:
@@ -186,9 +186,9 @@ class References:
         layout = StateLayout.of(starts.y0)
         y = solve_reference(field, layout.join(starts.y0), self.plan.times, self.tolerances)
         if self.tableau is None:
-            found = [states_along(field, route, y) for route in self.plan.routes]
+            found = [states_along(field, grid, y) for grid in self.plan.grids]
         else:
-            found = [measure_residuals(field, self.tableau, r, y) for r in self.plan.routes]
+            found = [measure_residuals(field, self.tableau, r, y) for r in self.plan.grids]
         self.calls += field.calls
         self.seconds += time.perf_counter() - began
         context = starts.context
@@ -214,12 +214,12 @@ class Data:
         tolerances: Tolerances,
         units: Units,
         budget: Timer,
-        team: Team,
+        group: ProcessGroup,
     ) -> None:
         self._references = References(func, plan, tolerances, units, tableau)
         self._batches = batches
         self.budget = budget
-        self._team = team
+        self._group = group
         self._measured: dict[int, Batch] = {}
         self._first: Batch | None = None
         self.held_out = self._measure_held_out()
@@ -262,9 +262,9 @@ class Data:
         return sum(round(n_samples(batch.y0) / batch.weight) for batch in batches)
 
     @property
-    def n_routes(self) -> int:
-        """Number of routes."""
-        return len(self._references.plan.routes)
+    def n_grids(self) -> int:
+        """Number of grids."""
+        return len(self._references.plan.grids)
 
     def limit(self, most: int) -> None:
         """Start over after ``most`` distinct training batches."""
@@ -277,7 +277,7 @@ class Data:
             batch = self._solve(self._batches.held_out)
         except OutOfTimeError:
             batch = None
-        if any(self._team.gather(batch is None)):
+        if any(self._group.gather(batch is None)):
             raise OutOfTimeError
         assert batch is not None
         return batch
@@ -287,17 +287,17 @@ class Data:
 
         So every reference is that of the whole batch, to the last bit, whoever solved it.
         """
-        following = [self._batches.position(position + n) for n in range(self._team.size)]
+        following = [self._batches.position(position + n) for n in range(self._group.size)]
         new = [p for p in dict.fromkeys(following) if p not in self._measured]
-        mine = new[self._team.rank] if self._team.rank < len(new) else None
+        mine = new[self._group.rank] if self._group.rank < len(new) else None
         before = self.calls
         batch: Batch | OutOfTimeError | None
         try:
             batch = None if mine is None else self._solve(self._batches[mine])
         except OutOfTimeError as error:  # the others hear of it: all end the phase alike
             batch = error
-        device = self.held_out.routes[0].y.device
-        gathered = self._team.gather((batch, self.calls - before), device)
+        device = self.held_out.grids[0].y.device
+        gathered = self._group.gather((batch, self.calls - before), device)
         self._references.calls = before + sum(calls for _, calls in gathered)
         for found, _ in gathered:
             if isinstance(found, OutOfTimeError):
@@ -306,7 +306,7 @@ class Data:
             assert isinstance(found, Batch)
             if place == 0:
                 self._first = found
-            self._measured[place] = found.share_of(self._team)
+            self._measured[place] = found.share_of(self._group)
 
     def _solve(self, starts: Starts) -> Batch:
         return self._references.solve(starts, self.budget)

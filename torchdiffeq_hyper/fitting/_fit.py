@@ -13,7 +13,7 @@ from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import StateTypeError, explain
 from torchdiffeq_hyper.fitting._auto import check_auto
 from torchdiffeq_hyper.fitting._config import FitConfig
-from torchdiffeq_hyper.fitting._distributed import Team
+from torchdiffeq_hyper.fitting._distributed import ProcessGroup
 from torchdiffeq_hyper.fitting._guard import left_as_found, own_random_state
 from torchdiffeq_hyper.fitting._neural_ode import attributes_kept, check_shareable
 from torchdiffeq_hyper.fitting._phases import Progress
@@ -140,7 +140,7 @@ def fit(
         >>> solver.report.validation < solver.report.base_validation / 5
         True
     """
-    team = Team.current()
+    group = ProcessGroup.current()
     kind = BespokeProblem if base == "bns" else Problem
     problem = kind.of(
         func,
@@ -151,10 +151,10 @@ def fit(
         objective=objective,
         direction=direction,
         config=config,
-        team=team,
+        group=group,
         context=context,
     )
-    check_shareable(problem.func, team.size)
+    check_shareable(problem.func, group.size)
     if isinstance(hypernet, str):
         check_auto(hypernet, base)
     else:
@@ -165,13 +165,13 @@ def fit(
         stack.enter_context(own_random_state(problem.config.seed))
         stack.enter_context(left_as_found(func))
         stack.enter_context(attributes_kept(problem.func))
-        stack.enter_context(team.together())
+        stack.enter_context(group.together())
         bar = stack.enter_context(
             closing(
                 Progress(
                     f"fit {problem.method}",
                     problem.config.iterations,
-                    shown=progress and team.is_first,
+                    shown=progress and group.is_first,
                 )
             )
         )

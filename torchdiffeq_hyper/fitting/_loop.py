@@ -13,7 +13,7 @@ from torchdiffeq_hyper.fitting._budget import Budget, Pace
 from torchdiffeq_hyper.fitting._checkpoint import FitState
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._data import Batch, Data
-from torchdiffeq_hyper.fitting._distributed import Team
+from torchdiffeq_hyper.fitting._distributed import ProcessGroup
 from torchdiffeq_hyper.fitting._field import OutOfTimeError
 from torchdiffeq_hyper.fitting._guard import random_state, set_random_state
 from torchdiffeq_hyper.fitting._phases import Phase, Progress, annealed
@@ -37,7 +37,7 @@ class Loop:
         judge: the phase whose error selects the best state.
         net: the hypernet.
         data: the batches.
-        team: the processes that share them.
+        group: the processes that share them.
         config: rates and numbers.
         state: where to start; updated in place.
         budget: the time there is.
@@ -53,7 +53,7 @@ class Loop:
         judge: Phase,
         net: nn.Module,
         data: Data,
-        team: Team,
+        group: ProcessGroup,
         config: FitConfig,
         state: FitState,
         budget: Budget,
@@ -65,7 +65,7 @@ class Loop:
         self._judge = judge
         self._net = net
         self._data = data
-        self._team = team
+        self._group = group
         self._config = config
         self._state = state
         self._budget = budget
@@ -91,10 +91,10 @@ class Loop:
         is_last = state.phase == len(self._phases) - 1
         optimizer = self._begin_phase(wanted, is_last=is_last)
         pace = self._budget.start_phase(wanted, is_last=is_last)
-        scales = self._team.from_first(
+        scales = self._group.from_first(
             lambda: [
-                usable_scale(phase.base_loss(self._data.held_out, route))
-                for route in range(self._data.n_routes)
+                usable_scale(phase.base_loss(self._data.held_out, grid))
+                for grid in range(self._data.n_grids)
             ]
         )
         while state.iteration - state.phase_start < state.planned[-1]:
@@ -144,27 +144,27 @@ class Loop:
         state, config = self._state, self._config
         late = state.iteration - config.pretrain_iterations
         batch = self._data[0 if late < 0 else 1 + late // config.swap_every]
-        route = state.iteration % self._data.n_routes
+        grid = state.iteration % self._data.n_grids
         self._net.train()
         optimizer.zero_grad()
         try:
-            loss = phase.loss(batch, route)
+            loss = phase.loss(batch, grid)
         except NonFiniteError as error:
-            raise self._diverged(phase, "the roll-out", batch, route) from error
+            raise self._diverged(phase, "the roll-out", batch, grid) from error
         # Relative to the base's error, so that rates, clipping and the balance between
-        # routes do not depend on the problem's units.
-        (loss / scales[route]).backward(inputs=self._parameters)
-        loss = self._team.average(loss, self._parameters, batch.weight)
+        # grids do not depend on the problem's units.
+        (loss / scales[grid]).backward(inputs=self._parameters)
+        loss = self._group.average(loss, self._parameters, batch.weight)
         norm = clip_grad_norm_(self._parameters, STEEPEST)
         for name, value in (("the loss", loss), ("the gradient", norm)):
             if not math.isfinite(float(value.detach())):
-                raise self._diverged(phase, name, batch, route)
+                raise self._diverged(phase, name, batch, grid)
         optimizer.step()
         return float(loss.detach())
 
-    def _diverged(self, phase: Phase, what: str, batch: Batch, route: int) -> FitDivergedError:
+    def _diverged(self, phase: Phase, what: str, batch: Batch, grid: int) -> FitDivergedError:
         where = f"at iteration {self._state.iteration} ({phase.name} phase)"
-        if math.isfinite(phase.base_error(batch, route)):
+        if math.isfinite(phase.base_error(batch, grid)):
             return FitDivergedError(
                 explain(
                     f"{what} turned non-finite {where}.",
@@ -205,8 +205,8 @@ class Loop:
         """Measure the held-out error, keep the best state, save."""
         state = self._state
         self._net.eval()
-        self._team.align(self._net)
-        error = self._team.from_first(lambda: self._judge.error(self._data.held_out))
+        self._group.align(self._net)
+        error = self._group.from_first(lambda: self._judge.error(self._data.held_out))
         mean_loss = sum(self._losses) / len(self._losses)
         state.history.append(LossPoint(state.iteration, phase.name, mean_loss, error))
         self._losses = []

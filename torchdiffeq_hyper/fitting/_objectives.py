@@ -19,9 +19,9 @@ from torchdiffeq_hyper.solvers._stepping import Correction
 QUANTILES = ("0.5", "0.9", "0.99", "max")
 
 
-def step_inputs(batch: Batch, route: int) -> Iterator[StepInput]:
+def step_inputs(batch: Batch, grid: int) -> Iterator[StepInput]:
     """Yield what a hypernet is given at each step along a reference solution."""
-    samples, layout = batch.routes[route], batch.layout
+    samples, layout = batch.grids[grid], batch.layout
     start = layout.split(samples.y[0])
     for n, dt in enumerate(samples.dt.unbind()):
         stages = tuple(layout.split(stage[n]) for stage in samples.stages)
@@ -30,13 +30,13 @@ def step_inputs(batch: Batch, route: int) -> Iterator[StepInput]:
 
 
 def residual_errors(
-    hypernet: Hypernet, order: int, batch: Batch, route: int, steps: Sequence[int]
+    hypernet: Hypernet, order: int, batch: Batch, grid: int, steps: Sequence[int]
 ) -> Tensor:
-    r"""Return :math:`|R_n - g|_2` for some steps of a route, (len(steps), batch) ([H] eq. 5).
+    r"""Return :math:`|R_n - g|_2` for some steps of a grid, (len(steps), batch) ([H] eq. 5).
 
     In units of `Units.residual`. Costs one call of g a step and none of func.
     """
-    samples, layout, units = batch.routes[route], batch.layout, batch.units
+    samples, layout, units = batch.grids[grid], batch.layout, batch.units
     correction = Correction(hypernet, order, layout, samples.y[0], context=batch.context)
     # g answers in units of its own time; those of the residuals are spans and states.
     factor = 1.0
@@ -51,8 +51,8 @@ def residual_errors(
     return sample_norms(layout.split(torch.stack(differences)))
 
 
-def trajectory_errors(solver: HyperSolver, func: VectorField, batch: Batch, route: int) -> Tensor:
-    r"""Return :math:`|y(t_n) - y_n|_2` for n = 1, 2, ... of a route, (n, batch).
+def trajectory_errors(solver: HyperSolver, func: VectorField, batch: Batch, grid: int) -> Tensor:
+    r"""Return :math:`|y(t_n) - y_n|_2` for n = 1, 2, ... of a grid, (n, batch).
 
     The y_n are the solver's own roll-out; costs what a solve costs. In units of the
     states' size.
@@ -60,8 +60,8 @@ def trajectory_errors(solver: HyperSolver, func: VectorField, batch: Batch, rout
     Raises:
         NonFiniteError: the roll-out ended in inf or nan.
     """
-    samples = batch.routes[route]
-    solution = solver.solve(batch.field(func), batch.start(route), samples.times)
+    samples = batch.grids[grid]
+    solution = solver.solve(batch.field(func), batch.start(grid), samples.times)
     difference = _difference(solution, batch.layout.split(samples.y))
     return sample_norms(difference, batch.units.state)
 
@@ -75,47 +75,47 @@ def _difference(first: State, second: State) -> State:
 
 @torch.no_grad()
 def mean_residual_error(
-    hypernet: Hypernet, order: int, batch: Batch, route: int | None = None
+    hypernet: Hypernet, order: int, batch: Batch, grid: int | None = None
 ) -> float:
-    """Return the mean of |R - g|_2 over samples, steps and routes (or on one)."""
+    """Return the mean of |R - g|_2 over samples, steps and grids (or on one)."""
     errors = [
-        residual_errors(hypernet, order, batch, r, range(len(batch.routes[r].dt))).flatten()
-        for r in _routes(batch, route)
+        residual_errors(hypernet, order, batch, r, range(len(batch.grids[r].dt))).flatten()
+        for r in _grids(batch, grid)
     ]
     return float(torch.cat(errors).mean())
 
 
 @torch.no_grad()
 def mean_trajectory_error(
-    solver: HyperSolver, func: VectorField, batch: Batch, route: int | None = None
+    solver: HyperSolver, func: VectorField, batch: Batch, grid: int | None = None
 ) -> float:
-    """Return the mean of |y(t_n) - y_n|_2 / |y(t_n)|_2 over samples, steps and routes.
+    """Return the mean of |y(t_n) - y_n|_2 / |y(t_n)|_2 over samples, steps and grids.
 
     It is inf if a roll-out blew up.
     """
     try:
         errors = [
             (trajectory_errors(solver, func, batch, r) / batch.sizes(r)[1:]).mean()
-            for r in _routes(batch, route)
+            for r in _grids(batch, grid)
         ]
     except NonFiniteError:
         return float("inf")
     return float(torch.stack(errors).mean())
 
 
-def _routes(batch: Batch, route: int | None) -> Sequence[int]:
-    return range(len(batch.routes)) if route is None else (route,)
+def _grids(batch: Batch, grid: int | None) -> Sequence[int]:
+    return range(len(batch.grids)) if grid is None else (grid,)
 
 
 @torch.no_grad()
 def delta_quantiles(hypernet: Hypernet, order: int, batch: Batch) -> dict[str, float]:
-    """Return quantiles of |R - g|_2 over samples, steps and routes ([H] theorem 1).
+    """Return quantiles of |R - g|_2 over samples, steps and grids ([H] theorem 1).
 
     In true units: the state's over time^(p+1).
     """
     errors = [
-        residual_errors(hypernet, order, batch, r, range(len(batch.routes[r].dt))).flatten()
-        for r in _routes(batch, None)
+        residual_errors(hypernet, order, batch, r, range(len(batch.grids[r].dt))).flatten()
+        for r in _grids(batch, None)
     ]
     unit = batch.units.residual(order)
     return {name: unit * value for name, value in quantiles(torch.cat(errors)).items()}
@@ -164,33 +164,33 @@ BROKEN = (ArithmeticError, AssertionError)
 
 
 @torch.no_grad()
-def end_errors(run: Run, func: VectorField, batch: Batch, route: int = 0) -> Tensor:
-    """Return |y(T) - y_n|_2 / |y(T)|_2 of each sample at the end of a route, (batch,).
+def end_errors(run: Run, func: VectorField, batch: Batch, grid: int = 0) -> Tensor:
+    """Return |y(T) - y_n|_2 / |y(T)|_2 of each sample at the end of a grid, (batch,).
 
     A sample that blows up has an infinite error; the others have their own.
     """
-    off = _off(run, func, batch, route, is_whole=False)[-1]
-    return _finite_or_inf(off / batch.end_sizes(route))
+    off = _off(run, func, batch, grid, is_whole=False)[-1]
+    return _finite_or_inf(off / batch.end_sizes(grid))
 
 
 @torch.no_grad()
-def errors_along(run: Run, func: VectorField, batch: Batch, route: int = 0) -> Tensor:
-    """Return the relative errors at all times of a route but the first, (n, batch)."""
-    off = _off(run, func, batch, route, is_whole=True)
-    return _finite_or_inf(off / batch.sizes(route)[1:])
+def errors_along(run: Run, func: VectorField, batch: Batch, grid: int = 0) -> Tensor:
+    """Return the relative errors at all times of a grid but the first, (n, batch)."""
+    off = _off(run, func, batch, grid, is_whole=True)
+    return _finite_or_inf(off / batch.sizes(grid)[1:])
 
 
-def _off(run: Run, func: VectorField, batch: Batch, route: int, *, is_whole: bool) -> Tensor:
+def _off(run: Run, func: VectorField, batch: Batch, grid: int, *, is_whole: bool) -> Tensor:
     """Return |y(t_n) - y_n|_2 at all times but the first, or at the end alone."""
-    samples, count = batch.routes[route], n_samples(batch.y0)
+    samples, count = batch.grids[grid], n_samples(batch.y0)
     times = samples.times if is_whole else samples.times[[0, -1]]
     try:
-        found = run(batch.field(func), batch.start(route), times)
+        found = run(batch.field(func), batch.start(grid), times)
     except BROKEN:
         if count == 1:
             return torch.full((len(times) - 1, 1), math.inf, device=samples.y.device)
         halves = torch.arange(count).tensor_split(2)
-        parts = [_off(run, func, batch.some(half), route, is_whole=is_whole) for half in halves]
+        parts = [_off(run, func, batch.some(half), grid, is_whole=is_whole) for half in halves]
         return torch.cat(parts, dim=1)
     exact = batch.layout.split(samples.y if is_whole else samples.y[[0, -1]])
     pairs = zip(parts_of(found), parts_of(exact), strict=True)

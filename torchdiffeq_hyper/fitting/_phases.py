@@ -24,7 +24,7 @@ from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 
 OBJECTIVES = ("combined", "residual", "trajectory")
 MOST_STEPS = 8
-"""Steps of a route that one iteration of the residual phase looks at."""
+"""Steps of a grid that one iteration of the residual phase looks at."""
 
 
 class Phase(Protocol):
@@ -32,19 +32,19 @@ class Phase(Protocol):
 
     name: str
 
-    def loss(self, batch: Batch, route: int) -> Tensor:
+    def loss(self, batch: Batch, grid: int) -> Tensor:
         """Return the 0-d training loss."""
         ...
 
     def error(self, batch: Batch) -> float:
-        """Return the mean error over all routes, without gradient."""
+        """Return the mean error over all grids, without gradient."""
         ...
 
-    def base_error(self, batch: Batch, route: int | None = None) -> float:
-        """Return the same for the base alone, over all routes or on one."""
+    def base_error(self, batch: Batch, grid: int | None = None) -> float:
+        """Return the same for the base alone, over all grids or on one."""
         ...
 
-    def base_loss(self, batch: Batch, route: int) -> float:
+    def base_loss(self, batch: Batch, grid: int) -> float:
         """Return the training loss of the base alone, to which losses are relative."""
         ...
 
@@ -58,24 +58,24 @@ class ResidualPhase:
         self._net = net
         self._order = order
 
-    def loss(self, batch: Batch, route: int) -> Tensor:
+    def loss(self, batch: Batch, grid: int) -> Tensor:
         """Return the mean over a few random steps, so that fine grids cost no more."""
-        n_steps = len(batch.routes[route].dt)
+        n_steps = len(batch.grids[grid].dt)
         steps = torch.randperm(n_steps)[:MOST_STEPS].tolist()
-        return residual_errors(self._net, self._order, batch, route, steps).mean()
+        return residual_errors(self._net, self._order, batch, grid, steps).mean()
 
     def error(self, batch: Batch) -> float:
         """Return the mean of |R - g|_2 as a share of that of |R|_2."""
         size = mean_residual_error(no_correction, self._order, batch)
         return mean_residual_error(self._net, self._order, batch) / (size or 1.0)
 
-    def base_error(self, batch: Batch, route: int | None = None) -> float:
+    def base_error(self, batch: Batch, grid: int | None = None) -> float:
         """Return 1: all of |R|_2."""
         return 1.0
 
-    def base_loss(self, batch: Batch, route: int) -> float:
+    def base_loss(self, batch: Batch, grid: int) -> float:
         """Return the mean of |R|_2."""
-        return mean_residual_error(no_correction, self._order, batch, route)
+        return mean_residual_error(no_correction, self._order, batch, grid)
 
 
 class TrajectoryPhase:
@@ -88,23 +88,23 @@ class TrajectoryPhase:
         self._base = HyperSolver(solver.base, no_correction, alpha=solver.alpha)
         self._func = func
 
-    def loss(self, batch: Batch, route: int) -> Tensor:
+    def loss(self, batch: Batch, grid: int) -> Tensor:
         """Return the mean over samples."""
-        return trajectory_errors(self._solver, self._func, batch, route).sum(0).mean()
+        return trajectory_errors(self._solver, self._func, batch, grid).sum(0).mean()
 
     def error(self, batch: Batch) -> float:
         """Return the mean relative error over samples and steps; inf if a roll-out blew up."""
         return mean_trajectory_error(self._solver, self._func, batch)
 
-    def base_error(self, batch: Batch, route: int | None = None) -> float:
+    def base_error(self, batch: Batch, grid: int | None = None) -> float:
         """Return the same with no correction."""
-        return mean_trajectory_error(self._base, self._func, batch, route)
+        return mean_trajectory_error(self._base, self._func, batch, grid)
 
     @torch.no_grad()
-    def base_loss(self, batch: Batch, route: int) -> float:
+    def base_loss(self, batch: Batch, grid: int) -> float:
         """Return the loss with no correction; inf if its roll-out blew up."""
         try:
-            errors = trajectory_errors(self._base, self._func, batch, route)
+            errors = trajectory_errors(self._base, self._func, batch, grid)
         except NonFiniteError:
             return float("inf")
         return float(errors.sum(0).mean())

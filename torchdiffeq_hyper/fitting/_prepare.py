@@ -98,10 +98,10 @@ def opened(
 
     Processes of one fit that make different calls are refused.
     """
-    team = problem.team
-    check_same_call(team.gather(signature))
-    store = Store(problem.config.checkpoint if team.is_first else None, signature)
-    state = team.from_first(store.read)
+    group = problem.group
+    check_same_call(group.gather(signature))
+    store = Store(problem.config.checkpoint if group.is_first else None, signature)
+    state = group.from_first(store.read)
     if state is not None:
         budget.resume(state.seconds)
     return store, state
@@ -121,7 +121,7 @@ def planned(
     """
     if kept is not None:
         return ReferencePlan(**{**kept, "tolerances": Tolerances(**kept["tolerances"])})
-    return problem.team.from_first(
+    return problem.group.from_first(
         lambda: plan_references(
             problem.func,
             (batches.held_out, batches.size),
@@ -142,7 +142,7 @@ def reserve(problem: Problem, run: Run, data: Data, budget: Budget) -> None:
         end_errors(run, problem.func, data.held_out)
         return time.perf_counter() - began
 
-    budget.reserved = SOLVES_OF_REPORT * problem.team.from_first(one_solve)
+    budget.reserved = SOLVES_OF_REPORT * problem.group.from_first(one_solve)
 
 
 def most_batches(data: Data, budget: Budget) -> int:
@@ -195,9 +195,9 @@ def measured(
                 tolerances=attempt.tolerances,
                 units=units,
                 budget=Deadline(budget, now + share * (budget.max_seconds - now)),
-                team=problem.team,
+                group=problem.group,
             )
-            assert data.first.routes  # measured by all processes together
+            assert data.first.grids  # measured by all processes together
         except OutOfTimeError:
             continue
         data.budget = budget

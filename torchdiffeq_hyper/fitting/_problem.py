@@ -8,7 +8,7 @@ from typing import Any
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, parts_of
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._context import Context, split_context
-from torchdiffeq_hyper.fitting._distributed import Team
+from torchdiffeq_hyper.fitting._distributed import ProcessGroup
 from torchdiffeq_hyper.fitting._phases import OBJECTIVES
 from torchdiffeq_hyper.fitting._reference import Plan, check_choice, check_span, step_counts
 from torchdiffeq_hyper.methods import _registry
@@ -29,12 +29,12 @@ class Problem:
         func: the vector field, called with the context of each batch.
         span: start and end.
         steps: as the user gave them.
-        plan: times and routes.
+        plan: times and grids.
         tableau: the base.
         direction: "forward", "reverse" or "both".
         objective: "combined", "residual" or "trajectory".
         config: lengths, rates, tolerances.
-        team: the processes that share the work.
+        group: the processes that share the work.
         context: that of all samples; "batch" where each batch brings its own.
     """
 
@@ -46,7 +46,7 @@ class Problem:
     direction: str
     objective: str
     config: FitConfig
-    team: Team = field(default_factory=Team)
+    group: ProcessGroup = field(default_factory=ProcessGroup)
     context: Context = ()
 
     @classmethod
@@ -61,7 +61,7 @@ class Problem:
         objective: str,
         direction: str,
         config: FitConfig | None,
-        team: Team | None = None,
+        group: ProcessGroup | None = None,
         context: object = None,
     ) -> Problem:
         """Return the problem, checked.
@@ -82,7 +82,7 @@ class Problem:
             direction=direction,
             objective=check_choice("objective", objective, OBJECTIVES),
             config=FitConfig() if config is None else config,
-            team=Team() if team is None else team,
+            group=ProcessGroup() if group is None else group,
             context=checked_context,
         )
 

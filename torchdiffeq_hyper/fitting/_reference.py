@@ -24,7 +24,7 @@ MOST_STEP_COUNTS = 4
 
 
 @dataclass(frozen=True)
-class Route:
+class TimeGrid:
     """One way through the span: equal steps in one direction.
 
     Attributes:
@@ -43,15 +43,15 @@ class Route:
 
 @dataclass(frozen=True)
 class Plan:
-    """The times at which reference solutions are wanted, and the routes through them.
+    """The times at which reference solutions are wanted, and the grids through them.
 
     Attributes:
         times: (m,) float64 times in the order of the span, all distinct.
-        routes: the routes; their ``points`` index ``times``.
+        grids: the grids; their ``points`` index ``times``.
     """
 
     times: Tensor
-    routes: tuple[Route, ...]
+    grids: tuple[TimeGrid, ...]
 
     @classmethod
     def of(cls, span: tuple[float, float], steps: Steps, direction: str) -> Plan:
@@ -63,19 +63,19 @@ class Plan:
         if span[1] < span[0]:
             times = times.flip(0)
         order = times.sort().indices
-        routes = []
+        grids = []
         for visited in equal:
             points = order[torch.searchsorted(times[order], visited)]
             if direction != "reverse":
-                routes.append(Route(visited, points))
+                grids.append(TimeGrid(visited, points))
             if direction != "forward":
-                routes.append(Route(visited.flip(0), points.flip(0)))
-        return cls(times, tuple(routes))
+                grids.append(TimeGrid(visited.flip(0), points.flip(0)))
+        return cls(times, tuple(grids))
 
     @property
     def signs(self) -> tuple[int, ...]:
         """Signs of dt that occur, 1 first."""
-        signs = {1 if route.times[1] > route.times[0] else -1 for route in self.routes}
+        signs = {1 if grid.times[1] > grid.times[0] else -1 for grid in self.grids}
         return tuple(sorted(signs, reverse=True))
 
 

@@ -77,7 +77,7 @@ def _wider(part: Tensor) -> Tensor:
 def _ends(run: Run, func: VectorField, batch: Batch, y0: State) -> tuple[Tensor, ...]:
     """Return the parts of the ends, (1, batch, ...) each; inf where a sample blows up."""
     try:
-        solution = run(batch.field(func), y0, batch.routes[0].times[[0, -1]])
+        solution = run(batch.field(func), y0, batch.grids[0].times[[0, -1]])
     except BROKEN:
         count = n_samples(y0)
         if count == 1:
@@ -139,7 +139,7 @@ def reported(
     held_out, func = data.held_out, problem.func
     errors = _or_none(lambda: _at_end(fitted.run, problem, held_out), "the error", failed)
     base_errors = _or_none(lambda: _at_end(fitted.base, problem, held_out), "the base", failed)
-    finest = max(range(len(held_out.routes)), key=lambda r: len(held_out.routes[r].dt))
+    finest = max(range(len(held_out.grids)), key=lambda r: len(held_out.grids[r].dt))
     along = _or_none(lambda: errors_along(fitted.run, func, held_out, finest), "the span", failed)
     rival = _or_none(
         lambda: best_classical(fitted.run, func, held_out, calls=fitted.calls), "rivals", failed
@@ -175,7 +175,7 @@ def reported(
         errors=errors,
         base_errors=base_errors,
         along=None if along is None else ErrorSummary.of(along.mean(0)),
-        worst_time=None if along is None else _worst_time(along, held_out.routes[finest].times),
+        worst_time=None if along is None else _worst_time(along, held_out.grids[finest].times),
         rival=rival,
     )
 
@@ -220,7 +220,7 @@ def nothing() -> dict[str, float]:
 
 def unlike_channels(batch: Batch) -> str:
     """Return what to say where some channels of the solution are far smaller than others."""
-    joined = join_channels(batch.layout.split(batch.routes[0].y[-1])).transpose(0, 1)
+    joined = join_channels(batch.layout.split(batch.grids[0].y[-1])).transpose(0, 1)
     sizes = [size_of(channel) for channel in joined]
     sizes = [size for size in sizes if size > 0]
     if not sizes or max(sizes) < UNLIKE * min(sizes):
@@ -233,8 +233,8 @@ def unlike_channels(batch: Batch) -> str:
 
 def _at_end(run: Run, problem: Problem, batch: Batch) -> ErrorSummary:
     """Return the errors at the end, or at both where both directions were fitted."""
-    routes = {float(samples.times[0]): r for r, samples in enumerate(batch.routes)}.values()
-    return ErrorSummary.of(torch.cat([end_errors(run, problem.func, batch, r) for r in routes]))
+    grids = {float(samples.times[0]): r for r, samples in enumerate(batch.grids)}.values()
+    return ErrorSummary.of(torch.cat([end_errors(run, problem.func, batch, r) for r in grids]))
 
 
 def _worst_time(along: Tensor, times: Tensor) -> tuple[float, float]:

@@ -66,7 +66,7 @@ def run(
         hypernet: the net, None for a ready one, or "auto" for one to be chosen.
         progress: where to show it.
     """
-    budget = budget_of(problem.team, problem.config.max_seconds)
+    budget = budget_of(problem.group, problem.config.max_seconds)
     batches = Batches(y0, problem.config, problem.context)
     given = hypernet
     if hypernet is None:
@@ -75,7 +75,7 @@ def run(
     with suppress(NotUsed), ExitStack() as stack:
         stack.enter_context(measuring_time_in(given, problem.width, problem.tableau.order))
         net, report = _fit_net(problem, given, batches, budget, progress, stack=stack)
-        problem.team.finish()
+        problem.group.finish()
         if isinstance(given, nn.Module) and net is not given:
             raise NotUsed
     domain = problem.domain(batches.held_out.y0)
@@ -94,7 +94,7 @@ def _fit_net(
     """Return the net in its best state, and what was measured."""
     progress.say("reference solutions")
     held_out = batches.held_out
-    team = problem.team
+    group = problem.group
     field_check = FieldCheck.of(problem, held_out, batches.count)
     signature = _signature(problem, given, field_check.signature(problem, held_out.context))
     store, state = opened(problem, signature, budget)
@@ -119,14 +119,14 @@ def _fit_net(
     if isinstance(given, str) and choice is None:
         progress.say("choosing a hypernet")
         first = data.first  # measured by all processes together
-        choice = team.from_first(lambda: choose(problem, first, data.held_out))
+        choice = group.from_first(lambda: choose(problem, first, data.held_out))
         progress.tell(choice["note"])
     net = stack.enter_context(frozen_or_restored(_net(given, choice, held_out.y0)))
     phases, judge = phases_of(problem.objective, problem.solver(net), problem.func)
     if state is None:
         start = _start(net, data, judge, noise, budget)
         start.choice, start.references = choice, to_keep(plan)
-        state = team.from_first(lambda: start)
+        state = group.from_first(lambda: start)
         store.write(state)
     data.limit(state.most_batches)
     reserve(problem, problem.solver(net, problem.steps).solve, data, budget)
@@ -136,7 +136,7 @@ def _fit_net(
         judge=judge,
         net=net,
         data=data,
-        team=team,
+        group=group,
         config=problem.config,
         state=state,
         budget=budget,
@@ -153,10 +153,10 @@ def _finish(
     problem: Problem, net: nn.Module, data: Data, state: FitState, budget: Budget, *, cut: str
 ) -> tuple[Hypernet, FitReport]:
     """Give up what is worse than the base; return what is used, and the report."""
-    team, used = problem.team, cast(Hypernet, net)
+    group, used = problem.group, cast(Hypernet, net)
     net.eval()
     fitted = _fitted(problem, used)
-    state.fallback = "start" if team.from_first(lambda: is_worse(fitted, problem, data)) else ""
+    state.fallback = "start" if group.from_first(lambda: is_worse(fitted, problem, data)) else ""
     if state.fallback and isinstance(net, ReadyHypernet):
         net.reset()
         state.best = snapshot(net)
@@ -165,7 +165,7 @@ def _finish(
     if state.fallback:
         state.best_error = state.base_error
     notes = tuple(_notes(state, cut))
-    report = team.from_first(lambda: _report(problem, used, data, state, budget, notes=notes))
+    report = group.from_first(lambda: _report(problem, used, data, state, budget, notes=notes))
     state.report = report.to_dict()
     return used, report
 
@@ -228,7 +228,7 @@ def _noise(
             if not plan.is_looser:
                 raise
             raise OutOfTimeError from error
-    if any(problem.team.gather(is_late)):
+    if any(problem.group.gather(is_late)):
         return 0.0, replace(plan, has_noise=False)
     return noise, plan
 

@@ -154,7 +154,7 @@ class HyperSolverModule(LightningModule):
         solver = problem.solver(net)
         self._phases, self._judge = phases_of(problem.objective, solver, problem.func)
         self._scales = [
-            [usable_scale(phase.base_loss(batch, r)) for r in range(len(batch.routes))]
+            [usable_scale(phase.base_loss(batch, r)) for r in range(len(batch.grids))]
             for phase in self._phases
         ]
 
@@ -180,15 +180,15 @@ class HyperSolverModule(LightningModule):
         )
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the loss of a batch on one route, relative to the base's."""
+        """Return the loss of a batch on one grid, relative to the base's."""
         number = self._schedule.phase_at(self.global_step)
         measured = self._measure(("train", batch_idx), batch)
-        route = self.global_step % len(measured.routes)
+        grid = self.global_step % len(measured.grids)
         with torch.inference_mode(mode=False):
-            loss = self._phases[number].loss(measured, route)
+            loss = self._phases[number].loss(measured, grid)
         self._train[0] += float(loss.detach())
         self._train[1] += 1
-        relative = loss / self._scales[number][route]
+        relative = loss / self._scales[number][grid]
         self.log("train_loss", relative, prog_bar=True, batch_size=n_samples(measured.y0))
         return relative
 

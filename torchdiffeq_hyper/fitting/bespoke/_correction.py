@@ -27,13 +27,13 @@ class EndPhase:
 
     def norms(self, batch: Batch) -> Tensor:
         """Return |y(T) - y_n|_2 of each sample, (batch,), in units of the states' size."""
-        samples = batch.routes[0]
+        samples = batch.grids[0]
         func, y0 = batch.field(self._func), batch.start(0)
         found = self._solver.solve(func, y0, samples.times[[0, -1]])
         difference = _difference(found, batch.layout.split(samples.y[-1:]))
         return sample_norms(difference, batch.units.state)[0]
 
-    def loss(self, batch: Batch, route: int) -> Tensor:
+    def loss(self, batch: Batch, grid: int) -> Tensor:
         """Return the mean over samples."""
         return (self.norms(batch) / batch.end_sizes()).mean()
 
@@ -45,11 +45,11 @@ class EndPhase:
         except NonFiniteError:
             return float("inf")
 
-    def base_error(self, batch: Batch, route: int | None = None) -> float:
+    def base_error(self, batch: Batch, grid: int | None = None) -> float:
         """Return the same without the correction."""
         return EndPhase(BespokeSolver(self._solver.weights), self._func).error(batch)
 
-    def base_loss(self, batch: Batch, route: int) -> float:
+    def base_loss(self, batch: Batch, grid: int) -> float:
         """Return the same: errors are relative already."""
         return self.base_error(batch)
 
@@ -72,7 +72,7 @@ def calibrate_end(solver: BespokeSolver, func: VectorField, batch: Batch) -> Non
         seen.append(step)
         return no_correction(step)
 
-    samples = batch.routes[0]
+    samples = batch.grids[0]
     watched = BespokeSolver(solver.weights, hypernet=watch)
     found = watched.solve(batch.field(func), batch.start(0), samples.times[[0, -1]])
     left = _difference(_negated(found), _negated(batch.layout.split(samples.y[-1:])))
@@ -91,7 +91,7 @@ def added_at_end(solver: BespokeSolver, func: VectorField, batch: Batch) -> Tens
     """Return what the correction adds at the end of a batch's solves, flat; None without one."""
     if solver.hypernet is None:
         return None
-    samples = batch.routes[0]
+    samples = batch.grids[0]
     ends = []
     for used in (solver, BespokeSolver(solver.weights)):
         state = used.solve(batch.field(func), batch.start(0), samples.times[[0, -1]])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._checkpoint import FitState
-from torchdiffeq_hyper.fitting._distributed import Team
+from torchdiffeq_hyper.fitting._distributed import ProcessGroup
 from torchdiffeq_hyper.fitting._field import OutOfTimeError
 from torchdiffeq_hyper.fitting._loop import snapshot
 from torchdiffeq_hyper.fitting._phases import Progress
@@ -53,7 +53,7 @@ class WeightLoop:
         iterations: iterations wanted.
         patience: iterations without a gain that end it, if fewer than usual.
         deadline: when to end, in the budget's seconds.
-        team: the processes that share the work.
+        group: the processes that share the work.
         budget: the time there is.
         progress: where to show it.
         save: called with the state after each iteration.
@@ -71,7 +71,7 @@ class WeightLoop:
         iterations: int,
         patience: int,
         deadline: float,
-        team: Team,
+        group: ProcessGroup,
         budget: Budget,
         progress: Progress,
         save: Callable[[FitState], None],
@@ -85,7 +85,7 @@ class WeightLoop:
         self._iterations = iterations
         self._patience = min(patience, LAST_PATIENCE)
         self._deadline = deadline
-        self._team = team
+        self._group = group
         self._budget = budget
         self._progress = progress
         self._save = save
@@ -174,8 +174,8 @@ class WeightLoop:
             mine = measure()
         except OutOfTimeError:
             mine = None
-        found = [one for one in self._team.gather(mine) if one is not None]
-        return found if len(found) == self._team.size else None
+        found = [one for one in self._group.gather(mine) if one is not None]
+        return found if len(found) == self._group.size else None
 
     def _next_pieces(self, optimizer: dict[str, Any]) -> list[Piece]:
         """Return the next pieces in turn, each at most once."""
@@ -205,7 +205,7 @@ class WeightLoop:
     def _validate(self, loss: float) -> None:
         state = self._state
         weights = self._solver.weights.detach()
-        error = self._team.from_first(lambda: mean_error(self._held_out, weights))
+        error = self._group.from_first(lambda: mean_error(self._held_out, weights))
         state.history.append(LossPoint(state.iteration, "trajectory", loss, error))
         state.net = self._solver.state_dict()
         assert state.optimizer is not None

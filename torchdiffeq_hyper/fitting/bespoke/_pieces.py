@@ -109,7 +109,7 @@ def cut(
     share = math.ceil(whole / n_processes)
     n_pieces = 1 if rows is None else math.ceil(share / rows)
     positions = torch.arange(count).tensor_split(min(n_pieces, count))
-    samples, units = batch.routes[0], batch.units
+    samples, units = batch.grids[0], batch.units
     # 0 and plus or minus 1: large times in float32 need not be.
     first, last = (round(units.time_of(float(samples.times[i]))) for i in (0, -1))
     scale = batch.end_sizes()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchdiffeq_hyper._state import State, VectorField, parts_of
 from torchdiffeq_hyper.errors import OptionError, explain
 from torchdiffeq_hyper.fitting._config import FitConfig
-from torchdiffeq_hyper.fitting._distributed import Team
+from torchdiffeq_hyper.fitting._distributed import ProcessGroup
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting.bespoke._pieces import samples_needed
 from torchdiffeq_hyper.solvers._domain import FitDomain
@@ -32,7 +32,7 @@ class BespokeProblem(Problem):
         objective: str,
         direction: str,
         config: FitConfig | None,
-        team: Team | None = None,
+        group: ProcessGroup | None = None,
         context: object = None,
     ) -> BespokeProblem:
         """Return the problem, checked.
@@ -52,7 +52,7 @@ class BespokeProblem(Problem):
             objective=objective,
             direction=direction,
             config=config,
-            team=team,
+            group=group,
             context=context,
         )
         assert isinstance(checked, BespokeProblem)

@@ -71,7 +71,7 @@ def run_bespoke(
     ):
         session = Session(problem, y0, hypernet, progress)
         report = session.run()
-        problem.team.finish()
+        problem.group.finish()
         if hypernet is not None and session.solver.hypernet is None:
             raise NotUsed
     solver = session.solver
@@ -97,7 +97,7 @@ class Session:
         progress: Progress,
     ) -> None:
         self._problem = problem
-        self._budget = budget_of(problem.team, problem.config.max_seconds)
+        self._budget = budget_of(problem.group, problem.config.max_seconds)
         self.batches = Batches(y0, with_large_batches(problem, y0), problem.context)
         self._progress = progress
         self.solver = self._new_solver("euler")
@@ -105,7 +105,7 @@ class Session:
 
     def run(self) -> FitReport:
         """Leave the solver in its best state, and return what was measured."""
-        problem, team = self._problem, self._problem.team
+        problem, group = self._problem, self._problem.group
         self._progress.say("reference solutions")
         held_out = self.batches.held_out
         self._field_check = FieldCheck.of(problem, held_out, self.batches.count)
@@ -125,11 +125,11 @@ class Session:
             noise = self._measure(state)
         except OutOfTimeError:
             return self._unfitted(state)
-        starts = team.from_first(lambda: best_starts(self._held_out, self.solver.weights))
+        starts = group.from_first(lambda: best_starts(self._held_out, self.solver.weights))
         name = starts[0]
         if state is None:
             start = self._start(name, noise)
-            state = team.from_first(lambda: start)
+            state = group.from_first(lambda: start)
             store.write(state)
         self._data.limit(state.most_batches)
         if state.phase == 0:
@@ -151,7 +151,7 @@ class Session:
         self._give_up_what_is_worse(name, state)
         self._fit_knots()
         state.best = {**state.best, **snapshot(self.solver)}
-        report = team.from_first(
+        report = group.from_first(
             lambda: report_of(
                 problem,
                 (self.solver, self._new_solver(name)),
@@ -238,7 +238,7 @@ class Session:
 
     def _give_up_what_is_worse(self, name: str, state: FitState) -> None:
         """Let the solver be what is best, without its correction or as it started."""
-        state.fallback = self._problem.team.from_first(lambda: self._fallback(name, state))
+        state.fallback = self._problem.group.from_first(lambda: self._fallback(name, state))
         if not state.fallback:
             return
         self.solver.hypernet = None  # type: ignore[assignment]
@@ -273,7 +273,7 @@ class Session:
             judge=phase,
             net=self.solver,
             data=self._data,
-            team=self._problem.team,
+            group=self._problem.group,
             config=self._problem.config,
             state=state,
             budget=self._budget,

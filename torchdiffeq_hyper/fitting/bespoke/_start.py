@@ -191,22 +191,22 @@ class Descents:
         state.phase = 1
 
     def _loop(self, state: FitState, number: int) -> WeightLoop:
-        config, team = self._problem.config, self._problem.team
+        config, group = self._problem.config, self._problem.group
         needed = samples_needed(self._data.held_out.y0, self._problem.calls)
         first = self._training(0)
         assert first is not None
-        together = len(first.scale) * team.size
+        together = len(first.scale) * group.size
         return WeightLoop(
             self._solver,
             state,
             self._training,
             self._held_out,
             number=number,
-            first_count=team.from_first(lambda: math.ceil(needed / together)),
+            first_count=group.from_first(lambda: math.ceil(needed / together)),
             iterations=config.iterations,
             patience=config.patience,
             deadline=self._deadline,
-            team=team,
+            group=group,
             budget=self._budget,
             progress=self._progress,
             save=self._save,
@@ -219,6 +219,6 @@ class Descents:
             if any(batch is known for known in self._measured):
                 return None
             self._measured.append(batch)
-            func, size = self._problem.func, self._problem.team.size
+            func, size = self._problem.func, self._problem.group.size
             self._pieces += cut(batch, func, self._budget, self._rows, size)
         return self._pieces[number]

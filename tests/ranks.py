@@ -20,7 +20,7 @@ from torch import distributed as dist
 
 import torchdiffeq_hyper as tdh
 from stubs import damped_wave
-from torchdiffeq_hyper.fitting._distributed import Team
+from torchdiffeq_hyper.fitting._distributed import ProcessGroup
 
 BRIEF = tdh.FitConfig(iterations=20, pretrain_iterations=4, swap_every=2, max_seconds=1e6)
 FULL = tdh.FitConfig(iterations=200, max_seconds=1e6)
@@ -105,7 +105,7 @@ ALIKE: dict[str, Callable[[Path], Any]] = {
 
 def other_weights(folder: Path) -> Any:
     """Every process comes with weights of its own."""
-    torch.manual_seed(Team.current().rank)
+    torch.manual_seed(ProcessGroup.current().rank)
     net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2)).double()
     return fit(hypernet=tdh.ConcatHypernet(net))
 
@@ -114,7 +114,7 @@ class Interrupted:
     """A field that breaks off in one process: at some call, of those in roll-outs or not."""
 
     def __init__(self, rank: int, at: int, error: BaseException, *, rolls_out: bool) -> None:
-        self.at = at if rank == Team.current().rank else -1
+        self.at = at if rank == ProcessGroup.current().rank else -1
         self.error = error
         self.rolls_out = rolls_out
         self.calls = 0
@@ -149,8 +149,8 @@ class Explosive(nn.Module):
 
     def forward(self, step: tdh.StepInput) -> Tensor:
         self.calls += self.training
-        team = Team.current()
-        broken = self.calls > 9 and team.rank == team.size - 1
+        group = ProcessGroup.current()
+        broken = self.calls > 9 and group.rank == group.size - 1
         assert isinstance(step.y, Tensor)
         return step.y * self.weight + (float("inf") if broken else 0.0)
 
@@ -164,12 +164,12 @@ def loss_diverges_in_one(folder: Path) -> Any:
 
 
 def other_starts(folder: Path) -> Any:
-    return fit(y0=starts() + Team.current().rank)
+    return fit(y0=starts() + ProcessGroup.current().rank)
 
 
 def other_lengths(folder: Path) -> Any:
     """The iterable ends earlier in one process."""
-    return fit(y0=list(starts().split(15))[: 5 - Team.current().rank])
+    return fit(y0=list(starts().split(15))[: 5 - ProcessGroup.current().rank])
 
 
 def unwritable(folder: Path) -> Any:
@@ -194,7 +194,7 @@ def in_one_go(folder: Path) -> Any:
 
 def other_clocks(folder: Path) -> Any:
     """One process's clock runs a thousand times faster."""
-    clock, rank = time.perf_counter, Team.current().rank
+    clock, rank = time.perf_counter, ProcessGroup.current().rank
     if rank == 0:
         time.perf_counter = lambda: 50.0 * clock()
     try:
@@ -210,7 +210,7 @@ def out_of_time_in_one(folder: Path) -> Any:
     def func(t: Tensor, y: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
-        if calls == 2500 and Team.current().rank == 1:
+        if calls == 2500 and ProcessGroup.current().rank == 1:
             time.perf_counter = lambda: clock() + 1e9
         return damped_wave(t, y)
 

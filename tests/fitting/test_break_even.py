@@ -20,10 +20,9 @@ from torchdiffeq_hyper.fitting._batches import Batches
 from torchdiffeq_hyper.fitting._break_even import FIXED
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._data import Batch, Data
-from torchdiffeq_hyper.fitting._distributed import Team
+from torchdiffeq_hyper.fitting._distributed import ProcessGroup
 from torchdiffeq_hyper.fitting._errors import end_errors
-from torchdiffeq_hyper.fitting._reference import Tolerances
-from torchdiffeq_hyper.fitting._routes import Plan
+from torchdiffeq_hyper.fitting._reference import Plan, Tolerances
 from torchdiffeq_hyper.fitting._units import Units
 from torchdiffeq_hyper.solvers._report import BreakEven
 from torchdiffeq_hyper.tableaus import EULER
@@ -55,7 +54,7 @@ def held_out(func: Any = damped_wave, y0: Any = Y0) -> Batch:
         tolerances=Tolerances.of(config, torch.float64, Units(0.0, 2.0)),
         units=Units(0.0, 2.0),
         budget=Budget(math.inf),
-        team=Team(),
+        group=ProcessGroup(),
     )
     return data.held_out
 
@@ -122,7 +121,7 @@ def test_a_classical_solver_is_matched_by_one_that_takes_no_more_steps(
 
 def test_the_alternative_is_no_less_accurate(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = held_out()
-    exact = batch.routes[0].y[-1]
+    exact = batch.grids[0].y[-1]
     t = torch.tensor(SPAN, dtype=torch.float64)
     y0 = batch.start(0)[: _break_even.MOST_SAMPLES]
     raced: list[Any] = []

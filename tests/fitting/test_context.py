@@ -76,10 +76,10 @@ def test_errors_are_those_of_the_samples_own_rows(base: str, direction: str) -> 
     func = tdh.Conditioned(by_label, labels)
     t = torch.linspace(*SPAN, 5, dtype=torch.float64)
     exact = odeint(func, y0, t, rtol=1e-11, atol=1e-11)
-    routes = {"forward": [(t, exact)], "reverse": [(t.flip(0), exact.flip(0))]}
-    routes["both"] = routes["forward"] + routes["reverse"]
+    grids = {"forward": [(t, exact)], "reverse": [(t.flip(0), exact.flip(0))]}
+    grids["both"] = grids["forward"] + grids["reverse"]
     means = []
-    for times, states in routes[direction]:
+    for times, states in grids[direction]:
         rolled = solver.solve(func, states[0], times)
         sizes = states.norm(dim=-1)
         sizes = sizes.clamp_min(0.1 * float(sizes.square().mean().sqrt()))

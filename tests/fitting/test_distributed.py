@@ -13,7 +13,7 @@ import torch
 
 import ranks
 import torchdiffeq_hyper as tdh
-from torchdiffeq_hyper.fitting._distributed import Team
+from torchdiffeq_hyper.fitting._distributed import ProcessGroup
 
 SIZE = 2
 
@@ -147,7 +147,7 @@ def test_only_the_first_process_shows_progress(results: list[dict[str, Any]]) ->
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_shares_cover_a_batch_once(count: int, size: int) -> None:
     samples = torch.arange(count)
-    shares = [Team(rank, size).share(count) for rank in range(size)]
+    shares = [ProcessGroup(rank, size).share(count) for rank in range(size)]
     assert torch.equal(torch.cat([samples[part] for part, weight in shares if weight]), samples)
     assert sum(weight for _, weight in shares) == pytest.approx(1.0)
     assert all(len(samples[part]) for part, _ in shares)

@@ -17,10 +17,9 @@ from torchdiffeq_hyper.fitting._batches import Batches
 from torchdiffeq_hyper.fitting._break_even import FIXED
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._data import Batch, Data
-from torchdiffeq_hyper.fitting._distributed import Team
+from torchdiffeq_hyper.fitting._distributed import ProcessGroup
 from torchdiffeq_hyper.fitting._errors import end_errors, errors_along
-from torchdiffeq_hyper.fitting._reference import Tolerances
-from torchdiffeq_hyper.fitting._routes import Plan
+from torchdiffeq_hyper.fitting._reference import Plan, Tolerances
 from torchdiffeq_hyper.fitting._units import Units
 from torchdiffeq_hyper.solvers._report import ErrorSummary, FitReport, Rival
 from torchdiffeq_hyper.tableaus import EULER
@@ -55,7 +54,7 @@ def held_out(func: Any = damped_wave, y0: Any = Y0) -> Batch:
         tolerances=Tolerances("dopri5", 1e-10, 1e-10),
         units=Units(0.0, 2.0),
         budget=Budget(math.inf),
-        team=Team(),
+        group=ProcessGroup(),
     )
     return data.held_out
 

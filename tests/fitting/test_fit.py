@@ -1,4 +1,4 @@
-"""A fit reduces the error on starts it has not seen, whatever the base, state and route."""
+"""A fit reduces the error on starts it has not seen, whatever the base, state and grid."""
 
 from __future__ import annotations
 

@@ -22,9 +22,8 @@ def batch(y0: Any = Y0) -> Any:
     from torchdiffeq_hyper.fitting._batches import Batches
     from torchdiffeq_hyper.fitting._budget import Budget
     from torchdiffeq_hyper.fitting._data import Data
-    from torchdiffeq_hyper.fitting._distributed import Team
-    from torchdiffeq_hyper.fitting._reference import Tolerances
-    from torchdiffeq_hyper.fitting._routes import Plan
+    from torchdiffeq_hyper.fitting._distributed import ProcessGroup
+    from torchdiffeq_hyper.fitting._reference import Plan, Tolerances
     from torchdiffeq_hyper.fitting._units import Units
     from torchdiffeq_hyper.tableaus import EULER
 
@@ -36,7 +35,7 @@ def batch(y0: Any = Y0) -> Any:
         tolerances=Tolerances("dopri5", 1e-6, 1e-6),
         units=Units(),
         budget=Budget(1e9),
-        team=Team(),
+        group=ProcessGroup(),
     ).first
 
 

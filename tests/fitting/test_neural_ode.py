@@ -12,7 +12,7 @@ from torchdiffeq import odeint
 import torchdiffeq_hyper as tdh
 from stubs import damped_wave
 from torchdiffeq_hyper.errors import OptionError, StateTypeError
-from torchdiffeq_hyper.fitting._distributed import Team
+from torchdiffeq_hyper.fitting._distributed import ProcessGroup
 
 pytestmark = pytest.mark.filterwarnings(
     # torchdyn 1.0.6 and what it imports, with their own dependencies of today.
@@ -170,7 +170,7 @@ def test_normalizing_flows_are_fitted_with_their_log_density(
     assert report is not None
     assert report.validation < report.base_validation / 1.5
     if noise is not None:
-        monkeypatch.setattr(Team, "current", lambda: Team(0, 2))
+        monkeypatch.setattr(ProcessGroup, "current", lambda: ProcessGroup(0, 2))
         with pytest.raises(OptionError, match="trace from noise, and 2 processes"):
             fit(node, y0)
 

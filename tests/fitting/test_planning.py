@@ -12,9 +12,9 @@ from torch import Tensor
 
 import torchdiffeq_hyper as tdh
 from stubs import damped_wave
-from torchdiffeq_hyper.fitting import _break_even, _budget, _data, _planning
+from torchdiffeq_hyper.fitting import _break_even, _budget, _data
+from torchdiffeq_hyper.fitting._budget import CallCost
 from torchdiffeq_hyper.fitting._context import Starts
-from torchdiffeq_hyper.fitting._planning import CallCost
 from torchdiffeq_hyper.hypernets import MLP
 from torchdiffeq_hyper.solvers.bespoke import classical
 
@@ -41,7 +41,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (_break_even, _budget, _data, _planning, _break_even):
+    for module in (_break_even, _budget, _data):
         monkeypatch.setattr(module, "time", clock)
     return clock
 

@@ -14,15 +14,9 @@ from stubs import Counted, damped_wave, spiral, spiral_solution
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._context import Starts
-from torchdiffeq_hyper.fitting._data import measure_batch
+from torchdiffeq_hyper.fitting._data import References, Samples, measure_residuals
 from torchdiffeq_hyper.fitting._field import Field
-from torchdiffeq_hyper.fitting._reference import (
-    Samples,
-    Tolerances,
-    measure_residuals,
-    solve_reference,
-)
-from torchdiffeq_hyper.fitting._routes import Plan, step_counts
+from torchdiffeq_hyper.fitting._reference import Plan, Tolerances, solve_reference, step_counts
 from torchdiffeq_hyper.fitting._units import Units
 from torchdiffeq_hyper.methods._registry import find_tableau
 
@@ -68,7 +62,7 @@ def measured(  # noqa: PLR0917
     field, tableau = Field(func, y0, Budget(1e9), units), find_tableau(base)
     tolerances = Tolerances.of(FitConfig(), y0.dtype, units)
     solution = solve_reference(field, y0, plan.times, tolerances)
-    found = [measure_residuals(field, tableau, route, solution) for route in plan.routes]
+    found = [measure_residuals(field, tableau, grid, solution) for grid in plan.grids]
     unit = units.residual(tableau.order)
     return [replace(samples, residual=unit * samples.residual) for samples in found]
 
@@ -106,13 +100,11 @@ def test_references_are_had_without_residuals_at_no_further_call() -> None:
 
     starts, plan = Starts((Y0, Y0[:, 0])), Plan.of((0.0, 1.0), 4, "both")
     tolerances, euler = Tolerances("dopri5", 1e-6, 1e-6), find_tableau("euler")
-    fields = [Field(pair, starts, Budget(1e9)) for _ in range(2)]
-    alone = measure_batch(fields[0], starts, None, plan, tolerances)
-    full = measure_batch(fields[1], starts, euler, plan, tolerances)
-    assert fields[1].calls - fields[0].calls == 8  # four steps, both ways
-    for part, whole in zip(
-        alone.some(torch.tensor([2, 0])).routes, full.some(torch.tensor([2, 0])).routes, strict=True
-    ):
+    both = [References(pair, plan, tolerances, Units(), base) for base in (None, euler)]
+    alone, full = (references.solve(starts, Budget(1e9)) for references in both)
+    assert both[1].calls - both[0].calls == 8  # four steps, both ways
+    some = [batch.some(torch.tensor([2, 0])).grids for batch in (alone, full)]
+    for part, whole in zip(*some, strict=True):
         assert torch.equal(part.y, whole.y)
         assert torch.equal(part.dt, whole.dt)
         assert not part.stages
@@ -161,7 +153,7 @@ def test_measuring_costs_the_stages_only() -> None:
     plan = Plan.of((0.0, 1.0), 6, "forward")
     field = Field(func, Y0, Budget(1e9))
     solution = spiral_solution(plan.times, Y0)
-    measure_residuals(field, find_tableau("rk4"), plan.routes[0], solution)
+    measure_residuals(field, find_tableau("rk4"), plan.grids[0], solution)
     assert func.calls == 6 * 4
     assert field.calls == 6 * 4
 
@@ -186,9 +178,9 @@ def test_references_are_as_accurate_as_asked() -> None:
 
 def test_one_reference_serves_all_step_counts() -> None:
     plan = Plan.of((0.0, 1.0), (4, 16), "forward")
-    assert [route.n_steps for route in plan.routes] == [4, 6, 10, 16]
-    for route in plan.routes:
-        assert torch.equal(plan.times[route.points], route.times)
+    assert [grid.n_steps for grid in plan.grids] == [4, 6, 10, 16]
+    for grid in plan.grids:
+        assert torch.equal(plan.times[grid.points], grid.times)
     assert len(plan.times.unique()) == len(plan.times)
 
 
@@ -197,8 +189,8 @@ def test_decreasing_spans_are_visited_in_their_order() -> None:
     assert plan.times[0] == 1.0
     assert (plan.times.diff() < 0).all()
     assert plan.signs == (1, -1)
-    for route in plan.routes:
-        assert torch.equal(plan.times[route.points], route.times)
+    for grid in plan.grids:
+        assert torch.equal(plan.times[grid.points], grid.times)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +224,7 @@ def measured_in(units: Units, func: Any, y0: Tensor) -> list[Samples]:
     field = Field(func, y0, Budget(1e9), units)
     tolerances = Tolerances.of(FitConfig(), torch.float64, units)
     solution = solve_reference(field, y0, plan.times, tolerances)
-    return [measure_residuals(field, find_tableau("rk4"), r, solution) for r in plan.routes]
+    return [measure_residuals(field, find_tableau("rk4"), r, solution) for r in plan.grids]
 
 
 def test_the_size_of_states_that_start_at_zero_comes_from_func() -> None:

@@ -103,7 +103,7 @@ class AdamWPhase(Phase):
         self._validation = validation
         self._net = net
         self._data = data
-        self._team = problem.team
+        self._group = problem.group
         self._config = problem.config
         self._is_last = is_last
         self._calibrate = calibrate
@@ -127,43 +127,43 @@ class AdamWPhase(Phase):
             if self._is_last:  # a fit that its clock had cut short may have more time now
                 saved.planned = min(self.wanted, saved.cooldown_end or self.wanted)
         self.pace = budget.start_phase(self.wanted, is_last=self._is_last)
-        self._scales = self._team.from_first(self._measure_scales)
+        self._scales = self._group.from_first(self._measure_scales)
         return is_changed
 
     def _measure_scales(self) -> list[float]:
-        """Return the base's loss on each route."""
-        held_out, routes = self._data.held_out, range(self._data.n_routes)
-        return [usable_scale(self._objective.base_loss(held_out, route)) for route in routes]
+        """Return the base's loss on each grid."""
+        held_out, grids = self._data.held_out, range(self._data.n_grids)
+        return [usable_scale(self._objective.base_loss(held_out, grid)) for grid in grids]
 
     def iterate(self, number: int, done: int) -> float:
-        """Do one step of AdamW along the gradient on a batch and a route."""
+        """Do one step of AdamW along the gradient on a batch and a grid."""
         config = self._config
         for group in self._optimizer.param_groups:
             group["lr"] = config.lr * annealed(done / self.training.planned)
         late = number - config.pretrain_iterations
         batch = self._data[0 if late < 0 else 1 + late // config.swap_every]
-        route = number % self._data.n_routes
+        grid = number % self._data.n_grids
         self._net.train()
         self._optimizer.zero_grad()
         try:
-            loss = self._objective.loss(batch, route)
+            loss = self._objective.loss(batch, grid)
         except NonFiniteError as error:
             what = "the roll-out"
-            raise self._diverged(what, number, batch, route) from error
+            raise self._diverged(what, number, batch, grid) from error
         # Relative to the base's error, so that rates, clipping and the balance between
-        # routes do not depend on the problem's units.
-        (loss / self._scales[route]).backward(inputs=self._parameters)
-        loss = self._team.average(loss, self._parameters, batch.weight)
+        # grids do not depend on the problem's units.
+        (loss / self._scales[grid]).backward(inputs=self._parameters)
+        loss = self._group.average(loss, self._parameters, batch.weight)
         norm = clip_grad_norm_(self._parameters, STEEPEST)
         for name, value in (("the loss", loss), ("the gradient", norm)):
             if not math.isfinite(float(value.detach())):
-                raise self._diverged(name, number, batch, route)
+                raise self._diverged(name, number, batch, grid)
         self._optimizer.step()
         return float(loss.detach())
 
-    def _diverged(self, what: str, number: int, batch: Batch, route: int) -> FitDivergedError:
+    def _diverged(self, what: str, number: int, batch: Batch, grid: int) -> FitDivergedError:
         problem = f"{what} turned non-finite at iteration {number} ({self.name} phase)"
-        if math.isfinite(self._objective.base_error(batch, route)):
+        if math.isfinite(self._objective.base_error(batch, grid)):
             return FitDivergedError(
                 explain(
                     f"{problem}.",

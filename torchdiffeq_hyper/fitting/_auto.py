@@ -51,8 +51,8 @@ def calibrate(net: nn.Module, batch: Batch) -> None:
     if not isinstance(net, ReadyHypernet) or not net.is_zero:
         return
     inputs, residuals = [], []
-    for route, samples in enumerate(batch.routes):
-        for n, step in enumerate(step_inputs(batch, route)):
+    for grid, samples in enumerate(batch.grids):
+        for n, step in enumerate(step_inputs(batch, grid)):
             inputs.append(net.concat(step))
             residuals.append(join_channels(batch.layout.split(samples.residual[n])))
     net.calibrate(torch.cat(inputs), torch.cat(residuals), batch.units.state)
@@ -219,8 +219,8 @@ class _PreFit:
         for group in self._optimizer.param_groups:
             group["lr"] = self._lr * annealed(share, lowest=0.0)
         self._optimizer.zero_grad()
-        route = self._done % len(self._first.routes)
-        loss = self._objective.loss(self._first, route) / self._scale
+        grid = self._done % len(self._first.grids)
+        loss = self._objective.loss(self._first, grid) / self._scale
         loss.backward()
         nn.utils.clip_grad_norm_(self._candidate.net.parameters(), 1.0)
         self._optimizer.step()

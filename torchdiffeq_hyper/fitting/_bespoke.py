@@ -16,7 +16,7 @@ from torchdiffeq_hyper.errors import FitDivergedError, OptionError, explain
 from torchdiffeq_hyper.fitting._adamw import AdamWPhase, AdamWState
 from torchdiffeq_hyper.fitting._auto import AUTO, check_auto
 from torchdiffeq_hyper.fitting._batches import n_samples
-from torchdiffeq_hyper.fitting._budget import LAST_PHASE
+from torchdiffeq_hyper.fitting._budget import LAST_PHASE, ReferencePlan
 from torchdiffeq_hyper.fitting._checkpoint import FitState, snapshot
 from torchdiffeq_hyper.fitting._chunks import (
     Chunk,
@@ -37,7 +37,6 @@ from torchdiffeq_hyper.fitting._levenberg_marquardt import (
 )
 from torchdiffeq_hyper.fitting._noise import noise_at_end, refuse_exact
 from torchdiffeq_hyper.fitting._objectives import EndObjective
-from torchdiffeq_hyper.fitting._planning import ReferencePlan
 from torchdiffeq_hyper.fitting._prepare import ENDLESS
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._reference import Tolerances
@@ -146,8 +145,8 @@ class BespokeTarget(Target):
             is_coupled = find_coupling(field, y0, times) is not None
         self._rows = None if is_coupled else rows_of(y0, self._n)
         weights = self.module.weights
-        team = self.problem.team
-        self._starts = team.from_first(lambda: best_starts(self._held_out, weights))[:MOST_STARTS]
+        group = self.problem.group
+        self._starts = group.from_first(lambda: best_starts(self._held_out, weights))[:MOST_STARTS]
         self._start = self._starts[0]
         return None
 
@@ -212,7 +211,7 @@ class BespokeTarget(Target):
     def finish(self, state: FitState) -> None:
         """Be the best of the fit, the weights alone and the start; fit the knots."""
         solver = self.module
-        state.fallback = self.problem.team.from_first(lambda: self._fallback(state))
+        state.fallback = self.problem.group.from_first(lambda: self._fallback(state))
         if state.fallback:
             solver.hypernet = None  # type: ignore[assignment]
             if state.fallback == "start":

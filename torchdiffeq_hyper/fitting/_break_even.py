@@ -156,7 +156,7 @@ class _Task:
     def runs(self, solves: Sequence[Solve]) -> list[Callable[[], object]]:
         """Return the solves of all samples, ready to be timed."""
         field, y0 = self.batch.field(self.func), self.batch.start(0)
-        t = self.batch.routes[0].times[[0, -1]]
+        t = self.batch.grids[0].times[[0, -1]]
         return [partial(solve.run, field, y0, t) for solve in solves]
 
 
@@ -259,7 +259,7 @@ def _race(ours: Solve, classical: list[Solve], task: _Task, fit_seconds: float) 
         return f"no classical solver is as accurate in {MOST_WORK} times as many calls of func"
     if time.perf_counter() + ROUNDS * once > task.deadline:
         raise _NoTimeError
-    device = task.batch.routes[0].y.device
+    device = task.batch.grids[0].y.device
     times = median_seconds(task.runs([ours, *left]), device, ROUNDS, turn_seconds=TURN_SECONDS)
     own, *others = times
     seconds, fastest = min(zip(others, left, strict=True), key=lambda pair: pair[0])

@@ -1,10 +1,27 @@
-"""The time a fit may take, and how many iterations end in it."""
+"""The time a fit may take: how many reference solutions and iterations end in it.
+
+What a call of func costs, and how many calls a loose solution takes, is measured before the
+first reference. What does not fit into the share of the time that references may take is cut:
+first samples, then digits.
+"""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_hyper._state import StateLayout, VectorField
+from torchdiffeq_hyper.errors import HyperError
+from torchdiffeq_hyper.fitting._batches import n_samples, select
+from torchdiffeq_hyper.fitting._context import Starts
+from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError, wide_dtype
+from torchdiffeq_hyper.fitting._reference import Tolerances, solve_reference
+from torchdiffeq_hyper.fitting._units import Units
 
 FIRST_PHASE = 0.4
 """Share of the time left that a phase followed by another may take."""
@@ -116,3 +133,168 @@ class Pace:
             return planned
         each = (now - self._first) / self._timed
         return min(self._wanted, done + int(max(0.0, self._deadline - now) / max(each, 1e-9)))
+
+
+PROBES = 8
+"""Samples that calls are timed, and the noise is measured, on."""
+FEWEST = 16
+"""Samples that are kept before digits are given up."""
+PLENTY = 4000
+"""Calls of func for all references: where so many end in time, nothing is measured or cut."""
+FREE = 1.2
+"""Cost of a call relative to that of one without samples, up to which samples are free."""
+LOOSEST = 1e-3
+"""Relative tolerance of the probe, beyond which nothing is loosened."""
+PROBE_SHARE = 0.1
+"""Share of all time that the probe may take."""
+HELD_OUT_SHARE = 0.35
+"""Share of the references' time for the held-out samples; the rest is for a first batch."""
+NOISE_SOLVES = 2.6
+"""Solutions of the probes, in calls of one, that the noise is measured with."""
+ORDERS = {"dopri8": 8, "bosh3": 3, "fehlberg2": 2, "adaptive_heun": 2}
+"""Orders of the host's methods, where not 5: how calls grow with digits."""
+
+
+@dataclass(frozen=True)
+class ReferencePlan:
+    """What is solved, and how exactly.
+
+    Attributes:
+        tolerances: of the solutions.
+        held_out: held-out samples to keep.
+        batch: samples to keep of each training batch.
+        has_noise: whether there is time to measure the noise in them.
+        note: what was cut, for people; "" for nothing.
+    """
+
+    tolerances: Tolerances
+    held_out: int
+    batch: int
+    has_noise: bool = True
+    note: str = ""
+
+    @property
+    def is_looser(self) -> bool:
+        """Whether digits were given up."""
+        return "tolerance" in self.note
+
+
+@dataclass(frozen=True)
+class CallCost:
+    """Seconds of one call of func: a part for every call and one for every sample."""
+
+    each: float
+    per_sample: float
+
+    @classmethod
+    def measure(cls, func: VectorField, starts: Starts, span: tuple[float, float]) -> CallCost:
+        """Time a call on all samples, and one on a few of them."""
+        count = n_samples(starts)
+        few = min(PROBES, count)
+        seconds = [_seconds(func, select(starts, torch.arange(n)), span) for n in (few, count)]
+        if count == few:
+            return cls(seconds[0], 0.0)
+        per_sample = max(0.0, (seconds[1] - seconds[0]) / (count - few))
+        return cls(max(0.0, seconds[0] - few * per_sample), per_sample)
+
+    def of(self, samples: int) -> float:
+        """Return the seconds of a call on some samples."""
+        return self.each + samples * self.per_sample
+
+    def samples_in(self, seconds: float, most: int) -> int:
+        """Return how many samples a call of so many seconds has.
+
+        At least as many as hardly add to the cost of a call without any: fewer save nothing.
+        """
+        seconds = max(seconds, FREE * self.each)
+        if self.of(most) <= seconds:
+            return most
+        return max(0, min(most, int((seconds - self.each) / max(self.per_sample, 1e-12))))
+
+
+@torch.no_grad()
+def _seconds(func: VectorField, starts: Starts, span: tuple[float, float]) -> float:
+    """Return the wall time of one call, the shorter of two."""
+    flat = StateLayout.of(starts.y0).join(starts.y0)
+    field = Field(func, starts, Budget(math.inf))
+    wide = wide_dtype(flat.device)
+    t = torch.tensor(span[0], dtype=wide, device=flat.device)
+    times = []
+    for _ in range(2):
+        began = time.perf_counter()
+        float(field(t, flat.to(wide)).sum())  # waits for the device
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def plan_references(
+    func: VectorField,
+    sizes: tuple[Starts, int],
+    times: Tensor,
+    *,
+    wanted: Tolerances,
+    units: Units,
+    budget: Budget,
+) -> ReferencePlan:
+    """Return what can be solved in the time that references may take.
+
+    ``sizes`` are the held-out samples, and the number of samples in a training batch; ``wanted``
+    are the tolerances if there is time.
+    """
+    held_out, in_batch = sizes
+    count = n_samples(held_out)
+    allowed = REFERENCES * budget.max_seconds - budget.elapsed
+    cost = CallCost.measure(func, held_out, (float(times[0]), float(times[-1])))
+    if PLENTY * cost.of(max(count, in_batch)) <= allowed:
+        return ReferencePlan(wanted, count, in_batch)
+    loose = max(LOOSEST, wanted.rtol)
+    calls = _calls(func, held_out, times, wanted.loosened(loose), units=units, budget=budget)
+    allowed = max(0.0, REFERENCES * budget.max_seconds - budget.elapsed)
+    rtol, has_noise = wanted.rtol, True
+    while True:
+        needed = calls * (loose / rtol) ** (1 / ORDERS.get(wanted.method, 5))
+        noise = NOISE_SOLVES * needed * cost.of(min(PROBES, count))
+        least = needed * (cost.of(min(FEWEST, count)) + cost.of(min(FEWEST, in_batch)))
+        if noise + least <= allowed:
+            break
+        if rtol >= loose:
+            has_noise, noise = False, 0.0
+            break
+        rtol = min(loose, 10 * rtol)
+    each = (allowed - noise) / max(needed, 1)
+    kept = max(min(2, count), cost.samples_in(HELD_OUT_SHARE * each, count))
+    trained = max(min(2, in_batch), cost.samples_in((1 - HELD_OUT_SHARE) * each, in_batch))
+    cuts = []
+    if rtol > wanted.rtol:
+        cuts.append(f"a tolerance of {rtol:.0e} in place of {wanted.rtol:.0e}")
+    if kept < count:
+        cuts.append(f"{kept} of {count} held-out samples")
+    if trained < in_batch:
+        cuts.append(f"{trained} of {in_batch} samples in a batch")
+    if not has_noise:
+        cuts.append("the noise in them not measured")
+    seconds = f"reference solutions were cut to fit into max_seconds = {budget.max_seconds:g}: "
+    note = seconds + ", ".join(cuts) if cuts else ""
+    return ReferencePlan(wanted.loosened(rtol), kept, trained, has_noise, note)
+
+
+def _calls(
+    func: VectorField,
+    starts: Starts,
+    times: Tensor,
+    tolerances: Tolerances,
+    *,
+    units: Units,
+    budget: Budget,
+) -> int:
+    """Return the calls of a loose solution of a few samples, as far as it came."""
+    probes = select(starts, torch.arange(min(PROBES, n_samples(starts))))
+    until = budget.elapsed + PROBE_SHARE * budget.max_seconds
+    field = Field(func, probes, Deadline(budget, until), units)
+    try:
+        solve_reference(field, StateLayout.of(probes.y0).join(probes.y0), times, tolerances)
+    except OutOfTimeError:
+        return 2 * field.calls
+    except HyperError:  # it is reported where the solution is needed
+        return field.calls
+    return field.calls

@@ -115,13 +115,13 @@ def cut(
     whole = round(count / batch.weight) if batch.weight else 1
     share = math.ceil(whole / n_processes)
     n_chunks = 1 if rows is None else math.ceil(share / rows)
-    units, times, scale = batch.units, batch.routes[0].times, batch.end_sizes()
+    units, times, scale = batch.units, batch.grids[0].times, batch.end_sizes()
     # 0 and plus or minus 1: large times in float32 need not be.
     first, last = (round(units.time_of(float(times[i]))) for i in (0, -1))
     chunks = []
     for index in torch.arange(count).tensor_split(min(n_chunks, count)):
         part = batch.some(index)
-        path = part.routes[0].y / units.state
+        path = part.grids[0].y / units.state
         call = Field(func, part.starts, budget, units)
         roll_out = RollOut(call, part.layout, first, last - first, path[0])
         chunks.append(Chunk(roll_out, path, scale[index.to(scale.device)]))
@@ -159,12 +159,12 @@ class TrainingChunks:
             if any(batch is known for known in self._batches):
                 return None
             self._batches.append(batch)
-            self._chunks += cut(batch, problem.func, data.budget, self._rows, problem.team.size)
+            self._chunks += cut(batch, problem.func, data.budget, self._rows, problem.group.size)
         return self._chunks[number]
 
     def needed(self) -> int:
         """Return how many chunks a step should look at."""
-        in_one = len(self.first.scale) * self._problem.team.size
+        in_one = len(self.first.scale) * self._problem.group.size
         n = len(self.first.path) - 1
         return math.ceil(samples_needed(self._data.held_out.y0, n) / in_one)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,28 +18,77 @@ from torchdiffeq_hyper._state import (
 )
 from torchdiffeq_hyper.fitting._batches import Batches, n_samples, select
 from torchdiffeq_hyper.fitting._context import Starts, bind
-from torchdiffeq_hyper.fitting._distributed import Team
-from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError, Timer
-from torchdiffeq_hyper.fitting._reference import (
-    Samples,
-    Tolerances,
-    measure_residuals,
-    solve_reference,
-    states_along,
-)
-from torchdiffeq_hyper.fitting._routes import Plan
+from torchdiffeq_hyper.fitting._distributed import ProcessGroup
+from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError, Timer, state_dtype
+from torchdiffeq_hyper.fitting._reference import Plan, TimeGrid, Tolerances, solve_reference
 from torchdiffeq_hyper.fitting._units import Units
 from torchdiffeq_hyper.tableaus import Tableau
 
 
 @dataclass(frozen=True)
-class Batch:
-    """A batch of starts with the reference solution along every route.
+class Samples:
+    """The steps of one grid along a reference solution, ready for fitting.
+
+    All are in the dtype in which a solver steps the state; states are flat. All but the
+    residuals are in true units: they are what a hypernet is given.
 
     Attributes:
-        layout: how a state of this batch lies flat.
-        dtype: the data's dtype.
-        routes: what was measured, one entry a route.
+        times: (n + 1,) times.
+        dt: (n,) signed step sizes.
+        y: (n + 1, ...) the solution.
+        stages: for each stage of the base, (n, ...) its derivatives; empty without a base.
+        residual: (n, ...) the residuals R_n, in units of `Units.residual`; (0, ...) without a base.
+    """
+
+    times: Tensor
+    dt: Tensor
+    y: Tensor
+    stages: tuple[Tensor, ...]
+    residual: Tensor
+
+
+def states_along(field: Field, grid: TimeGrid, solution: Tensor) -> Samples:
+    """Return the states of a reference solution on a grid, without residuals.
+
+    The solution is (m, ...), in the field's units; ``grid.points`` are those on the grid.
+    """
+    narrow = state_dtype(field.dtype)
+    y = (solution[grid.points.to(solution.device)] * field.units.state).to(narrow)
+    # The step sizes must be those that a solve in the state's dtype takes.
+    times = grid.times.to(y.device, narrow)
+    return Samples(times, times.diff(), y, stages=(), residual=y[:0])
+
+
+@torch.no_grad()
+def measure_residuals(field: Field, tableau: Tableau, grid: TimeGrid, solution: Tensor) -> Samples:
+    r"""Return the states of a reference solution on a grid, with a base's residuals.
+
+    .. math:: R_n = (y(t_{n+1}) - y(t_n) - dt\,\psi(t_n, y(t_n))) / dt^{p+1}
+
+    Costs s calls of func a step. The differences are formed in the solution's own dtype
+    (float64 where the device has it): they are differences of nearly equal numbers.
+    """
+    narrow, units = state_dtype(field.dtype), field.units
+    y = solution[grid.points.to(solution.device)]
+    times = units.times(grid.times).to(y)
+    residuals, stages = [], []
+    for n, dt in enumerate(times.diff().unbind()):
+        dy, k = tableau.increment(field, times[n], dt, times[n + 1], y[n])
+        residuals.append(((y[n + 1] - y[n] - dy) / dt ** (tableau.order + 1)).to(narrow))
+        stages.append(tuple((stage * (units.state / units.time)).to(narrow) for stage in k))
+    return replace(
+        states_along(field, grid, solution),
+        stages=tuple(torch.stack(stage) for stage in zip(*stages, strict=True)),
+        residual=torch.stack(residuals),
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of starts with the reference solution along every grid.
+
+    Attributes:
+        grids: what was measured, one entry a grid.
         y0: the starts, at the first time of the span.
         units: those in which norms and residuals are.
         weight: share of the samples of the whole batch, of which this may be a part.
@@ -48,7 +97,7 @@ class Batch:
 
     layout: StateLayout
     dtype: torch.dtype
-    routes: tuple[Samples, ...]
+    grids: tuple[Samples, ...]
     y0: State
     units: Units
     weight: float = 1.0
@@ -66,38 +115,38 @@ class Batch:
     @property
     def nbytes(self) -> int:
         """Memory that the batch takes."""
-        along = [p for s in self.routes for p in (s.y, s.residual, *s.stages)]
+        along = [p for s in self.grids for p in (s.y, s.residual, *s.stages)]
         return sum(part.nbytes for part in (*self.context, *along))
 
-    def sizes(self, route: int) -> Tensor:
-        """Return what errors along a route are divided by to be relative, (n + 1, batch)."""
-        return sample_sizes(self.layout.split(self.routes[route].y), self.units.state)
+    def sizes(self, grid: int) -> Tensor:
+        """Return what errors along a grid are divided by to be relative, (n + 1, batch)."""
+        return sample_sizes(self.layout.split(self.grids[grid].y), self.units.state)
 
-    def end_sizes(self, route: int = 0) -> Tensor:
-        """Return what errors at the end of a route are divided by to be relative, (batch,)."""
-        return sample_sizes(self.layout.split(self.routes[route].y[-1:]), self.units.state)[0]
+    def end_sizes(self, grid: int = 0) -> Tensor:
+        """Return what errors at the end of a grid are divided by to be relative, (batch,)."""
+        return sample_sizes(self.layout.split(self.grids[grid].y[-1:]), self.units.state)[0]
 
-    def start(self, route: int) -> State:
-        """Return the state where a route starts, as func takes it."""
-        return self.layout.split(self.routes[route].y[0].to(self.dtype))
+    def start(self, grid: int) -> State:
+        """Return the state where a grid starts, as func takes it."""
+        return self.layout.split(self.grids[grid].y[0].to(self.dtype))
 
-    def share_of(self, team: Team) -> Batch:
+    def share_of(self, group: ProcessGroup) -> Batch:
         """Return the samples that are this process's share."""
-        if team.size == 1:
+        if group.size == 1:
             return self
-        rows, weight = team.share(n_samples(self.y0))
+        rows, weight = group.share(n_samples(self.y0))
         return self.some(torch.arange(n_samples(self.y0))[rows], weight)
 
     def some(self, index: Tensor, weight: float = 1.0) -> Batch:
         """Return the samples at the positions ``index`` of the batch."""
         starts = select(self.starts, index)
         rows = partial(select_flat, self.layout, index=index)
-        routes = tuple(
+        grids = tuple(
             Samples(s.times, s.dt, rows(s.y), tuple(map(rows, s.stages)), rows(s.residual))
-            for s in self.routes
+            for s in self.grids
         )
         layout = StateLayout.of(starts.y0)
-        return Batch(layout, self.dtype, routes, starts.y0, self.units, weight, starts.context)
+        return Batch(layout, self.dtype, grids, starts.y0, self.units, weight, starts.context)
 
 
 def select_flat(layout: StateLayout, flat: Tensor, index: Tensor) -> Tensor:
@@ -109,22 +158,41 @@ def select_flat(layout: StateLayout, flat: Tensor, index: Tensor) -> Tensor:
     return torch.cat([part.flatten(1) for part in parts], dim=1)
 
 
-def measure_batch(
-    field: Field, starts: Starts, tableau: Tableau | None, plan: Plan, tolerances: Tolerances
-) -> Batch:
-    """Return a batch of starts with their reference solution and a base's residuals.
+@dataclass
+class References:
+    """Solves batches of starts and measures a base's residuals along the solutions.
 
-    Without a base (None) it is the solution alone, at no further call of func.
+    Without a tableau there is the solution alone, at no further call of func. The calls of func
+    and the wall time of all batches are counted.
     """
-    layout = StateLayout.of(starts.y0)
-    solution = solve_reference(field, layout.join(starts.y0), plan.times, tolerances)
-    routes = tuple(
-        states_along(field, route, solution)
-        if tableau is None
-        else measure_residuals(field, tableau, route, solution)
-        for route in plan.routes
-    )
-    return Batch(layout, field.dtype, routes, starts.y0, field.units, context=starts.context)
+
+    func: VectorField
+    plan: Plan
+    tolerances: Tolerances
+    units: Units
+    tableau: Tableau | None = None
+    calls: int = 0
+    seconds: float = 0.0
+
+    def solve(self, starts: Starts, budget: Timer) -> Batch:
+        """Return a batch with its reference solution.
+
+        Raises:
+            NonFiniteError: a start or the solution is not finite.
+            OutOfTimeError: the time ended.
+        """
+        began = time.perf_counter()
+        field = Field(self.func, starts, budget, self.units)
+        layout = StateLayout.of(starts.y0)
+        y = solve_reference(field, layout.join(starts.y0), self.plan.times, self.tolerances)
+        if self.tableau is None:
+            found = [states_along(field, grid, y) for grid in self.plan.grids]
+        else:
+            found = [measure_residuals(field, self.tableau, r, y) for r in self.plan.grids]
+        self.calls += field.calls
+        self.seconds += time.perf_counter() - began
+        context = starts.context
+        return Batch(layout, field.dtype, tuple(found), starts.y0, self.units, context=context)
 
 
 class Data:
@@ -134,8 +202,6 @@ class Data:
         budget: the time that solutions may take from now on.
         held_out: the batch that is not fitted on.
         held_out_seconds: wall time spent on it.
-        calls: calls of func so far.
-        seconds: wall time spent so far.
     """
 
     def __init__(
@@ -148,20 +214,14 @@ class Data:
         tolerances: Tolerances,
         units: Units,
         budget: Timer,
-        team: Team,
+        group: ProcessGroup,
     ) -> None:
-        self._func = func
+        self._references = References(func, plan, tolerances, units, tableau)
         self._batches = batches
-        self._tableau = tableau
-        self._plan = plan
-        self._tolerances = tolerances
-        self._units = units
         self.budget = budget
-        self._team = team
+        self._group = group
         self._measured: dict[int, Batch] = {}
         self._first: Batch | None = None
-        self.calls = 0
-        self.seconds = 0.0
         self.held_out = self._measure_held_out()
         self.held_out_seconds = self.seconds
 
@@ -181,6 +241,16 @@ class Data:
         return self._first
 
     @property
+    def calls(self) -> int:
+        """Calls of func so far, in all processes."""
+        return self._references.calls
+
+    @property
+    def seconds(self) -> float:
+        """Wall time spent so far."""
+        return self._references.seconds
+
+    @property
     def seconds_per_batch(self) -> float:
         """Wall time that a training batch has taken."""
         return (self.seconds - self.held_out_seconds) / max(1, len(self._measured))
@@ -192,9 +262,9 @@ class Data:
         return sum(round(n_samples(batch.y0) / batch.weight) for batch in batches)
 
     @property
-    def n_routes(self) -> int:
-        """Number of routes."""
-        return len(self._plan.routes)
+    def n_grids(self) -> int:
+        """Number of grids."""
+        return len(self._references.plan.grids)
 
     def limit(self, most: int) -> None:
         """Start over after ``most`` distinct training batches."""
@@ -204,10 +274,10 @@ class Data:
         """Measure the held-out batch, in every process; what one cannot do in time, none does."""
         batch: Batch | None
         try:
-            batch = self._measure(self._batches.held_out)
+            batch = self._solve(self._batches.held_out)
         except OutOfTimeError:
             batch = None
-        if any(self._team.gather(batch is None)):
+        if any(self._group.gather(batch is None)):
             raise OutOfTimeError
         assert batch is not None
         return batch
@@ -217,18 +287,18 @@ class Data:
 
         So every reference is that of the whole batch, to the last bit, whoever solved it.
         """
-        following = [self._batches.position(position + n) for n in range(self._team.size)]
+        following = [self._batches.position(position + n) for n in range(self._group.size)]
         new = [p for p in dict.fromkeys(following) if p not in self._measured]
-        mine = new[self._team.rank] if self._team.rank < len(new) else None
+        mine = new[self._group.rank] if self._group.rank < len(new) else None
         before = self.calls
         batch: Batch | OutOfTimeError | None
         try:
-            batch = None if mine is None else self._measure(self._batches[mine])
+            batch = None if mine is None else self._solve(self._batches[mine])
         except OutOfTimeError as error:  # the others hear of it: all end the phase alike
             batch = error
-        device = self.held_out.routes[0].y.device
-        gathered = self._team.gather((batch, self.calls - before), device)
-        self.calls = before + sum(calls for _, calls in gathered)
+        device = self.held_out.grids[0].y.device
+        gathered = self._group.gather((batch, self.calls - before), device)
+        self._references.calls = before + sum(calls for _, calls in gathered)
         for found, _ in gathered:
             if isinstance(found, OutOfTimeError):
                 raise found
@@ -236,12 +306,7 @@ class Data:
             assert isinstance(found, Batch)
             if place == 0:
                 self._first = found
-            self._measured[place] = found.share_of(self._team)
+            self._measured[place] = found.share_of(self._group)
 
-    def _measure(self, starts: Starts) -> Batch:
-        began = time.perf_counter()
-        field = Field(self._func, starts, self.budget, self._units)
-        batch = measure_batch(field, starts, self._tableau, self._plan, self._tolerances)
-        self.calls += field.calls
-        self.seconds += time.perf_counter() - began
-        return batch
+    def _solve(self, starts: Starts) -> Batch:
+        return self._references.solve(starts, self.budget)

@@ -24,7 +24,7 @@ T = TypeVar("T")
 _COLLECTIVES = ("begin", "gradients", "gather", "from_first", "end")
 
 
-class Team:
+class ProcessGroup:
     """The processes that fit one net together: one, or all of the default process group.
 
     All processes do the same, each on its share of a batch, and whatever is decided by
@@ -42,7 +42,7 @@ class Team:
         self._is_heard = True
 
     @classmethod
-    def current(cls) -> Team:
+    def current(cls) -> ProcessGroup:
         """Return the default process group's processes, or this one alone."""
         if not dist.is_available():
             return cls()
@@ -89,7 +89,7 @@ class Team:
         Where there are too few it is the first sample, with weight 0.
 
         Example:
-            >>> Team(rank=1, size=3).share(7), Team(rank=0, size=2).share(1)
+            >>> ProcessGroup(rank=1, size=3).share(7), ProcessGroup(rank=0, size=2).share(1)
             ((slice(2, 4, None), 0.2857142857142857), (slice(0, 1, None), 0.0))
         """
         low, high = (count * rank // self.size for rank in (self.rank, self.rank + 1))
@@ -182,9 +182,9 @@ class Team:
         self._is_heard = True
 
 
-def budget_of(team: Team, max_seconds: float) -> Budget:
+def budget_of(group: ProcessGroup, max_seconds: float) -> Budget:
     """Return a budget on rank 0's clock, so that all processes decide alike."""
-    return Budget(max_seconds, None if team.size == 1 else lambda: team.now)
+    return Budget(max_seconds, None if group.size == 1 else lambda: group.now)
 
 
 def _error_of_first(reports: Sequence[tuple[str, str] | None]) -> HyperError:

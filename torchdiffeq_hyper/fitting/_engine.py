@@ -11,7 +11,7 @@ from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import NoiseFloorError
 from torchdiffeq_hyper.fitting._auto import measuring_time_in
 from torchdiffeq_hyper.fitting._batches import Batches, n_samples, select
-from torchdiffeq_hyper.fitting._budget import Budget, Deadline
+from torchdiffeq_hyper.fitting._budget import PROBES, Budget, Deadline, ReferencePlan
 from torchdiffeq_hyper.fitting._checkpoint import FitState, Store, snapshot
 from torchdiffeq_hyper.fitting._data import Data
 from torchdiffeq_hyper.fitting._distributed import budget_of
@@ -19,7 +19,6 @@ from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError
 from torchdiffeq_hyper.fitting._guard import frozen_or_restored, left_as_found, own_random_state
 from torchdiffeq_hyper.fitting._loop import Loop, Progress
 from torchdiffeq_hyper.fitting._neural_ode import attributes_kept
-from torchdiffeq_hyper.fitting._planning import PROBES, ReferencePlan
 from torchdiffeq_hyper.fitting._prepare import (
     NOISE_LATEST,
     FieldCheck,
@@ -51,12 +50,12 @@ def run(
     """
     problem = target.problem
     with _undisturbed(func, problem):
-        budget = budget_of(problem.team, problem.config.max_seconds)
+        budget = budget_of(problem.group, problem.config.max_seconds)
         batches = Batches(y0, target.config_for(y0), problem.context)
         first = batches.held_out.y0
         target.open(first)
         title = f"fit {target.method}"
-        is_shown = shown and problem.team.is_first
+        is_shown = shown and problem.group.is_first
         with (
             closing(Progress(title, problem.config.iterations, shown=is_shown)) as progress,
             suppress(NotUsed),
@@ -64,7 +63,7 @@ def run(
         ):
             report = _Fit(target, batches, budget, progress).run()
             solver = target.solver(first)
-            problem.team.finish()
+            problem.group.finish()
             if solver.hypernet is not target.net:
                 raise NotUsed
         solver.report = report
@@ -82,7 +81,7 @@ def _undisturbed(func: VectorField, problem: Problem) -> Iterator[None]:
         stack.enter_context(own_random_state(problem.config.seed))
         stack.enter_context(left_as_found(func))
         stack.enter_context(attributes_kept(problem.func))
-        stack.enter_context(problem.team.together())
+        stack.enter_context(problem.group.together())
         yield
 
 
@@ -133,7 +132,7 @@ class _Fit:
         target.module.eval()
         target.finish(state)
         notes = [*target.notes(state), *([plan.note] if plan.note else [])]
-        report = self._problem.team.from_first(
+        report = self._problem.group.from_first(
             lambda: reported(target, data, state, self._budget, notes)
         )
         state.report = report.to_dict()
@@ -147,11 +146,11 @@ class _Fit:
         Raises:
             OptionError: processes of this fit make different calls; or as `Store.read`.
         """
-        team = self._problem.team
-        check_same_call(team.gather(signature))
-        path = self._problem.config.checkpoint if team.is_first else None
+        group = self._problem.group
+        check_same_call(group.gather(signature))
+        path = self._problem.config.checkpoint if group.is_first else None
         store = Store(path, signature, self._target.phase_states)
-        state = team.from_first(store.read)
+        state = group.from_first(store.read)
         if state is not None:
             self._budget.resume(state.seconds)
         return store, state
@@ -194,7 +193,7 @@ class _Fit:
                 if not plan.is_looser:
                     raise
                 raise OutOfTimeError from error  # there is no time for tighter references
-        return None if None in self._problem.team.gather(noise) else noise
+        return None if None in self._problem.group.gather(noise) else noise
 
     def _started(
         self,
@@ -205,7 +204,7 @@ class _Fit:
         store: Store,
     ) -> FitState:
         """Return the state before the first iteration, or the one to go on from."""
-        target, team = self._target, self._problem.team
+        target, group = self._target, self._problem.group
         self._progress.say("choosing a start")
         choice = target.prepare(data, None if state is None else state.choice)
         if state is not None:
@@ -222,7 +221,7 @@ class _Fit:
             references=to_keep(plan),
             choice=choice,
         )
-        new = team.from_first(lambda: new)
+        new = group.from_first(lambda: new)
         if choice is not None:
             self._progress.tell(choice["note"])
         store.write(new)

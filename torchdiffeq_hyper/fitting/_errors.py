@@ -61,22 +61,20 @@ def solved(
         return tuple(torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
 
 
-def end_errors(run: Run, func: VectorField, batch: Batch, route: int = 0) -> Tensor:
-    """Return |y(T) - y_n|_2 / |y(T)|_2 of each sample at the end of a route, (batch,)."""
-    return _finite_or_inf(_off(run, func, batch, route, [0, -1])[-1] / batch.end_sizes(route))
+def end_errors(run: Run, func: VectorField, batch: Batch, grid: int = 0) -> Tensor:
+    """Return |y(T) - y_n|_2 / |y(T)|_2 of each sample at the end of a grid, (batch,)."""
+    return _finite_or_inf(_off(run, func, batch, grid, [0, -1])[-1] / batch.end_sizes(grid))
 
 
-def errors_along(run: Run, func: VectorField, batch: Batch, route: int = 0) -> Tensor:
-    """Return the relative errors at all times of a route but the first, (n, batch)."""
-    return _finite_or_inf(_off(run, func, batch, route, slice(None)) / batch.sizes(route)[1:])
+def errors_along(run: Run, func: VectorField, batch: Batch, grid: int = 0) -> Tensor:
+    """Return the relative errors at all times of a grid but the first, (n, batch)."""
+    return _finite_or_inf(_off(run, func, batch, grid, slice(None)) / batch.sizes(grid)[1:])
 
 
-def _off(
-    run: Run, func: VectorField, batch: Batch, route: int, points: slice | list[int]
-) -> Tensor:
-    """Return |y(t_n) - y_n|_2 at some points of a route but the first."""
-    samples = batch.routes[route]
-    found = solved(run, func, batch, batch.start(route), samples.times[points])
+def _off(run: Run, func: VectorField, batch: Batch, grid: int, points: slice | list[int]) -> Tensor:
+    """Return |y(t_n) - y_n|_2 at some points of a grid but the first."""
+    samples = batch.grids[grid]
+    found = solved(run, func, batch, batch.start(grid), samples.times[points])
     exact = parts_of(batch.layout.split(samples.y[points]))
     difference = tuple(a[1:].to(b.dtype) - b[1:] for a, b in zip(found, exact, strict=True))
     return sample_norms(difference, batch.units.state)
@@ -97,8 +95,8 @@ def quantiles(values: Tensor, unit: float) -> dict[str, float]:
 
 def at_end(run: Run, func: VectorField, batch: Batch) -> ErrorSummary:
     """Return the errors at the end, or at both where both directions were fitted."""
-    routes = {float(samples.times[0]): r for r, samples in enumerate(batch.routes)}.values()
-    return ErrorSummary.of(torch.cat([end_errors(run, func, batch, r) for r in routes]))
+    grids = {float(samples.times[0]): r for r, samples in enumerate(batch.grids)}.values()
+    return ErrorSummary.of(torch.cat([end_errors(run, func, batch, r) for r in grids]))
 
 
 def is_worse(compared: Comparison, func: VectorField, data: Data) -> bool:

@@ -11,7 +11,7 @@ from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import StateTypeError, explain
 from torchdiffeq_hyper.fitting._bespoke import BespokeTarget
 from torchdiffeq_hyper.fitting._config import FitConfig
-from torchdiffeq_hyper.fitting._distributed import Team
+from torchdiffeq_hyper.fitting._distributed import ProcessGroup
 from torchdiffeq_hyper.fitting._engine import run
 from torchdiffeq_hyper.fitting._hypersolver import HypersolverTarget
 from torchdiffeq_hyper.fitting._neural_ode import check_shareable
@@ -144,7 +144,7 @@ def fit(
     """
     if not isinstance(hypernet, str):
         check_hypernet(hypernet)
-    team = Team.current()
+    group = ProcessGroup.current()
     target = TARGETS.get(base, HypersolverTarget).of(
         func,
         t_span,
@@ -155,10 +155,10 @@ def fit(
         objective=objective,
         direction=direction,
         config=config,
-        team=team,
+        group=group,
         context=context,
     )
-    check_shareable(target.problem.func, team.size)
+    check_shareable(target.problem.func, group.size)
     return run(target, func, y0, shown=progress)
 
 

@@ -11,6 +11,7 @@ from torchdiffeq_hyper._state import Hypernet, State, VectorField
 from torchdiffeq_hyper.errors import HyperError
 from torchdiffeq_hyper.fitting._adamw import AdamWPhase, AdamWState
 from torchdiffeq_hyper.fitting._auto import calibrate, check_auto, choose
+from torchdiffeq_hyper.fitting._budget import ReferencePlan
 from torchdiffeq_hyper.fitting._checkpoint import FitState
 from torchdiffeq_hyper.fitting._data import Data
 from torchdiffeq_hyper.fitting._errors import Comparison, is_worse
@@ -18,7 +19,6 @@ from torchdiffeq_hyper.fitting._field import Field
 from torchdiffeq_hyper.fitting._guard import own_random_state
 from torchdiffeq_hyper.fitting._noise import measure_noise
 from torchdiffeq_hyper.fitting._objectives import delta_quantiles, no_correction, objectives_of
-from torchdiffeq_hyper.fitting._planning import ReferencePlan
 from torchdiffeq_hyper.fitting._problem import HypersolverProblem
 from torchdiffeq_hyper.fitting._reference import Tolerances
 from torchdiffeq_hyper.fitting._signature import signs_of_net
@@ -103,8 +103,8 @@ class HypersolverTarget(Target):
         self._data = data
         if self.net is None and choice is None:
             first = data.first  # measured by all processes together
-            team = self.problem.team
-            choice = team.from_first(lambda: choose(self.problem, first, data.held_out))
+            group = self.problem.group
+            choice = group.from_first(lambda: choose(self.problem, first, data.held_out))
         self._take_net(choice)
         return choice
 
@@ -155,7 +155,7 @@ class HypersolverTarget(Target):
     def finish(self, state: FitState) -> None:
         """Give up a net that is worse than none."""
         problem, compared = self.problem, self.comparison()
-        is_given_up = problem.team.from_first(lambda: is_worse(compared, problem.func, self._data))
+        is_given_up = problem.group.from_first(lambda: is_worse(compared, problem.func, self._data))
         state.fallback = "start" if is_given_up else ""
         if not is_given_up:
             return
@@ -175,7 +175,7 @@ class HypersolverTarget(Target):
             return no_correction
 
     def deltas(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Return quantiles over held-out samples, steps and routes."""
+        """Return quantiles over held-out samples, steps and grids."""
         order, held_out = self.order, self._data.held_out
         own = delta_quantiles(self._used, order, held_out)
         return own, delta_quantiles(no_correction, order, held_out)

@@ -121,7 +121,7 @@ class LevenbergMarquardt(Phase):
         self._starts = starts
         self._chunks = training
         self._held_out = held_out
-        self._team = problem.team
+        self._group = problem.group
         self._patience = min(problem.config.patience, LAST_PATIENCE)
         self._share_of_time = share_of_time
         self._n = len(solver.weights)
@@ -131,7 +131,7 @@ class LevenbergMarquardt(Phase):
         self._budget = budget
         self._deadline = budget.seconds + self._share_of_time * budget.to_train
         self.pace = Pace(budget, self._deadline, self.wanted)
-        self._first_count = self._team.from_first(self._chunks.needed)
+        self._first_count = self._group.from_first(self._chunks.needed)
         self._descend_from(0)
         if saved is not None:
             assert isinstance(saved, LevenbergMarquardtState)
@@ -195,8 +195,8 @@ class LevenbergMarquardt(Phase):
             mine = measure()
         except OutOfTimeError:
             mine = None
-        found = [one for one in self._team.gather(mine) if one is not None]
-        if len(found) < self._team.size:
+        found = [one for one in self._group.gather(mine) if one is not None]
+        if len(found) < self._group.size:
             raise OutOfTimeError
         return found
 

@@ -41,7 +41,7 @@ class Loop:
         self, target: Target, state: FitState, budget: Budget, progress: Progress, store: Store
     ) -> None:
         self._target = target
-        self._team = target.problem.team
+        self._group = target.problem.group
         self._phases = target.phases()
         self._state = state
         self._budget = budget
@@ -65,7 +65,7 @@ class Loop:
         if state.training is None:
             state.phase_start = state.iteration
         if phase.begin(state.training, self._budget):
-            state.best_error = self._team.from_first(phase.error)
+            state.best_error = self._group.from_first(phase.error)
             state.best = snapshot(self._target.module)
         done = state.iteration - state.phase_start
         while not (reason := stop_reason(phase, done)):
@@ -89,8 +89,8 @@ class Loop:
         """Measure the held-out error, keep the best state, save."""
         state, module = self._state, self._target.module
         module.eval()
-        self._team.align(module)
-        error = self._team.from_first(phase.error)
+        self._group.align(module)
+        error = self._group.from_first(phase.error)
         mean_loss = sum(losses) / len(losses)
         state.history.append(LossPoint(state.iteration, phase.name, mean_loss, error))
         if error < state.best_error:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from torchdiffeq_hyper._state import State, StateLayout, sample_norms
 from torchdiffeq_hyper.errors import NoiseFloorError, explain
+from torchdiffeq_hyper.fitting._data import measure_residuals
 from torchdiffeq_hyper.fitting._field import Field, state_dtype
-from torchdiffeq_hyper.fitting._reference import Tolerances, measure_residuals, solve_reference
-from torchdiffeq_hyper.fitting._routes import Plan, Route
+from torchdiffeq_hyper.fitting._reference import Plan, TimeGrid, Tolerances, solve_reference
 from torchdiffeq_hyper.tableaus import Tableau
 
 HIGHEST = 0.5
@@ -37,10 +37,10 @@ def measure_noise(
     finer = solve_reference(field, flat, _refined(plan.times), tolerances.tightened(tight))[::2]
     half_unit = torch.finfo(state_dtype(flat.dtype)).eps / 2
     noises, unit = [], units.residual(tableau.order)
-    for route in plan.routes:
-        first = measure_residuals(field, tableau, route, solution)
-        second = measure_residuals(field, tableau, route, finer)
-        dt = float(units.times(route.times[:2]).diff())
+    for grid in plan.grids:
+        first = measure_residuals(field, tableau, grid, solution)
+        second = measure_residuals(field, tableau, grid, finer)
+        dt = float(units.times(grid.times[:2]).diff())
         rounding = half_unit / dt ** (tableau.order + 1) * (first.y[1:] / units.state)
         size, noise, rounding_noise = (
             float(sample_norms(layout.split(values)).mean())
@@ -49,16 +49,18 @@ def measure_noise(
         noise += rounding_noise
         if noise > HIGHEST * size or size == 0:
             used = f"{flat.dtype}, reference by {tolerances}"
-            _refuse(tableau, route, unit * size, unit * noise, used)
+            _refuse(tableau, grid, unit * size, unit * noise, used)
         noises.append(unit * noise)
     return sum(noises) / len(noises)
 
 
-def _refuse(tableau: Tableau, route: Route, size: float, noise: float, reference: str) -> NoReturn:
-    fewer = max(1, route.n_steps // 2)
+def _refuse(
+    tableau: Tableau, grid: TimeGrid, size: float, noise: float, reference: str
+) -> NoReturn:
+    fewer = max(1, grid.n_steps // 2)
     raise NoiseFloorError(
         explain(
-            f"{tableau.name} at {route.n_steps} steps is already exact to this dtype, as far as "
+            f"{tableau.name} at {grid.n_steps} steps is already exact to this dtype, as far as "
             f"can be told: its mean residual |R| is {size:.3g}, the noise in it {noise:.3g} "
             f"({reference}).",
             f"noise below {HIGHEST:g} of |R|: nothing else could be learned.",

@@ -27,7 +27,7 @@ from torchdiffeq_hyper.solvers._stepping import Correction
 from torchdiffeq_hyper.solvers.bespoke import BespokeSolver
 
 MOST_STEPS = 8
-"""Steps of a route that one iteration on residuals looks at."""
+"""Steps of a grid that one iteration on residuals looks at."""
 
 
 def no_correction(step: StepInput) -> State:
@@ -45,19 +45,19 @@ class Objective(ABC):
     name: str
 
     @abstractmethod
-    def loss(self, batch: Batch, route: int) -> Tensor:
+    def loss(self, batch: Batch, grid: int) -> Tensor:
         """Return the 0-d training loss."""
 
     @abstractmethod
     def error(self, batch: Batch) -> float:
-        """Return the mean error over all routes, without gradient; inf if it is not finite."""
+        """Return the mean error over all grids, without gradient; inf if it is not finite."""
 
     @abstractmethod
-    def base_error(self, batch: Batch, route: int | None = None) -> float:
-        """Return the same for the base alone, over all routes or on one."""
+    def base_error(self, batch: Batch, grid: int | None = None) -> float:
+        """Return the same for the base alone, over all grids or on one."""
 
     @abstractmethod
-    def base_loss(self, batch: Batch, route: int) -> float:
+    def base_loss(self, batch: Batch, grid: int) -> float:
         """Return the training loss of the base alone, to which losses are relative."""
 
 
@@ -80,9 +80,9 @@ def objectives_of(
     return (residual, trajectory), trajectory
 
 
-def step_inputs(batch: Batch, route: int) -> Iterator[StepInput]:
+def step_inputs(batch: Batch, grid: int) -> Iterator[StepInput]:
     """Yield what a hypernet is given at each step along a reference solution."""
-    samples, layout = batch.routes[route], batch.layout
+    samples, layout = batch.grids[grid], batch.layout
     start = layout.split(samples.y[0])
     for n, dt in enumerate(samples.dt.unbind()):
         stages = tuple(layout.split(stage[n]) for stage in samples.stages)
@@ -91,13 +91,13 @@ def step_inputs(batch: Batch, route: int) -> Iterator[StepInput]:
 
 
 def residual_errors(
-    hypernet: Hypernet, order: int, batch: Batch, route: int, steps: Sequence[int]
+    hypernet: Hypernet, order: int, batch: Batch, grid: int, steps: Sequence[int]
 ) -> Tensor:
-    r"""Return :math:`|R_n - g|_2` for some steps of a route, (len(steps), batch).
+    r"""Return :math:`|R_n - g|_2` for some steps of a grid, (len(steps), batch).
 
     In units of `Units.residual`. Costs one call of g a step and none of func.
     """
-    samples, layout, units = batch.routes[route], batch.layout, batch.units
+    samples, layout, units = batch.grids[grid], batch.layout, batch.units
     correction = Correction(hypernet, order, layout, samples.y[0], context=batch.context)
     # g answers in units of its own time; those of the residuals are spans and states.
     factor = 1.0
@@ -114,18 +114,18 @@ def residual_errors(
 
 @torch.no_grad()
 def all_residual_errors(
-    hypernet: Hypernet, order: int, batch: Batch, route: int | None = None
+    hypernet: Hypernet, order: int, batch: Batch, grid: int | None = None
 ) -> Tensor:
-    """Return |R - g|_2 of all samples and steps, on all routes or on one, (n,)."""
+    """Return |R - g|_2 of all samples and steps, on all grids or on one, (n,)."""
     errors = [
-        residual_errors(hypernet, order, batch, r, range(len(batch.routes[r].dt))).flatten()
-        for r in _routes(batch, route)
+        residual_errors(hypernet, order, batch, r, range(len(batch.grids[r].dt))).flatten()
+        for r in _grids(batch, grid)
     ]
     return torch.cat(errors)
 
 
-def _routes(batch: Batch, route: int | None) -> Sequence[int]:
-    return range(len(batch.routes)) if route is None else (route,)
+def _grids(batch: Batch, grid: int | None) -> Sequence[int]:
+    return range(len(batch.grids)) if grid is None else (grid,)
 
 
 def delta_quantiles(hypernet: Hypernet, order: int, batch: Batch) -> dict[str, float]:
@@ -142,11 +142,11 @@ class ResidualObjective(Objective):
         self._net = net
         self._order = order
 
-    def loss(self, batch: Batch, route: int) -> Tensor:
+    def loss(self, batch: Batch, grid: int) -> Tensor:
         """Return the mean over a few random steps, so that fine grids cost no more."""
-        n_steps = len(batch.routes[route].dt)
+        n_steps = len(batch.grids[grid].dt)
         steps = torch.randperm(n_steps)[:MOST_STEPS].tolist()
-        return residual_errors(self._net, self._order, batch, route, steps).mean()
+        return residual_errors(self._net, self._order, batch, grid, steps).mean()
 
     def error(self, batch: Batch) -> float:
         """Return the mean of |R - g|_2 as a share of that of |R|_2."""
@@ -156,13 +156,13 @@ class ResidualObjective(Objective):
         )
         return own / (size or 1.0)
 
-    def base_error(self, batch: Batch, route: int | None = None) -> float:
+    def base_error(self, batch: Batch, grid: int | None = None) -> float:
         """Return 1: all of |R|_2."""
         return 1.0
 
-    def base_loss(self, batch: Batch, route: int) -> float:
+    def base_loss(self, batch: Batch, grid: int) -> float:
         """Return the mean of |R|_2."""
-        return float(all_residual_errors(no_correction, self._order, batch, route).mean())
+        return float(all_residual_errors(no_correction, self._order, batch, grid).mean())
 
 
 class TrajectoryObjective(Objective):
@@ -178,40 +178,40 @@ class TrajectoryObjective(Objective):
         base = HyperSolver(self._solver.base, no_correction, alpha=self._solver.alpha)
         return TrajectoryObjective(base, self._func)
 
-    def _norms(self, batch: Batch, route: int) -> Tensor:
+    def _norms(self, batch: Batch, grid: int) -> Tensor:
         """Return |y(t_n) - y_n|_2 in units of the states' size, (n, batch)."""
-        samples = batch.routes[route]
-        found = self._solver.solve(batch.field(self._func), batch.start(route), samples.times)
+        samples = batch.grids[grid]
+        found = self._solver.solve(batch.field(self._func), batch.start(grid), samples.times)
         exact = batch.layout.split(samples.y)
         return sample_norms(map_parts(_after_start, found, exact), batch.units.state)
 
-    def loss(self, batch: Batch, route: int) -> Tensor:
+    def loss(self, batch: Batch, grid: int) -> Tensor:
         """Return the mean over samples."""
-        return self._norms(batch, route).sum(0).mean()
+        return self._norms(batch, grid).sum(0).mean()
 
     def error(self, batch: Batch) -> float:
         """Return the mean relative error over samples and steps."""
         return self._mean_error(batch, None)
 
     @torch.no_grad()
-    def _mean_error(self, batch: Batch, route: int | None) -> float:
+    def _mean_error(self, batch: Batch, grid: int | None) -> float:
         try:
             errors = [
-                (self._norms(batch, r) / batch.sizes(r)[1:]).mean() for r in _routes(batch, route)
+                (self._norms(batch, r) / batch.sizes(r)[1:]).mean() for r in _grids(batch, grid)
             ]
         except NonFiniteError:
             return math.inf
         return float(torch.stack(errors).mean())
 
-    def base_error(self, batch: Batch, route: int | None = None) -> float:
+    def base_error(self, batch: Batch, grid: int | None = None) -> float:
         """Return the same with no correction."""
-        return self._base()._mean_error(batch, route)  # noqa: SLF001
+        return self._base()._mean_error(batch, grid)  # noqa: SLF001
 
     @torch.no_grad()
-    def base_loss(self, batch: Batch, route: int) -> float:
+    def base_loss(self, batch: Batch, grid: int) -> float:
         """Return the loss with no correction; inf if its roll-out blew up."""
         try:
-            return float(self._base().loss(batch, route))
+            return float(self._base().loss(batch, grid))
         except NonFiniteError:
             return math.inf
 
@@ -231,17 +231,17 @@ class EndObjective(Objective):
 
     def _ends(self, solver: BespokeSolver, batch: Batch) -> State:
         """Return a solver's ends, (1, batch, ...)."""
-        times = batch.routes[0].times[[0, -1]]
+        times = batch.grids[0].times[[0, -1]]
         solution = solver.solve(batch.field(self._func), batch.start(0), times)
         return map_parts(lambda part: part[1:], solution)
 
     def norms(self, batch: Batch) -> Tensor:
         """Return |y(T) - y_n|_2 of each sample, (batch,), in units of the states' size."""
-        exact = batch.layout.split(batch.routes[0].y[-1:])
+        exact = batch.layout.split(batch.grids[0].y[-1:])
         left = map_parts(torch.sub, exact, self._ends(self._solver, batch))
         return sample_norms(left, batch.units.state)[0]
 
-    def loss(self, batch: Batch, route: int) -> Tensor:
+    def loss(self, batch: Batch, grid: int) -> Tensor:
         """Return the mean over samples."""
         return (self.norms(batch) / batch.end_sizes()).mean()
 
@@ -253,11 +253,11 @@ class EndObjective(Objective):
         except NonFiniteError:
             return math.inf
 
-    def base_error(self, batch: Batch, route: int | None = None) -> float:
+    def base_error(self, batch: Batch, grid: int | None = None) -> float:
         """Return the same without the correction."""
         return EndObjective(BespokeSolver(self._solver.weights), self._func).error(batch)
 
-    def base_loss(self, batch: Batch, route: int) -> float:
+    def base_loss(self, batch: Batch, grid: int) -> float:
         """Return the same: errors are relative already."""
         return self.base_error(batch)
 
@@ -273,7 +273,7 @@ class EndObjective(Objective):
             seen.append(step)
             return no_correction(step)
 
-        exact = batch.layout.split(batch.routes[0].y[-1:])
+        exact = batch.layout.split(batch.grids[0].y[-1:])
         ends = self._ends(BespokeSolver(self._solver.weights, hypernet=watch), batch)
         step = seen[0].dt / net.time_unit
         residual = map_parts(lambda y, x: (y - x)[0] / step**2, exact, ends)
@@ -287,4 +287,4 @@ class EndObjective(Objective):
         pair = (self._solver, BespokeSolver(self._solver.weights))
         own, plain = (map_parts(lambda y: y[0], self._ends(solver, batch)) for solver in pair)
         added = map_parts(torch.sub, own, plain)
-        return StateLayout.of(added).join(added).to(batch.routes[0].y.dtype)
+        return StateLayout.of(added).join(added).to(batch.grids[0].y.dtype)

@@ -12,12 +12,18 @@ from torch import Tensor
 
 from torchdiffeq_hyper._state import StateLayout
 from torchdiffeq_hyper.fitting._batches import Batches
-from torchdiffeq_hyper.fitting._budget import Budget, Deadline
+from torchdiffeq_hyper.fitting._budget import (
+    FEWEST,
+    LOOSEST,
+    Budget,
+    Deadline,
+    ReferencePlan,
+    plan_references,
+)
 from torchdiffeq_hyper.fitting._context import Starts, context_signature
-from torchdiffeq_hyper.fitting._data import Data
+from torchdiffeq_hyper.fitting._data import Data, References
 from torchdiffeq_hyper.fitting._errors import Run, end_errors
 from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError, check_field, check_samples
-from torchdiffeq_hyper.fitting._planning import FEWEST, LOOSEST, ReferencePlan, plan_references
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._reference import Tolerances
 from torchdiffeq_hyper.fitting._signature import signs_of_field
@@ -65,6 +71,10 @@ class FieldCheck:
         tolerances = Tolerances.of(problem.config, flat.dtype, units)
         return cls(flat.dtype, signs_of_field((flat, *answers)), units, tolerances)
 
+    def references(self, problem: Problem) -> References:
+        """Return what solves references at the wanted tolerances."""
+        return References(problem.func, problem.plan, self.tolerances, self.units, problem.tableau)
+
     def signature(self, problem: Problem, context: tuple[Tensor, ...]) -> dict[str, Any]:
         """Return what tells fits of one kind apart, but for what is fitted."""
         settings = asdict(problem.config)
@@ -94,7 +104,7 @@ def planned(
     """
     if kept is not None:
         return ReferencePlan(**{**kept, "tolerances": Tolerances(**kept["tolerances"])})
-    return problem.team.from_first(
+    return problem.group.from_first(
         lambda: plan_references(
             problem.func,
             (batches.held_out, batches.size),
@@ -115,7 +125,7 @@ def reserve(problem: Problem, run: Run, data: Data, budget: Budget) -> None:
         end_errors(run, problem.func, data.held_out)
         return time.perf_counter() - began
 
-    budget.reserved = SOLVES_OF_REPORT * problem.team.from_first(one_solve)
+    budget.reserved = SOLVES_OF_REPORT * problem.group.from_first(one_solve)
 
 
 def most_batches(data: Data, budget: Budget) -> int:
@@ -168,9 +178,9 @@ def measured(
                 tolerances=attempt.tolerances,
                 units=units,
                 budget=Deadline(budget, now + share * (budget.max_seconds - now)),
-                team=problem.team,
+                group=problem.group,
             )
-            assert data.first.routes  # measured by all processes together
+            assert data.first.grids  # measured by all processes together
         except OutOfTimeError:
             continue
         data.budget = budget

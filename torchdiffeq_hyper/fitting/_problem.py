@@ -8,8 +8,8 @@ from typing import Any, Self
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, parts_of
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._context import Context, split_context
-from torchdiffeq_hyper.fitting._distributed import Team
-from torchdiffeq_hyper.fitting._routes import Plan, check_choice, check_span, step_counts
+from torchdiffeq_hyper.fitting._distributed import ProcessGroup
+from torchdiffeq_hyper.fitting._reference import Plan, check_choice, check_span, step_counts
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers._grid import Steps
@@ -29,11 +29,11 @@ class Problem:
         func: the vector field, called with the context of each batch.
         span: start and end.
         steps: as the user gave them.
-        plan: times and routes.
+        plan: times and grids.
         direction: "forward", "reverse" or "both".
         objective: "combined", "residual" or "trajectory".
         config: lengths, rates, tolerances.
-        team: the processes that share the work.
+        group: the processes that share the work.
         context: that of all samples; "batch" where each batch brings its own.
         tableau: the base whose residuals are measured along references; None for none.
     """
@@ -45,7 +45,7 @@ class Problem:
     direction: str
     objective: str
     config: FitConfig
-    team: Team
+    group: ProcessGroup
     context: Context
     tableau: Tableau | None
 
@@ -60,7 +60,7 @@ class Problem:
         direction: str,
         config: FitConfig | None,
         tableau: Tableau | None = None,
-        team: Team | None = None,
+        group: ProcessGroup | None = None,
         context: object = None,
     ) -> Self:
         """Return the problem of these arguments, checked."""
@@ -74,7 +74,7 @@ class Problem:
             direction=direction,
             objective=check_choice("objective", objective, OBJECTIVES),
             config=FitConfig() if config is None else config,
-            team=Team() if team is None else team,
+            group=ProcessGroup() if group is None else group,
             context=checked_context,
             tableau=tableau,
         )

@@ -1,8 +1,9 @@
-"""Reference solutions at tight tolerances, and the residuals measured along them."""
+"""The time grids of a fit, and its reference solutions on them at tight tolerances."""
 
 from __future__ import annotations
 
 import contextvars
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,12 +13,130 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from torchdiffeq_hyper._state import is_half
-from torchdiffeq_hyper.errors import NonFiniteError, OptionError, explain
+from torchdiffeq_hyper.errors import NonFiniteError, OptionError, closest, explain
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._field import Field, check_start, state_dtype, wide_dtype
-from torchdiffeq_hyper.fitting._routes import Route
 from torchdiffeq_hyper.fitting._units import Units
-from torchdiffeq_hyper.tableaus import Tableau
+from torchdiffeq_hyper.solvers._grid import Steps, check_steps, equal_steps
+
+DIRECTIONS = ("forward", "reverse", "both")
+MOST_STEP_COUNTS = 4
+
+
+@dataclass(frozen=True)
+class TimeGrid:
+    """One way through the span: equal steps in one direction.
+
+    Attributes:
+        times: (n + 1,) float64 times in the order they are visited.
+        points: for each of them, its position in the reference solution.
+    """
+
+    times: Tensor
+    points: Tensor
+
+    @property
+    def n_steps(self) -> int:
+        """Number of steps."""
+        return len(self.times) - 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The times at which reference solutions are wanted, and the grids through them.
+
+    Attributes:
+        times: (m,) float64 times in the order of the span, all distinct.
+        grids: the grids; their ``points`` index ``times``.
+    """
+
+    times: Tensor
+    grids: tuple[TimeGrid, ...]
+
+    @classmethod
+    def of(cls, span: tuple[float, float], steps: Steps, direction: str) -> Plan:
+        """Return the plan for a span, steps and "forward", "reverse" or "both"."""
+        check_choice("direction", direction, DIRECTIONS)
+        ends = torch.tensor(span, dtype=torch.float64)
+        equal = [equal_steps(ends, n) for n in step_counts(steps)]
+        times = torch.cat(equal).unique()
+        if span[1] < span[0]:
+            times = times.flip(0)
+        order = times.sort().indices
+        grids = []
+        for visited in equal:
+            points = order[torch.searchsorted(times[order], visited)]
+            if direction != "reverse":
+                grids.append(TimeGrid(visited, points))
+            if direction != "forward":
+                grids.append(TimeGrid(visited.flip(0), points.flip(0)))
+        return cls(times, tuple(grids))
+
+    @property
+    def signs(self) -> tuple[int, ...]:
+        """Signs of dt that occur, 1 first."""
+        signs = {1 if grid.times[1] > grid.times[0] else -1 for grid in self.grids}
+        return tuple(sorted(signs, reverse=True))
+
+
+def step_counts(steps: Steps) -> list[int]:
+    """Return the step counts to fit: the number given, or a few out of the range.
+
+    They are spread evenly in the logarithm, since errors go by ratios of dt, and hold
+    both ends.
+
+    Example:
+        >>> step_counts(10), step_counts((4, 16)), step_counts((2, 3))
+        ([10], [4, 6, 10, 16], [2, 3])
+    """
+    checked = check_steps(steps)
+    if checked is None:
+        raise OptionError(
+            explain(
+                "steps is None.",
+                "an int of at least 1, or a range (low, high) of such.",
+                "steps=10   # or steps=(4, 16)",
+            )
+        )
+    low, high = checked if isinstance(checked, tuple) else (checked, checked)
+    if high - low < MOST_STEP_COUNTS:
+        return list(range(low, high + 1))
+    ratio = (high / low) ** (1 / (MOST_STEP_COUNTS - 1))
+    inner = {round(low * ratio**i) for i in range(1, MOST_STEP_COUNTS - 1)}
+    return sorted({low, high, *inner})
+
+
+def check_span(t_span: object) -> tuple[float, float]:
+    """Return the span as two floats; refuse what is not two distinct finite numbers."""
+    try:
+        times = t_span.tolist() if isinstance(t_span, Tensor) else t_span
+        start, end = (float(t) for t in times)  # type: ignore[attr-defined]
+        usable = math.isfinite(start) and math.isfinite(end) and start != end
+    except (TypeError, ValueError, RuntimeError):
+        usable = False
+    if not usable:
+        raise OptionError(
+            explain(
+                f"t_span is {t_span!r}.",
+                "two distinct finite times, the first of them y0's.",
+                "t_span=(0.0, 1.0)",
+            )
+        )
+    return start, end
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    """Return ``value`` if it is one of ``choices``, else raise `OptionError`."""
+    if value not in choices:
+        raise OptionError(
+            explain(
+                f"{name} is {value!r}.",
+                "one of " + ", ".join(f'"{choice}"' for choice in choices) + ".",
+                f'{name}="{closest(value, choices)}"',
+            )
+        )
+    return value
+
 
 STEP_TIMES_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "tsit5")
 """Methods that can be told where to step. Left alone they interpolate at the times asked for, an
@@ -139,61 +258,3 @@ def _check_finite(solution: Tensor, times: Tensor) -> None:
                 "a shorter t_span, or starts that stay finite",
             )
         )
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The steps of one route along a reference solution, ready for fitting.
-
-    All are in the dtype in which a solver steps the state; states are flat. All but the
-    residuals are in true units: they are what a hypernet is given.
-
-    Attributes:
-        times: (n + 1,) times.
-        dt: (n,) signed step sizes.
-        y: (n + 1, ...) the solution.
-        stages: for each stage of the base, (n, ...) its derivatives; empty without a base.
-        residual: (n, ...) the residuals R_n, in units of `Units.residual`; (0, ...) without a base.
-    """
-
-    times: Tensor
-    dt: Tensor
-    y: Tensor
-    stages: tuple[Tensor, ...]
-    residual: Tensor
-
-
-def states_along(field: Field, route: Route, solution: Tensor) -> Samples:
-    """Return the states of a reference solution on a route, without residuals.
-
-    The solution is (m, ...), in the field's units; ``route.points`` are those on the route.
-    """
-    narrow = state_dtype(field.dtype)
-    y = (solution[route.points.to(solution.device)] * field.units.state).to(narrow)
-    # The step sizes must be those that a solve in the state's dtype takes.
-    times = route.times.to(y.device, narrow)
-    return Samples(times, times.diff(), y, stages=(), residual=y[:0])
-
-
-@torch.no_grad()
-def measure_residuals(field: Field, tableau: Tableau, route: Route, solution: Tensor) -> Samples:
-    r"""Return the states of a reference solution on a route, with a base's residuals.
-
-    .. math:: R_n = (y(t_{n+1}) - y(t_n) - dt\,\psi(t_n, y(t_n))) / dt^{p+1}
-
-    Costs s calls of func a step. The differences are formed in the solution's own dtype
-    (float64 where the device has it): they are differences of nearly equal numbers.
-    """
-    narrow, units = state_dtype(field.dtype), field.units
-    y = solution[route.points.to(solution.device)]
-    times = units.times(route.times).to(y)
-    residuals, stages = [], []
-    for n, dt in enumerate(times.diff().unbind()):
-        dy, k = tableau.increment(field, times[n], dt, times[n + 1], y[n])
-        residuals.append(((y[n + 1] - y[n] - dy) / dt ** (tableau.order + 1)).to(narrow))
-        stages.append(tuple((stage * (units.state / units.time)).to(narrow) for stage in k))
-    return replace(
-        states_along(field, route, solution),
-        stages=tuple(torch.stack(stage) for stage in zip(*stages, strict=True)),
-        residual=torch.stack(residuals),
-    )

@@ -43,7 +43,7 @@ def starts_further_out(compared: Comparison, func: VectorField, batch: Batch) ->
     reference is needed to see a blow-up: the classical method that the solver started as
     stands in for it, on the samples on which that stays finite.
     """
-    far, times = map_parts(_further_out, batch.start(0)), batch.routes[0].times[[0, -1]]
+    far, times = map_parts(_further_out, batch.start(0)), batch.grids[0].times[[0, -1]]
     own, base = (
         tuple(part[-1:] for part in solved(run, func, batch, far, times))
         for run in (compared.run, compared.base)
@@ -92,7 +92,7 @@ def reported(
     """
     held_out, func, compared = data.held_out, target.problem.func, target.comparison()
     measured = _Measurements()
-    finest = max(range(len(held_out.routes)), key=lambda r: len(held_out.routes[r].dt))
+    finest = max(range(len(held_out.grids)), key=lambda r: len(held_out.grids[r].dt))
     errors = measured("the error", lambda: at_end(compared.run, func, held_out))
     base_errors = measured("the base", lambda: at_end(compared.base, func, held_out))
     along = measured("the span", lambda: errors_along(compared.run, func, held_out, finest))
@@ -127,7 +127,7 @@ def reported(
         errors=errors,
         base_errors=base_errors,
         along=None if along is None else ErrorSummary.of(along.mean(0)),
-        worst_time=None if along is None else _worst_time(along, held_out.routes[finest].times),
+        worst_time=None if along is None else _worst_time(along, held_out.grids[finest].times),
         rival=classical,
     )
 
@@ -184,7 +184,7 @@ def nothing() -> dict[str, float]:
 
 def unlike_channels(batch: Batch) -> str:
     """Return what to say where some channels of the solution are far smaller than others."""
-    joined = join_channels(batch.layout.split(batch.routes[0].y[-1])).transpose(0, 1)
+    joined = join_channels(batch.layout.split(batch.grids[0].y[-1])).transpose(0, 1)
     sizes = [size_of(channel) for channel in joined]
     sizes = [size for size in sizes if size > 0]
     if not sizes or max(sizes) < UNLIKE * min(sizes):

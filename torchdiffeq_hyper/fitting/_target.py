@@ -15,13 +15,12 @@ from typing import Any
 from torch import nn
 
 from torchdiffeq_hyper._state import State
-from torchdiffeq_hyper.fitting._budget import Budget, Pace
+from torchdiffeq_hyper.fitting._budget import Budget, Pace, ReferencePlan
 from torchdiffeq_hyper.fitting._checkpoint import FitState, PhaseState
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._data import Data
 from torchdiffeq_hyper.fitting._errors import Comparison
 from torchdiffeq_hyper.fitting._field import Field
-from torchdiffeq_hyper.fitting._planning import ReferencePlan
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._reference import Tolerances
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,11 +24,11 @@ where terms cancel, little else is left of it."""
 HALF_SLACK = 4
 """Roundings that a field in half precision may differ by."""
 
-Print = dict[str, Any]
+Fingerprint: TypeAlias = dict[str, Any]
 
 
 @torch.no_grad()
-def fingerprint(points: Sequence[Tensor], dtype: torch.dtype) -> list[Print | None]:
+def fingerprint(points: Sequence[Tensor], dtype: torch.dtype) -> list[Fingerprint | None]:
     """Return what tells values, computed in ``dtype``, from others: sizes and projections.
 
     The projections are relative to the sizes, so that they overflow for no unit. What is not
@@ -46,7 +46,7 @@ def fingerprint(points: Sequence[Tensor], dtype: torch.dtype) -> list[Print | No
     directions = [
         torch.randn(count, generator=generator, dtype=torch.float64) for _ in range(N_DIRECTIONS)
     ]
-    return [_print(value, directions, torch.finfo(dtype).eps) for value in values]
+    return [_fingerprint_of(value, directions, torch.finfo(dtype).eps) for value in values]
 
 
 def _as_numbers(value: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def _as_numbers(value: Tensor) -> Tensor:
     return real.detach().cpu().double().flatten()
 
 
-def _print(value: Tensor, directions: Sequence[Tensor], eps: float) -> Print | None:
+def _fingerprint_of(value: Tensor, directions: Sequence[Tensor], eps: float) -> Fingerprint | None:
     if not bool(torch.isfinite(value).all()):
         return None
     size = size_of(value)
@@ -83,13 +83,11 @@ def differing(first: object, second: object) -> int | None:
     if not isinstance(first, list) or len(first) != len(second):
         return 0
     largest = max((one["size"] for one in second if one is not None), default=0.0)
-    for position, (one, other) in enumerate(zip(first, second, strict=True)):
-        if not _agree(one, other, largest):
-            return position
-    return None
+    pairs = enumerate(zip(first, second, strict=True))
+    return next((n for n, (one, other) in pairs if not _agree(one, other, largest)), None)
 
 
-def _agree(one: Any, other: Print | None, largest: float) -> bool:
+def _agree(one: Any, other: Fingerprint | None, largest: float) -> bool:
     if one is None or other is None:
         return one is other
     try:

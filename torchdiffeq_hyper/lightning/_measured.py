@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,72 +11,38 @@ from torch import Tensor
 
 from torchdiffeq_hyper._state import parts_of
 from torchdiffeq_hyper.fitting._batches import n_samples, select
+from torchdiffeq_hyper.fitting._budget import PROBES
 from torchdiffeq_hyper.fitting._context import Starts
-from torchdiffeq_hyper.fitting._data import Batch, measure_batch
+from torchdiffeq_hyper.fitting._data import Batch, References
 from torchdiffeq_hyper.fitting._field import Field
 from torchdiffeq_hyper.fitting._noise import measure_noise
-from torchdiffeq_hyper.fitting._planning import PROBES
 from torchdiffeq_hyper.fitting._prepare import ENDLESS, MOST_BYTES, FieldCheck
 from torchdiffeq_hyper.fitting._problem import HypersolverProblem
 from torchdiffeq_hyper.solvers._report import FitReport, LossPoint
 
 
-class References:
-    """Measures batches of starts, each once as long as it comes unchanged under its key.
+class KnownBatches:
+    """Batches with their references, each solved once as long as it comes again unchanged."""
 
-    Args:
-        problem: what is fitted.
-        check: of its field.
-
-    Attributes:
-        calls: calls of func for the batches with a key.
-        seconds: wall time spent on these.
-    """
-
-    def __init__(self, problem: HypersolverProblem, check: FieldCheck) -> None:
-        self._problem = problem
-        self._check = check
+    def __init__(self, references: References) -> None:
+        self.references = references
         self._batches: dict[Hashable, Batch] = {}
-        self.calls = 0
-        self.seconds = 0.0
 
-    def noise(self, starts: Starts) -> float:
-        """Return the noise floor, measured on a few of the samples.
-
-        Raises:
-            NoiseFloorError: the residuals do not stand above it.
-        """
-        problem, check = self._problem, self._check
-        probes = select(starts, torch.arange(min(PROBES, n_samples(starts))))
-        field = Field(problem.func, probes, ENDLESS, check.units)
-        return measure_noise(field, probes.y0, problem.tableau, problem.plan, check.tolerances)
-
-    def measure(self, starts: Starts) -> tuple[Batch, int]:
-        """Return a batch with its reference solution and residuals, and the calls of func.
-
-        Raises:
-            NonFiniteError: a start or the solution is not finite.
-        """
-        problem, check = self._problem, self._check
-        field = Field(problem.func, starts, ENDLESS, check.units)
-        batch = measure_batch(field, starts, problem.tableau, problem.plan, check.tolerances)
-        return batch, field.calls
-
-    def batch(self, key: Hashable, starts: Starts) -> Batch:
-        """Return the batch kept under a key if it has these samples, else measure and keep it.
-
-        Raises:
-            NonFiniteError: a start or the solution is not finite.
-        """
+    def measure(self, key: Hashable, starts: Starts) -> Batch:
+        """Return the batch known under a key if it has these samples, else solve it."""
         known = self._batches.pop(key, None)
         if known is None or not _same(known.starts, starts):
-            began = time.perf_counter()
-            known, calls = self.measure(starts)
-            self.calls += calls
-            self.seconds += time.perf_counter() - began
+            known = self.references.solve(starts, ENDLESS)
         if sum(batch.nbytes for batch in self._batches.values()) + known.nbytes <= MOST_BYTES:
             self._batches[key] = known
         return known
+
+
+def noise_floor(problem: HypersolverProblem, starts: Starts, check: FieldCheck) -> float:
+    """Return the noise in the residuals of a few samples; refuse residuals that are all noise."""
+    probes = select(starts, torch.arange(min(PROBES, n_samples(starts))))
+    field = Field(problem.func, probes, ENDLESS, check.units)
+    return measure_noise(field, probes.y0, problem.tableau, problem.plan, check.tolerances)
 
 
 def _same(first: Starts, second: Starts) -> bool:

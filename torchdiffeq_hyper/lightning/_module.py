@@ -30,11 +30,11 @@ from torchdiffeq_hyper.fitting._objectives import (
     objectives_of,
     usable_scale,
 )
-from torchdiffeq_hyper.fitting._prepare import FieldCheck
+from torchdiffeq_hyper.fitting._prepare import ENDLESS, FieldCheck
 from torchdiffeq_hyper.fitting._problem import HypersolverProblem
 from torchdiffeq_hyper.fitting._signature import check_same_field
 from torchdiffeq_hyper.hypernets import ready
-from torchdiffeq_hyper.lightning._measured import History, References
+from torchdiffeq_hyper.lightning._measured import History, KnownBatches, noise_floor
 from torchdiffeq_hyper.lightning._trainer import LeftAsFound, Schedule, find_lightning
 from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
@@ -146,9 +146,9 @@ class HyperSolverModule(LightningModule):
         problem, starts = self._problem, self._starts
         check = FieldCheck.of(problem, starts, n_samples(starts))
         self._signs = check.signs
-        self._references = References(problem, check)
-        self._noise = self._references.noise(starts)
-        batch, _ = self._references.measure(starts)
+        self._noise = noise_floor(problem, starts, check)
+        batch = check.references(problem).solve(starts, ENDLESS)
+        self._known = KnownBatches(check.references(problem))
         if net is None:
             net = ready(starts.y0, problem.tableau, time_unit=problem.width)
         with measuring_time_in(net, problem.width, problem.tableau.order):
@@ -157,7 +157,7 @@ class HyperSolverModule(LightningModule):
         solver = problem.solver(net)
         self._phases, self._judge = objectives_of(problem.objective, solver, problem.func)
         self._scales = [
-            [usable_scale(phase.base_loss(batch, r)) for r in range(len(batch.routes))]
+            [usable_scale(phase.base_loss(batch, r)) for r in range(len(batch.grids))]
             for phase in self._phases
         ]
 
@@ -176,22 +176,22 @@ class HyperSolverModule(LightningModule):
         """What was measured at the last validation; None before there was one."""
         return self._history.report(
             noise_floor=self._noise,
-            reference_seconds=self._references.seconds,
-            reference_nfe=self._references.calls,
+            reference_seconds=self._known.references.seconds,
+            reference_nfe=self._known.references.calls,
             stopped="trainer",
             seed=self._problem.config.seed,
         )
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the loss of a batch on one route, relative to the base's."""
+        """Return the loss of a batch on one grid, relative to the base's."""
         number = self._schedule.phase_at(self.global_step)
         measured = self._measure(("train", batch_idx), batch)
-        route = self.global_step % len(measured.routes)
+        grid = self.global_step % len(measured.grids)
         with torch.inference_mode(mode=False):
-            loss = self._phases[number].loss(measured, route)
+            loss = self._phases[number].loss(measured, grid)
         self._train[0] += float(loss.detach())
         self._train[1] += 1
-        relative = loss / self._scales[number][route]
+        relative = loss / self._scales[number][grid]
         self.log("train_loss", relative, prog_bar=True, batch_size=n_samples(measured.y0))
         return relative
 
@@ -275,7 +275,7 @@ class HyperSolverModule(LightningModule):
     def _measure(self, key: tuple[Any, ...], batch: Any) -> Batch:
         with self._measuring(), torch.autocast(self.device.type, enabled=False):
             starts = checked_batch(batch, has_context=self._has_context)
-            return self._references.batch(key, check_like(starts, self._starts))
+            return self._known.measure(key, check_like(starts, self._starts))
 
     @contextmanager
     def _as_found(self) -> Iterator[None]:

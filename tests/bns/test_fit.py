@@ -17,7 +17,8 @@ from stubs import MLPField, spiral, spiral_solution
 from torchdiffeq_hyper import hypernets
 from torchdiffeq_hyper._state import StateLayout
 from torchdiffeq_hyper.errors import FileFormatError, FitDivergedError, NoiseFloorError, OptionError
-from torchdiffeq_hyper.fitting import _break_even
+from torchdiffeq_hyper.fitting import _break_even, _data
+from torchdiffeq_hyper.fitting._checkpoint import Store
 from torchdiffeq_hyper.fitting._sensitivities import (
     NormalEquations,
     RollOut,
@@ -395,3 +396,39 @@ def test_too_few_calls_for_the_field_are_noted() -> None:
     )
     assert solver.report is not None
     assert any("unusable as it is" in note for note in solver.report.notes)
+
+
+@pytest.mark.parametrize("has_net", [False, True])
+def test_every_save_of_a_descent_is_a_place_to_go_on_from(
+    has_net: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit_two_calls(checkpoint: Path | None) -> tdh.BespokeSolver:
+        torch.manual_seed(0)
+        net = hypernets.MLP(2, inputs=("y",), hidden=(4,)).double() if has_net else None
+        iterations = 4 if has_net else 16  # enough to look at more samples
+        config = tdh.FitConfig(iterations=iterations, checkpoint=checkpoint)
+        return fit(y0=starts(24, 0), steps=2, hypernet=net, config=config)
+
+    straight, write = fit_two_calls(None), Store.write
+
+    def write_and_stop(self: Store, state: Any) -> None:
+        write(self, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "write", write_and_stop)
+    interruptions = 0
+    while True:
+        try:
+            solver = fit_two_calls(tmp_path / "fit.pt")
+        except KeyboardInterrupt:
+            interruptions += 1
+        else:
+            break
+    assert interruptions == 1 + (8 if has_net else 16) + 1
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, solver.state_dict()[name]), name
+
+
+def test_no_residuals_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_data, "measure_residuals", lambda *args: pytest.fail("not needed"))
+    assert fit().report is not None

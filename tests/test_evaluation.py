@@ -28,6 +28,7 @@ from torchdiffeq_hyper.errors import (
 )
 from torchdiffeq_hyper.evaluation import EvaluationRow, EvaluationTable, _measure
 from torchdiffeq_hyper.methods import _registry
+from torchdiffeq_hyper.recording._cost import median_seconds
 
 SPAN = (0.0, 1.0)
 LEARNED = [method for method in _registry.methods().values() if method.is_learned]
@@ -261,39 +262,35 @@ def test_metric_that_is_no_number_is_refused() -> None:
         evaluate(steps=[3], metric=lambda y: y)
 
 
+CPU = torch.device("cpu")
+
+
 def test_methods_are_timed_in_turn_and_the_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, order = [0.0], []
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
     def solve(name: str, seconds: list[float]) -> Any:
-        def run(problem: Any) -> Any:
+        def run() -> None:
             order.append(name)
             clock[0] += seconds.pop(0)
 
         return run
 
     solves = [solve("a", [1.0, 9.0, 2.0]), solve("b", [3.0, 5.0, 4.0])]
-    problem = evaluate_problem()
-    times = _measure.time_in_turn(solves, problem, 3, lambda: None)
+    assert median_seconds(solves, CPU, 3) == [2.0, 4.0]
     assert order == ["a", "b", "a", "b", "a", "b"]
-    assert times == [2000.0, 4000.0]
 
 
 def test_short_solves_are_repeated_within_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, runs = [0.0], []
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
-    def solve(problem: Any) -> Any:
-        runs.append(problem)
+    def solve() -> None:
+        runs.append(len(runs))
         clock[0] += 0.001
 
-    times = _measure.time_in_turn([solve], evaluate_problem(), 1, lambda: None)
+    assert median_seconds([solve], CPU, 1) == [pytest.approx(0.001)]
     assert len(runs) >= 10
-    assert times == [pytest.approx(1.0)]
-
-
-def evaluate_problem() -> Any:
-    return _measure.Problem.of(forced_decay, start(), SPAN)
 
 
 def test_a_zero_reference_is_judged_on_the_scale_of_the_others() -> None:

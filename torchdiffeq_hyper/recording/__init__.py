@@ -1,6 +1,6 @@
 """Records of solves: calls of func, time, and the steps' own error estimates."""
 
-from torchdiffeq_hyper._state import part_norms, select
+from torchdiffeq_hyper._state import part_norms
 from torchdiffeq_hyper.recording._guard import (
     AdjointGradientError,
     FreedGraphError,
@@ -43,6 +43,5 @@ __all__ = [
     "part_norms",
     "paused",
     "running",
-    "select",
     "take_over",
 ]

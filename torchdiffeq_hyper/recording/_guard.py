@@ -40,10 +40,15 @@ class Guard:
         if not torch.is_grad_enabled():
             return value.detach()
         if self.is_adjoint:
-            return _apply(_Protected, value, self, torch.zeros((), requires_grad=True))
-        return _apply(_Protected, value, self, None) if value.requires_grad else value
+            value = value + torch.zeros((), requires_grad=True)  # for a backward to raise in
+        elif value.requires_grad:
+            value = value.view_as(value)
+        else:
+            return value
+        value.register_hook(self.check)
+        return value
 
-    def check(self) -> None:
+    def check(self, *_: Tensor) -> None:
         """Raise if there is no graph (any more).
 
         Raises:
@@ -79,7 +84,7 @@ def mark(x: Tensor) -> tuple[Tensor, Any]:
     """
     if not (x.requires_grad and torch.is_grad_enabled()):
         return x, None
-    marked = _apply(_Mark, x)
+    marked: Tensor = _Mark.apply(x)  # type: ignore[no-untyped-call]
     return marked, marked.grad_fn
 
 
@@ -89,11 +94,6 @@ def _is_alive(node: Any) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
-    out: Tensor = function.apply(*arguments)
-    return out
 
 
 class _Mark(torch.autograd.Function):
@@ -107,17 +107,3 @@ class _Mark(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return grads[0]
-
-
-class _Protected(torch.autograd.Function):
-    """The identity; its backward asks the guard first."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, guard: Guard, anchor: Tensor | None) -> Tensor:
-        ctx.guard = guard
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        ctx.guard.check()
-        return grads[0], None, None

@@ -147,6 +147,10 @@ class Solve:
         """Number of rejected steps (of all samples, where each has its own)."""
         return int((~self.steps.is_accepted & ~self.steps.dt.isnan()).sum())
 
+    def adaptive_solves(self) -> list[Solve]:
+        """Return this solve alone: it is a record of one, see `Recorder.adaptive_solves`."""
+        return [self]
+
     def error_penalty(self, part: int | None = None) -> Tensor:
         """Return this solve's share of `Recorder.error_penalty`, a 0-d tensor.
 

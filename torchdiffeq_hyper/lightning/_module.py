@@ -15,19 +15,23 @@ from torch import Tensor, nn, optim
 from torchdiffeq_hyper._fields._context import Conditioned
 from torchdiffeq_hyper._files import Anything, Default, Maybe, Record, Table, checked, record_of
 from torchdiffeq_hyper._state import State, VectorField
+from torchdiffeq_hyper.fitting._auto import calibrate, measuring_time_in
 from torchdiffeq_hyper.fitting._batches import check_like, checked_batch, n_samples
 from torchdiffeq_hyper.fitting._checkpoint import check_same_field
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._context import many_batches
 from torchdiffeq_hyper.fitting._data import Batch
-from torchdiffeq_hyper.fitting._external import Findings, KeptBatches, Start
 from torchdiffeq_hyper.fitting._field import wide_dtype
 from torchdiffeq_hyper.fitting._fit import check_hypernet
 from torchdiffeq_hyper.fitting._guard import left_as_found, modules_in, own_random_state
+from torchdiffeq_hyper.fitting._loop import usable_scale
 from torchdiffeq_hyper.fitting._neural_ode import attributes_kept
 from torchdiffeq_hyper.fitting._objectives import delta_quantiles, no_correction
 from torchdiffeq_hyper.fitting._phases import phases_of
+from torchdiffeq_hyper.fitting._prepare import FieldCheck
 from torchdiffeq_hyper.fitting._problem import Problem
+from torchdiffeq_hyper.hypernets import ready
+from torchdiffeq_hyper.lightning._measured import History, References
 from torchdiffeq_hyper.lightning._trainer import LeftAsFound, Schedule, find_lightning
 from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
@@ -40,7 +44,7 @@ else:
 
 CHECKPOINT = Record(
     {
-        "torchdiffeq_hyper": record_of(Findings),
+        "torchdiffeq_hyper": record_of(History),
         "torchdiffeq_hyper_field": Default(Maybe(Table(Anything())), None),
     }
 )
@@ -127,20 +131,32 @@ class HyperSolverModule(LightningModule):
         self._has_context = context is not None
         self._starts = checked_batch(y0, has_context=self._has_context)
         with torch.enable_grad(), own_random_state(self._problem.config.seed), self._measuring():
-            start = Start.of(self._problem, self._starts, hypernet)
-            self.hypernet = start.net
-            solver = self._problem.solver(self.hypernet)
-            self._phases, self._judge = phases_of(objective, solver, self._problem.func)
-            routes = range(len(self._problem.plan.routes))
-            self._scales = [[start.scale(phase, r) for r in routes] for phase in self._phases]
-        self._noise = start.noise
-        self._signs = start.signs
-        self._kept = KeptBatches(self._problem, start.tolerances, start.units)
+            self._prepare(hypernet)
         self._schedule = Schedule.of(1, len(self._phases))
         self._train = [0.0, 0.0]
         self._sums = [0.0, 0.0, 0.0]
-        self._found = Findings()
+        self._history = History()
         self._began = 0.0
+
+    def _prepare(self, net: nn.Module | None) -> None:
+        """Check the field, measure the noise floor, and make and calibrate the net."""
+        problem, starts = self._problem, self._starts
+        check = FieldCheck.of(problem, starts, n_samples(starts))
+        self._signs = check.signs
+        self._references = References(problem, check)
+        self._noise = self._references.noise(starts)
+        batch, _ = self._references.measure(starts)
+        if net is None:
+            net = ready(starts.y0, problem.tableau, time_unit=problem.width)
+        with measuring_time_in(net, problem.width, problem.tableau.order):
+            calibrate(net, batch)
+        self.hypernet = net
+        solver = problem.solver(net)
+        self._phases, self._judge = phases_of(problem.objective, solver, problem.func)
+        self._scales = [
+            [usable_scale(phase.base_loss(batch, r)) for r in range(len(batch.routes))]
+            for phase in self._phases
+        ]
 
     @property
     def solver(self) -> HyperSolver:
@@ -155,10 +171,10 @@ class HyperSolverModule(LightningModule):
     @property
     def report(self) -> FitReport | None:
         """What was measured at the last validation; None before there was one."""
-        return self._found.report(
+        return self._history.report(
             noise_floor=self._noise,
-            reference_seconds=self._kept.seconds,
-            reference_nfe=self._kept.calls,
+            reference_seconds=self._references.seconds,
+            reference_nfe=self._references.calls,
             stopped="trainer",
             seed=self._problem.config.seed,
         )
@@ -188,8 +204,8 @@ class HyperSolverModule(LightningModule):
             errors = self._judge.error(measured), self._judge.base_error(measured)
             if not self._sums[0]:
                 order = self._problem.tableau.order
-                self._found.delta = delta_quantiles(self.hypernet, order, measured)
-                self._found.base_delta = delta_quantiles(no_correction, order, measured)
+                self._history.delta = delta_quantiles(self.hypernet, order, measured)
+                self._history.base_delta = delta_quantiles(no_correction, order, measured)
         added = (count, count * errors[0], count * errors[1])
         self._sums = [total + more for total, more in zip(self._sums, added, strict=True)]
 
@@ -197,24 +213,24 @@ class HyperSolverModule(LightningModule):
         """Log the mean errors over all samples of all processes."""
         sums = torch.tensor(self._sums, dtype=wide_dtype(self.device), device=self.device)
         count, error, base_error = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
-        found = self._found
-        found.validation, found.base_validation = error / count, base_error / count
-        self.log("validation", found.validation, prog_bar=True, sync_dist=True)
-        self.log("validation_base", found.base_validation, sync_dist=True)
+        history = self._history
+        history.validation, history.base_validation = error / count, base_error / count
+        self.log("validation", history.validation, prog_bar=True, sync_dist=True)
+        self.log("validation_base", history.base_validation, sync_dist=True)
         if self._train[1]:
             phase = self._phases[self._schedule.phase_at(max(0, self.global_step - 1))].name
             loss = self._train[0] / self._train[1]
-            found.losses.append(LossPoint(self.global_step, phase, loss, found.validation))
+            history.losses.append(LossPoint(self.global_step, phase, loss, history.validation))
             self._train = [0.0, 0.0]
 
     def on_fit_start(self) -> None:
         """Start the clock, or let it go on."""
-        self._began = time.perf_counter() - self._found.seconds
+        self._began = time.perf_counter() - self._history.seconds
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count iterations and seconds."""
-        self._found.iterations = self.global_step
-        self._found.seconds = time.perf_counter() - self._began
+        self._history.iterations = self.global_step
+        self._history.seconds = time.perf_counter() - self._began
 
     def configure_optimizers(self) -> Any:
         """Return AdamW on the hypernet, annealed over the steps that the Trainer will do.
@@ -236,7 +252,7 @@ class HyperSolverModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what was measured, and what tells the field from others."""
-        checkpoint["torchdiffeq_hyper"] = asdict(self._found)
+        checkpoint["torchdiffeq_hyper"] = asdict(self._history)
         checkpoint["torchdiffeq_hyper_field"] = self._signs
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -251,12 +267,12 @@ class HyperSolverModule(LightningModule):
         own = {name: checkpoint[name] for name in names if name in checkpoint}
         own = checked(CHECKPOINT, own, "the checkpoint")
         check_same_field(own["torchdiffeq_hyper_field"], self._signs)
-        self._found = Findings.from_dict(own["torchdiffeq_hyper"])
+        self._history = History.from_dict(own["torchdiffeq_hyper"])
 
     def _measure(self, key: tuple[Any, ...], batch: Any) -> Batch:
         with self._measuring(), torch.autocast(self.device.type, enabled=False):
             starts = checked_batch(batch, has_context=self._has_context)
-            return self._kept.measure(key, check_like(starts, self._starts))
+            return self._references.batch(key, check_like(starts, self._starts))
 
     @contextmanager
     def _as_found(self) -> Iterator[None]:

@@ -8,7 +8,9 @@ paste; `explain` lays the three out.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -148,3 +150,27 @@ def closest(name: object, known: Iterable[str]) -> str:
     """
     names = list(known)
     return next(iter(difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)), names[0])
+
+
+def unknown_method(name: object, known: Iterable[str], fix: str) -> UnknownMethodError:
+    """Return the error for a method that does not exist.
+
+    ``fix`` is what to write, with "{}" where the nearest known name belongs.
+    """
+    names = list(known)
+    listed = "one of " + ", ".join(f'"{other}"' for other in names) + "."
+    nearest = closest(name, names or ["hypereuler"])
+    return UnknownMethodError(
+        explain(f"no method is called {name!r}.", listed, fix.format(nearest))
+    )
+
+
+def unwritable(path: str | os.PathLike[str], error: OSError) -> FileWriteError:
+    """Return the error for a file that the system refuses to write."""
+    return FileWriteError(
+        explain(
+            f"{os.fspath(path)!r} cannot be written: {error.strerror or error}.",
+            "a file name in an existing folder that you may write to.",
+            f"os.makedirs({str(Path(path).parent)!r}, exist_ok=True)",
+        )
+    )

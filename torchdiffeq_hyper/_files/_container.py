@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from torchdiffeq_hyper._files import (
-    Anything,
-    Default,
-    Mismatch,
-    Record,
-    Rule,
-    Table,
-    Text,
-    Whole,
-    checked,
-    refused,
-)
-from torchdiffeq_hyper.errors import FileFormatError, FileWriteError, explain
+from torchdiffeq_hyper._files._records import Default, Record, Table
+from torchdiffeq_hyper._files._rules import Anything, Mismatch, Rule, Text, Whole, refused
+from torchdiffeq_hyper.errors import FileFormatError, explain, unwritable
 
 FORMAT_VERSION = 1
 HEADER: dict[str, Rule | Default] = {"format_version": Whole(1), "kind": Text(100)}
@@ -54,16 +44,10 @@ def write(
     kind: str,
     metadata: Mapping[str, Any],
 ) -> None:
-    """Write tensors and their description to ``path``, replacing what is there.
+    """Write tensors and their JSON-ready description to ``path``, replacing what is there.
 
-    The file appears complete or not at all; an old file stays until then. Tensors may
-    share memory, have any strides and lie on any device.
-
-    Args:
-        path: the file; its folder must exist.
-        tensors: by name.
-        kind: what the file holds, e.g. "hypersolver"; `read` asks for it.
-        metadata: JSON-ready values.
+    Tensors may share memory, have any strides and lie on any device. ``kind`` is what the
+    file holds, e.g. "hypersolver"; `read` asks for it.
 
     Raises:
         FileWriteError: the file cannot be written; nothing half-written is left.
@@ -78,24 +62,14 @@ def write(
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write ``data`` to ``path``, replacing what is there in one step or not at all.
+    """Write ``data`` to ``path``, in a folder that exists.
+
+    The file appears complete or not at all; an old file stays until then.
 
     Raises:
         FileWriteError: the file cannot be written; nothing half-written is left.
     """
-    try:
-        _replace(Path(os.path.realpath(path)), data)
-    except OSError as error:
-        raise FileWriteError(
-            explain(
-                f"{os.fspath(path)!r} cannot be written: {error.strerror or error}.",
-                "a file name in an existing folder that you may write to.",
-                f"os.makedirs({str(Path(path).parent)!r}, exist_ok=True)",
-            )
-        ) from error
-
-
-def _replace(target: Path, data: bytes) -> None:
+    target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -103,8 +77,11 @@ def _replace(target: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise unwritable(path, error) from error
         raise
 
 
@@ -164,9 +141,9 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         except (ValueError, RecursionError) as error:
             problem = f"it is no JSON: {error}"
             raise Mismatch(problem, "what `save` writes") from error
-    checked(Table(Anything()), metadata, described_in(path))
-    header = {name: metadata[name] for name in HEADER if name in metadata}
-    version = checked(Record(HEADER), header, described_in(path))["format_version"]
+        Table(Anything()).check(metadata, "")
+        header = {name: metadata[name] for name in HEADER if name in metadata}
+        version = Record(HEADER).check(header, "")["format_version"]
     if version > FORMAT_VERSION:
         raise FileFormatError(
             explain(

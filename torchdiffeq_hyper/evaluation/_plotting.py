@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchdiffeq_hyper.errors import MissingExtraError, OptionError, explain
+from torchdiffeq_hyper.errors import MissingExtraError, OptionError, explain, unwritable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +37,10 @@ def pareto(rows: Sequence[EvaluationRow], path: str | os.PathLike[str], *, capti
     by_ms.set(xlabel="wall time, ms")
     figure.legend(*by_nfe.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.supxlabel(textwrap.fill(caption, 150), fontsize=8, color="0.4")
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def _check_format(path: str | os.PathLike[str]) -> None:

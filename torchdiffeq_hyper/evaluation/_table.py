@@ -5,12 +5,10 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from torchdiffeq_hyper.errors import FileWriteError, explain
+from torchdiffeq_hyper.errors import unwritable
 from torchdiffeq_hyper.evaluation import _plotting
 
 
@@ -121,11 +119,12 @@ class EvaluationTable:
         heads = {name: name for name in names if name not in {"metric", "is_learned"}}
         if self._has_metric:  # last, and under its own name
             heads["metric"] = self.metric_name
-        with _explained(path), Path(path).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(heads.values())
-            for row in self.rows:
-                writer.writerow([_csv_cell(getattr(row, name)) for name in heads])
+        lines = [[_csv_cell(getattr(row, name)) for name in heads] for row in self.rows]
+        try:
+            with Path(path).open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file, lineterminator="\n").writerows([heads.values(), *lines])
+        except OSError as error:
+            raise unwritable(path, error) from error
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw relative L2 error against calls of func and against ms, side by side.
@@ -142,8 +141,7 @@ class EvaluationTable:
             OptionError: the suffix names no format.
             FileWriteError: the file cannot be written.
         """
-        with _explained(path):
-            _plotting.pareto(self.rows, path, caption=self.measured)
+        _plotting.pareto(self.rows, path, caption=self.measured)
 
     @property
     def _has_metric(self) -> bool:
@@ -196,18 +194,3 @@ def with_suffix(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g}{suffix}"
     return f"{value:.3g}"
-
-
-@contextmanager
-def _explained(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Explain why the system refuses to write a file."""
-    try:
-        yield
-    except OSError as error:
-        raise FileWriteError(
-            explain(
-                f"{os.fspath(path)!r} cannot be written: {error.strerror or error}.",
-                "a path in a folder that exists and may be written to.",
-                "Path(path).parent.mkdir(parents=True, exist_ok=True)",
-            )
-        ) from error

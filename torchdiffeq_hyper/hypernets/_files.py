@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from torchdiffeq_hyper._files import FLOATS, Such, TensorOf, checked
-from torchdiffeq_hyper._files._container import described_in
+from torchdiffeq_hyper._files import FLOATS, Such, TensorOf, checked, described_in
 from torchdiffeq_hyper._state import Hypernet
 from torchdiffeq_hyper.errors import (
     BaseMismatchError,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchdiffeq_hyper._files import (
     FLAG,
     FLOATS,
+    HEADER,
     Choice,
     Default,
     Either,
@@ -29,13 +30,10 @@ from torchdiffeq_hyper._files import (
     Text,
     Whole,
     checked,
-    record_of,
-)
-from torchdiffeq_hyper._files._container import (
-    HEADER,
     damage_reported,
     described_in,
     read,
+    record_of,
     tensors_under,
     write,
 )

@@ -157,9 +157,8 @@ def _first_trial(method: str | HyperSolver) -> Trial:
         if isinstance(entry.fitted, HyperSolver):
             return replace(_first_trial(entry.fitted), label=method)
         follows_grid, is_learned, is_dise = entry.follows_grid, entry.is_learned, False
-        if isinstance(entry.solver, _registry.WholeSolve):
-            is_learned = issubclass(entry.solver.kind, HyperSolver)
-            is_dise = entry.solver.option is not None and not is_learned
+        if entry.tableau is None and entry.option is not None:
+            is_learned, is_dise = entry.option == "solver", entry.option != "solver"
     else:
         follows_grid, is_learned, is_dise = _host_follows_grid(method), False, False
     return Trial(

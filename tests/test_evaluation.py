@@ -157,7 +157,7 @@ def test_reverse_hypersolver_sees_true_time() -> None:
 @pytest.mark.parametrize("method", LEARNED, ids=lambda method: method.name)
 def test_learned_method_by_name_uses_what_is_bound_to_func(method: _registry.Method) -> None:
     field = MLPField()
-    solver = tdh.HyperSolver(method.solver.name, lambda step: 0.1 * step.f0, steps=9)
+    solver = tdh.HyperSolver(method.tableau.name, lambda step: 0.1 * step.f0, steps=9)
     tdh.attach(field, solver)
     named, given = evaluate(field, methods=[method.name, solver], steps=[3]).rows
     assert named.nfe == given.nfe == 3 * method.calls_per_step

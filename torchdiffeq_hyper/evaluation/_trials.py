@@ -136,11 +136,13 @@ def _first_trial(method: str | HyperSolver) -> Trial:
         return Trial(method, method, _host_follows_grid(method), is_learned=False)
     if isinstance(entry.fitted, HyperSolver):
         return _trial_of_solver(entry.fitted, method)
-    is_learned, is_dise = entry.is_learned, False
-    if isinstance(entry.solver, _registry.WholeSolve):
-        is_learned = issubclass(entry.solver.kind, HyperSolver)
-        is_dise = entry.solver.option is not None and not is_learned
-    return Trial(method, method, entry.follows_grid, is_learned, steps_between_points=is_dise)
+    return Trial(
+        method,
+        method,
+        entry.follows_grid,
+        is_learned=entry.option == "solver",
+        steps_between_points=entry.option not in {None, "solver"},
+    )
 
 
 def _trial_of_solver(solver: HyperSolver, label: str) -> Trial:

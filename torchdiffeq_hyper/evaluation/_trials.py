@@ -133,7 +133,10 @@ def _first_trial(method: str | HyperSolver) -> Trial:
         )
     entry = _registry.methods().get(method)
     if entry is None:
-        return Trial(method, method, _host_follows_grid(method), is_learned=False)
+        hosts = _registry.host_methods()
+        if method not in hosts:
+            raise unknown_method(method, [*_registry.methods(), *hosts], 'methods=["{}"]')
+        return Trial(method, method, hosts[method], is_learned=False)
     if isinstance(entry.fitted, HyperSolver):
         return _trial_of_solver(entry.fitted, method)
     return Trial(
@@ -156,14 +159,6 @@ def _trial_of_solver(solver: HyperSolver, label: str) -> Trial:
     unlimited = copy.copy(solver)
     unlimited.domain = replace(solver.domain, dt_min=0.0, dt_max=math.inf, directions=(1, -1))
     return replace(first, solver=unlimited)
-
-
-def _host_follows_grid(method: str) -> bool:
-    hosts = _registry.host_methods()
-    if method not in hosts:
-        known = [*_registry.methods(), *hosts]
-        raise unknown_method(method, known, 'methods=["{}"]')
-    return hosts[method]
 
 
 def _own_steps(trial: Trial) -> int:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from torchdiffeq_hyper._state import StateLayout, batch_size, part_norms
 from torchdiffeq_hyper.errors import explain
-from torchdiffeq_hyper.recording._guard import NothingRecordedError
-from torchdiffeq_hyper.recording._solve import SampledStep, Solve, Steps
+from torchdiffeq_hyper.recording._solve import NothingRecordedError, SampledStep, Solve, Steps
 
 Value = TypeVar("Value")
 

@@ -297,7 +297,7 @@ def test_a_zero_reference_is_judged_on_the_scale_of_the_others() -> None:
     reference = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
     assert _measure.errors(reference.clone(), reference) == (0.0, 0.0, 0.0)
     off = _measure.errors(torch.tensor([[0.001, 0.0], [3.0, 9.0]]), reference)
-    assert off.worst == pytest.approx(1.0)
+    assert off.worst_relative_l2 == pytest.approx(1.0)
     assert off.relative_l2 == pytest.approx((1.0 + 0.001 / (1e-3 * math.sqrt(25 / 2))) / 2)
 
 

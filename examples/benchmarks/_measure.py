@@ -67,9 +67,7 @@ def _row(contestant: Contestant, problem: Problem, reference: State) -> Evaluati
         macs_func=counted.flops / 2 / problem.batch,
         macs_g=outside / 2 / problem.batch,
         ms=math.nan,
-        mape=off.mape,
-        relative_l2=off.relative_l2,
-        worst_relative_l2=off.worst,
+        **off._asdict(),
         metric=None,
         is_learned=contestant.is_learned,
     )

@@ -174,7 +174,7 @@ def _row(
     if y is not None:
         along = _along(trial, problem, reference)
     bar.update()
-    has_metric = metric is not None and math.isfinite(off.worst)
+    is_finite = math.isfinite(off.worst_relative_l2)
     return EvaluationRow(
         method=trial.label,
         steps=trial.steps,
@@ -183,10 +183,8 @@ def _row(
         macs_func=macs[0],
         macs_g=macs[1],
         ms=math.nan,
-        mape=off.mape,
-        relative_l2=off.relative_l2,
-        worst_relative_l2=off.worst,
-        metric=_number(metric(y)) if metric is not None and has_metric else None,
+        **off._asdict(),
+        metric=_number(metric(y)) if metric is not None and is_finite else None,
         is_learned=trial.is_learned,
         along=along,
     )

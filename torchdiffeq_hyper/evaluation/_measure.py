@@ -21,28 +21,21 @@ from torchdiffeq_hyper.recording._cost import FlopCounter
 
 
 class Counted:
-    """A vector field that counts its calls and, if asked to, its FLOPs.
+    """A vector field that counts its calls and, if asked to (it is slow), its FLOPs."""
 
-    Args:
-        func: the field; solvers attached to it are found.
-        counts_flops: whether to have torch count FLOPs, which slows the calls down.
-        whole: the field of which this is that of some samples: it counts.
-    """
-
-    def __init__(
-        self, func: VectorField, *, counts_flops: bool = False, whole: Counted | None = None
-    ) -> None:
+    def __init__(self, func: VectorField, *, counts_flops: bool = False) -> None:
         self.base_func = func
         self.calls = 0
         self.flops = 0
         self._counts_flops = counts_flops
-        self._counter = self if whole is None else whole
+        self._counter = self
         if can_restrict(func):
             self.restrict = self._of_samples
 
     def _of_samples(self, index: Tensor) -> Counted:
-        func = restrict(self.base_func, index)
-        return Counted(func, counts_flops=self._counts_flops, whole=self._counter)
+        part = Counted(restrict(self.base_func, index), counts_flops=self._counts_flops)
+        part._counter = self._counter
+        return part
 
     def __call__(self, t: Tensor, y: State) -> State:
         """Return ``func(t, y)``, checked to be like ``y``."""
@@ -76,17 +69,11 @@ def count_macs(
 
 
 class Errors(NamedTuple):
-    """How far a state is from the reference.
-
-    Attributes:
-        mape: mean absolute percentage error, in percent.
-        relative_l2: mean over samples of |y - y_ref| / |y_ref|.
-        worst: the largest of these.
-    """
+    """How far a state is from the reference: as the attributes of `EvaluationRow`."""
 
     mape: float
     relative_l2: float
-    worst: float
+    worst_relative_l2: float
 
 
 FAILED = Errors(math.inf, math.inf, math.inf)

@@ -98,12 +98,7 @@ class Problem:
         return _dtype_of(self.y0)
 
     def solve(self, shares: Sequence[float], **how: Any) -> list[State]:
-        """Return the host's states where some shares of the span, above 0, have passed.
-
-        Args:
-            shares: rising, from above 0 up to 1.
-            how: what `odeint` is told: method, options, tolerances.
-        """
+        """Return the host's states at some shares of the span, rising, above 0 and up to 1."""
         passed = torch.tensor([0.0, *shares]).to(self.t)
         t = torch.lerp(self.t[0], self.t[1], passed)
         solution = odeint(self.func, self.y0, t, **how)

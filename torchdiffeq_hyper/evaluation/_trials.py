@@ -9,12 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torchdiffeq_hyper._state import State
-from torchdiffeq_hyper.errors import (
-    OptionError,
-    StateTypeError,
-    explain,
-    unknown_method,
-)
+from torchdiffeq_hyper.errors import OptionError, StateTypeError, explain, unknown_method
 from torchdiffeq_hyper.evaluation._problem import Problem
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._grid import check_steps, equal_steps

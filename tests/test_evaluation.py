@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -383,6 +384,31 @@ def test_func_and_hypernet_are_left_as_found() -> None:
     assert net.training
     assert y0.grad is None
     assert all(p.grad is None and p.requires_grad for p in func.parameters())
+
+
+def test_a_graph_made_before_can_be_differentiated_after() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2, dtype=torch.float64)
+
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            return self.norm(y)
+
+    func = Normed().eval()
+    loss = func(torch.tensor(0.0), start()).sum()
+    evaluate(func, steps=[2])
+    loss.backward()  # the buffers it needs were not written to
+    assert func.norm.bias.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_parts_may_be_answered_in_a_list(dtype: torch.dtype) -> None:
+    y0 = (start(dtype=dtype), start(dtype=dtype)[:, 0])
+    listed = evaluate(lambda t, y: [-y[0], -2 * y[1]], y0, steps=[4]).rows[0]
+    assert listed == replace(
+        evaluate(lambda t, y: (-y[0], -2 * y[1]), y0, steps=[4]).rows[0], ms=listed.ms
+    )
 
 
 def test_use_outside_the_fit_is_not_warned_about_and_the_warning_not_used_up() -> None:

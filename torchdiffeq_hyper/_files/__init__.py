@@ -49,6 +49,7 @@ from torchdiffeq_hyper._files._rules import (
     missing,
     refused,
     shown,
+    under,
 )
 
 __all__ = [
@@ -86,6 +87,7 @@ __all__ = [
     "refused",
     "shown",
     "tensors_under",
+    "under",
     "write",
     "write_bytes",
 ]

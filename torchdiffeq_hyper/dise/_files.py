@@ -281,8 +281,7 @@ def _rebuild(
         with damage_reported(path):
             solver = BespokeSolver(hypernet=net, **arguments)
     else:
-        own = dict(weights)
-        arguments, net = rebuild_hypersolver(described, own, hypernet, path, at)
+        arguments, net, own = rebuild_hypersolver(described, weights, hypernet, path, at)
         solver = HyperSolver(hypernet=net, **arguments)
     with refused(described_in(path)):
         if settings["method"] != solver.method:

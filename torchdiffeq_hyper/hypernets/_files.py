@@ -1,4 +1,4 @@
-"""A hypernet as tensors and a JSON-ready description, and back."""
+"""A hypernet as tensors and a JSON-ready description, and back; what descriptions may hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from torchdiffeq_hyper._files import FLOATS, Such, TensorOf, checked, described_in
+from torchdiffeq_hyper._files import (
+    FLOATS,
+    Choice,
+    Default,
+    Items,
+    Real,
+    Record,
+    Rule,
+    Such,
+    Tagged,
+    TensorOf,
+    Whole,
+    built,
+    checked,
+    described_in,
+    refused,
+)
 from torchdiffeq_hyper._state import Hypernet
 from torchdiffeq_hyper.errors import (
     BaseMismatchError,
@@ -20,12 +36,78 @@ from torchdiffeq_hyper.errors import (
     explain,
     first_line,
 )
-from torchdiffeq_hyper.hypernets import ConcatHypernet
-from torchdiffeq_hyper.hypernets._ready import TIME_UNIT, ReadyHypernet
-from torchdiffeq_hyper.hypernets._select import KINDS, from_architecture, rebuilt
+from torchdiffeq_hyper.hypernets._concat import NAMES, ConcatHypernet
+from torchdiffeq_hyper.hypernets._kinds import MLP, Bottleneck, Conv, Linear
+from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS, TIME_UNIT, ReadyHypernet
+
+KINDS: dict[str, type[ReadyHypernet]] = {net.kind: net for net in (Linear, MLP, Conv, Bottleneck)}
+
+MOST_LAYERS = 1000
+MOST_STAGES = 1000
+
+NAMES_OF_INPUTS = Items(Choice(NAMES), least=1, most=1000)
+_COUNT = Whole(1)
+_COMMON: dict[str, Rule | Default] = {
+    "channels": _COUNT,
+    "inputs": Default(NAMES_OF_INPUTS),
+    "n_stages": Default(Whole(1, MOST_STAGES)),
+    "n_context": Default(Whole()),
+    "time_unit": Default(Real(above=0.0)),
+    "order": Default(Whole(0, MOST_STAGES)),
+}
+_CONVOLUTION: dict[str, Rule | Default] = {
+    **_COMMON,
+    "hidden": Default(_COUNT),
+    "kernel_size": Default(Such(_COUNT, lambda k: k % 2 == 1, "odd")),
+    "n_spatial": Default(Whole(min(CONVOLUTIONS), max(CONVOLUTIONS))),
+}
+ARCHITECTURES: dict[str, Record] = {
+    Linear.kind: Record(_COMMON),
+    MLP.kind: Record({**_COMMON, "hidden": Default(Items(_COUNT, most=MOST_LAYERS))}),
+    Conv.kind: Record(_CONVOLUTION),
+    Bottleneck.kind: Record(_CONVOLUTION),
+}
+"""What describes a ready net of each kind in a file. A field that a later version adds is a
+`Default` with the value that nets of older files have."""
 
 UNSEEN: nn.Module = nn.Identity()
 """Stands for a net of the user's own whose class is not at hand, to look at a file without it."""
+
+
+def from_architecture(architecture: Mapping[str, Any]) -> ReadyHypernet:
+    """Rebuild a ready net, with new weights, from its ``architecture``.
+
+    Args:
+        architecture: the net's `ReadyHypernet.architecture`, also after a round trip
+            through JSON.
+
+    Raises:
+        FileFormatError: the kind is unknown, or an argument is impossible.
+
+    Example:
+        >>> from torchdiffeq_hyper.hypernets import Linear, from_architecture
+        >>> from_architecture(Linear(channels=2).architecture).channels
+        2
+    """
+    return rebuilt(architecture, None, "the description of a hypernet", "")
+
+
+def rebuilt(
+    architecture: Mapping[str, Any], weights: Mapping[str, Tensor] | None, what: str, at: str
+) -> ReadyHypernet:
+    """Return the same as `from_architecture` for a net with these weights (None: of any size).
+
+    It is read from ``what``, at the place ``at``; one larger than its weights is refused before
+    it is built.
+    """
+    arguments = checked(Tagged("kind", ARCHITECTURES), architecture, what, at)
+    # Files of before time units have none.
+    time_unit, order = arguments.pop("time_unit", 1.0), arguments.pop("order", 0)
+    with refused(what):
+        # n_stages is no size unless the stages are among the inputs: it has its own limit.
+        net = built(KINDS, arguments, weights, at, but=("n_stages", "n_context"))
+    net.measure_time_in(time_unit, order)
+    return net
 
 
 def pack(hypernet: Hypernet) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -79,20 +161,13 @@ def match(
 ) -> nn.Module:
     """Return the module that ``tensors`` can be loaded into, without loading them.
 
-    A ready net is rebuilt on the "meta" device: load with ``assign=True``.
-
     Args:
         description: as `pack` returned it.
         tensors: as `pack` returned them.
-        hypernet: the instance to use, None for a ready net, or `UNSEEN` for any net.
+        hypernet: the instance to use, `UNSEEN` for any, or None for a ready net, which is
+            rebuilt on the "meta" device: load with ``assign=True``.
         path: the file, for messages.
         at: the place of the description in it.
-
-    Raises:
-        FileFormatError: a custom net without an instance, or a damaged description.
-        BaseMismatchError: the instance has other inputs or other weights.
-        StateShapeError: its weights have other shapes.
-        StateTypeError: its weights have other dtypes.
     """
     if description["kind"] != "custom":
         _check_numbers(tensors, path)

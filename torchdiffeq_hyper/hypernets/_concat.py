@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._state import State, StepInput, how_to_batch, parts_of
-from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, closest, explain
+from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, closest
 
 SCALARS = ("dt", "t")
 NAMES = ("y", "f0", "stages", "y0", "context", *SCALARS)
@@ -64,11 +64,9 @@ class ConcatHypernet(nn.Module):
         self.inputs = check_inputs(inputs)
         if not callable(net):
             raise StateTypeError(
-                explain(
-                    f"net is a {type(net).__name__}.",
-                    "a module or function of one tensor (batch, channels, *spatial).",
-                    "tdh.ConcatHypernet(torch.nn.Sequential(...))",
-                )
+                problem=f"net is a {type(net).__name__}.",
+                expected="a module or function of one tensor (batch, channels, *spatial).",
+                fix="tdh.ConcatHypernet(torch.nn.Sequential(...))",
             )
         self.net = net
 
@@ -137,23 +135,19 @@ class ConcatHypernet(nn.Module):
         if self._is_without_batch(step.y, wanted, sizes):
             shape = tuple(step.y.shape) if isinstance(step.y, Tensor) else "a tuple"
             raise StateShapeError(
-                explain(
-                    f"the state ({shape}) has no batch dimension: dim 0 was taken for the samples, "
-                    f"and the net's first layer, a {type(layer).__name__}, got {joined.shape[1]} "
-                    f"channels in place of {wanted}.",
-                    "the samples along dim 0, the channels along dim 1.",
-                    how_to_batch(step.y),
-                )
+                problem=f"the state ({shape}) has no batch dimension: dim 0 was taken for the "
+                f"samples, and the net's first layer, a {type(layer).__name__}, got "
+                f"{joined.shape[1]} channels in place of {wanted}.",
+                expected="the samples along dim 0, the channels along dim 1.",
+                fix=how_to_batch(step.y),
             ) from error
         given = ", ".join(f'"{name}" {sizes.get(name, per_state)}' for name in self.inputs)
         raise StateShapeError(
-            explain(
-                f"the net's first layer, a {type(layer).__name__}, takes {wanted} channels; "
-                f"the inputs have {joined.shape[1]} along dim 1: {given}.",
-                "as many input channels as the inputs have together.",
-                f"a first layer with {joined.shape[1]} input channels, or other inputs than "
-                f"{self.inputs}",
-            )
+            problem=f"the net's first layer, a {type(layer).__name__}, takes {wanted} channels; "
+            f"the inputs have {joined.shape[1]} along dim 1: {given}.",
+            expected="as many input channels as the inputs have together.",
+            fix=f"a first layer with {joined.shape[1]} input channels, or other inputs than "
+            f"{self.inputs}",
         ) from error
 
     def _is_without_batch(self, y: State, wanted: int, sizes: dict[str, int]) -> bool:
@@ -171,11 +165,9 @@ def _context_columns(context: tuple[Tensor, ...], y: Tensor) -> list[Tensor]:
     """Return the context's tensors as channels beside a joined state."""
     if not context:
         raise StateTypeError(
-            explain(
-                'the hypernet asks for "context", and func has none.',
-                "a func that says what belongs to each sample, as the one it was fitted on.",
-                "func = tdh.Conditioned(func, labels)   # calls func(t, y, labels)",
-            )
+            problem='the hypernet asks for "context", and func has none.',
+            expected="a func that says what belongs to each sample, as the one it was fitted on.",
+            fix="func = tdh.Conditioned(func, labels)   # calls func(t, y, labels)",
         )
     return [_as_channels(part, y) for part in context]
 
@@ -185,12 +177,11 @@ def _as_channels(part: Tensor, y: Tensor) -> Tensor:
     spatial = y.shape[2:]
     if part.shape[:1] != y.shape[:1] or part.shape[2:] not in (spatial, ()):
         raise StateShapeError(
-            explain(
-                f"a tensor of the context has shape {tuple(part.shape)}, the state's channels "
-                f"{tuple(y.shape)}: they cannot be concatenated along dim 1.",
-                "the same samples along dim 0; after the channels, the state's dimensions or none.",
-                "a hypernet of your own that reads step.context",
-            )
+            problem=f"a tensor of the context has shape {tuple(part.shape)}, the state's channels "
+            f"{tuple(y.shape)}: they cannot be concatenated along dim 1.",
+            expected="the same samples along dim 0; after the channels, the state's dimensions or "
+            "none.",
+            fix="a hypernet of your own that reads step.context",
         )
     channels = part.reshape(len(y), _n_channels(part), *(part.shape[2:] or [1] * len(spatial)))
     return channels.to(y.dtype).expand(-1, -1, *spatial)
@@ -231,11 +222,9 @@ def check_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
     if isinstance(inputs, str) or unknown or not names:
         likely = [closest(name, NAMES) if name in unknown else name for name in names] or ["y"]
         raise OptionError(
-            explain(
-                f"inputs is {inputs!r}" + (f": {unknown[0]!r} is unknown." if unknown else "."),
-                "a tuple of names out of " + ", ".join(f'"{name}"' for name in NAMES) + ".",
-                f"inputs={tuple(likely)!r}",
-            )
+            problem=f"inputs is {inputs!r}" + (f": {unknown[0]!r} is unknown." if unknown else "."),
+            expected="a tuple of names out of " + ", ".join(f'"{name}"' for name in NAMES) + ".",
+            fix=f"inputs={tuple(likely)!r}",
         )
     return tuple(names)
 
@@ -244,11 +233,9 @@ def check_real(y: Tensor) -> None:
     """Refuse a complex state."""
     if y.is_complex():
         raise StateTypeError(
-            explain(
-                f"the state is complex ({y.dtype}), nets take real channels.",
-                "a real state, or a hypernet of your own that handles complex numbers.",
-                "a func on torch.view_as_real(y), real and imaginary parts being channels",
-            )
+            problem=f"the state is complex ({y.dtype}), nets take real channels.",
+            expected="a real state, or a hypernet of your own that handles complex numbers.",
+            fix="a func on torch.view_as_real(y), real and imaginary parts being channels",
         )
 
 
@@ -280,12 +267,10 @@ def join_channels(state: State) -> Tensor:
         has_batch, has_spatial = part.dim() > 0, part.dim() > 2
         if (has_batch and part.shape[0] != batch) or (has_spatial and part.shape[2:] != spatial):
             raise StateShapeError(
-                explain(
-                    "the parts of the tuple state cannot be concatenated along dim 1: their "
-                    f"shapes are {[tuple(part.shape) for part in state]}.",
-                    "parts of one batch size and one spatial shape (or none).",
-                    "a hypernet of your own, called as g(step) and returning a tuple like step.y",
-                )
+                problem="the parts of the tuple state cannot be concatenated along dim 1: their "
+                f"shapes are {[tuple(part.shape) for part in state]}.",
+                expected="parts of one batch size and one spatial shape (or none).",
+                fix="a hypernet of your own, called as g(step) and returning a tuple like step.y",
             )
         channels = part.shape[1] if part.dim() > 1 else 1
         column = part.reshape(*part.shape, *(1,) * (widest.dim() - part.dim()))
@@ -318,12 +303,10 @@ def split_channels(joined: Tensor, like: State) -> State:
     channels = [part.shape[1] if part.dim() > 1 else 1 for part in like]
     if joined.dim() < 2 or joined.shape[1] != sum(channels):
         raise StateShapeError(
-            explain(
-                f"the net returned shape {tuple(joined.shape)} for a tuple state of "
-                f"{sum(channels)} channels ({' + '.join(map(str, channels))}).",
-                f"{sum(channels)} channels along dim 1, which are split back into the parts.",
-                f"a net whose last layer has {sum(channels)} output channels",
-            )
+            problem=f"the net returned shape {tuple(joined.shape)} for a tuple state of "
+            f"{sum(channels)} channels ({' + '.join(map(str, channels))}).",
+            expected=f"{sum(channels)} channels along dim 1, which are split back into the parts.",
+            fix=f"a net whose last layer has {sum(channels)} output channels",
         )
     return tuple(
         _average(part, wanted)

@@ -33,7 +33,6 @@ from torchdiffeq_hyper.errors import (
     FileFormatError,
     StateShapeError,
     StateTypeError,
-    explain,
     first_line,
 )
 from torchdiffeq_hyper.hypernets._concat import NAMES, ConcatHypernet
@@ -118,22 +117,18 @@ def pack(hypernet: Hypernet) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if not isinstance(hypernet, nn.Module):
         raise StateTypeError(
-            explain(
-                f"the hypernet is a {type(hypernet).__name__}, which has no weights to write.",
-                "an nn.Module.",
-                "class MyNet(torch.nn.Module):\n    def forward(self, step): ...",
-            )
+            problem=f"the hypernet is a {type(hypernet).__name__}, which has no weights to write.",
+            expected="an nn.Module.",
+            fix="class MyNet(torch.nn.Module):\n    def forward(self, step): ...",
         )
     module: nn.Module = getattr(hypernet, "_orig_mod", hypernet)  # in torch.compile's wrapper
     tensors = module.state_dict()
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or is_lazy(tensor):
             raise StateTypeError(
-                explain(
-                    f"{name!r} in the hypernet's state_dict() is a {type(tensor).__name__}.",
-                    "tensors only: a file holds nothing else.",
-                    "keep the value in a buffer; run a net with lazy layers once before saving",
-                )
+                problem=f"{name!r} in the hypernet's state_dict() is a {type(tensor).__name__}.",
+                expected="tensors only: a file holds nothing else.",
+                fix="keep the value in a buffer; run a net with lazy layers once before saving",
             )
     return tensors, _describe(module)
 
@@ -183,11 +178,10 @@ def match(
             _check_names_and_shapes(net, tensors, path)
         except (BaseMismatchError, StateShapeError) as error:
             raise FileFormatError(
-                explain(
-                    f"the weights in {path!r} do not fit its own description: {first_line(error)}",
-                    "a file as `save` wrote it.",
-                    "fit and save again",
-                )
+                problem=f"the weights in {path!r} do not fit its own description: "
+                f"{first_line(error)}",
+                expected="a file as `save` wrote it.",
+                fix="fit and save again",
             ) from error
         return net
     _check_description(description, hypernet, path)
@@ -241,12 +235,10 @@ def load_weights(
             raise
         reasons = str(error).splitlines()
         raise BaseMismatchError(
-            explain(
-                f"the instance given cannot take the weights in {os.fspath(path)!r}: "
-                f"{reasons[-1].strip()}",
-                "an instance whose tensors can be written to.",
-                "buffers that own their memory: buffer.clone() in place of buffer.expand(...)",
-            )
+            problem=f"the instance given cannot take the weights in {os.fspath(path)!r}: "
+            f"{reasons[-1].strip()}",
+            expected="an instance whose tensors can be written to.",
+            fix="buffers that own their memory: buffer.clone() in place of buffer.expand(...)",
         ) from error
 
 
@@ -256,11 +248,9 @@ def _raise_custom(description: Mapping[str, Any], path: str) -> None:
     if "inputs" in description:
         instance = f"tdh.ConcatHypernet(net, inputs={tuple(description['inputs'])!r})"
     raise FileFormatError(
-        explain(
-            f"{path!r} holds the weights of a net of your own, a {name}, and no code.",
-            "an instance of that net to load them into.",
-            f"HyperSolver.load({path!r}, hypernet={instance})",
-        )
+        problem=f"{path!r} holds the weights of a net of your own, a {name}, and no code.",
+        expected="an instance of that net to load them into.",
+        fix=f"HyperSolver.load({path!r}, hypernet={instance})",
     )
 
 
@@ -271,14 +261,12 @@ def _check_description(description: Mapping[str, Any], hypernet: nn.Module, path
     for key in ("kind", *sorted(others)):
         if own.get(key) != description.get(key):
             raise BaseMismatchError(
-                explain(
-                    f"the net in {path!r} has {key} {description.get(key)!r}, the instance given "
-                    f"has {own.get(key)!r}.",
-                    "an instance built as the saved net was.",
-                    f"HyperSolver.load({path!r})"
-                    if description.get("kind") != "custom"
-                    else f"an instance with {key}={description.get(key)!r}",
-                )
+                problem=f"the net in {path!r} has {key} {description.get(key)!r}, the instance "
+                f"given has {own.get(key)!r}.",
+                expected="an instance built as the saved net was.",
+                fix=f"HyperSolver.load({path!r})"
+                if description.get("kind") != "custom"
+                else f"an instance with {key}={description.get(key)!r}",
             )
 
 
@@ -288,27 +276,23 @@ def _check_names_and_shapes(hypernet: nn.Module, tensors: Mapping[str, Tensor], 
     missing, extra = sorted(own.keys() - given), sorted(given - own.keys())
     if missing or extra:
         raise BaseMismatchError(
-            explain(
-                f"the weights in {path!r} are another net's: "
-                + "; ".join(
-                    f"{len(names)} {what}, e.g. {names[0]!r}"
-                    for names, what in ((extra, "only in the file"), (missing, "only in the net"))
-                    if names
-                )
-                + ".",
-                "an instance of the class that was saved, built with the same arguments.",
-                "print(hypernet.state_dict().keys())",
+            problem=f"the weights in {path!r} are another net's: "
+            + "; ".join(
+                f"{len(names)} {what}, e.g. {names[0]!r}"
+                for names, what in ((extra, "only in the file"), (missing, "only in the net"))
+                if names
             )
+            + ".",
+            expected="an instance of the class that was saved, built with the same arguments.",
+            fix="print(hypernet.state_dict().keys())",
         )
     for name, tensor in own.items():
         if not is_lazy(tensor) and tensor.shape != tensors[name].shape:
             raise StateShapeError(
-                explain(
-                    f"{name!r} has shape {tuple(tensors[name].shape)} in {path!r}, "
-                    f"{tuple(tensor.shape)} in the net given.",
-                    "an instance built with the arguments of the saved one.",
-                    "the same numbers of channels, stages and hidden units",
-                )
+                problem=f"{name!r} has shape {tuple(tensors[name].shape)} in {path!r}, "
+                f"{tuple(tensor.shape)} in the net given.",
+                expected="an instance built with the arguments of the saved one.",
+                fix="the same numbers of channels, stages and hidden units",
             )
 
 
@@ -319,9 +303,7 @@ def _check_dtypes(hypernet: nn.Module, tensors: Mapping[str, Tensor], path: str)
         saved = tensors[name].dtype
         if tensor.dtype != saved:
             raise StateTypeError(
-                explain(
-                    f"{name!r} is {saved} in {path!r}, {tensor.dtype} in the net given.",
-                    "the dtype that was saved: loading would round, or seem to add digits.",
-                    f"hypernet.to({saved})",
-                )
+                problem=f"{name!r} is {saved} in {path!r}, {tensor.dtype} in the net given.",
+                expected="the dtype that was saved: loading would round, or seem to add digits.",
+                fix=f"hypernet.to({saved})",
             )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS, ReadyHypernet, check_count
 
 
@@ -185,11 +185,9 @@ def _convolutions(
     check_count("kernel_size", kernel_size)
     if n_spatial not in CONVOLUTIONS or kernel_size % 2 == 0:
         raise OptionError(
-            explain(
-                f"kernel_size is {kernel_size!r} and n_spatial is {n_spatial!r}.",
-                "an odd kernel_size (the state's size is kept) and 1, 2 or 3 for n_spatial.",
-                "kernel_size=3, n_spatial=2",
-            )
+            problem=f"kernel_size is {kernel_size!r} and n_spatial is {n_spatial!r}.",
+            expected="an odd kernel_size (the state's size is kept) and 1, 2 or 3 for n_spatial.",
+            fix="kernel_size=3, n_spatial=2",
         )
     convolution = CONVOLUTIONS[n_spatial]
     first, last = kernels
@@ -208,7 +206,9 @@ def _check_widths(hidden: object) -> Sequence[int]:
     """Return the widths of hidden layers."""
     if not isinstance(hidden, Sequence) or isinstance(hidden, str):
         raise OptionError(
-            explain(f"hidden is {hidden!r}.", "a sequence of ints.", f"hidden=({hidden},)")
+            problem=f"hidden is {hidden!r}.",
+            expected="a sequence of ints.",
+            fix=f"hidden=({hidden},)",
         )
     for width in hidden:
         check_count("a width in hidden", width)

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
 from torchdiffeq_hyper._state import State, StepInput, map_parts
-from torchdiffeq_hyper.errors import OptionError, StateShapeError, explain
+from torchdiffeq_hyper.errors import OptionError, StateShapeError
 from torchdiffeq_hyper.hypernets._concat import SCALARS, ConcatHypernet, check_inputs
 
 CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
@@ -74,12 +74,10 @@ class Scaled(nn.Module):
         if found == wanted - 1:  # torch would take a missing dimension for an unbatched input
             fix = f"y0 = y0.unsqueeze(0)   # if the batch dimension is missing\n{fix}"
         return StateShapeError(
-            explain(
-                f"the hypernet convolves over n_spatial={wanted} dimensions, the "
-                f"state has {found} after (batch, channels).",
-                f"a state of {wanted + 2} dimensions.",
-                fix,
-            )
+            problem=f"the hypernet convolves over n_spatial={wanted} dimensions, the "
+            f"state has {found} after (batch, channels).",
+            expected=f"a state of {wanted + 2} dimensions.",
+            fix=fix,
         )
 
     def _evaluate(self, x: Tensor) -> Tensor:
@@ -146,11 +144,9 @@ def _all_but_channels(x: Tensor) -> list[int]:
 def _check_samples(name: str, given: Tensor, scale: Tensor) -> None:
     if given.dim() < 2 or given.shape[1] != len(scale) or given.numel() == 0:
         raise StateShapeError(
-            explain(
-                f"{name} has shape {tuple(given.shape)}.",
-                f"at least one sample, and {len(scale)} channels along dim 1.",
-                "hypernet.calibrate(hypernet.concat(step), join_channels(residual))",
-            )
+            problem=f"{name} has shape {tuple(given.shape)}.",
+            expected=f"at least one sample, and {len(scale)} channels along dim 1.",
+            fix="hypernet.calibrate(hypernet.concat(step), join_channels(residual))",
         )
 
 
@@ -306,11 +302,9 @@ def _channel_counts(
         check_count("n_context", n_context)
     elif n_context != 0:
         raise OptionError(
-            explain(
-                f'n_context is {n_context!r}, and the inputs are {names!r}, without "context".',
-                "both or neither.",
-                f"inputs={(*names, 'context')!r}",
-            )
+            problem=f'n_context is {n_context!r}, and the inputs are {names!r}, without "context".',
+            expected="both or neither.",
+            fix=f"inputs={(*names, 'context')!r}",
         )
     sizes = {"stages": n_stages * channels, "context": n_context, **dict.fromkeys(SCALARS, 1)}
     return [sizes.get(name, channels) for name in names]
@@ -320,5 +314,7 @@ def check_count(name: str, value: object) -> None:
     """Refuse what is not an int of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise OptionError(
-            explain(f"{name} is {value!r}.", "an int of at least 1.", "1, or a larger int")
+            problem=f"{name} is {value!r}.",
+            expected="an int of at least 1.",
+            fix="1, or a larger int",
         )

@@ -37,7 +37,7 @@ from torchdiffeq_hyper._files import (
     under,
     write,
 )
-from torchdiffeq_hyper.errors import BaseMismatchError, explain
+from torchdiffeq_hyper.errors import BaseMismatchError
 from torchdiffeq_hyper.hypernets._files import ARCHITECTURES, NAMES_OF_INPUTS, UNSEEN, match, pack
 from torchdiffeq_hyper.methods._registry import find_tableau
 from torchdiffeq_hyper.solvers._domain import FitDomain
@@ -269,11 +269,9 @@ def rebuild_bespoke(
     checked(Record({}), weights, what, "hypernet")
     if hypernet is not None and hypernet is not UNSEEN:
         raise BaseMismatchError(
-            explain(
-                f"{os.fspath(path)!r} holds a solver without a hypernet.",
-                "no instance to load one into.",
-                f"tdh.HyperSolver.load({os.fspath(path)!r})",
-            )
+            problem=f"{os.fspath(path)!r} holds a solver without a hypernet.",
+            expected="no instance to load one into.",
+            fix=f"tdh.HyperSolver.load({os.fspath(path)!r})",
         )
     return arguments, None, {}
 

@@ -2,7 +2,7 @@
 
 Every error derives from `HyperError` and from the builtin a caller would expect.
 A message says what was wrong with the value got, what was expected, and a fix to
-paste; `explain` lays the three out.
+paste: the three arguments of each error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,21 @@ from typing import Any
 
 
 class HyperError(Exception):
-    """Base of every error raised by this package."""
+    """Base of every error raised by this package.
+
+    Args:
+        problem: what was wrong, a sentence; or the whole text.
+        expected: what was expected.
+        fix: lines to paste.
+
+    >>> print(OptionError(problem="steps is 0.", expected="an int of at least 1.", fix="steps=10"))
+    steps is 0.
+      expected: an int of at least 1.
+      fix:      steps=10
+    """
+
+    def __init__(self, problem: str, expected: str = "", fix: str = "") -> None:
+        super().__init__(explain(problem, expected, fix) if expected else problem)
 
 
 class MissingHypernetError(HyperError, ValueError):
@@ -161,16 +175,14 @@ def unknown_method(name: object, known: Iterable[str], fix: str) -> UnknownMetho
     listed = "one of " + ", ".join(f'"{other}"' for other in names) + "."
     nearest = closest(name, names or ["hypereuler"])
     return UnknownMethodError(
-        explain(f"no method is called {name!r}.", listed, fix.format(nearest))
+        problem=f"no method is called {name!r}.", expected=listed, fix=fix.format(nearest)
     )
 
 
 def unwritable(path: str | os.PathLike[str], error: OSError) -> FileWriteError:
     """Return the error for a file that the system refuses to write."""
     return FileWriteError(
-        explain(
-            f"{os.fspath(path)!r} cannot be written: {error.strerror or error}.",
-            "a file name in an existing folder that you may write to.",
-            f"os.makedirs({str(Path(path).parent)!r}, exist_ok=True)",
-        )
+        problem=f"{os.fspath(path)!r} cannot be written: {error.strerror or error}.",
+        expected="a file name in an existing folder that you may write to.",
+        fix=f"os.makedirs({str(Path(path).parent)!r}, exist_ok=True)",
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from torchdiffeq_hyper._files._records import Default, Record, Table
 from torchdiffeq_hyper._files._rules import Anything, Mismatch, Rule, Text, Whole, refused
-from torchdiffeq_hyper.errors import FileFormatError, explain, unwritable
+from torchdiffeq_hyper.errors import FileFormatError, unwritable
 
 FORMAT_VERSION = 1
 HEADER: dict[str, Rule | Default] = {"format_version": Whole(1), "kind": Text(100)}
@@ -95,11 +95,9 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
     metadata = read_metadata(path)
     if metadata["kind"] != kind:
         raise FileFormatError(
-            explain(
-                f"{os.fspath(path)!r} holds a {metadata['kind']!r}.",
-                f"a file of kind {kind!r}.",
-                "the loader that belongs to the file's kind",
-            )
+            problem=f"{os.fspath(path)!r} holds a {metadata['kind']!r}.",
+            expected=f"a file of kind {kind!r}.",
+            fix="the loader that belongs to the file's kind",
         )
     with _open(path) as file:
         tensors = {name: _tensor(file, name, path) for name in file.keys()}  # noqa: SIM118
@@ -129,11 +127,9 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         text = (file.metadata() or {}).get(_KEY)
     if text is None:
         raise FileFormatError(
-            explain(
-                f"{os.fspath(path)!r} is a safetensors file of another program.",
-                "a file that `save` of this package wrote.",
-                "solver.save(path)   # weights alone: safetensors.torch.load_file(path)",
-            )
+            problem=f"{os.fspath(path)!r} is a safetensors file of another program.",
+            expected="a file that `save` of this package wrote.",
+            fix="solver.save(path)   # weights alone: safetensors.torch.load_file(path)",
         )
     with damage_reported(path):
         try:
@@ -146,11 +142,9 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         version = Record(HEADER).check(header, "")["format_version"]
     if version > FORMAT_VERSION:
         raise FileFormatError(
-            explain(
-                f"{os.fspath(path)!r} has format {version}.",
-                f"a format up to {FORMAT_VERSION}, which is what this version knows.",
-                "pip install -U torchdiffeq_hyper",
-            )
+            problem=f"{os.fspath(path)!r} has format {version}.",
+            expected=f"a format up to {FORMAT_VERSION}, which is what this version knows.",
+            fix="pip install -U torchdiffeq_hyper",
         )
     return dict(metadata)
 
@@ -172,9 +166,9 @@ def damage_reported(path: str | os.PathLike[str]) -> Iterator[None]:
 def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
     if Path(path).is_dir():
         raise FileFormatError(
-            explain(
-                f"{os.fspath(path)!r} is a folder.", "a file that `save` wrote.", "name the file"
-            )
+            problem=f"{os.fspath(path)!r} is a folder.",
+            expected="a file that `save` wrote.",
+            fix="name the file",
         )
     try:
         with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
@@ -188,5 +182,7 @@ def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
         else:
             problem = f"{os.fspath(path)!r} is not a safetensors file."
         raise FileFormatError(
-            explain(problem, "a complete file that `save` wrote.", "copy or save it again")
+            problem=problem,
+            expected="a complete file that `save` wrote.",
+            fix="copy or save it again",
         ) from error

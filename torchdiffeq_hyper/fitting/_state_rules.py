@@ -32,7 +32,7 @@ from torchdiffeq_hyper._files import (
     missing,
     refused,
 )
-from torchdiffeq_hyper.hypernets._select import ARCHITECTURES
+from torchdiffeq_hyper.hypernets._files import ARCHITECTURES
 from torchdiffeq_hyper.solvers._files import REPORT
 
 _MOMENT = TensorOf(FLOATS, is_finite=True)

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from torchdiffeq_hyper.errors import FileWriteError, MissingExtraError, OptionError
-from torchdiffeq_hyper.evaluation import EvaluationRow, EvaluationTable, _plotting
+from torchdiffeq_hyper.evaluation import EvaluationRow, EvaluationTable, _table
 
 
 def row(method: str, nfe: int, error: float, *, is_learned: bool = False) -> EvaluationRow:
@@ -48,8 +48,8 @@ def draw(rows: tuple[EvaluationRow, ...], path: Path) -> None:
 @pytest.fixture
 def figure(monkeypatch: pytest.MonkeyPatch) -> Figure:
     """The figure that `plot` is going to draw on."""
-    figure = _plotting._new_figure()
-    monkeypatch.setattr(_plotting, "_new_figure", lambda: figure)
+    figure = _table._new_figure()
+    monkeypatch.setattr(_table, "_new_figure", lambda: figure)
     return figure
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields._independence import find_coupling
+from torchdiffeq_hyper._fields import find_coupling
 from torchdiffeq_hyper._state import State, VectorField, parts_of
 from torchdiffeq_hyper.errors import FitDivergedError, OptionError, explain
 from torchdiffeq_hyper.fitting._adamw import AdamWPhase, AdamWState

@@ -22,7 +22,6 @@ from torchdiffeq_hyper.fitting._neural_ode import attributes_kept
 from torchdiffeq_hyper.fitting._prepare import (
     NOISE_LATEST,
     FieldCheck,
-    NotUsed,
     measured,
     most_batches,
     planned,
@@ -58,14 +57,14 @@ def run(
         is_shown = shown and problem.group.is_first
         with (
             closing(Progress(title, problem.config.iterations, shown=is_shown)) as progress,
-            suppress(NotUsed),
+            suppress(_NotUsed),
             _trained_in_place(target),
         ):
             report = _Fit(target, batches, budget, progress).run()
             solver = target.solver(first)
             problem.group.finish()
             if solver.hypernet is not target.net:
-                raise NotUsed
+                raise _NotUsed
         solver.report = report
         for parameter in solver.parameters():
             parameter.grad = None
@@ -83,6 +82,10 @@ def _undisturbed(func: VectorField, problem: Problem) -> Iterator[None]:
         stack.enter_context(attributes_kept(problem.func))
         stack.enter_context(problem.group.together())
         yield
+
+
+class _NotUsed(Exception):  # noqa: N818 - not an error
+    """Raised to leave a net as on an error: as it was before, since it is not in the result."""
 
 
 @contextmanager

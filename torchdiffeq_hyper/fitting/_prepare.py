@@ -40,10 +40,6 @@ MOST_BYTES = 2**30
 ENDLESS = Budget(math.inf)
 
 
-class NotUsed(Exception):  # noqa: N818 - not an error
-    """Raised to leave a fit's contexts as on an error: a given net is as it was before."""
-
-
 @dataclass(frozen=True)
 class FieldCheck:
     """What the check of a field that can be fitted has told.

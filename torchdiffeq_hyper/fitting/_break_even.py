@@ -172,14 +172,12 @@ def measure(
 ) -> BreakEven | str:
     """Measure a fitted solver's time, and that of a classical solver that is as accurate.
 
-    The alternative is the fastest of the fixed-step methods in `classical.FIXED` and dopri5,
+    The alternative is the fastest of the fixed-step methods in `FIXED` and dopri5,
     each with the fewest steps or the loosest tolerance found that reach the fitted solver's
     mean relative error at the end of the span, on the same held-out samples. Times are
     medians of interleaved runs of the whole batch, without gradients. Takes a twentieth of
-    the fit's time, or five seconds if that is more, but no more than ``seconds_left``.
-
-    Returns:
-        The reason, where there is none.
+    the fit's time, or five seconds if that is more, but no more than ``seconds_left``. Where
+    there is no break-even, it is the reason.
     """
     if is_half(batch.dtype):
         return "the host cannot solve in half precision"

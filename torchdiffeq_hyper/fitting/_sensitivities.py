@@ -153,24 +153,14 @@ class RollOut:
 
 
 class NormalEquations(NamedTuple):
-    """Curvature H and gradient g of a batch; those of more add up.
+    """Curvature H and gradient g of a batch, float64; those of more add up."""
 
-    Attributes:
-        curvature: (n_weights, n_weights) float64.
-        gradient: (n_weights,) float64.
-    """
-
-    curvature: Tensor
-    gradient: Tensor
+    curvature: Tensor  # (n_weights, n_weights)
+    gradient: Tensor  # (n_weights,)
 
     @classmethod
     def of(cls, residual: Tensor, sensitivities: Tensor) -> NormalEquations:
-        """Return those of one batch.
-
-        Args:
-            residual: the weighted residuals, any shape.
-            sensitivities: (n_weights, ...) the same of their derivatives.
-        """
+        """Return those of weighted residuals, and of their derivatives (n_weights, ...)."""
         rows = sensitivities.flatten(1)
         return cls(
             curvature=(rows @ rows.t()).double().cpu(),
@@ -196,11 +186,6 @@ class NormalEquations(NamedTuple):
 
         The last time stays 1, and no time comes to lie before the one before it: an active
         set, to which the bounds that a step would cross are added as long as it crosses any.
-
-        Args:
-            vector: packed weights, (n_weights,) float64.
-            n: calls of func.
-            damping: lambda.
         """
         diagonal = self.curvature.diagonal()
         if not bool(torch.isfinite(self.curvature).all()) or float(diagonal.max()) <= 0:

@@ -3,7 +3,7 @@ r"""The paper's hypernet layout: any net on the concatenation of a step's inputs
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +110,8 @@ class ConcatHypernet(nn.Module):
         # Then `join_channels` would return states as they are: this runs at every step.
         is_joined = isinstance(step.y, Tensor) and step.y.dim() > 1
         y: Any = step.y if is_joined else join_channels(step.y)
-        check_real(y)
+        if y.is_complex():
+            refuse_complex(y)
         scalar = (y.shape[0], 1, *y.shape[2:])
         columns: list[Tensor] = []
         for name in self.inputs:
@@ -176,7 +177,8 @@ def _context_columns(context: tuple[Tensor, ...], y: Tensor) -> list[Tensor]:
 
 
 def _as_channels(part: Tensor, y: Tensor) -> Tensor:
-    check_real(part)
+    if part.is_complex():
+        refuse_complex(part)
     spatial = y.shape[2:]
     if part.shape[:1] != y.shape[:1] or part.shape[2:] not in (spatial, ()):
         raise StateShapeError(
@@ -232,14 +234,13 @@ def check_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def check_real(y: Tensor) -> None:
-    """Refuse a complex state."""
-    if y.is_complex():
-        raise StateTypeError(
-            problem=f"the state is complex ({y.dtype}), nets take real channels.",
-            expected="a real state, or a hypernet of your own that handles complex numbers.",
-            fix="a func on torch.view_as_real(y), real and imaginary parts being channels",
-        )
+def refuse_complex(y: Tensor) -> NoReturn:
+    """Raise the error about a complex state."""
+    raise StateTypeError(
+        problem=f"the state is complex ({y.dtype}), nets take real channels.",
+        expected="a real state, or a hypernet of your own that handles complex numbers.",
+        fix="a func on torch.view_as_real(y), real and imaginary parts being channels",
+    )
 
 
 def join_channels(state: State) -> Tensor:

@@ -8,8 +8,7 @@ from typing import NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._fields._checks import check_answer
-from torchdiffeq_hyper._fields._context import SHAPE_CLASHES
+from torchdiffeq_hyper._fields import SHAPE_CLASHES, check_answer
 from torchdiffeq_hyper._state import State, StateLayout, VectorField, is_half, parts_of
 from torchdiffeq_hyper.errors import (
     CoupledSamplesError,

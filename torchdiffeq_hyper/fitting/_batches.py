@@ -8,7 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._state import State, StateLayout, how_to_batch, parts_of
+from torchdiffeq_hyper._state import State, StateLayout, how_to_batch, map_parts, parts_of, take
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._context import (
@@ -143,12 +143,7 @@ def _checked_starts(state: State, context: tuple[Tensor, ...]) -> Starts:
             problem="y0 is empty.", expected="at least two samples.", fix="y0 = torch.randn(256, 2)"
         )
     check_rows(context, state)
-    return Starts(_like(state, map(owned, parts)), context)
-
-
-def _like(state: State, parts: Iterable[Tensor]) -> State:
-    """Return parts as a tuple, or the only one, as ``state`` is built."""
-    return tuple(parts) if isinstance(state, tuple) else next(iter(parts))
+    return Starts(map_parts(owned, state), context)
 
 
 def _unwrapped(batch: object) -> State:
@@ -193,12 +188,12 @@ def _first(source: Iterator[Starts]) -> Starts:
 def _moved_to(batch: Starts, first: Starts) -> Starts:
     """Return a batch on the device and in the dtype of the first one."""
     check_like(batch, first)
-    pairs = zip(parts_of(batch.y0), parts_of(first.y0), strict=True)
-    context = zip(batch.context, first.context, strict=True)
-    return Starts(
-        _like(batch.y0, (part.to(model) for part, model in pairs)),
-        tuple(part.to(model) for part, model in context),
-    )
+    y0 = map_parts(_to, batch.y0, first.y0)
+    return Starts(y0, parts_of(map_parts(_to, batch.context, first.context)))
+
+
+def _to(part: Tensor, other: Tensor) -> Tensor:
+    return part.to(other)
 
 
 def check_like(batch: Starts, first: Starts) -> Starts:
@@ -251,9 +246,5 @@ def select(samples: State, index: Tensor) -> State: ...
 def select(samples: State | Starts, index: Tensor) -> State | Starts:
     """Return some of the samples, with their context."""
     if isinstance(samples, Starts):
-        return Starts(select(samples.y0, index), _rows(samples.context, index))
-    return _like(samples, _rows(parts_of(samples), index))
-
-
-def _rows(parts: Iterable[Tensor], index: Tensor) -> tuple[Tensor, ...]:
-    return tuple(part[index.to(part.device)] for part in parts)
+        return Starts(take(samples.y0, index), parts_of(take(samples.context, index)))
+    return take(samples, index)

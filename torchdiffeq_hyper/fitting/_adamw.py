@@ -22,7 +22,7 @@ from torchdiffeq_hyper._files import (
     Whole,
     refused,
 )
-from torchdiffeq_hyper.errors import FitDivergedError, NonFiniteError, explain
+from torchdiffeq_hyper.errors import FitDivergedError, NonFiniteError
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._checkpoint import PhaseState
 from torchdiffeq_hyper.fitting._data import Batch, Data
@@ -165,19 +165,15 @@ class AdamWPhase(Phase):
         problem = f"{what} turned non-finite at iteration {number} ({self.name} phase)"
         if math.isfinite(self._objective.base_error(batch, grid)):
             return FitDivergedError(
-                explain(
-                    f"{problem}.",
-                    "finite losses and gradients.",
-                    f"FitConfig(lr={self._config.lr / 10:g})",
-                )
+                problem=f"{problem}.",
+                expected="finite losses and gradients.",
+                fix=f"FitConfig(lr={self._config.lr / 10:g})",
             )
         return FitDivergedError(
-            explain(
-                f"{problem}; so does the base alone on these samples: it is unstable at these "
-                "step sizes.",
-                "a base that stays finite on all samples.",
-                'more steps, or no roll-outs: objective="residual"',
-            )
+            problem=f"{problem}; so does the base alone on these samples: it is unstable at these "
+            "step sizes.",
+            expected="a base that stays finite on all samples.",
+            fix='more steps, or no roll-outs: objective="residual"',
         )
 
     def error(self) -> float:

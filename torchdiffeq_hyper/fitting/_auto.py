@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn, optim
 
-from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.fitting._adamw import annealed
 from torchdiffeq_hyper.fitting._data import Batch
 from torchdiffeq_hyper.fitting._guard import own_random_state
@@ -76,11 +76,9 @@ def check_auto(hypernet: str) -> None:
     """Refuse a name that stands for no choice: any but "auto"."""
     if hypernet != AUTO:
         raise OptionError(
-            explain(
-                f"hypernet is {hypernet!r}.",
-                f'"{AUTO}", None for a ready net, or a torch.nn.Module called as g(step).',
-                f'hypernet="{AUTO}"   # or a net of tdh.hypernets',
-            )
+            problem=f"hypernet is {hypernet!r}.",
+            expected=f'"{AUTO}", None for a ready net, or a torch.nn.Module called as g(step).',
+            fix=f'hypernet="{AUTO}"   # or a net of tdh.hypernets',
         )
 
 

@@ -8,8 +8,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._state import State, StateLayout, how_to_batch, parts_of
-from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, explain
+from torchdiffeq_hyper._state import State, StateLayout, how_to_batch, map_parts, parts_of, take
+from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._context import (
     Context,
@@ -110,11 +110,9 @@ def checked_batch(batch: object, *, has_context: bool = False) -> Starts:
     if items is not batch or kinds[1:] != ["Tensor"] * max(1, len(kinds) - 1):
         found = f"a {type(batch).__name__} of {', '.join(kinds) or 'nothing'}"
         raise StateTypeError(
-            explain(
-                f'context is "batch", and a batch is {found}.',
-                "(state, *context): a state, itself a tensor or a tuple, and then tensors.",
-                "DataLoader(TensorDataset(y0, labels), batch_size=256)",
-            )
+            problem=f'context is "batch", and a batch is {found}.',
+            expected="(state, *context): a state, itself a tensor or a tuple, and then tensors.",
+            fix="DataLoader(TensorDataset(y0, labels), batch_size=256)",
         )
     state, *context = items
     return _checked_starts(_unwrapped(state), tuple(map(owned, context)))
@@ -126,35 +124,26 @@ def _checked_starts(state: State, context: tuple[Tensor, ...]) -> Starts:
     dtype = next((part.dtype for part in parts if part.is_complex()), None)
     if dtype is not None:
         raise StateTypeError(
-            explain(
-                f"y0 has dtype {dtype}.",
-                "a real state: hypernets take real channels.",
-                "func on torch.view_as_real(y), with real and imaginary parts as channels",
-            )
+            problem=f"y0 has dtype {dtype}.",
+            expected="a real state: hypernets take real channels.",
+            fix="func on torch.view_as_real(y), with real and imaginary parts as channels",
         )
     sizes = {part.shape[0] if part.dim() else None for part in parts}
     if len(sizes) > 1 or None in sizes:
         raise StateShapeError(
-            explain(
-                f"y0 has shape{'s' * (len(parts) > 1)} "
-                f"{', '.join(str(tuple(part.shape)) for part in parts)}.",
-                "the samples along dim 0, as many in every part.",
-                how_to_batch(state)
-                if len(parts) > 1
-                else "y0 = torch.stack(starts)   # a fit takes many samples",
-            )
+            problem=f"y0 has shape{'s' * (len(parts) > 1)} "
+            f"{', '.join(str(tuple(part.shape)) for part in parts)}.",
+            expected="the samples along dim 0, as many in every part.",
+            fix=how_to_batch(state)
+            if len(parts) > 1
+            else "y0 = torch.stack(starts)   # a fit takes many samples",
         )
     if not any(part.numel() for part in parts):
         raise OptionError(
-            explain("y0 is empty.", "at least two samples.", "y0 = torch.randn(256, 2)")
+            problem="y0 is empty.", expected="at least two samples.", fix="y0 = torch.randn(256, 2)"
         )
     check_rows(context, state)
-    return Starts(_like(state, map(owned, parts)), context)
-
-
-def _like(state: State, parts: Iterable[Tensor]) -> State:
-    """Return parts as a tuple, or the only one, as ``state`` is built."""
-    return tuple(parts) if isinstance(state, tuple) else next(iter(parts))
+    return Starts(map_parts(owned, state), context)
 
 
 def _unwrapped(batch: object) -> State:
@@ -163,12 +152,11 @@ def _unwrapped(batch: object) -> State:
         return batch  # type: ignore[return-value]
     if len(batch) > 1 and any(_is_integer(part) for part in batch):
         raise StateTypeError(
-            explain(
-                f"a batch is a list of {len(batch)} tensors, one of them of integers (labels?).",
-                "a list of the state's parts only, or word that the rest is context.",
-                'tdh.fit(func, loader, ..., context="batch")   # func(t, y, labels)\n'
-                "y0 = (batch[0] for batch in loader)          # if func needs no labels",
-            )
+            problem=f"a batch is a list of {len(batch)} tensors, one of them of integers "
+            "(labels?).",
+            expected="a list of the state's parts only, or word that the rest is context.",
+            fix='tdh.fit(func, loader, ..., context="batch")   # func(t, y, labels)\n'
+            "y0 = (batch[0] for batch in loader)          # if func needs no labels",
         )
     return batch[0] if len(batch) == 1 else tuple(batch)
 
@@ -180,11 +168,9 @@ def _is_integer(part: object) -> bool:
 def _iterate(y0: object) -> Iterator[object]:
     if not isinstance(y0, Iterable):
         raise StateTypeError(
-            explain(
-                f"y0 is a {type(y0).__name__}.",
-                "a tensor, a tuple of tensors, or an iterable of batches.",
-                "y0 = torch.as_tensor(y0)",
-            )
+            problem=f"y0 is a {type(y0).__name__}.",
+            expected="a tensor, a tuple of tensors, or an iterable of batches.",
+            fix="y0 = torch.as_tensor(y0)",
         )
     return iter(y0)
 
@@ -193,19 +179,21 @@ def _first(source: Iterator[Starts]) -> Starts:
     for batch in source:
         return batch
     raise OptionError(
-        explain("y0 yields no batch.", "at least one batch.", "y0 = [torch.randn(256, 2)]")
+        problem="y0 yields no batch.",
+        expected="at least one batch.",
+        fix="y0 = [torch.randn(256, 2)]",
     )
 
 
 def _moved_to(batch: Starts, first: Starts) -> Starts:
     """Return a batch on the device and in the dtype of the first one."""
     check_like(batch, first)
-    pairs = zip(parts_of(batch.y0), parts_of(first.y0), strict=True)
-    context = zip(batch.context, first.context, strict=True)
-    return Starts(
-        _like(batch.y0, (part.to(model) for part, model in pairs)),
-        tuple(part.to(model) for part, model in context),
-    )
+    y0 = map_parts(_to, batch.y0, first.y0)
+    return Starts(y0, parts_of(map_parts(_to, batch.context, first.context)))
+
+
+def _to(part: Tensor, other: Tensor) -> Tensor:
+    return part.to(other)
 
 
 def check_like(batch: Starts, first: Starts) -> Starts:
@@ -213,11 +201,9 @@ def check_like(batch: Starts, first: Starts) -> Starts:
     shapes, expected = ([tuple(p.shape[1:]) for p in parts_of(s.y0)] for s in (batch, first))
     if shapes != expected or isinstance(batch.y0, tuple) != isinstance(first.y0, tuple):
         raise StateShapeError(
-            explain(
-                f"a batch has trailing shapes {shapes}.",
-                f"{expected}, as the first batch.",
-                "batches that differ in their number of samples only",
-            )
+            problem=f"a batch has trailing shapes {shapes}.",
+            expected=f"{expected}, as the first batch.",
+            fix="batches that differ in their number of samples only",
         )
     check_context_like(batch.context, first.context)
     return batch
@@ -228,11 +214,9 @@ def _split(starts: Starts, config: FitConfig) -> tuple[Tensor, Tensor]:
     count = n_samples(starts)
     if count < 2:
         raise OptionError(
-            explain(
-                "y0 has a single sample: none would be left to measure the fit on.",
-                "at least two samples along dim 0, better hundreds.",
-                "y0 = torch.randn(256, 2)   # starts like those the solver will meet",
-            )
+            problem="y0 has a single sample: none would be left to measure the fit on.",
+            expected="at least two samples along dim 0, better hundreds.",
+            fix="y0 = torch.randn(256, 2)   # starts like those the solver will meet",
         )
     wanted = min(round(config.validation * count), MOST_HELD_OUT * config.batch_size)
     held = min(max(1, wanted), count - 1)
@@ -262,9 +246,5 @@ def select(samples: State, index: Tensor) -> State: ...
 def select(samples: State | Starts, index: Tensor) -> State | Starts:
     """Return some of the samples, with their context."""
     if isinstance(samples, Starts):
-        return Starts(select(samples.y0, index), _rows(samples.context, index))
-    return _like(samples, _rows(parts_of(samples), index))
-
-
-def _rows(parts: Iterable[Tensor], index: Tensor) -> tuple[Tensor, ...]:
-    return tuple(part[index.to(part.device)] for part in parts)
+        return Starts(take(samples.y0, index), parts_of(take(samples.context, index)))
+    return take(samples, index)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchdiffeq_hyper._fields import find_coupling
 from torchdiffeq_hyper._state import State, VectorField, parts_of
-from torchdiffeq_hyper.errors import FitDivergedError, OptionError, explain
+from torchdiffeq_hyper.errors import FitDivergedError, OptionError
 from torchdiffeq_hyper.fitting._adamw import AdamWPhase, AdamWState
 from torchdiffeq_hyper.fitting._auto import AUTO, check_auto
 from torchdiffeq_hyper.fitting._batches import n_samples
@@ -97,12 +97,10 @@ class BespokeTarget(Target):
         if isinstance(hypernet, str):
             check_auto(hypernet)
             raise OptionError(
-                explain(
-                    f'hypernet is "{AUTO}" and base is "{base}".',
-                    f'None (base "{base}" learns its coefficients, a net on top is extra) or a '
-                    "module.",
-                    "hypernet=None",
-                )
+                problem=f'hypernet is "{AUTO}" and base is "{base}".',
+                expected=f'None (base "{base}" learns its coefficients, a net on top is extra) or a '
+                "module.",
+                fix="hypernet=None",
             )
         return cls(problem, hypernet)
 
@@ -293,7 +291,7 @@ def _refuse(base: str, steps: Steps, alpha: float | None, objective: str, direct
         fix = 'objective="trajectory"   # or leave it out'
     else:
         return
-    raise OptionError(explain(f"{problem} {given}", expected, fix))
+    raise OptionError(problem=f"{problem} {given}", expected=expected, fix=fix)
 
 
 def _default_start(n: int) -> str:
@@ -318,12 +316,10 @@ def best_starts(held_out: Sequence[Chunk], like: Tensor) -> list[str]:
             sum(chunk.blown_up(weights) for chunk in held_out) for weights in classical.values()
         )
         raise FitDivergedError(
-            explain(
-                f"no classical method stays finite with {n} calls of func on the held-out "
-                f"samples: at best {least} of {total} blow up. There is nothing to start from.",
-                "a method that stays finite on all of them.",
-                f"a shorter span, starts without those, or more calls: steps={2 * n}",
-            )
+            problem=f"no classical method stays finite with {n} calls of func on the held-out "
+            f"samples: at best {least} of {total} blow up. There is nothing to start from.",
+            expected="a method that stays finite on all of them.",
+            fix=f"a shorter span, starts without those, or more calls: steps={2 * n}",
         )
     return finite
 

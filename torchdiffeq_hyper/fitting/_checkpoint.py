@@ -34,7 +34,7 @@ from torchdiffeq_hyper._files import (
     refused,
     shown,
 )
-from torchdiffeq_hyper.errors import FileFormatError, FileWriteError, explain, first_line
+from torchdiffeq_hyper.errors import FileFormatError, FileWriteError, first_line
 from torchdiffeq_hyper.fitting._signature import check_same_fit
 from torchdiffeq_hyper.hypernets._files import ARCHITECTURES
 from torchdiffeq_hyper.solvers._files import REPORT
@@ -262,11 +262,9 @@ def _check_generator(state: Tensor) -> None:
 
 def _unusable(path: Path, reason: str) -> FileFormatError:
     return FileFormatError(
-        explain(
-            f"{str(path)!r} is not a checkpoint of a fit, or is damaged: {reason}",
-            f"a file that a fit of this version wrote ({FORMAT}).",
-            _remedy(path),
-        )
+        problem=f"{str(path)!r} is not a checkpoint of a fit, or is damaged: {reason}",
+        expected=f"a file that a fit of this version wrote ({FORMAT}).",
+        fix=_remedy(path),
     )
 
 
@@ -276,9 +274,7 @@ def _remedy(path: Path) -> str:
 
 def _not_writable(path: Path, reason: str) -> FileWriteError:
     return FileWriteError(
-        explain(
-            f"the checkpoint {str(path)!r} cannot be written: {reason}",
-            "a file name in an existing folder that you may write to.",
-            f"os.makedirs({str(path.parent)!r}, exist_ok=True)",
-        )
+        problem=f"the checkpoint {str(path)!r} cannot be written: {reason}",
+        expected="a file name in an existing folder that you may write to.",
+        fix=f"os.makedirs({str(path.parent)!r}, exist_ok=True)",
     )

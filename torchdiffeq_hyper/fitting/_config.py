@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass
 
-from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class FitConfig:
     def _require(self, name: str, is_valid: bool, expected: str, example: str) -> None:  # noqa: FBT001
         if not is_valid:
             problem, fix = f"{name} is {getattr(self, name)!r}.", f"FitConfig({name}={example})"
-            raise OptionError(explain(problem, f"{expected}.", fix))
+            raise OptionError(problem=problem, expected=f"{expected}.", fix=fix)
 
 
 def _is_int(value: object, low: int) -> bool:

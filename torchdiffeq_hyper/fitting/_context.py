@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchdiffeq_hyper._fields import Conditioned
 from torchdiffeq_hyper._state import State, StateLayout, VectorField, parts_of
-from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, explain
+from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError
 from torchdiffeq_hyper.fitting._neural_ode import NeuralODEField, check_call, vector_field
 
 Context: TypeAlias = tuple[Tensor, ...] | Literal["batch"]
@@ -42,23 +42,19 @@ def split_context(func: VectorField, context: object) -> tuple[VectorField, Cont
     if isinstance(func, Conditioned):
         if context is not None:
             raise OptionError(
-                explain(
-                    "func is a Conditioned, and context is given, too.",
-                    "one of the two: they mean the same.",
-                    "tdh.fit(func.func, y0, t_span, ..., context=context)",
-                )
+                problem="func is a Conditioned, and context is given, too.",
+                expected="one of the two: they mean the same.",
+                fix="tdh.fit(func.func, y0, t_span, ..., context=context)",
             )
         context, func = func.inputs, func.func
     checked = _check_context(context)
     field = vector_field(func)
     if checked and isinstance(field, NeuralODEField):
         raise OptionError(
-            explain(
-                f"context is given, and func is a {type(func).__name__}: torchdyn calls its field "
-                "with t and y alone.",
-                "the field itself, called as func(t, y, *context).",
-                "tdh.fit(net, y0, t_span, ..., context=labels)",
-            )
+            problem=f"context is given, and func is a {type(func).__name__}: torchdyn calls its "
+            "field with t and y alone.",
+            expected="the field itself, called as func(t, y, *context).",
+            fix="tdh.fit(net, y0, t_span, ..., context=labels)",
         )
     # How many tensors a batch brings is only known once there is one.
     return (field if checked == "batch" else check_call(field, len(checked))), checked
@@ -81,21 +77,18 @@ def _check_context(context: object) -> Context:
         if context == "batch":
             return "batch"
         raise OptionError(
-            explain(
-                f"context is {context!r}.",
-                'a tensor or a tuple of tensors; "batch" where each batch of y0 brings its own.',
-                'context="batch"',
-            )
+            problem=f"context is {context!r}.",
+            expected='a tensor or a tuple of tensors; "batch" where each batch of y0 brings its '
+            "own.",
+            fix='context="batch"',
         )
     parts: Sequence[Any] = context if isinstance(context, tuple | list) else (context,)
     kinds = [type(part).__name__ for part in parts if not isinstance(part, Tensor)]
     if kinds or not parts:
         raise StateTypeError(
-            explain(
-                f"context {'holds a ' + kinds[0] if kinds else 'is empty'}.",
-                "a tensor or a tuple of tensors, with the samples along dim 0.",
-                "context=torch.as_tensor(labels)",
-            )
+            problem=f"context {'holds a ' + kinds[0] if kinds else 'is empty'}.",
+            expected="a tensor or a tuple of tensors, with the samples along dim 0.",
+            fix="context=torch.as_tensor(labels)",
         )
     return tuple(owned(part) for part in parts)
 
@@ -109,12 +102,10 @@ def check_rows(context: tuple[Tensor, ...], y0: State) -> None:
     if any(part.shape[:1] != first.shape[:1] for part in context):
         shapes = ", ".join(str(tuple(part.shape)) for part in context)
         raise StateShapeError(
-            explain(
-                f"the context has shape{'s' * (len(context) > 1)} {shapes}, and y0 has "
-                f"{len(first) if first.dim() else 'no'} samples.",
-                "the samples of y0 along dim 0, in the same order.",
-                "context=labels   # of shape (batch, ...)",
-            )
+            problem=f"the context has shape{'s' * (len(context) > 1)} {shapes}, and y0 has "
+            f"{len(first) if first.dim() else 'no'} samples.",
+            expected="the samples of y0 along dim 0, in the same order.",
+            fix="context=labels   # of shape (batch, ...)",
         )
 
 
@@ -123,11 +114,9 @@ def check_context_like(context: tuple[Tensor, ...], first: tuple[Tensor, ...]) -
     found, expected = context_signature(context), context_signature(first)
     if found != expected:
         raise StateShapeError(
-            explain(
-                f"a batch has the context {found or []} (trailing shapes and dtypes).",
-                f"{expected or []}, as the first batch.",
-                "batches that differ in their number of samples only",
-            )
+            problem=f"a batch has the context {found or []} (trailing shapes and dtypes).",
+            expected=f"{expected or []}, as the first batch.",
+            fix="batches that differ in their number of samples only",
         )
 
 
@@ -139,23 +128,19 @@ def context_signature(context: tuple[Tensor, ...]) -> list[list[Any]] | None:
 def one_batch() -> OptionError:
     """Return the error for "batch" where ``y0`` is one state."""
     return OptionError(
-        explain(
-            'context is "batch", and y0 is one state (a tensor, or a tuple: a tuple state).',
-            "an iterable of batches, each a state and its context; or the context itself.",
-            "context=labels\nor y0=[(y0, labels)]   # or a DataLoader that yields such",
-        )
+        problem='context is "batch", and y0 is one state (a tensor, or a tuple: a tuple state).',
+        expected="an iterable of batches, each a state and its context; or the context itself.",
+        fix="context=labels\nor y0=[(y0, labels)]   # or a DataLoader that yields such",
     )
 
 
 def many_batches() -> OptionError:
     """Return the error for one context where ``y0`` is many batches."""
     return OptionError(
-        explain(
-            "y0 is an iterable of batches, and the context is one for all samples: which rows "
-            "belong to which batch cannot be told.",
-            'context="batch" with batches (state, *context), and func without them.',
-            'tdh.fit(func, loader, t_span, ..., context="batch")',
-        )
+        problem="y0 is an iterable of batches, and the context is one for all samples: which rows "
+        "belong to which batch cannot be told.",
+        expected='context="batch" with batches (state, *context), and func without them.',
+        fix='tdh.fit(func, loader, t_span, ..., context="batch")',
     )
 
 

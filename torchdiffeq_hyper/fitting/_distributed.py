@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from torchdiffeq_hyper import errors
-from torchdiffeq_hyper.errors import HyperError, HyperWarning, RankError, explain
+from torchdiffeq_hyper.errors import HyperError, HyperWarning, RankError
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._field import wide_dtype
 
@@ -163,12 +163,11 @@ class ProcessGroup:
         elif sum_of_kinds**2 != self.size * sum_of_squares:  # unless all are equal
             self._is_heard = False
             raise RankError(
-                explain(
-                    f"the {self.size} processes of this fit went different ways.",
-                    "the same call in every process, with the same y0: fit shares it out itself.",
-                    "torch.manual_seed(0)   # before y0 or its DataLoader is made; no "
-                    "DistributedSampler",
-                )
+                problem=f"the {self.size} processes of this fit went different ways.",
+                expected="the same call in every process, with the same y0: fit shares it out "
+                "itself.",
+                fix="torch.manual_seed(0)   # before y0 or its DataLoader is made; no "
+                "DistributedSampler",
             )
 
     def _gather(self, value: T, device: torch.device | str) -> list[T]:

@@ -15,7 +15,6 @@ from torchdiffeq_hyper.errors import (
     NoisyFieldError,
     NonFiniteError,
     StateShapeError,
-    explain,
     first_line,
 )
 from torchdiffeq_hyper.fitting._batches import n_samples, select
@@ -98,11 +97,9 @@ def check_start(y0: Tensor) -> None:
     """Refuse starts that are not finite, by `NonFiniteError`."""
     if not is_finite(y0):
         raise NonFiniteError(
-            explain(
-                "y0 holds inf or nan.",
-                "finite starts.",
-                "y0 = y0[torch.isfinite(y0.flatten(1)).all(1)]   # of a tuple, every part",
-            )
+            problem="y0 holds inf or nan.",
+            expected="finite starts.",
+            fix="y0 = y0[torch.isfinite(y0.flatten(1)).all(1)]   # of a tuple, every part",
         )
 
 
@@ -149,11 +146,9 @@ def _answer(field: Field, t: Tensor, y: Tensor) -> Tensor:
     first, second = field(t, y), field(t, y)
     if not is_finite(first):
         raise NonFiniteError(
-            explain(
-                f"func returned inf or nan at t = {float(t):.6g}.",
-                "finite derivatives along the solution.",
-                "torch.isfinite(func(t, y)).all()",
-            )
+            problem=f"func returned inf or nan at t = {float(t):.6g}.",
+            expected="finite derivatives along the solution.",
+            fix="torch.isfinite(func(t, y)).all()",
         )
     check_repeatable(first, second, field.dtype, float(t))
     return first
@@ -169,13 +164,11 @@ def check_repeatable(first: Tensor, second: Tensor, dtype: torch.dtype, t: float
     change = difference / size if size > 0 else float(difference > 0)
     if change > slack:
         raise NoisyFieldError(
-            explain(
-                f"func answers differently twice at t = {t:.6g} and one y, by {change:.2g} "
-                "of its size: it draws fresh noise, or changes, at each call.",
-                "one answer, so that there is a solution to fit.",
-                "func.eval()   # if it is dropout; else draw the noise once, before the solve:\n"
-                "func.noise = torch.randn_like(y0)",
-            )
+            problem=f"func answers differently twice at t = {t:.6g} and one y, by {change:.2g} "
+            "of its size: it draws fresh noise, or changes, at each call.",
+            expected="one answer, so that there is a solution to fit.",
+            fix="func.eval()   # if it is dropout; else draw the noise once, before the solve:\n"
+            "func.noise = torch.randn_like(y0)",
         )
 
 
@@ -240,25 +233,21 @@ def _takes(field: Field, count: int, t: float) -> bool:
 
 def _refuse_order(field: Field, t: float) -> NoReturn:
     raise CoupledSamplesError(
-        explain(
-            f"func gives the same samples other derivatives at t = {t:.6g} where their order is "
-            "another: it holds something of every sample (labels, controls, noise), or dim 0 of y0 "
-            "is not that of samples.",
-            "a derivative of each sample that does not depend on its place in the batch.",
-            _how_to_condition(field),
-        )
+        problem=f"func gives the same samples other derivatives at t = {t:.6g} where their order "
+        "is another: it holds something of every sample (labels, controls, noise), or dim 0 of y0 "
+        "is not that of samples.",
+        expected="a derivative of each sample that does not depend on its place in the batch.",
+        fix=_how_to_condition(field),
     )
 
 
 def _refuse_size(field: Field, count: int, some: int, error: Exception) -> NoReturn:
     reason = first_line(error)
     raise StateShapeError(
-        explain(
-            f"func takes all {count} samples and fails on {some} ({reason}): it holds something "
-            "of every sample (labels, controls, noise) and does not say which row is whose.",
-            "a func of any of the samples, called with the rows that are theirs.",
-            _how_to_condition(field),
-        )
+        problem=f"func takes all {count} samples and fails on {some} ({reason}): it holds "
+        "something of every sample (labels, controls, noise) and does not say which row is whose.",
+        expected="a func of any of the samples, called with the rows that are theirs.",
+        fix=_how_to_condition(field),
     ) from error
 
 

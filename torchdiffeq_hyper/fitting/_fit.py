@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._state import State, VectorField
-from torchdiffeq_hyper.errors import StateTypeError, explain
+from torchdiffeq_hyper.errors import StateTypeError
 from torchdiffeq_hyper.fitting._bespoke import BespokeTarget
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._distributed import ProcessGroup
@@ -172,17 +172,13 @@ def check_hypernet(hypernet: object) -> None:
         return
     if not isinstance(hypernet, nn.Module):
         raise StateTypeError(
-            explain(
-                f"hypernet is a {type(hypernet).__name__}: it has no parameters to fit.",
-                "a torch.nn.Module called as g(step), or None for a ready net.",
-                "hypernet=tdh.ConcatHypernet(net)",
-            )
+            problem=f"hypernet is a {type(hypernet).__name__}: it has no parameters to fit.",
+            expected="a torch.nn.Module called as g(step), or None for a ready net.",
+            fix="hypernet=tdh.ConcatHypernet(net)",
         )
     if not any(parameter.requires_grad for parameter in hypernet.parameters()):
         raise StateTypeError(
-            explain(
-                "hypernet has no parameter that requires a gradient: nothing can be fitted.",
-                "at least one (a fitted net is frozen).",
-                "hypernet.requires_grad_()",
-            )
+            problem="hypernet has no parameter that requires a gradient: nothing can be fitted.",
+            expected="at least one (a fitted net is frozen).",
+            fix="hypernet.requires_grad_()",
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._state import State, StateLayout, sample_norms
-from torchdiffeq_hyper.errors import NoiseFloorError, explain
+from torchdiffeq_hyper.errors import NoiseFloorError
 from torchdiffeq_hyper.fitting._data import measure_residuals
 from torchdiffeq_hyper.fitting._field import Field, state_dtype
 from torchdiffeq_hyper.fitting._reference import Plan, TimeGrid, Tolerances, solve_reference
@@ -59,17 +59,15 @@ def _refuse(
 ) -> NoReturn:
     fewer = max(1, grid.n_steps // 2)
     raise NoiseFloorError(
-        explain(
-            f"{tableau.name} at {grid.n_steps} steps is already exact to this dtype, as far as "
-            f"can be told: its mean residual |R| is {size:.3g}, the noise in it {noise:.3g} "
-            f"({reference}).",
-            f"noise below {HIGHEST:g} of |R|: nothing else could be learned.",
-            "the base as it is, without a correction\n"
-            f"or fewer steps: steps={fewer}\n"
-            "or, if the digits matter: func.double() and y0.double()\n"
-            "or, if the reference is the loose part: "
-            "FitConfig(rtol=..., atol=...), 100 times smaller",
-        )
+        problem=f"{tableau.name} at {grid.n_steps} steps is already exact to this dtype, as far as "
+        f"can be told: its mean residual |R| is {size:.3g}, the noise in it {noise:.3g} "
+        f"({reference}).",
+        expected=f"noise below {HIGHEST:g} of |R|: nothing else could be learned.",
+        fix="the base as it is, without a correction\n"
+        f"or fewer steps: steps={fewer}\n"
+        "or, if the digits matter: func.double() and y0.double()\n"
+        "or, if the reference is the loose part: "
+        "FitConfig(rtol=..., atol=...), 100 times smaller",
     )
 
 
@@ -100,23 +98,19 @@ def refuse_exact(name: str, n: int, error: float, noise: float, dtype: torch.dty
     """Refuse to fit where a classical method is exact to rounding, or the reference too loose."""
     if noise > LOOSE * torch.finfo(dtype).eps:
         raise NoiseFloorError(
-            explain(
-                f"the reference solution is too loose to fit to: the mean relative error of {name} "
-                f"with {n} calls of func is {error:.3g}, the reference's own {noise:.3g}.",
-                "noise below half of the error. The default atol is absolute: it suits states of "
-                "size 1 and above.",
-                "config=tdh.FitConfig(atol=1e-3 * 1e-6)   # for states of size 1e-3",
-            )
+            problem="the reference solution is too loose to fit to: the mean relative error of "
+            f"{name} with {n} calls of func is {error:.3g}, the reference's own {noise:.3g}.",
+            expected="noise below half of the error. The default atol is absolute: it suits states "
+            "of size 1 and above.",
+            fix="config=tdh.FitConfig(atol=1e-3 * 1e-6)   # for states of size 1e-3",
         )
     raise NoiseFloorError(
-        explain(
-            f"{name} with {n} calls of func is already exact to this dtype, as far as can be "
-            f"told: its mean relative error is {error:.3g}, the noise in it {noise:.3g} ({dtype}).",
-            "noise below half of the error: nothing else could be learned.",
-            f"{name} as it is\n"
-            f"or fewer calls: steps={max(1, n // 2)}\n"
-            "or, if the digits matter: func.double() and y0.double()\n"
-            "or, if the reference is the loose part: FitConfig(rtol=..., atol=...), "
-            "100 times smaller",
-        )
+        problem=f"{name} with {n} calls of func is already exact to this dtype, as far as can be "
+        f"told: its mean relative error is {error:.3g}, the noise in it {noise:.3g} ({dtype}).",
+        expected="noise below half of the error: nothing else could be learned.",
+        fix=f"{name} as it is\n"
+        f"or fewer calls: steps={max(1, n // 2)}\n"
+        "or, if the digits matter: func.double() and y0.double()\n"
+        "or, if the reference is the loose part: FitConfig(rtol=..., atol=...), "
+        "100 times smaller",
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from torchdiffeq_hyper._state import is_half
-from torchdiffeq_hyper.errors import NonFiniteError, OptionError, closest, explain
+from torchdiffeq_hyper.errors import NonFiniteError, OptionError, closest
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._field import Field, check_start, state_dtype, wide_dtype
 from torchdiffeq_hyper.fitting._units import Units
@@ -92,11 +92,9 @@ def step_counts(steps: Steps) -> list[int]:
     checked = check_steps(steps)
     if checked is None:
         raise OptionError(
-            explain(
-                "steps is None.",
-                "an int of at least 1, or a range (low, high) of such.",
-                "steps=10   # or steps=(4, 16)",
-            )
+            problem="steps is None.",
+            expected="an int of at least 1, or a range (low, high) of such.",
+            fix="steps=10   # or steps=(4, 16)",
         )
     low, high = checked if isinstance(checked, tuple) else (checked, checked)
     if high - low < MOST_STEP_COUNTS:
@@ -116,11 +114,9 @@ def check_span(t_span: object) -> tuple[float, float]:
         usable = False
     if not usable:
         raise OptionError(
-            explain(
-                f"t_span is {t_span!r}.",
-                "two distinct finite times, the first of them y0's.",
-                "t_span=(0.0, 1.0)",
-            )
+            problem=f"t_span is {t_span!r}.",
+            expected="two distinct finite times, the first of them y0's.",
+            fix="t_span=(0.0, 1.0)",
         )
     return start, end
 
@@ -129,11 +125,9 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     """Return ``value`` if it is one of ``choices``, else raise `OptionError`."""
     if value not in choices:
         raise OptionError(
-            explain(
-                f"{name} is {value!r}.",
-                "one of " + ", ".join(f'"{choice}"' for choice in choices) + ".",
-                f'{name}="{closest(value, choices)}"',
-            )
+            problem=f"{name} is {value!r}.",
+            expected="one of " + ", ".join(f'"{choice}"' for choice in choices) + ".",
+            fix=f'{name}="{closest(value, choices)}"',
         )
     return value
 
@@ -229,21 +223,17 @@ def _explained(method: str) -> Iterator[None]:
         if not str(error).startswith(BROKEN_DOWN):  # func's own
             raise
         raise NonFiniteError(
-            explain(
-                f"the reference solution broke down: {error}.",
-                f"a solution that {method} can follow over the whole span.",
-                "a shorter t_span, or looser tolerances: FitConfig(rtol=1e-4)",
-            )
+            problem=f"the reference solution broke down: {error}.",
+            expected=f"a solution that {method} can follow over the whole span.",
+            fix="a shorter t_span, or looser tolerances: FitConfig(rtol=1e-4)",
         ) from error
     except ValueError as error:
         if "Invalid method" not in str(error):
             raise
         raise OptionError(
-            explain(
-                f"method is {method!r}: {error}",
-                "a method of torchdiffeq that controls its error.",
-                'FitConfig(method="dopri5")',
-            )
+            problem=f"method is {method!r}: {error}",
+            expected="a method of torchdiffeq that controls its error.",
+            fix='FitConfig(method="dopri5")',
         ) from error
 
 
@@ -252,9 +242,8 @@ def _check_finite(solution: Tensor, times: Tensor) -> None:
     if not bool(finite.all()):
         first = int(finite.int().argmin())
         raise NonFiniteError(
-            explain(
-                f"the reference solution holds inf or nan from t = {float(times[first]):.6g} on.",
-                "a finite solution over the whole span.",
-                "a shorter t_span, or starts that stay finite",
-            )
+            problem=f"the reference solution holds inf or nan from t = {float(times[first]):.6g} "
+            "on.",
+            expected="a finite solution over the whole span.",
+            fix="a shorter t_span, or starts that stay finite",
         )

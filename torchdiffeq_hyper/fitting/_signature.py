@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._files import shown
-from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.fitting._field import SHARES
 from torchdiffeq_hyper.fitting._units import differing, fingerprint
 
@@ -41,11 +41,11 @@ def check_same_call(signatures: Sequence[Mapping[str, Any]]) -> None:
         difference = _difference(other, signatures[0], "in process 0")
         if difference:
             raise OptionError(
-                explain(
-                    f"process {rank} of this fit makes another call than process 0: {difference}.",
-                    "the same arguments in every process, y0 among them: fit shares it out itself.",
-                    "torch.manual_seed(0)   # before y0 is drawn; and no DistributedSampler",
-                )
+                problem=f"process {rank} of this fit makes another call than process 0: "
+                f"{difference}.",
+                expected="the same arguments in every process, y0 among them: fit shares it out "
+                "itself.",
+                fix="torch.manual_seed(0)   # before y0 is drawn; and no DistributedSampler",
             )
 
 
@@ -56,11 +56,9 @@ def check_same_fit(
     difference = _difference(found, wanted)
     if difference:
         raise OptionError(
-            explain(
-                f"the checkpoint {path!r} belongs to another fit: {difference}.",
-                "the same call as the one that was interrupted.",
-                fix,
-            )
+            problem=f"the checkpoint {path!r} belongs to another fit: {difference}.",
+            expected="the same call as the one that was interrupted.",
+            fix=fix,
         )
 
 
@@ -74,11 +72,9 @@ def check_same_field(found: Mapping[str, Any] | None, wanted: Mapping[str, Any])
     difference = _difference(found, {FUNC: wanted[FUNC]})
     if difference:
         raise OptionError(
-            explain(
-                f"the checkpoint belongs to another field: {difference}.",
-                "the func that it was fitted to.",
-                "a new fit that begins with its net: HyperSolverModule(func, ..., hypernet=net)",
-            )
+            problem=f"the checkpoint belongs to another field: {difference}.",
+            expected="the func that it was fitted to.",
+            fix="a new fit that begins with its net: HyperSolverModule(func, ..., hypernet=net)",
         )
 
 

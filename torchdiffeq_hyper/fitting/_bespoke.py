@@ -98,8 +98,8 @@ class BespokeTarget(Target):
             check_auto(hypernet)
             raise OptionError(
                 problem=f'hypernet is "{AUTO}" and base is "{base}".',
-                expected=f'None (base "{base}" learns its coefficients, a net on top is extra) or a '
-                "module.",
+                expected=f'None (base "{base}" learns its coefficients, a net on top is extra) or '
+                "a module.",
                 fix="hypernet=None",
             )
         return cls(problem, hypernet)

@@ -48,7 +48,7 @@ from torchdiffeq_hyper.errors import (
 from torchdiffeq_hyper.solvers._files import (
     MOST_STEPS,
 )
-from torchdiffeq_hyper.solvers._solver import Weights, class_described
+from torchdiffeq_hyper.solvers._solver import Weights, solver_class
 
 KIND = "dise"
 _SETTINGS = ("steps", "rtol", "atol", "options")
@@ -259,7 +259,8 @@ def _rebuild(
             )
         )
     at = f"candidates[{position}].solver"
-    solver, loading = class_described(described).rebuild(described, weights, hypernet, path, at)
+    owner = solver_class(described.get("base"))
+    solver, loading = owner.rebuild(described, weights, hypernet, path, at)
     with refused(described_in(path)):
         if settings["method"] != solver.method:
             place = f"candidates[{position}].method"

@@ -35,9 +35,7 @@ from torchdiffeq_hyper._files._container import (
     HEADER,
     damage_reported,
     described_in,
-    read,
     tensors_under,
-    write,
 )
 from torchdiffeq_hyper._state import Hypernet
 from torchdiffeq_hyper.errors import BaseMismatchError, explain
@@ -174,17 +172,6 @@ class Saveable(Protocol):
         ...
 
 
-def write_hypersolver(path: str | os.PathLike[str], solver: Saveable) -> None:
-    """Write a hypersolver to ``path``.
-
-    Raises:
-        StateTypeError: the hypernet is a plain function, or holds more than tensors.
-        FileWriteError: the file cannot be written; nothing half-written is left.
-    """
-    tensors, settings = describe_hypersolver(solver)
-    write(path, tensors, KIND, settings)
-
-
 def describe_hypersolver(solver: Saveable) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a hypersolver's tensors and JSON-ready settings.
 
@@ -202,24 +189,6 @@ def describe_hypersolver(solver: Saveable) -> tuple[dict[str, Tensor], dict[str,
     }
 
 
-def read_hypersolver(
-    path: str | os.PathLike[str], hypernet: nn.Module | None
-) -> tuple[dict[str, Any], nn.Module, dict[str, Tensor]]:
-    """Return a hypersolver's arguments, its net and the net's weights, not yet loaded.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        FileFormatError: it cannot be used, or holds a net of one's own and ``hypernet``
-            is None.
-        BaseMismatchError: ``hypernet`` has other inputs or weights than the net saved.
-        StateShapeError: its weights have other shapes.
-        StateTypeError: its weights have other dtypes.
-    """
-    tensors, metadata = read(path, KIND)
-    arguments, net = rebuild_hypersolver(metadata, tensors, hypernet, path)
-    return arguments, net, tensors
-
-
 def rebuild_hypersolver(
     metadata: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
@@ -230,7 +199,7 @@ def rebuild_hypersolver(
     """Return a hypersolver's arguments and its net from what `describe_hypersolver` gave.
 
     The weights are not loaded yet; ``at`` is the place in the file. Raises what
-    `read_hypersolver` raises of the contents.
+    `Solver.rebuild` raises.
     """
     settings = checked(HYPERSOLVER, metadata, described_in(path), at)
     steps = settings["steps"]
@@ -279,17 +248,6 @@ class SaveableBespoke(Protocol):
         ...
 
 
-def write_bespoke(path: str | os.PathLike[str], solver: SaveableBespoke) -> None:
-    """Write a bespoke solver to ``path``.
-
-    Raises:
-        StateTypeError: the hypernet is a plain function, or holds more than tensors.
-        FileWriteError: the file cannot be written; nothing half-written is left.
-    """
-    tensors, settings = describe_bespoke(solver)
-    write(path, tensors, BNS, settings)
-
-
 def describe_bespoke(solver: SaveableBespoke) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a bespoke solver's tensors and JSON-ready settings.
 
@@ -314,23 +272,6 @@ def describe_bespoke(solver: SaveableBespoke) -> tuple[dict[str, Tensor], dict[s
     }
 
 
-def read_bespoke(
-    path: str | os.PathLike[str], hypernet: nn.Module | None
-) -> tuple[dict[str, Any], nn.Module | None, dict[str, Tensor]]:
-    """Return a bespoke solver's arguments, its net and the net's weights, not yet loaded.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        FileFormatError: it cannot be used, or holds a net of one's own and ``hypernet``
-            is None.
-        BaseMismatchError: ``hypernet`` is given and the file has none, or it is another net.
-        StateShapeError: its weights have other shapes.
-        StateTypeError: its weights have other dtypes.
-    """
-    tensors, metadata = read(path, BNS)
-    return rebuild_bespoke(metadata, tensors, hypernet, path)
-
-
 def rebuild_bespoke(
     metadata: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
@@ -338,7 +279,10 @@ def rebuild_bespoke(
     path: str | os.PathLike[str],
     at: str = "",
 ) -> tuple[dict[str, Any], nn.Module | None, dict[str, Tensor]]:
-    """Return the same as `read_bespoke` from what `describe_bespoke` gave, at a place in a file."""
+    """Return a bespoke solver's arguments, its net and the net's weights, not yet loaded.
+
+    From what `describe_bespoke` gave; the rest as in `rebuild_hypersolver`.
+    """
     settings = checked(BESPOKE, metadata, described_in(path), at)
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith(_NET)}
     description = settings["hypernet"]

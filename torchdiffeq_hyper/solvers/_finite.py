@@ -61,7 +61,7 @@ def raise_non_finite(
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Replay a solve that ended in inf or nan, and say where that began.
+    """Replay a solve that ended in inf or nan, and name the step where that began, and why.
 
     Args:
         step: the step of the failed solve.
@@ -71,7 +71,7 @@ def raise_non_finite(
         dtype: of the user's state, where the solve steps in another one.
 
     Raises:
-        NonFiniteError: always; the text names the step, the time and the culprit.
+        NonFiniteError: always.
     """
     if not is_finite(y0):
         raise NonFiniteError(

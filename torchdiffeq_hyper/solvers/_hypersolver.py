@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._fields._checks import check_hypernet
-from torchdiffeq_hyper._fields._context import context_of
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_half
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._domain import FitDomain
@@ -19,7 +18,7 @@ from torchdiffeq_hyper.solvers._finite import cast_back, is_finite, raise_non_fi
 from torchdiffeq_hyper.solvers._grid import Steps, check_steps, check_times, equal_steps, step_sizes
 from torchdiffeq_hyper.solvers._report import FitReport
 from torchdiffeq_hyper.solvers._solver import Solver, Weights
-from torchdiffeq_hyper.solvers._stepping import Correction, Step, integrate, stage_call
+from torchdiffeq_hyper.solvers._stepping import Step, integrate, stage_call
 from torchdiffeq_hyper.tableaus import Tableau
 
 
@@ -100,28 +99,11 @@ class HyperSolver(Solver, kind=KIND, loads_all=True):
         return self.method + ("" if self.alpha is None else f" (alpha {self.alpha:.3g})")
 
     def solve(self, func: VectorField, y0: State, t: Tensor) -> State:
-        """Solve dy/dt = func(t, y) from ``y0`` without a host.
+        """Solve dy/dt = func(t, y) from ``y0`` without a host: see `Solver.solve`.
 
-        Gives the numbers of ``odeint(func, y0, t, method=self.method)``. With two points
-        in ``t`` it takes ``steps`` equal steps, with more it takes one step between
-        consecutive points. It never branches on values, so that
-        ``torch.compile(solver.solve, fullgraph=True)`` makes one graph of it (a counter in
-        func, ``self.nfe += 1``, has torch compile anew each time); without gradients, two
-        points keep no state between.
-
-        Args:
-            func: called as ``func(t, y)`` with a 0-d ``t``; returns a state like ``y``.
-            y0: tensor of any shape, or tuple of tensors. Half precision is integrated
-                in float32 and cast for each call.
-            t: 1-D floating tensor, increasing or decreasing, from the time of ``y0`` on.
-
-        Returns:
-            The state at every point of ``t``: like ``y0`` with ``len(t)`` in front.
-
-        Raises:
-            StateTypeError: integer state, or a net on another device.
-            StateShapeError: ``t`` is not 1-D, or func or g returned another shape.
-            NonFiniteError: the solve ended in inf or nan, or overflows the state's dtype.
+        With two points in ``t`` it takes ``steps`` equal steps, with more it takes one step
+        between consecutive points. A step costs the base's calls of func and one of g; without
+        gradients, two points keep no state between.
 
         Example:
             >>> import torch, torchdiffeq_hyper as tdh
@@ -138,16 +120,8 @@ class HyperSolver(Solver, kind=KIND, loads_all=True):
             return layout.split(flat.unsqueeze(0).expand(n_points, *flat.shape).clone())
         if is_half(dtype):
             flat = flat.float()
-        part = None if self.domain is None else self.domain.corrected_part(y0)
-        correction = Correction(
-            self.hypernet,
-            self.tableau.order,
-            layout,
-            flat,
-            part=part,
-            context=context_of(func),
-        )
         call = stage_call(func, layout, dtype, is_scalar=flat.dim() == 0)
+        correction = self._correction(self.tableau.order, func, y0, layout, flat)
         step = Step(self.tableau, call, correction)
         sizes = step_sizes(grid, are_equal=n_points == 2)
         self.warn_outside_fit(sizes, readable=None if n_points == 2 else self._read_off_by)

@@ -12,14 +12,16 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from torchdiffeq_hyper._fields._context import context_of
 from torchdiffeq_hyper._files._container import read, read_metadata, write
-from torchdiffeq_hyper._state import Hypernet, State, VectorField
+from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField
 from torchdiffeq_hyper.errors import OutsideFitWarning
 from torchdiffeq_hyper.hypernets._files import load_weights
 from torchdiffeq_hyper.solvers._domain import FitDomain, Match
 from torchdiffeq_hyper.solvers._export import export_solve
 from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers._report import FitReport
+from torchdiffeq_hyper.solvers._stepping import Correction
 
 Weights: TypeAlias = tuple[nn.Module, Mapping[str, Tensor], bool]
 """A net, the weights to load into it, and whether it is the caller's instance."""
@@ -108,13 +110,24 @@ class Solver(nn.Module, ABC):
     def solve(self, func: VectorField, y0: State, t: Tensor) -> State:
         """Solve dy/dt = func(t, y) from ``y0``, without a host.
 
+        Gives the numbers of ``odeint(func, y0, t, method=self.method)``. It never branches on
+        values, so that ``torch.compile(solver.solve, fullgraph=True)`` makes one graph of it
+        (a counter in func, ``self.nfe += 1``, has torch compile anew each time).
+
         Args:
             func: called as ``func(t, y)`` with a 0-d ``t``; returns a state like ``y``.
-            y0: tensor of any shape, or tuple of tensors.
-            t: 1-D floating tensor of times, from that of ``y0`` on.
+            y0: tensor of any shape, or tuple of tensors. Half precision is integrated
+                in float32 and cast for each call.
+            t: 1-D floating tensor, increasing or decreasing, from the time of ``y0`` on.
 
         Returns:
             The state at every point of ``t``: like ``y0`` with ``len(t)`` in front.
+
+        Raises:
+            OptionError: the solver belongs to a span, and ``t`` starts elsewhere or leaves it.
+            StateTypeError: integer state, or a net on another device.
+            StateShapeError: ``t`` is not 1-D, or func or g returned another shape.
+            NonFiniteError: the solve ended in inf or nan, or overflows the state's dtype.
         """
 
     def forward(self, func: VectorField, y0: State, t: Tensor) -> State:
@@ -155,6 +168,15 @@ class Solver(nn.Module, ABC):
         twin = copy.copy(self)
         twin._warned = {"direction", "dt", "points"}  # noqa: SLF001 - a copy of this very object
         return twin
+
+    def _correction(
+        self, order: int, func: VectorField, y0: State, layout: StateLayout, flat: Tensor
+    ) -> Correction:
+        """Return the learned term of one solve, for a base of that order."""
+        assert self.hypernet is not None
+        part = None if self.domain is None else self.domain.corrected_part(y0)
+        context = context_of(func)
+        return Correction(self.hypernet, order, layout, flat, part=part, context=context)
 
     @abstractmethod
     def describe(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -230,8 +252,7 @@ class Solver(nn.Module, ABC):
             ...     tdh.Solver.load(f"{folder}/solver.safetensors").method
             'hypereuler'
         """
-        kind = str(read_metadata(path)["kind"])
-        owner = _class_of.get(kind, cls) if cls._loads_all else cls
+        owner = solver_class(read_metadata(path)["kind"]) if cls._loads_all else cls
         tensors, settings = read(path, owner.kind)
         solver, weights = owner.rebuild(settings, tensors, hypernet, path)
         load_weights([] if weights is None else [weights], path)
@@ -278,6 +299,6 @@ class Solver(nn.Module, ABC):
         export_solve(path, self.solve, (func, self), (y0, t), dynamic_batch=dynamic_batch)
 
 
-def class_described(settings: Mapping[str, Any]) -> type[Solver]:
-    """Return the class of a solver described inside of another file, by its base."""
-    return _class_of.get(str(settings.get("base")), _class_of["hypersolver"])
+def solver_class(name: object) -> type[Solver]:
+    """Return the class of a file's solver, by its kind or its base; `HyperSolver` for others."""
+    return _class_of.get(str(name), _class_of["hypersolver"])

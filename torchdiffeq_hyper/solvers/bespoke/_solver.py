@@ -1,15 +1,14 @@
-r"""A bespoke non-stationary solver: one explicit method over the whole span, all learned."""
+"""A bespoke non-stationary solver: one explicit method over the whole span, all learned."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields._context import context_of
 from torchdiffeq_hyper._files._container import damage_reported
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_half
 from torchdiffeq_hyper.solvers._domain import FitDomain, Match
@@ -19,33 +18,37 @@ from torchdiffeq_hyper.solvers._grid import check_times
 from torchdiffeq_hyper.solvers._report import FitReport
 from torchdiffeq_hyper.solvers._solver import Solver, Weights
 from torchdiffeq_hyper.solvers._stepping import Correction, stage_call
-from torchdiffeq_hyper.solvers.bespoke._checks import (
-    check_knots,
-    check_weights,
-    is_whole_span,
-    raise_non_finite,
-    rounding_of,
-    slack_of,
-)
-from torchdiffeq_hyper.solvers.bespoke._dense import (
-    added_at_end,
+from torchdiffeq_hyper.solvers.bespoke._knots import (
+    Knots,
     between,
-    blank_outside,
+    check_knots,
     default_knots,
     hermite_weights,
-    passed_share,
-    stage_times,
 )
 from torchdiffeq_hyper.solvers.bespoke._rollout import (
-    KeptSchedule,
-    following,
-    is_differentiated,
+    Schedule,
+    ScheduleCache,
     is_plain,
+    raise_non_finite,
     roll_out,
     schedule,
 )
-from torchdiffeq_hyper.solvers.bespoke._weights import KeptWeights, classical, is_method
-from torchdiffeq_hyper.tableaus import StageCall
+from torchdiffeq_hyper.solvers.bespoke._span import (
+    differentiable_start,
+    is_whole_span,
+    nan_outside,
+    rounding_of,
+    slack_of,
+    snapped_to_ends,
+)
+from torchdiffeq_hyper.solvers.bespoke._weights import (
+    WeightCache,
+    check_weights,
+    classical,
+    is_differentiated,
+    is_method,
+    stage_times,
+)
 
 ORDER = 1
 """What weights that add up to the time passed guarantee, whatever they are."""
@@ -109,7 +112,7 @@ class BespokeSolver(Solver, kind=BNS):
         weights: Tensor,
         *,
         hypernet: Hypernet | None = None,
-        knots: tuple[Tensor, Tensor] | None = None,
+        knots: Knots | None = None,
         domain: FitDomain | None = None,
         report: FitReport | None = None,
     ) -> None:
@@ -120,8 +123,8 @@ class BespokeSolver(Solver, kind=BNS):
         values, slopes = default_knots(checked) if knots is None else check_knots(knots, checked)
         self.register_buffer("knot_values", values)
         self.register_buffer("knot_slopes", slopes)
-        self._kept = KeptSchedule()
-        self._in_use = KeptWeights()
+        self._schedules = ScheduleCache()
+        self._in_use = WeightCache()
 
     @classmethod
     def classical(cls, method: str, calls: int) -> BespokeSolver:
@@ -189,7 +192,7 @@ class BespokeSolver(Solver, kind=BNS):
 
     @property
     def is_tied_to_span(self) -> bool:
-        """Whether it serves no times but those of its span: unless it has none."""
+        """Whether it serves no times but those of its span: it does where it was fitted."""
         return self.span is not None
 
     def match(self, direction: int, start: float | None = None, end: float | None = None) -> Match:
@@ -219,30 +222,14 @@ class BespokeSolver(Solver, kind=BNS):
     def solve(
         self, func: VectorField, y0: State, t: Tensor, *, rtol: Any = None, atol: Any = None
     ) -> State:
-        """Solve dy/dt = func(t, y) over the fitted span, without a host.
+        """Solve dy/dt = func(t, y) over the fitted span, without a host: see `Solver.solve`.
 
         Costs n calls of func, wherever the points of ``t`` lie, and one of g. Without
         autograd it keeps n derivatives. Gradients flow to every point of ``t``: the first
         costs one more call where the span is fitted, and second derivatives by it alone are
-        not those of the solution.
-
-        Args:
-            func: called as ``func(t, y)`` with a 0-d ``t``; returns a state like ``y``.
-            y0: tensor of any shape, or tuple of tensors. Half precision is integrated
-                in float32 and cast for each call.
-            t: 1-D floating tensor that starts where the fitted span does and stays in
-                it. A compiled or exported solve cannot raise: outside, it gives nan.
-            rtol: ignored: there is no error estimate.
-            atol: ignored.
-
-        Returns:
-            The state at every point of ``t``: like ``y0`` with ``len(t)`` in front.
-
-        Raises:
-            OptionError: ``t`` starts elsewhere, or leaves the span.
-            StateTypeError: integer state, or a net on another device.
-            StateShapeError: ``t`` is not 1-D, or func or g returned another shape.
-            NonFiniteError: the solve ended in inf or nan, or overflows the state's dtype.
+        not those of the solution. ``t`` starts where the fitted span does and stays in it; a
+        compiled or exported solve cannot raise: outside, it gives nan. ``rtol`` and ``atol``
+        are ignored: there is no error estimate.
 
         Example:
             >>> import torch
@@ -264,37 +251,33 @@ class BespokeSolver(Solver, kind=BNS):
         start, end = self.span or (t[0], t[-1])
         call, first = stage_call(func, layout, dtype), flat
         if self.span is not None and not ends_at_end and is_differentiated(t):
-            flat = following(call, t, self.span[0], flat)
-        x, stages = self._roll_out(call, start, end, flat)
+            flat = differentiable_start(call, t, self.span[0], flat)
+        x, stages = roll_out(call, self._schedule(start, end, flat), flat)
         added = None
         if self.hypernet is not None:
-            part = None if self.domain is None else self.domain.corrected_part(y0)
-            correction = Correction(
-                self.hypernet, ORDER, layout, flat, part=part, context=context_of(func)
-            )
-            added = added_at_end(correction, x, stages, (start, end))
+            correction = self._correction(ORDER, func, y0, layout, flat)
+            added = _added_at_end(correction, x, stages, (start, end))
         if ends_at_end:
             y = (x if added is None else x + added).unsqueeze(0)
         else:
             share = (t - start) / (end - start)
-            passed = passed_share(share[1:].to(self.weights.dtype), rounding_of(self.span, t.dtype))
+            passed = share[1:].to(self.weights.dtype)
+            passed = snapped_to_ends(passed, rounding_of(self.span, t.dtype))
             knots = self.get_buffer("knot_values"), self.get_buffer("knot_slopes")
             own = (part.to(flat.device) for part in (self.weights, *knots))
             weights = hermite_weights(passed, *own) * (end - start)
-            weights = blank_outside(weights, share, slack_of(self.span, t_dtype))
+            weights = nan_outside(weights, share, slack_of(self.span, t_dtype))
             y = between(passed, weights.to(flat.dtype), flat, stages, added)
         if not is_finite(y[-1]):
             calls = schedule(self.weights.to(y.device), start, end, y.dtype)
             raise_non_finite(call, calls, first, dtype)
         return layout.split(cast_back(torch.cat([first.unsqueeze(0), y]), dtype))
 
-    def _roll_out(
-        self, call: StageCall, start: Any, end: Any, y: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _schedule(self, start: Any, end: Any, y: Tensor) -> Schedule:
         weights = self.weights
         if not is_plain() or self.span is None or weights.is_inference():
-            return roll_out(call, schedule(weights.to(y.device), start, end, y.dtype), y)
-        return roll_out(call, self._kept.of(weights, self.span, y), y)
+            return schedule(weights.to(y.device), start, end, y.dtype)
+        return self._schedules.of(weights, self.span, y)
 
     def describe(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what a file holds: see `Solver.describe`."""
@@ -322,10 +305,25 @@ class BespokeSolver(Solver, kind=BNS):
             self._in_use.is_fixed = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle as any module: the tableau is made when asked for."""
+        """Pickle as any module, once it is noted whether the weights may change."""
         self._in_use.watch(self._parameter)  # for the copy, which may be averaged or loaded
         return self.__dict__.copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickle as any module."""
-        nn.Module.__setstate__(self, {"_in_use": KeptWeights(), **state})  # older ones have none
+        """Unpickle as any module, with empty caches where an older version had none."""
+        caches = {"_in_use": WeightCache(), "_schedules": ScheduleCache()}
+        super().__setstate__({**caches, **state})  # type: ignore[no-untyped-call]
+
+
+def _added_at_end(
+    correction: Correction, x: Tensor, stages: Sequence[Tensor], span: tuple[Any, Any]
+) -> Tensor:
+    """Return what a hypernet of order 1 adds to the flat state at the end of the span."""
+    t_dtype = x.dtype.to_real() if x.dtype.is_complex else x.dtype
+    start, end = span
+    # The difference before the cast: far from zero the ends are rounded to a part of the span.
+    t0, dt = (torch.as_tensor(s, dtype=t_dtype, device=x.device) for s in (start, end - start))
+    out = correction.evaluate(t0, dt, x, tuple(stages))
+    if x.device.type == "cpu":
+        correction.look_at(dt, x.dtype)
+    return correction.add(torch.zeros_like(x), out, *correction.factors(dt, x.dtype))

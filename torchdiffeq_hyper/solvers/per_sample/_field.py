@@ -13,9 +13,8 @@ from torchdiffeq_hyper._fields._checks import check_kind
 from torchdiffeq_hyper._fields._context import HOW_TO_RESTRICT, can_restrict, restrict
 from torchdiffeq_hyper._fields._independence import check_independence
 from torchdiffeq_hyper._fields._reuse import own
-from torchdiffeq_hyper._state import State, VectorField, is_half, parts_of
+from torchdiffeq_hyper._state import RowLayout, State, VectorField, is_half, parts_of
 from torchdiffeq_hyper.errors import HyperError, OptionError, StateShapeError, explain, first_line
-from torchdiffeq_hyper.solvers.per_sample._rows import RowLayout
 
 TIME_MODES = {
     "vmap": "func is vectorised by torch.func.vmap: a 0-d t and a batch of 1 for each sample",
@@ -45,12 +44,9 @@ class SampleField:
     dtype: torch.dtype
 
     def __call__(self, t: Tensor, y: Tensor, index: Tensor) -> Tensor:
-        """Return the derivatives of the samples ``index``.
+        """Return the derivatives of the samples ``index``: their positions in the batch.
 
-        Args:
-            t: solver's times (active,).
-            y: their states, one a row.
-            index: their positions in the batch.
+        ``t`` are the solver's times (active,), ``y`` their states, one a row.
 
         Raises:
             StateShapeError: func returned another shape.
@@ -110,26 +106,24 @@ class SampleField:
         )
 
     def _raise_refused(self, error: Exception) -> NoReturn:
-        others = [mode for mode in TIME_MODES if mode != self.mode]
+        hint = "" if can_restrict(self.func) else "; what it holds of every sample is named"
+        fixes = [
+            f'options={{"time": "{mode}"}}   # {what}'
+            for mode, what in TIME_MODES.items()
+            if mode != self.mode
+        ]
         raise OptionError(
             explain(
                 f'func failed with options["time"] = "{self.mode}" ({TIME_MODES[self.mode]}): '
                 f"{type(error).__name__}: {first_line(error)}",
-                "a func that can be called that way, or another way of calling it"
-                + ("." if can_restrict(self.func) else "; what it holds of every sample is named."),
-                "\n".join(f'options={{"time": "{mode}"}}   # {TIME_MODES[mode]}' for mode in others)
-                + ("" if can_restrict(self.func) else f"\n{HOW_TO_RESTRICT}"),
+                f"a func that can be called that way, or another way of calling it{hint}.",
+                "\n".join(fixes if not hint else [*fixes, HOW_TO_RESTRICT]),
             )
         ) from error
 
 
 def check_samples_alone(field: SampleField, y0: State, times: Tensor) -> None:
     """Refuse a func whose samples depend on each other: solved alone they would go other ways.
-
-    Args:
-        field: the field.
-        y0: the state.
-        times: the solver's times.
 
     Raises:
         CoupledSamplesError: they depend on each other.

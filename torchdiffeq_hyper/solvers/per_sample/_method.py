@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._state import State, VectorField, is_half
-from torchdiffeq_hyper.errors import NonFiniteError, OptionError, closest, explain
+from torchdiffeq_hyper._state import RowLayout, State, VectorField, is_half
+from torchdiffeq_hyper.errors import (
+    NonFiniteError,
+    OptionError,
+    StateShapeError,
+    StateTypeError,
+    closest,
+    explain,
+)
 from torchdiffeq_hyper.solvers._finite import is_finite
 from torchdiffeq_hyper.solvers._grid import check_times
 from torchdiffeq_hyper.solvers.per_sample._control import StepControl
@@ -21,7 +29,9 @@ from torchdiffeq_hyper.solvers.per_sample._field import (
     check_times_alone,
 )
 from torchdiffeq_hyper.solvers.per_sample._loop import Loop, StepLog
-from torchdiffeq_hyper.solvers.per_sample._rows import RowLayout, Tolerance
+
+Tolerance: TypeAlias = float | Tensor | Sequence[float | Tensor]
+"""A number, a tensor that broadcasts against y0, or for tuple states one of these a part."""
 
 
 @dataclass(frozen=True)
@@ -119,16 +129,54 @@ class PerSampleDopri5(StepControl):
         check_samples_alone(field, y0, times)
         if self.time == "vector":
             check_times_alone(field, times, rows)
-        limits = layout.tolerance("rtol", rtol, rows), layout.tolerance("atol", atol, rows)
+        limits = _in_rows(layout, "rtol", rtol, rows), _in_rows(layout, "atol", atol, rows)
         log = None if draft is None else StepLog(len(rows), layout, sign)
-        solved = Loop(field, self, limits, times, log).run(rows)
+        loop = Loop(field, self, limits, times, log)
+        found = loop.run(rows)
         if draft is not None and log is not None:
-            draft.nfe, draft.sample_nfe = solved.calls, solved.nfe
+            draft.nfe, draft.sample_nfe = loop.calls, loop.nfe
             draft.steps = log.steps(y0)
-        solution = solved.rows.to(dtype)
+        solution = found.to(dtype)
         if not is_finite(solution):
-            _raise_non_finite(solution, solved.rows, t)
-        return layout.split(solution), solved.nfe
+            _raise_non_finite(solution, found, t)
+        return layout.split(solution), loop.nfe
+
+
+def _in_rows(layout: RowLayout, name: str, given: Tolerance, rows: Tensor) -> Tensor:
+    """Return a tolerance as a 0-d tensor or as a matrix like ``rows``, in float64.
+
+    Raises:
+        StateTypeError: a tuple of tolerances for a state that is one tensor.
+        StateShapeError: not as many tolerances as parts, or not of a part's shape.
+    """
+    if isinstance(given, float | int) or (isinstance(given, Tensor) and given.dim() == 0):
+        return torch.as_tensor(given, dtype=torch.float64, device=rows.device)
+    tolerances = [given] if isinstance(given, Tensor) else list(given)
+    if len(tolerances) != len(layout.shapes):
+        error = StateShapeError if layout.is_tuple else StateTypeError
+        raise error(
+            explain(
+                f"{name} has {len(tolerances)} entries.",
+                f"one a part: {len(layout.shapes)}." if layout.is_tuple else "one number.",
+                f"{name}=1e-3",
+            )
+        )
+    parts = []
+    for tolerance, shape, width in zip(tolerances, layout.shapes, layout.widths, strict=True):
+        # As the host does: a number in a tuple is rounded to the default dtype first.
+        part = torch.as_tensor(tolerance).to(rows.device, torch.float64)
+        full = (len(rows), *shape)
+        try:
+            parts.append(part.expand(full).reshape(len(rows), width))
+        except RuntimeError as problem:
+            raise StateShapeError(
+                explain(
+                    f"{name} has shape {tuple(part.shape)}.",
+                    f"a number, or a shape that broadcasts to y0's {full}.",
+                    f"{name}=1e-3",
+                )
+            ) from problem
+    return torch.cat(parts, dim=1)
 
 
 def _check_order(times: Tensor, t: Tensor) -> None:
@@ -147,12 +195,9 @@ def _check_order(times: Tensor, t: Tensor) -> None:
 
 
 def _raise_non_finite(solution: Tensor, rows: Tensor, t: Tensor) -> NoReturn:
-    """Name the first time and sample at which a solution is not finite.
+    """Name the first time and sample at which a solution (times, batch, width) is not finite.
 
-    Args:
-        solution: (times, batch, width), in the user's dtype.
-        rows: the same in the dtype that was integrated in.
-        t: the times.
+    ``rows`` is the same in the dtype that was integrated in.
     """
     broken = ~torch.isfinite(solution).all(dim=2)
     time, sample = broken.nonzero()[0].tolist()

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from torchdiffeq_hyper._state import State, values_of
-from torchdiffeq_hyper.errors import StateShapeError, StateTypeError, explain
+from torchdiffeq_hyper.errors import StateShapeError, StateTypeError
 
 
 class Match(IntEnum):
@@ -147,34 +147,28 @@ class FitDomain:
         if isinstance(y0, Tensor):
             if self.is_tuple:
                 raise StateTypeError(
-                    explain(
-                        "the solver was fitted on a tuple state, y0 is one tensor.",
-                        f"a tuple of {len(self.shapes)} tensors with trailing shapes "
-                        f"{self.shapes}.",
-                        "odeint(func, (y0, ...), t, ...)",
-                    )
+                    problem="the solver was fitted on a tuple state, y0 is one tensor.",
+                    expected=f"a tuple of {len(self.shapes)} tensors with trailing shapes "
+                    f"{self.shapes}.",
+                    fix="odeint(func, (y0, ...), t, ...)",
                 )
             return None
         if self.is_tuple:
             if len(y0) != len(self.shapes):
                 raise StateShapeError(
-                    explain(
-                        f"y0 is a tuple of {len(y0)} tensors.",
-                        f"{len(self.shapes)} tensors, as the solver was fitted.",
-                        "tdh.fit(func, y0, ...) on states of this structure",
-                    )
+                    problem=f"y0 is a tuple of {len(y0)} tensors.",
+                    expected=f"{len(self.shapes)} tensors, as the solver was fitted.",
+                    fix="tdh.fit(func, y0, ...) on states of this structure",
                 )
             return None
         matching = [i for i, part in enumerate(y0) if tuple(part.shape[1:]) == self.shapes[0]]
         if len(matching) != 1:
             shapes = [tuple(part.shape) for part in y0]
             raise StateShapeError(
-                explain(
-                    f"y0 is a tuple with shapes {shapes}; {len(matching)} of its parts have the "
-                    f"trailing shape {self.shapes[0]} that the solver was fitted on.",
-                    "exactly one such part: it is corrected, the others take the plain base.",
-                    "tdh.fit(func, y0, ...) with the whole tuple as y0",
-                )
+                problem=f"y0 is a tuple with shapes {shapes}; {len(matching)} of its parts have "
+                f"the trailing shape {self.shapes[0]} that the solver was fitted on.",
+                expected="exactly one such part: it is corrected, the others take the plain base.",
+                fix="tdh.fit(func, y0, ...) with the whole tuple as y0",
             )
         return matching[0]
 

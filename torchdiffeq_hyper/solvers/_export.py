@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from torchdiffeq_hyper._fields._reuse import attributes_as_found
-from torchdiffeq_hyper._files._container import write_bytes
+from torchdiffeq_hyper._fields import attributes_as_found
+from torchdiffeq_hyper._files import write_bytes
 from torchdiffeq_hyper._state import State, VectorField, parts_of
-from torchdiffeq_hyper.errors import ExportError, HyperError, explain
+from torchdiffeq_hyper.errors import ExportError, HyperError
 
 Solve = Callable[[VectorField, State, Tensor], State]
 
@@ -150,28 +150,24 @@ def _explained(error: Exception, *, dynamic_batch: bool) -> ExportError:
     problem = f"the solve cannot be exported: {type(error).__name__}: {reason}"
     if dynamic_batch and "Constraints violated" in reason:
         return ExportError(
-            explain(
-                f"{problem}\n  func or the hypernet works for one batch size only.",
-                "operations that take any batch size.",
-                "y.shape[0] in place of a number or len(y), or dynamic_batch=False",
-            )
+            problem=f"{problem}\n  func or the hypernet works for one batch size only.",
+            expected="operations that take any batch size.",
+            fix="y.shape[0] in place of a number or len(y), or dynamic_batch=False",
         )
     if dynamic_batch and "symbolic sizes" in reason:
         return ExportError(
-            explain(
-                f"{problem}\n  func or the hypernet differentiates forward (torch.func.jvp), which "
-                "torch traces for one batch size only.",
-                "derivatives by torch.func.vjp or torch.autograd.grad, which export for any.",
-                "torch.func.vjp(f, x)[1](v) in place of torch.func.jvp, or dynamic_batch=False",
-            )
+            problem=f"{problem}\n  func or the hypernet differentiates forward (torch.func.jvp), "
+            "which "
+            "torch traces for one batch size only.",
+            expected="derivatives by torch.func.vjp or torch.autograd.grad, which export for any.",
+            fix="torch.func.vjp(f, x)[1](v) in place of torch.func.jvp, or dynamic_batch=False",
         )
     return ExportError(
-        explain(
-            problem,
-            "a func and a hypernet of tensor operations: no if on values, no float(t), no numpy, "
-            "no counters in Python. Derivatives within func: by torch.autograd.grad or "
-            "torch.func.vjp.",
-            "torch.where(condition, a, b) in place of if; t in place of float(t)\n"
-            "calls counted outside: tdh.record() in place of self.nfe += 1",
-        )
+        problem=problem,
+        expected="a func and a hypernet of tensor operations: no if on values, no float(t), no "
+        "numpy, "
+        "no counters in Python. Derivatives within func: by torch.autograd.grad or "
+        "torch.func.vjp.",
+        fix="torch.where(condition, a, b) in place of if; t in place of float(t)\n"
+        "calls counted outside: tdh.record() in place of self.nfe += 1",
     )

@@ -75,7 +75,9 @@ def raise_non_finite(
     """
     if not is_finite(y0):
         raise NonFiniteError(
-            explain("y0 holds inf or nan.", "a finite start.", "torch.isfinite(y0).all()")
+            problem="y0 holds inf or nan.",
+            expected="a finite start.",
+            fix="torch.isfinite(y0).all()",
         )
     base = Step(step.tableau, step.call, None)
     y = y0
@@ -85,32 +87,27 @@ def raise_non_finite(
         plain, _ = base.increment(t0, t1 - t0, t1, y)
         if not is_finite(y + plain):
             raise NonFiniteError(
-                explain(
-                    f"the base method left the finite range {where}: func's answers are the cause.",
-                    "finite derivatives along the solution.",
-                    "more steps, or a reference, outside of tdh.override: "
-                    "odeint(func, y0, t, method='dopri5')" + wider_dtype(dtype),
-                )
+                problem=f"the base method left the finite range {where}: func's answers are the "
+                "cause.",
+                expected="finite derivatives along the solution.",
+                fix="more steps, or a reference, outside of tdh.override: "
+                "odeint(func, y0, t, method='dopri5')" + wider_dtype(dtype),
             )
         dy, _ = step.increment(t0, t1 - t0, t1, y)
         if not is_finite(dy):
             raise NonFiniteError(
-                explain(
-                    f"the hypernet returned inf or nan {where}.",
-                    "a finite correction.",
-                    "fit again with a lower lr, or solve nearer to the data it was fitted on",
-                )
+                problem=f"the hypernet returned inf or nan {where}.",
+                expected="a finite correction.",
+                fix="fit again with a lower lr, or solve nearer to the data it was fitted on",
             )
         y = y + dy
         if dtype is not None and not is_finite(y.to(dtype)):
             raise NonFiniteError(_overflow(dtype, y))
     raise NonFiniteError(
-        explain(
-            "the solve ended in inf or nan, a replay of it did not: func or the hypernet "
-            "answers differently each time.",
-            "a deterministic func and hypernet.",
-            "func.eval(); hypernet.eval()",
-        )
+        problem="the solve ended in inf or nan, a replay of it did not: func or the hypernet "
+        "answers differently each time.",
+        expected="a deterministic func and hypernet.",
+        fix="func.eval(); hypernet.eval()",
     )
 
 

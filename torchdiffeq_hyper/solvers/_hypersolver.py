@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields._checks import check_hypernet
+from torchdiffeq_hyper._fields import check_hypernet
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_half
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._domain import FitDomain
@@ -151,8 +151,8 @@ class HyperSolver(Solver, kind=KIND, loads_all=True):
         at: str = "",
     ) -> tuple[Solver, Weights | None]:
         """Return the solver of a file: see `Solver.rebuild`."""
-        arguments, net = rebuild_hypersolver(settings, tensors, hypernet, path, at)
-        return cls(hypernet=net, **arguments), (net, tensors, hypernet is not None)
+        arguments, net, weights = rebuild_hypersolver(settings, tensors, hypernet, path, at)
+        return cls(hypernet=net, **arguments), (net, weights, hypernet is not None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the tableau's closures."""

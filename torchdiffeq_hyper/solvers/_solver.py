@@ -12,8 +12,8 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields._context import context_of
-from torchdiffeq_hyper._files._container import read, read_metadata, write
+from torchdiffeq_hyper._fields import context_of
+from torchdiffeq_hyper._files import read, read_metadata, write
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField
 from torchdiffeq_hyper.errors import OutsideFitWarning
 from torchdiffeq_hyper.hypernets._files import load_weights

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, explain
+from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError
 from torchdiffeq_hyper.solvers._finite import is_finite
 from torchdiffeq_hyper.solvers.bespoke._weights import stage_times
 
@@ -180,18 +180,16 @@ def check_knots(knots: Knots, weights: Tensor) -> Knots:
         if not isinstance(knot, Tensor) or not knot.is_floating_point():
             got = knot.dtype if isinstance(knot, Tensor) else type(knot).__name__
             raise StateTypeError(
-                explain(f"the knots' {name} is {got}.", "a floating-point tensor.", fix)
+                problem=f"the knots' {name} is {got}.", expected="a floating-point tensor.", fix=fix
             )
         if knot.shape != (rows, n):
             raise StateShapeError(
-                explain(
-                    f"the knots' {name} has shape {tuple(knot.shape)}.",
-                    f"{(rows, n)}, weights being {(n, n)}.",
-                    fix,
-                )
+                problem=f"the knots' {name} has shape {tuple(knot.shape)}.",
+                expected=f"{(rows, n)}, weights being {(n, n)}.",
+                fix=fix,
             )
         if not knot.is_meta and not is_finite(knot):
             raise OptionError(
-                explain(f"the knots' {name} holds inf or nan.", "finite numbers.", fix)
+                problem=f"the knots' {name} holds inf or nan.", expected="finite numbers.", fix=fix
             )
     return knots

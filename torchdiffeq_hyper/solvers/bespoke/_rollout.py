@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._fields._reuse import own, owning, share_memory
-from torchdiffeq_hyper.errors import NonFiniteError, explain
+from torchdiffeq_hyper._fields import own, owning, share_memory
+from torchdiffeq_hyper.errors import NonFiniteError
 from torchdiffeq_hyper.solvers._finite import is_finite, wider_dtype
 from torchdiffeq_hyper.solvers.bespoke._weights import is_differentiated, stage_times
 from torchdiffeq_hyper.tableaus import StageCall
@@ -217,7 +217,9 @@ def raise_non_finite(call: StageCall, calls: Schedule, y0: Tensor, dtype: torch.
     """
     if not is_finite(y0):
         raise NonFiniteError(
-            explain("y0 holds inf or nan.", "a finite start.", "torch.isfinite(y0).all()")
+            problem="y0 holds inf or nan.",
+            expected="a finite start.",
+            fix="torch.isfinite(y0).all()",
         )
     x, stages, add = y0, [], _Chain(y0)
     for i, (t, row) in enumerate(zip(*calls, strict=True)):
@@ -225,19 +227,16 @@ def raise_non_finite(call: StageCall, calls: Schedule, y0: Tensor, dtype: torch.
         x = add(row, stages)
         if not is_finite(stages[-1]) or not is_finite(x):
             raise NonFiniteError(
-                explain(
-                    f"the solve left the finite range at call {i} of func, t = {float(t):.6g}.",
-                    "finite derivatives along the solution.",
-                    "starts like those the solver was fitted on\n"
-                    "or a reference, outside of tdh.override: odeint(func, y0, t, method='dopri5')"
-                    + wider_dtype(dtype),
-                )
+                problem=f"the solve left the finite range at call {i} of func, t = {float(t):.6g}.",
+                expected="finite derivatives along the solution.",
+                fix="starts like those the solver was fitted on\n"
+                "or a reference, outside of tdh.override: odeint(func, y0, t, method='dopri5')"
+                + wider_dtype(dtype),
             )
     raise NonFiniteError(
-        explain(
-            "the n calls of func stay finite: the hypernet returned inf or nan, or one of the two "
-            "answers differently each time.",
-            "a finite correction, and a deterministic func and hypernet.",
-            "fit again with a lower lr; func.eval(); hypernet.eval()",
-        )
+        problem="the n calls of func stay finite: the hypernet returned inf or nan, or one of "
+        "the two "
+        "answers differently each time.",
+        expected="a finite correction, and a deterministic func and hypernet.",
+        fix="fit again with a lower lr; func.eval(); hypernet.eval()",
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._state import is_half, values_of
-from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.solvers.bespoke._weights import is_differentiated
 from torchdiffeq_hyper.tableaus import StageCall
 
@@ -44,22 +44,18 @@ def is_whole_span(t: Tensor, span: Span | None, calls: int) -> bool:
             f"t = torch.cat([t.new_tensor([{_plain(start)}]), t])\n"
         )
         raise OptionError(
-            explain(
-                f"t goes from {points[0]:.6g} to {points[-1]:.6g}; the solver was fitted from "
-                f"{start:.6g} to {end:.6g}.",
-                f"times that start at {start:.6g} and stay in that span: all weights and times "
-                'of method "bns" belong to it.',
-                ends + (in_front if is_inside else "") + _another_fit(points, span, slack, calls),
-            )
+            problem=f"t goes from {points[0]:.6g} to {points[-1]:.6g}; the solver was fitted from "
+            f"{start:.6g} to {end:.6g}.",
+            expected=f"times that start at {start:.6g} and stay in that span: all weights and "
+            'times of method "bns" belong to it.',
+            fix=ends + (in_front if is_inside else "") + _another_fit(points, span, slack, calls),
         )
     forward = 1 if end > start else -1
     if any(forward * (after - before) < 0 for before, after in pairwise(points)):
         raise OptionError(
-            explain(
-                "t turns back on its way.",
-                f"times that only {'grow' if forward > 0 else 'fall'}.",
-                f"t = t.sort(descending={forward < 0}).values",
-            )
+            problem="t turns back on its way.",
+            expected=f"times that only {'grow' if forward > 0 else 'fall'}.",
+            fix=f"t = t.sort(descending={forward < 0}).values",
         )
     return len(t) == 2 and abs(points[1] - end) <= slack and not is_differentiated(t)
 

@@ -17,7 +17,6 @@ from torchdiffeq_hyper.errors import (
     StateShapeError,
     StateTypeError,
     closest,
-    explain,
 )
 from torchdiffeq_hyper.solvers._finite import is_finite
 
@@ -53,32 +52,32 @@ def check_weights(weights: Tensor) -> Tensor:
     fix = 'tdh.BespokeSolver.classical("rk4", 8)'
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
         got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
-        raise StateTypeError(explain(f"weights is {got}.", "a floating-point tensor.", fix))
+        raise StateTypeError(
+            problem=f"weights is {got}.", expected="a floating-point tensor.", fix=fix
+        )
     if weights.dim() != 2 or weights.shape[0] != weights.shape[1] or len(weights) == 0:
         raise StateShapeError(
-            explain(f"weights has shape {tuple(weights.shape)}.", "(n, n), n at least 1.", fix)
+            problem=f"weights has shape {tuple(weights.shape)}.",
+            expected="(n, n), n at least 1.",
+            fix=fix,
         )
     weights = weights.detach().clone()
     if weights.is_meta:
         return weights
     if not is_finite(weights) or bool(weights.triu(1).any()):
         raise OptionError(
-            explain(
-                "weights has entries above its diagonal, or some that are not finite.",
-                "zeros there: a state is made of the derivatives known before it.",
-                fix,
-            )
+            problem="weights has entries above its diagonal, or some that are not finite.",
+            expected="zeros there: a state is made of the derivatives known before it.",
+            fix=fix,
         )
     times = torch.cat([stage_times(weights), weights[-1:].sum(1)])
     is_rising = bool((times.diff() >= -SLACK).all())
     if not is_rising or abs(float(times[-1]) - 1) > SLACK:
         raise OptionError(
-            explain(
-                f"the rows of weights add up to {[round(t, 6) for t in times[1:].tolist()]}.",
-                "times that never decrease, from 0 on, the last one 1: each sum is the share of "
-                "the span passed.",
-                fix,
-            )
+            problem=f"the rows of weights add up to {[round(t, 6) for t in times[1:].tolist()]}.",
+            expected="times that never decrease, from 0 on, the last one 1: each sum is the share "
+            "of the span passed.",
+            fix=fix,
         )
     return weights
 
@@ -225,11 +224,9 @@ def classical(method: str, calls: int) -> Tensor:
     """
     if method not in _ROWS or len(_ROWS[method]) > calls:
         raise OptionError(
-            explain(
-                f"{method!r} in {calls} calls of func is none of the classical methods.",
-                "one of " + ", ".join(f'"{name}"' for name in _ROWS) + ", with enough calls.",
-                f'classical("{closest(method, list(_ROWS))}", {max(4, calls)})',
-            )
+            problem=f"{method!r} in {calls} calls of func is none of the classical methods.",
+            expected="one of " + ", ".join(f'"{name}"' for name in _ROWS) + ", with enough calls.",
+            fix=f'classical("{closest(method, list(_ROWS))}", {max(4, calls)})',
         )
     steps = [_ROWS[method]] * (calls // len(_ROWS[method]))
     if left := calls % len(_ROWS[method]):

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper.errors import OptionError
 
 ORDER = 5
 
@@ -153,11 +153,9 @@ class StepControl:
     def _require(self, name: str, is_valid: object, expected: str, example: float) -> None:
         if not is_valid:
             raise OptionError(
-                explain(
-                    f"{name} is {getattr(self, name)!r}.",
-                    f"a number {expected}.",
-                    f'options={{"{name}": {example}}}',
-                )
+                problem=f"{name} is {getattr(self, name)!r}.",
+                expected=f"a number {expected}.",
+                fix=f'options={{"{name}": {example}}}',
             )
 
     @torch.no_grad()

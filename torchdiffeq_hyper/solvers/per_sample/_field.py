@@ -9,12 +9,16 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._fields._checks import check_kind
-from torchdiffeq_hyper._fields._context import HOW_TO_RESTRICT, can_restrict, restrict
-from torchdiffeq_hyper._fields._independence import check_independence
-from torchdiffeq_hyper._fields._reuse import own
+from torchdiffeq_hyper._fields import (
+    HOW_TO_RESTRICT,
+    can_restrict,
+    check_independence,
+    check_kind,
+    own,
+    restrict,
+)
 from torchdiffeq_hyper._state import RowLayout, State, VectorField, is_half, parts_of
-from torchdiffeq_hyper.errors import HyperError, OptionError, StateShapeError, explain, first_line
+from torchdiffeq_hyper.errors import HyperError, OptionError, StateShapeError, first_line
 
 TIME_MODES = {
     "vmap": "func is vectorised by torch.func.vmap: a 0-d t and a batch of 1 for each sample",
@@ -96,13 +100,11 @@ class SampleField:
             return
         times = "t of shape (batch,)" if self.mode == "vector" else "a batch of 1"
         raise StateShapeError(
-            explain(
-                f"func returned {_listed(got)} for a state of {_listed(expected)}"
-                f' (options["time"] is "{self.mode}": func gets {times}).',
-                "a derivative of the state's own shape; a field that holds something of every "
-                "sample (noise, controls) must say which part of it belongs to which sample.",
-                HOW_TO_RESTRICT,
-            )
+            problem=f"func returned {_listed(got)} for a state of {_listed(expected)}"
+            f' (options["time"] is "{self.mode}": func gets {times}).',
+            expected="a derivative of the state's own shape; a field that holds something of every "
+            "sample (noise, controls) must say which part of it belongs to which sample.",
+            fix=HOW_TO_RESTRICT,
         )
 
     def _raise_refused(self, error: Exception) -> NoReturn:
@@ -113,12 +115,10 @@ class SampleField:
             if mode != self.mode
         ]
         raise OptionError(
-            explain(
-                f'func failed with options["time"] = "{self.mode}" ({TIME_MODES[self.mode]}): '
-                f"{type(error).__name__}: {first_line(error)}",
-                f"a func that can be called that way, or another way of calling it{hint}.",
-                "\n".join(fixes if not hint else [*fixes, HOW_TO_RESTRICT]),
-            )
+            problem=f'func failed with options["time"] = "{self.mode}" ({TIME_MODES[self.mode]}): '
+            f"{type(error).__name__}: {first_line(error)}",
+            expected=f"a func that can be called that way, or another way of calling it{hint}.",
+            fix="\n".join(fixes if not hint else [*fixes, HOW_TO_RESTRICT]),
         ) from error
 
 
@@ -181,13 +181,12 @@ def check_times_alone(field: SampleField, t: Tensor, y: Tensor) -> None:
     slack = torch.finfo(field.dtype).eps ** 0.5
     if not bool(((both - alone).abs() <= slack * scale).all() | ~torch.isfinite(scale)):
         raise OptionError(
-            explain(
-                'options["time"] is "vector", and func answers otherwise for two samples at two '
-                "times than for each of them alone.",
-                "a func that takes t of shape (batch,), and samples that do not depend on others.",
-                "t = t.reshape(-1, *[1] * (y.dim() - 1))   # in func, before t meets y\n"
-                'options={"time": "vmap"}   # or "loop": t is 0-d',
-            )
+            problem='options["time"] is "vector", and func answers otherwise for two samples at '
+            "two times than for each of them alone.",
+            expected="a func that takes t of shape (batch,), and samples that do not depend on "
+            "others.",
+            fix="t = t.reshape(-1, *[1] * (y.dim() - 1))   # in func, before t meets y\n"
+            'options={"time": "vmap"}   # or "loop": t is 0-d',
         )
 
 

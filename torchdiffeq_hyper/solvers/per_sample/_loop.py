@@ -246,20 +246,16 @@ class Loop:
             is_finite = bool(torch.isfinite(self._evaluate(one.samples, one.t, one.y)).all())
         if bool(one.is_still) and is_finite:
             raise NonFiniteError(
-                explain(
-                    f"the solution of {where} has reached {float(one.y.abs().amax()):.6g}, and a "
-                    "little further func returns inf or nan, or the state's dtype ends.",
-                    "a solution that stays where func and the state's dtype are finite.",
-                    "y0 = y0.double()   # or a span that ends before",
-                )
+                problem=f"the solution of {where} has reached {float(one.y.abs().amax()):.6g}, and "
+                "a little further func returns inf or nan, or the state's dtype ends.",
+                expected="a solution that stays where func and the state's dtype are finite.",
+                fix="y0 = y0.double()   # or a span that ends before",
             )
         if not is_finite or not bool(torch.isfinite(one.y).all()):
             raise NonFiniteError(
-                explain(
-                    f"func returned inf or nan for {where}.",
-                    "finite derivatives along the solution.",
-                    "torch.isfinite(func(t, y)).all()",
-                )
+                problem=f"func returned inf or nan for {where}.",
+                expected="finite derivatives along the solution.",
+                fix="torch.isfinite(func(t, y)).all()",
             )
         smallest = self._control.min_step
         if float(one.dt) == 0 < smallest:

@@ -17,7 +17,6 @@ from torchdiffeq_hyper.errors import (
     StateShapeError,
     StateTypeError,
     closest,
-    explain,
 )
 from torchdiffeq_hyper.solvers._finite import is_finite
 from torchdiffeq_hyper.solvers._grid import check_times
@@ -59,11 +58,9 @@ class PerSampleDopri5(StepControl):
         """Check every value."""
         if self.time not in TIME_MODES:
             raise OptionError(
-                explain(
-                    f"time is {self.time!r}.",
-                    "; ".join(f'"{mode}": {what}' for mode, what in TIME_MODES.items()) + ".",
-                    f'options={{"time": "{closest(self.time, TIME_MODES)}"}}',
-                )
+                problem=f"time is {self.time!r}.",
+                expected="; ".join(f'"{mode}": {what}' for mode, what in TIME_MODES.items()) + ".",
+                fix=f'options={{"time": "{closest(self.time, TIME_MODES)}"}}',
             )
         super().__post_init__()
 
@@ -155,11 +152,9 @@ def _in_rows(layout: RowLayout, name: str, given: Tolerance, rows: Tensor) -> Te
     if len(tolerances) != len(layout.shapes):
         error = StateShapeError if layout.is_tuple else StateTypeError
         raise error(
-            explain(
-                f"{name} has {len(tolerances)} entries.",
-                f"one a part: {len(layout.shapes)}." if layout.is_tuple else "one number.",
-                f"{name}=1e-3",
-            )
+            problem=f"{name} has {len(tolerances)} entries.",
+            expected=f"one a part: {len(layout.shapes)}." if layout.is_tuple else "one number.",
+            fix=f"{name}=1e-3",
         )
     parts = []
     for tolerance, shape, width in zip(tolerances, layout.shapes, layout.widths, strict=True):
@@ -170,11 +165,9 @@ def _in_rows(layout: RowLayout, name: str, given: Tolerance, rows: Tensor) -> Te
             parts.append(part.expand(full).reshape(len(rows), width))
         except RuntimeError as problem:
             raise StateShapeError(
-                explain(
-                    f"{name} has shape {tuple(part.shape)}.",
-                    f"a number, or a shape that broadcasts to y0's {full}.",
-                    f"{name}=1e-3",
-                )
+                problem=f"{name} has shape {tuple(part.shape)}.",
+                expected=f"a number, or a shape that broadcasts to y0's {full}.",
+                fix=f"{name}=1e-3",
             ) from problem
     return torch.cat(parts, dim=1)
 
@@ -184,13 +177,11 @@ def _check_order(times: Tensor, t: Tensor) -> None:
     if bool(finite & (times.diff() > 0).all()):
         return
     raise OptionError(
-        explain(
-            f"t goes back and forth: {t.tolist()[:8]}."
-            if bool(finite)
-            else f"t holds inf or nan: {t.tolist()[:8]}.",
-            "finite times that strictly increase, or strictly decrease.",
-            "t = t.unique()" if bool(finite) else "t = t[torch.isfinite(t)]",
-        )
+        problem=f"t goes back and forth: {t.tolist()[:8]}."
+        if bool(finite)
+        else f"t holds inf or nan: {t.tolist()[:8]}.",
+        expected="finite times that strictly increase, or strictly decrease.",
+        fix="t = t.unique()" if bool(finite) else "t = t[torch.isfinite(t)]",
     )
 
 
@@ -209,4 +200,4 @@ def _raise_non_finite(solution: Tensor, rows: Tensor, t: Tensor) -> NoReturn:
     else:
         problem = f"{where} left the finite range of {rows.dtype}."
         fix = "y0 = y0.double()   # or a span that ends before the solution blows up"
-    raise NonFiniteError(explain(problem, "a solution that stays finite.", fix))
+    raise NonFiniteError(problem=problem, expected="a solution that stays finite.", fix=fix)

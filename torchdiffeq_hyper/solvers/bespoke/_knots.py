@@ -92,7 +92,7 @@ def composed_knots(weights: Tensor, starts: list[int]) -> Knots:
     y0, y1, f0, f1 = values[left], values[left + 1], slopes[left], slopes[left + 1]
     of_values, of_slopes = _hermite(x, (y0, y1), (f0, f1))
     slope = 6 * x * (1 - x) * (y1 - y0) / size + (1 - x) * (1 - 3 * x) * f0
-    return (of_values + size * of_slopes)[1:-1].contiguous(), slope - x * (2 - 3 * x) * f1
+    return (of_values + size * of_slopes)[1:-1].clone(), slope - x * (2 - 3 * x) * f1
 
 
 def _hermite(

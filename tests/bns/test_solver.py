@@ -322,6 +322,20 @@ def test_it_is_a_solver_of_method_bns() -> None:
     assert HyperSolver("euler", lambda step: step.y).follows_grid
 
 
+@pytest.mark.parametrize("n", [1, 5])
+def test_every_way_to_sum_gives_the_sums_of_the_reference(
+    n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_rollout, "CHUNK", 3)
+    y = torch.randn(4, 3, 2, dtype=torch.float64).transpose(1, 2)
+    row, stages = torch.randn(n, dtype=torch.float64), [torch.randn_like(y) for _ in range(n)]
+    expected = _rollout._Chain(y)(row, stages)
+    for add in (_rollout._Chunks(y), _rollout._Matrix(y, n)):
+        for known in range(1, n):  # as a roll-out does, one derivative more each time
+            add(row[:known], stages[:known])
+        torch.testing.assert_close(add(row, list(stages)), expected, rtol=1e-13, atol=1e-13)
+
+
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
 def test_copies_give_the_same_numbers(copier: object) -> None:
     solver = random_solver(4)

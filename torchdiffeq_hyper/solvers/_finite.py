@@ -91,7 +91,7 @@ def raise_non_finite(
                 "cause.",
                 expected="finite derivatives along the solution.",
                 fix="more steps, or a reference, outside of tdh.override: "
-                "odeint(func, y0, t, method='dopri5')" + wider_dtype(dtype),
+                "odeint(func, y0, t, method='dopri5')" + advice_for_half(dtype),
             )
         dy, _ = step.increment(t0, t1 - t0, t1, y)
         if not is_finite(dy):
@@ -111,7 +111,7 @@ def raise_non_finite(
     )
 
 
-def wider_dtype(dtype: torch.dtype | None) -> str:
+def advice_for_half(dtype: torch.dtype | None) -> str:
     """Return one more fix for states of half precision, in which func is called."""
     if dtype is None or not is_half(dtype):
         return ""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchdiffeq_hyper._fields import own, owning, share_memory
 from torchdiffeq_hyper.errors import NonFiniteError
-from torchdiffeq_hyper.solvers._finite import is_finite, wider_dtype
+from torchdiffeq_hyper.solvers._finite import is_finite, advice_for_half
 from torchdiffeq_hyper.solvers.bespoke._weights import is_differentiated, stage_times
 from torchdiffeq_hyper.tableaus import StageCall
 
@@ -231,7 +231,7 @@ def raise_non_finite(call: StageCall, calls: Schedule, y0: Tensor, dtype: torch.
                 expected="finite derivatives along the solution.",
                 fix="starts like those the solver was fitted on\n"
                 "or a reference, outside of tdh.override: odeint(func, y0, t, method='dopri5')"
-                + wider_dtype(dtype),
+                + advice_for_half(dtype),
             )
     raise NonFiniteError(
         problem="the n calls of func stay finite: the hypernet returned inf or nan, or one of "

@@ -137,7 +137,7 @@ def selected(weights: Tensor) -> Tensor:
 
 
 class WeightCache:
-    """The weights in use of a parameter, kept as long as its values are the same.
+    """The weights in use of a parameter, cached as long as its values are the same.
 
     Args:
         is_fixed: whether the parameter was never seen to require a gradient.
@@ -166,7 +166,7 @@ class WeightCache:
         version = parameter._version  # noqa: SLF001 - of the values, counted by autograd
         if cached is not None and cached[0] is parameter and cached[1] == version:
             return cached[2]
-        # Whatever the mode, what is kept is to serve in all of them.
+        # Whatever the mode, what is cached is to serve in all of them.
         with torch.inference_mode(mode=False), torch.no_grad():
             weights = parameter if is_method(parameter) else consistent(parameter)
         self._cached = (parameter, version, weights)

@@ -28,7 +28,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 import torchdiffeq_hyper as tdh
-from torchdiffeq_hyper.methods._hookspecs import Register
+from torchdiffeq_hyper.methods import Register
 from torchdiffeq_hyper.tableaus import Edge, StageCall, Tableau
 
 SPAN = (0.0, 4.0)

@@ -65,8 +65,8 @@ class Gain(nn.Module):
 
 
 def _solver(method: str, kind: str) -> tuple[tdh.HyperSolver, Any, Any]:
-    tableau = _registry.find(method).solver
-    assert isinstance(tableau, Tableau)
+    tableau = _registry.find(method).tableau
+    assert tableau is not None
     # Fitted on tensors (batch, 3): of the tuple, the first part alone is corrected.
     domain = tdh.FitDomain((0.0, 1.0), 0.1, 1.0, (1, -1), ((3,),), is_tuple=False, dtype="float32")
     solver = tdh.HyperSolver(
@@ -161,7 +161,7 @@ class Watch(TorchDispatchMode):
 
 
 def _watched(method: str, steps: int, func: Any) -> Watch:
-    solver = tdh.HyperSolver(_registry.find(method).solver.name, Gain(), steps=steps)
+    solver = tdh.HyperSolver(_registry.find(method).tableau.name, Gain(), steps=steps)
     y0, t = torch.randn(50, 2), torch.tensor([0.0, 1.0])
     with torch.no_grad(), Watch(y0.numel()) as watch:
         solver.solve(func, y0, t)

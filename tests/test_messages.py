@@ -20,11 +20,7 @@ T = torch.tensor([0.0, 1.0])
 Y0 = torch.ones(4, 2)
 PAIR = (torch.ones(4, 2), torch.ones(4))
 QUICK = tdh.FitConfig(iterations=4, pretrain_iterations=2)
-LEARNED = [
-    name
-    for name, method in _registry.methods().items()
-    if isinstance(method.solver, tdh.tableaus.Tableau)
-]
+LEARNED = [name for name, method in _registry.methods().items() if method.is_learned]
 
 
 def _fix(error: BaseException) -> str:
@@ -55,8 +51,8 @@ def _like(value: float) -> Callable[[tdh.StepInput], Any]:
 def test_many_points_say_once_how_to_take_the_fitted_steps(
     method: str, steps: int, span: tuple[float, float]
 ) -> None:
-    base = _registry.methods()[method].solver
-    assert isinstance(base, tdh.tableaus.Tableau)
+    base = _registry.methods()[method].tableau
+    assert base is not None
     solver = tdh.HyperSolver(base.name, zero, steps, domain=_domain(span, steps))
     share = torch.cat([torch.zeros(1), torch.rand(39).sort().values, torch.ones(1)])
     t = span[0] + share * (span[1] - span[0])

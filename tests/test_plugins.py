@@ -21,8 +21,8 @@ import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import Counted, convergence_order, damped_wave, spiral, spiral_solution
 from torchdiffeq_hyper import errors
-from torchdiffeq_hyper.methods import _plugins, _registry
-from torchdiffeq_hyper.methods._hookspecs import PROJECT, Register
+from torchdiffeq_hyper.methods import Register, _plugins, _registry
+from torchdiffeq_hyper.methods._hookspecs import PROJECT
 
 
 class PlainEuler(FixedGridODESolver):  # type: ignore[misc]
@@ -268,7 +268,7 @@ import json, warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import torchdiffeq_hyper as tdh
-    from torchdiffeq_hyper import _registry
+    from torchdiffeq_hyper.methods import _registry
 told = [str(w.message) for w in caught if issubclass(w.category, tdh.errors.PluginWarning)]
 print(json.dumps({"told": told, "owners": {m.name: m.owner for m in _registry.methods().values()}}))
 """

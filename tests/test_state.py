@@ -61,7 +61,9 @@ def test_shapes_tell_states_from_answers_that_are_none() -> None:
         and kind is not errors.UnfinishedSolveError
     ],
 )
-def test_an_error_says_problem_expected_and_fix_also_as_a_copy(kind: type[Exception]) -> None:
+def test_errors_and_their_copies_say_problem_expected_fix(
+    kind: type[errors.HyperError],
+) -> None:
     error = kind(problem="this.", expected="that.", fix="a = 1\nb = 2")
     text = "this.\n  expected: that.\n  fix:      a = 1\n            b = 2"
     for same in (error, copy.copy(error), pickle.loads(pickle.dumps(error))):

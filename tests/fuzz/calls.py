@@ -13,7 +13,6 @@ from torchdiffeq import odeint, odeint_adjoint, odeint_event
 import torchdiffeq_hyper as tdh
 from fuzz.drawn import Draw
 from fuzz.fields import State
-from torchdiffeq_hyper.methods._registry import WholeSolve
 
 
 @contextmanager
@@ -61,9 +60,7 @@ def _settings(drawn: Draw) -> dict[str, Any]:
     options = {name: value for name, value in drawn.options.items() if name != "override"}
     is_option = drawn.entry in ("odeint", "adjoint", "event") and "hypernet" not in options
     if drawn.part is not None and is_option:
-        whole = drawn.method.solver
-        name = whole.option if isinstance(whole, WholeSolve) else "solver"
-        options[name or ""] = drawn.part
+        options[drawn.method.option or ""] = drawn.part
     return {"rtol": drawn.rtol, "atol": drawn.atol, "options": options}
 
 

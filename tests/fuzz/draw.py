@@ -13,8 +13,6 @@ from fuzz.drawn import Draw
 from fuzz.fields import ContextField, Field
 from fuzz.parts import draw_part
 from torchdiffeq_hyper.methods import _registry
-from torchdiffeq_hyper.methods._registry import WholeSolve
-from torchdiffeq_hyper.tableaus import Tableau
 
 METHODS = tuple(name for name, m in _registry.methods().items() if m.fitted is None)
 
@@ -48,7 +46,7 @@ def draw(name: str, seed: int, number: int) -> Draw:
     rng = random.Random(f"{name} {seed} {number}")
     torch.manual_seed(rng.getrandbits(32))
     method = _registry.find(name)
-    is_ours = isinstance(method.solver, Tableau | WholeSolve)
+    is_ours = method.is_learned or method.kind is not None
     # A plugin's own solver class is as good in half precision as the plugin makes it.
     dtype = rng.choice(DTYPES if is_ours else DTYPES[:8])
     shape = "large" if rng.random() < (0.02 if name == "bns" else 0.002) else rng.choice(USUAL)
@@ -169,7 +167,7 @@ def _grid_options(rng: random.Random, drawn: Draw) -> None:
         drawn.options["hypernet"] = drawn.net
         drawn.steps = None
         drawn.notes.append("bare net")
-    if rng.random() < 0.15 and drawn.method.is_learned and drawn.method.solver.alpha is not None:
+    if rng.random() < 0.15 and drawn.method.tableau and drawn.method.tableau.alpha is not None:
         drawn.options["alpha"] = drawn.alpha = rng.choice([0.5, 0.7, 1.0])
         drawn.notes.append(f"option alpha={drawn.alpha}")
     elif "hypernet" in drawn.options:

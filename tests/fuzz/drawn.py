@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fuzz.fields import State
-from torchdiffeq_hyper.methods._registry import Method, WholeSolve
-from torchdiffeq_hyper.tableaus import Tableau
+from torchdiffeq_hyper.methods._method import Method
 
 
 @dataclass
@@ -74,12 +73,12 @@ class Draw:
     @property
     def is_whole(self) -> bool:
         """Whether the fitted part solves the whole problem."""
-        return isinstance(self.method.solver, WholeSolve)
+        return self.method.kind is not None
 
     @property
     def is_plugins(self) -> bool:
         """Whether the method is a plugin's own solver class, with nothing of ours in it."""
-        return not isinstance(self.method.solver, Tableau | WholeSolve)
+        return not self.method.is_learned and self.method.kind is None
 
     @property
     def tells_samples_apart(self) -> bool:

@@ -15,7 +15,6 @@ from fuzz import reference
 from fuzz.calls import event_of
 from fuzz.drawn import Draw
 from fuzz.reference import Evaluate, Parts, Stepper
-from torchdiffeq_hyper.tableaus import Tableau
 
 
 @dataclass
@@ -69,10 +68,10 @@ class Reference:
         return Evaluate(func, is_tuple=self.drawn.is_tuple, rounded=self.drawn.dtype)
 
     def _stepper(self, evaluate: Evaluate) -> Stepper:
-        drawn, solver = self.drawn, self.drawn.method.solver
-        if not isinstance(solver, Tableau):
+        drawn, tableau = self.drawn, self.drawn.method.tableau
+        if tableau is None:
             return Stepper(evaluate, reference.TABLES[drawn.key[0]])
-        table = reference.table_of(solver.name, drawn.alpha)
+        table = reference.table_of(tableau.name, drawn.alpha)
         return Stepper(evaluate, table, self._net(), drawn.solved_by["part"])
 
     def _net(self) -> Any:

@@ -18,9 +18,9 @@ from torchdiffeq_hyper.tableaus import Tableau
 
 def draw_part(rng: random.Random, drawn: Draw) -> None:
     """Give the call the fitted part that its method needs, and its tolerances."""
-    solver = drawn.method.solver
-    if isinstance(solver, Tableau):
-        _hypersolver(rng, drawn, solver)
+    tableau = drawn.method.tableau
+    if tableau is not None:
+        _hypersolver(rng, drawn, tableau)
         return
     if not drawn.is_whole:
         return

@@ -150,7 +150,7 @@ def test_event_that_no_bespoke_solver_serves_says_where_it_starts(func: Field, b
 def test_hypersolver_is_chosen_by_span_then_direction_then_age(
     func: Field, solve: Any, bind: Bind, method: str
 ) -> None:
-    base = _registry.find(method).solver.name  # type: ignore[union-attr]
+    base = _registry.find(method).tableau.name  # type: ignore[union-attr]
     solvers = [
         hyper((0.0, 1.0), 3, 1, base=base),
         hyper((0.0, 1.0), 4, -1, base=base),

@@ -29,8 +29,9 @@ from torchdiffeq_hyper.errors import (
     OptionError,
     StateTypeError,
 )
-from torchdiffeq_hyper.hosts.torchdyn import _methods, _upstream
-from torchdiffeq_hyper.methods import _registry
+from torchdiffeq_hyper.hosts import _warnings
+from torchdiffeq_hyper.hosts.torchdyn import _methods
+from torchdiffeq_hyper.methods import WholeSolve, _registry
 from torchdiffeq_hyper.tableaus import EULER
 from torchdyn_stubs import Spiral, times
 
@@ -145,8 +146,8 @@ def test_parts_of_another_kind_or_base_are_refused(y0: Tensor) -> None:
 
 
 def test_every_tableau_and_whole_problem_method_of_the_registry_is_there() -> None:
-    kinds = (_registry.Tableau, _registry.WholeSolve)
-    wanted = {m.name for m in _registry.methods().values() if isinstance(m.solver, kinds)}
+    methods = _registry.methods().values()
+    wanted = {m.name for m in methods if m.is_learned or m.kind is not None}
     assert wanted <= SOLVER_DICT.keys()
 
 
@@ -275,7 +276,7 @@ class _Whole:
 class _WholePlugin:
     @tdh.hookimpl
     def register_solvers(self, register: Any) -> None:
-        whole = _registry.WholeSolve(_Whole, "whole", "Whole()")
+        whole = WholeSolve(_Whole, "whole", "Whole()")
         register("whole", whole, order=1, calls_per_step=1, follows_grid=False)
 
 
@@ -294,7 +295,7 @@ def test_whole_problem_methods_of_third_parties_come_and_go(y0: Tensor) -> None:
 def test_defects_are_named_once_where_parts_are_made_for_each_call(
     y0: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_upstream, "_warned", WeakKeyDictionary())
+    monkeypatch.setattr(_warnings, "_warned", WeakKeyDictionary())
     solver = NeuralODE(Spiral(), solver="dopri5_per_sample")
     with pytest.warns(HostWarning, match="negated"):
         solver(y0, T.flip(0))

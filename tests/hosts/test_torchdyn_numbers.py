@@ -32,8 +32,8 @@ SPANS = {
 
 
 def _tableau(method: str) -> Tableau:
-    tableau = _registry.find(method).solver
-    assert isinstance(tableau, Tableau)
+    tableau = _registry.find(method).tableau
+    assert tableau is not None
     return tableau
 
 

@@ -253,7 +253,7 @@ def _check_method(name: object) -> bool:
         if name not in hosts:
             raise unknown_method(name, known, 'tdh.Candidate("{}")')
         return hosts[name]
-    if isinstance(entry.solver, _registry.WholeSolve) and entry.solver.option == "dise":
+    if entry.option == "dise":
         raise OptionError(
             explain(
                 f'"{name}" is a Dise, which cannot be a candidate of another.',

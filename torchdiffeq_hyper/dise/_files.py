@@ -27,6 +27,7 @@ from torchdiffeq_hyper._files import (
     TensorOf,
     Text,
     Whole,
+    check_weights,
     checked,
     damage_reported,
     described_in,
@@ -296,7 +297,7 @@ def _rebuild_selector(
                     f"tdh.Dise.load({os.fspath(path)!r}, selector=MySelector())",
                 )
             )
-        _check_finite(tensors, path)
+        check_weights(tensors, repr(os.fspath(path)), "selector.")
         with torch.device("meta"):
             what = described_in(path)
             selector = from_architecture(description, tensors, what=what, at="selector")
@@ -311,11 +312,3 @@ def _rebuild_selector(
             )
         )
     return selector
-
-
-def _check_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Refuse weights that no ready selector can have: all of one dtype, and finite."""
-    dtypes = {tensor.dtype for tensor in tensors.values()} & {*FLOATS}
-    rule = TensorOf(tuple(dtypes)[:1] or FLOATS, is_finite=True)
-    for name, tensor in tensors.items():
-        checked(rule, tensor, repr(os.fspath(path)), f"the tensor 'selector.{name}'")

@@ -49,7 +49,7 @@ class ModuleState:
         for part, name, buffer, value in self._buffers:
             # A module may have bound a new tensor to the name, or written into the old one.
             part._buffers[name] = buffer  # noqa: SLF001
-            if buffer is not None and value is not None:
+            if buffer is not None and value is not None and not torch.equal(buffer, value):
                 buffer.copy_(value)
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from torchdiffeq_hyper.dise import Dise
-from torchdiffeq_hyper.methods._hookspecs import Register, hookimpl
-from torchdiffeq_hyper.methods._registry import WholeSolve
+from torchdiffeq_hyper.methods import Register, WholeSolve, hookimpl
 from torchdiffeq_hyper.solvers.bespoke import BespokeSolver
 from torchdiffeq_hyper.solvers.per_sample import PerSampleDopri5
 from torchdiffeq_hyper.tableaus import EULER, HEUN, MIDPOINT, RK4, second_order

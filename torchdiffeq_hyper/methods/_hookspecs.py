@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import pluggy
 
-from torchdiffeq_hyper.methods._registry import WholeSolve
+from torchdiffeq_hyper.methods._method import WholeSolve
 from torchdiffeq_hyper.tableaus import Tableau
 
 PROJECT = "torchdiffeq_hyper"

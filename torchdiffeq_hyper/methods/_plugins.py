@@ -11,6 +11,7 @@ import pluggy
 
 from torchdiffeq_hyper.errors import OptionError, PluginWarning, explain
 from torchdiffeq_hyper.methods import _hookspecs, _registry
+from torchdiffeq_hyper.methods._method import WholeSolve, make_method
 from torchdiffeq_hyper.tableaus import Tableau
 
 _manager = pluggy.PluginManager(_hookspecs.PROJECT)
@@ -33,7 +34,8 @@ def register_plugin(plugin: object, name: str | None = None) -> None:
     Example:
         >>> import dataclasses
         >>> import torchdiffeq_hyper as tdh
-        >>> from torchdiffeq_hyper.tableaus import second_order
+        >>> from torchdiffeq_hyper.methods._method import WholeSolve, make_method
+    from torchdiffeq_hyper.tableaus import second_order
         >>> class Ralston:
         ...     @tdh.hookimpl
         ...     def register_solvers(self, register):
@@ -121,23 +123,14 @@ def _refuse(problem: str) -> NoReturn:
 def _register_for(owner: str) -> _hookspecs.Register:
     def register(
         name: str,
-        solver: Tableau | _registry.WholeSolve | Callable[..., Any],
+        solver: Tableau | WholeSolve | Callable[..., Any],
         *,
         order: int | None = None,
         calls_per_step: int | None = None,
         follows_grid: bool = True,
     ) -> None:
-        if isinstance(solver, Tableau):
-            order, calls_per_step = solver.order, solver.calls
-        if order is None or calls_per_step is None:
-            raise OptionError(
-                explain(
-                    f'method "{name}" of {owner} does not declare its order and calls per step.',
-                    "both, for a solver class.",
-                    f'register("{name}", Solver, order=2, calls_per_step=2)',
-                )
-            )
-        _registry.add(_registry.Method(name, solver, order, calls_per_step, follows_grid, owner))
+        declared = {"order": order, "calls_per_step": calls_per_step}
+        _registry.add(make_method(name, solver, owner, **declared, follows_grid=follows_grid))
 
     return register
 

@@ -1,17 +1,10 @@
-"""The methods that exist: one entry a name, each with an owner.
-
-The registry knows no host: an entry holds a `Tableau`, of which every host makes a
-hypersolver, a `WholeSolve`, whose part solves the whole problem, or a ready solver class
-of torchdiffeq's kind.
-"""
+"""The methods that exist: one entry a name, each with an owner."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 from torchdiffeq_hyper.errors import (
     DuplicateMethodError,
@@ -20,56 +13,8 @@ from torchdiffeq_hyper.errors import (
     explain,
     unknown_method,
 )
+from torchdiffeq_hyper.methods._method import Method
 from torchdiffeq_hyper.tableaus import Tableau, second_order
-
-
-@dataclass(frozen=True)
-class WholeSolve:
-    """A method whose part solves the whole problem at once.
-
-    Attributes:
-        kind: the part's class; its objects have
-            ``solve(func, y0, t, *, rtol, atol) -> solution`` and, where they are fitted,
-            the attribute ``method``.
-        option: the option that holds the fitted part. None for methods with nothing
-            fitted: the part is then built from the call's options, ``kind(**options)``.
-        example: code that makes a part, for messages.
-    """
-
-    kind: type[Any]
-    option: str | None
-    example: str
-
-
-@dataclass(frozen=True)
-class Method:
-    """One registered method.
-
-    Attributes:
-        name: the string users pass as ``method=``.
-        solver: a `Tableau` (hosts build a hypersolver on it), a `WholeSolve`, or a class
-            called as ``solver(func=..., y0=..., rtol=..., atol=..., **options)`` whose
-            objects have ``integrate(t)``, as torchdiffeq's own solvers are.
-        order: order of convergence (with no correction, for learned methods).
-        calls_per_step: calls of func in one step.
-        follows_grid: whether the method steps along a time grid it is given.
-        owner: who registered it, for messages.
-        fitted: the fitted solver behind a published name, else None.
-    """
-
-    name: str
-    solver: Tableau | WholeSolve | Callable[..., Any]
-    order: int
-    calls_per_step: int
-    follows_grid: bool
-    owner: str
-    fitted: Any = None
-
-    @property
-    def is_learned(self) -> bool:
-        """Whether the method corrects a base with a hypernet."""
-        return isinstance(self.solver, Tableau)
-
 
 lock = threading.RLock()
 """Held by whoever changes the registry, or what hosts hold of it, from the first look on.
@@ -104,9 +49,7 @@ def add(method: Method) -> None:
 
     Raises:
         DuplicateMethodError: the name is another entry's or a host's.
-        OptionError: the entry's declarations make no sense.
     """
-    _check(method)
     with lock:
         owners = {name: host for host, names in _hosts.items() for name in names}
         owners.update({name: other.owner for name, other in _methods.items()})
@@ -126,33 +69,6 @@ def add(method: Method) -> None:
 def _replace(methods: Mapping[str, Method]) -> None:
     global _methods  # noqa: PLW0603 - one registry for the whole process
     _methods = methods
-
-
-def _check(method: Method) -> None:
-    if not isinstance(method.name, str) or not method.name:
-        raise OptionError(
-            explain(
-                f"a method's name is {method.name!r}.", "a non-empty string.", 'name="my-method"'
-            )
-        )
-    for field, low in (("order", 1), ("calls_per_step", 1)):
-        value = getattr(method, field)
-        if not isinstance(value, int) or value < low:
-            raise OptionError(
-                explain(
-                    f'method "{method.name}" declares {field}={value!r}.',
-                    f"an int of at least {low}.",
-                    f"{field}={low}",
-                )
-            )
-    if not callable(method.solver) and not isinstance(method.solver, Tableau | WholeSolve):
-        raise OptionError(
-            explain(
-                f'method "{method.name}" has solver={method.solver!r}.',
-                "a Tableau, a WholeSolve or a torchdiffeq solver class.",
-                f'register("{method.name}", MySolver, order=2, calls_per_step=2)',
-            )
-        )
 
 
 def remove(name: str) -> Method:
@@ -184,6 +100,12 @@ def methods() -> Mapping[str, Method]:
     return dict(_methods)
 
 
+def method_for(part: object) -> Method | None:
+    """Return the method that a fitted part serves; None for other objects."""
+    entries = (method for method in _methods.values() if method.fitted is None)
+    return next((method for method in entries if method.serves(part)), None)
+
+
 def method_of(base: str) -> Method:
     """Return the learned method built on the base called ``base``.
 
@@ -191,9 +113,9 @@ def method_of(base: str) -> Method:
         OptionError: no registered method has that base.
     """
     learned = {
-        m.solver.name: m
-        for m in _methods.values()
-        if isinstance(m.solver, Tableau) and m.fitted is None
+        method.tableau.name: method
+        for method in _methods.values()
+        if method.tableau is not None and method.fitted is None
     }
     if not isinstance(base, str) or base not in learned:
         raise OptionError(
@@ -212,8 +134,8 @@ def find_tableau(base: str, alpha: float | None = None) -> Tableau:
     Raises:
         OptionError: the name is unknown, or ``alpha`` is given to another base.
     """
-    tableau = method_of(base).solver
-    assert isinstance(tableau, Tableau)
+    tableau = method_of(base).tableau
+    assert tableau is not None
     if alpha is None:
         return tableau
     if tableau.alpha is None:

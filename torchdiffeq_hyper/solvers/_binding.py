@@ -1,15 +1,12 @@
-"""How a call finds its fitted part: attached to func, or in scope.
-
-(An option given with the call comes first, a published name last; both are in the
-call itself, so they need no state here.)
-"""
+"""How a call finds its fitted part: given as an option, attached to func, in scope, published."""
 
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -18,9 +15,9 @@ from torch import Tensor
 from torchdiffeq_hyper._fields import owner_of, owners_in
 from torchdiffeq_hyper._state import VectorField
 from torchdiffeq_hyper.errors import OptionError, StateTypeError, explain
+from torchdiffeq_hyper.methods._method import Method
 from torchdiffeq_hyper.solvers import _attached
 from torchdiffeq_hyper.solvers._domain import FitDomain, Match
-from torchdiffeq_hyper.solvers._solver import Solver
 
 
 class Fitted(Protocol):
@@ -166,13 +163,32 @@ class Times:
         return ends[0], ends[1]
 
 
+_NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+
+
+def resolve(
+    method: Method, func: VectorField, times: Times, options: Mapping[str, Any] = _NO_OPTIONS
+) -> Any:
+    """Return the fitted part that serves a call; the first match wins.
+
+    In order: the call's option, attached to func, in scope, behind a published name.
+
+    Raises:
+        MissingHypernetError: nothing found.
+        StateTypeError: what was found is not a part of this method.
+        BaseMismatchError: it was fitted for another base.
+        OptionError: several were found, and none serves the times.
+    """
+    part = method.given(options)
+    if part is None:
+        part = find_bound(func, method.name, times)
+    return method.checked(method.fitted if part is None else part)
+
+
 def find_bound(func: VectorField, method: str, times: Times) -> Fitted | None:
     """Return the solver for ``method`` attached to ``func`` or in scope, else None.
 
-    Args:
-        func: the user's vector field.
-        method: the method string.
-        times: of the call. Looked at only where several solvers come into question.
+    The times are looked at only where several solvers come into question.
 
     Raises:
         OptionError: there are several, and none serves these times, or the times that
@@ -181,7 +197,7 @@ def find_bound(func: VectorField, method: str, times: Times) -> Fitted | None:
     places: list[list[Fitted]] = [_attached.solvers(owner, method) for owner in owners_in(func)]
     places.append([solver for solver in _scoped.get() if solver.method == method])
     solvers = [solver for place in places for solver in place]
-    if len(solvers) < 2 or (len(places[0]) == 1 and _serves_all(solvers[0])):
+    if len(solvers) < 2 or (len(places[0]) == 1 and _domain_of(solvers[0]) is None):
         return solvers[0] if solvers else None
     start, end = times.ends()
     for least in (Match.DIRECTION, Match.OUTSIDE):
@@ -191,7 +207,8 @@ def find_bound(func: VectorField, method: str, times: Times) -> Fitted | None:
             if best < least:
                 continue
             found = [solver for solver, match in zip(place, matches, strict=True) if match == best]
-            if len(found) > 1 and start is None and _are_tied_to_span(found):
+            are_tied = any(getattr(solver, "is_tied_to_span", False) for solver in found)
+            if len(found) > 1 and start is None and are_tied:
                 raise OptionError(_cannot_choose(method))
             return found[-1]
     raise OptionError(_none_serves(method, solvers, times, start, end))
@@ -214,26 +231,25 @@ def check_fitted(solver: FittedT) -> FittedT:
     )
 
 
+def _domain_of(solver: Any) -> FitDomain | None:
+    """Return what a solver was fitted on; None for parts that serve every call alike."""
+    domain = getattr(solver, "domain", None)
+    return domain if isinstance(domain, FitDomain) else None
+
+
 def _key(solver: Fitted) -> tuple[Any, ...]:
     """Return what tells a solver from others: method, directions and span."""
-    domain = getattr(solver, "domain", None)
-    if not isinstance(domain, FitDomain):
+    domain = _domain_of(solver)
+    if domain is None:
         return (solver.method,)
     return solver.method, frozenset(domain.directions), tuple(sorted(domain.span))
 
 
-def _serves_all(solver: Fitted) -> bool:
-    return not isinstance(solver, Solver) or solver.domain is None
-
-
-def _match(solver: Fitted, times: Times, start: float | None, end: float | None) -> Match:
-    if not isinstance(solver, Solver):
+def _match(solver: Any, times: Times, start: float | None, end: float | None) -> Match:
+    if _domain_of(solver) is None:
         return Match.SPAN
-    return solver.match(times.direction, start, end)
-
-
-def _are_tied_to_span(solvers: Sequence[Fitted]) -> bool:
-    return any(isinstance(s, Solver) and s.is_tied_to_span for s in solvers)
+    match: Match = solver.match(times.direction, start, end)
+    return match
 
 
 def _cannot_choose(method: str) -> str:

@@ -54,6 +54,15 @@ def step_sizes(grid: Tensor, *, are_equal: bool) -> Tensor:
     return grid[1:] - grid[:-1]
 
 
+def points_between(grid: Tensor, t: Tensor) -> Tensor:
+    """Return the ends of ``t`` and, between them, the points of a grid, as ``t`` goes."""
+    grid = grid.to(t)
+    low, high = t.aminmax()
+    inside = grid[(grid > low) & (grid < high)]
+    descends = bool(t[-1] < t[0])
+    return torch.cat([t[:1], inside.sort(descending=descends).values, t[-1:]])
+
+
 def check_times(t: Tensor, y: Tensor) -> Tensor:
     """Return ``t`` on the device of ``y``, after checking that it is a list of times.
 

@@ -1,7 +1,8 @@
-"""What one call of the host is: whose func, which way, which state, which role."""
+"""What one call of the host is: whose func, which way, which state, which role, which options."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._state import StateLayout
+from torchdiffeq_hyper.errors import OptionError, closest, explain
 from torchdiffeq_hyper.hosts.torchdiffeq import _upstream
+from torchdiffeq_hyper.solvers._grid import points_between
 from torchdiffeq_hyper.tableaus import Tableau
 
 _PLAN = "_torchdiffeq_hyper_plan"
@@ -32,9 +35,7 @@ class ForwardPlan:
     def grid_between(self, t: Tensor) -> Tensor:
         """Return the forward's grid on one backward interval, whose time runs negated."""
         if self.grid is not None:
-            grid = -self.grid.to(t).flip(0)
-            inside = grid[(grid > t[0]) & (grid < t[-1])]
-            return torch.cat([t[:1], inside, t[-1:]])
+            return points_between(-self.grid, t)
         assert self.step_size is not None
         n = max(1, round(float(t[-1] - t[0]) / self.step_size))
         return torch.lerp(t[0], t[-1], torch.arange(n + 1, dtype=t.dtype, device=t.device) / n)
@@ -97,3 +98,30 @@ class HostCall:
         """Return the plan that the forward left, if it was one of ours."""
         plan: ForwardPlan | None = self.carrier.__dict__.get(_PLAN)
         return plan
+
+
+def known_options(
+    options: dict[str, Any], known: Sequence[str], method: str, also_accepted: frozenset[str]
+) -> dict[str, Any]:
+    """Return those options of a call that its method has.
+
+    Args:
+        options: all of them.
+        known: the names that the method has.
+        method: its name, for the message.
+        also_accepted: names to accept and leave out.
+
+    Raises:
+        OptionError: one has another name.
+    """
+    for name in options:
+        if name not in known and name not in also_accepted:
+            where = ' ("alpha" goes with method "hyper2")' if name == "alpha" else ""
+            raise OptionError(
+                explain(
+                    f'method "{method}" has no option "{name}"{where}.',
+                    "one of " + ", ".join(f'"{option}"' for option in known) + ".",
+                    f'options={{"{closest(name, known)}": ...}}',
+                )
+            )
+    return {name: value for name, value in options.items() if name in known}

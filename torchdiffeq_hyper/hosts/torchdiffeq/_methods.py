@@ -4,29 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
-from torchdiffeq_hyper.errors import (
-    DuplicateMethodError,
-    StateTypeError,
-    UnknownMethodError,
-    closest,
-    explain,
-)
+from torchdiffeq_hyper.errors import StateTypeError, UnknownMethodError, closest, explain
+from torchdiffeq_hyper.hosts._table import MethodTable
 from torchdiffeq_hyper.hosts.torchdiffeq import _patches
 from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
 from torchdiffeq_hyper.hosts.torchdiffeq._solver import HyperGridSolver
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import SOLVERS, FixedGridODESolver, options_of
 from torchdiffeq_hyper.hosts.torchdiffeq._whole import WholeProblemSolver
 from torchdiffeq_hyper.methods import _plugins, _registry
+from torchdiffeq_hyper.methods._method import Method, ReadyMethod, SteppingMethod, WholeMethod
 from torchdiffeq_hyper.solvers._binding import Fitted, FittedT
-from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
-from torchdiffeq_hyper.tableaus import Tableau
 
 _PUBLISHED = "register_method"
-_installed: dict[str, Any] = {}
-_is_installed = False
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """Makes the classes that torchdiffeq calls: one a method.
+
+    Args:
+        also_accepted: options to accept and ignore.
+    """
+
+    also_accepted: frozenset[str] = frozenset()
+
+    def step_by_step(self, method: SteppingMethod) -> Any:
+        """Return the host's fixed-grid solver with a step of the method's."""
+        name = f"Hyper{method.tableau.name.capitalize()}"
+        return self._subclass(name, HyperGridSolver, entry=method, order=method.order)
+
+    def all_at_once(self, method: WholeMethod) -> Any:
+        """Return what hands the whole problem to the method's part."""
+        return self._subclass(method.kind.__name__, WholeProblemSolver, entry=method)
+
+    def ready_made(self, method: ReadyMethod) -> Any:
+        """Return the plugin's own class."""
+        return method.solver
+
+    def _subclass(self, name: str, base: type, **fields: Any) -> Any:
+        fields |= {"also_accepted": self.also_accepted, "__module__": __name__}
+        return type(name, (base,), fields)
+
+
+_table = MethodTable("torchdiffeq", "method", lambda: SOLVERS, _Classes())
 
 
 def install() -> None:
@@ -35,17 +58,15 @@ def install() -> None:
     Raises:
         DuplicateMethodError: torchdiffeq has got a method of the same name meanwhile.
     """
-    global _is_installed  # noqa: PLW0603 - the one switch of the process-wide dict SOLVERS
     with _registry.lock:
-        _is_installed = True
+        _table.is_installed = True
         follow_registry()
 
 
 def uninstall() -> None:
     """Remove everything that `install` added: torchdiffeq is as it was before the import."""
-    global _is_installed  # noqa: PLW0603 - the one switch of the process-wide dict SOLVERS
     with _registry.lock:
-        _is_installed = False
+        _table.is_installed = False
         follow_registry()
 
 
@@ -53,29 +74,16 @@ def follow_registry() -> None:
     """Make torchdiffeq's dict hold what the registry holds, if installed."""
     with _registry.lock:
         reserve_host_names()
-        wanted = _registry.methods() if _is_installed else {}
-        for name in [name for name in _installed if name not in wanted]:
-            del _installed[name]
-            SOLVERS.pop(name, None)
-        for name, method in wanted.items():
-            if name in _installed:
-                continue
-            if name in SOLVERS:
-                raise DuplicateMethodError(
-                    explain(
-                        f'method "{name}" of {method.owner} is already a method of torchdiffeq.',
-                        "a name that torchdiffeq does not have.",
-                        f'choose another name, e.g. "{name}-2"',
-                    )
-                )
-            SOLVERS[name] = _installed[name] = solver_class(method)
-        _patches.follow()
+        try:
+            _table.follow()
+        finally:
+            _patches.follow()
 
 
 def reserve_host_names() -> None:
     """Tell the registry which names torchdiffeq has of its own."""
     with _registry.lock:
-        own = {n: _patches.unpatched(cls) for n, cls in SOLVERS.items() if n not in _installed}
+        own = {n: _patches.unpatched(cls) for n, cls in SOLVERS.items() if n not in _table.added}
         _registry.reserve(
             {
                 name: isinstance(cls, type) and issubclass(cls, FixedGridODESolver)
@@ -85,35 +93,14 @@ def reserve_host_names() -> None:
         )
 
 
-def solver_class(method: _registry.Method, also_accepted: frozenset[str] = frozenset()) -> Any:
-    """Return the class that torchdiffeq is given for a method.
-
-    Args:
-        method: the registry's entry.
-        also_accepted: options to accept and ignore.
-    """
-    if isinstance(method.solver, _registry.WholeSolve):
-        fields = {"entry": method, "also_accepted": also_accepted, "__module__": __name__}
-        return type(method.solver.kind.__name__, (WholeProblemSolver,), fields)
-    if not isinstance(method.solver, Tableau):
-        return method.solver
-    name = "Hyper" + method.solver.name.capitalize()
-    if method.fitted is None and not also_accepted and method.name.startswith("hyper"):
-        name = "Hyper" + method.name.removeprefix("hyper").capitalize()
-    fields = {"entry": method, "order": method.order, "also_accepted": also_accepted}
-    return type(name, (HyperGridSolver,), {**fields, "__module__": __name__})
-
-
-def published(name: str, solver: Fitted, owner: str) -> _registry.Method:
-    """Return an entry that carries its fitted solver.
+def published(name: str, solver: Fitted, owner: str) -> Method:
+    """Return a method that carries its fitted solver.
 
     Raises:
         StateTypeError: ``solver`` is not a fitted solver.
     """
-    entry = _registry.methods().get(getattr(solver, "method", ""))
-    if entry is not None and isinstance(entry.solver, _registry.WholeSolve):
-        return replace(entry, name=name, owner=owner, fitted=solver)
-    if not isinstance(solver, HyperSolver):
+    entry = _registry.method_for(solver)
+    if entry is None or entry.option is None:
         raise StateTypeError(
             explain(
                 f"solver is a {type(solver).__name__}.",
@@ -121,10 +108,7 @@ def published(name: str, solver: Fitted, owner: str) -> _registry.Method:
                 'tdh.HyperSolver(base="euler", hypernet=g, steps=10)',
             )
         )
-    tableau = solver.tableau
-    return _registry.Method(
-        name, tableau, tableau.order, tableau.calls, follows_grid=True, owner=owner, fitted=solver
-    )
+    return entry.published(name, solver, owner)
 
 
 def register_method(name: str, solver: Fitted) -> None:
@@ -217,7 +201,7 @@ def override(method: str, solver: FittedT) -> Iterator[FittedT]:
             )
         )
     original = _patches.unpatched(known[method])
-    served = solver_class(published(method, solver, "override"), options_of(original))
+    served = published(method, solver, "override").build(_Classes(options_of(original)))
 
     def build(func: Any, y0: Any, rtol: Any, atol: Any, **options: Any) -> Any:
         call = HostCall.of(func)

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
-from torchdiffeq_hyper.hosts.torchdiffeq._upstream import SOLVERS, Dopri5Solver, options_of
+from torchdiffeq_hyper.hosts.torchdiffeq._upstream import SOLVERS, dopri5_solver
 from torchdiffeq_hyper.methods import _registry
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
@@ -60,7 +60,7 @@ class _Dispatcher:
         build = overrides.get().get(self.method, self.original)
         call = HostCall.of(func)
         if call.is_adjoint_backward and self.method in _served_backward(call.carrier):
-            build = _host_dopri5
+            build = dopri5_solver
         watch = _watch.get()
         if watch is None:
             return build(func=func, y0=y0, rtol=rtol, atol=atol, **options)
@@ -114,13 +114,6 @@ def serve_backward(method: str, carrier: Any) -> None:
 def _served_backward(carrier: Any) -> frozenset[str]:
     served: frozenset[str] = getattr(carrier, "__dict__", {}).get(_SERVED, frozenset())
     return served
-
-
-def _host_dopri5(func: Any, y0: Any, rtol: Any, atol: Any, **options: Any) -> Any:
-    """Build the host's dopri5, leaving out options that belong to another method."""
-    valid = options_of(Dopri5Solver)
-    options = {name: value for name, value in options.items() if name in valid}
-    return Dopri5Solver(func=func, y0=y0, rtol=rtol, atol=atol, **options)
 
 
 def unpatched(solver: Any) -> Any:

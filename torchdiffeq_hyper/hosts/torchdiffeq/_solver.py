@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._fields import check_answer, check_derivative, context_of, own
-from torchdiffeq_hyper._state import check_dtype, is_half
-from torchdiffeq_hyper.errors import OptionError, closest, explain
-from torchdiffeq_hyper.hosts.torchdiffeq import _bound
-from torchdiffeq_hyper.hosts.torchdiffeq._call import ForwardPlan, HostCall
+from torchdiffeq_hyper._state import Hypernet, check_dtype, is_half
+from torchdiffeq_hyper.errors import OptionError, StateTypeError, explain
+from torchdiffeq_hyper.hosts._warnings import warn_if_untrained
+from torchdiffeq_hyper.hosts.torchdiffeq._call import ForwardPlan, HostCall, known_options
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import FixedGridODESolver, Perturb, unperturbed
-from torchdiffeq_hyper.methods._registry import Method
-from torchdiffeq_hyper.solvers._binding import Times
+from torchdiffeq_hyper.methods._method import SteppingMethod, base_of
+from torchdiffeq_hyper.solvers._binding import Times, resolve
 from torchdiffeq_hyper.solvers._finite import cast_back, is_finite, raise_non_finite
 from torchdiffeq_hyper.solvers._grid import equal_steps
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 from torchdiffeq_hyper.solvers._stepping import Correction, Step
-from torchdiffeq_hyper.tableaus import Edge, Tableau
+from torchdiffeq_hyper.tableaus import Edge, Tableau, second_order
 
 _GRID = ("step_size", "grid_constructor", "interp", "perturb")
 _BINDING = ("hypernet", "solver")
@@ -34,7 +34,7 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
     step is ours. Subclasses, one a method, set the class attributes.
     """
 
-    entry: ClassVar[Method]
+    entry: ClassVar[SteppingMethod]
     also_accepted: ClassVar[frozenset[str]] = frozenset()
     func: Any
     step_size: Any
@@ -62,26 +62,12 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         self._step: Step
 
     def _check_options(self, options: dict[str, Any]) -> dict[str, Any]:
-        tableau = self.entry.solver
-        assert isinstance(tableau, Tableau)
-        known = [*_BINDING, *_GRID, *(["alpha"] if tableau.alpha is not None else [])]
-        for name in options:
-            if name in known or name in self.also_accepted:
-                continue
-            where = ' ("alpha" goes with method "hyper2")' if name == "alpha" else ""
-            raise OptionError(
-                explain(
-                    f'method "{self.entry.name}" has no option "{name}"{where}.',
-                    "one of " + ", ".join(f'"{option}"' for option in known) + ".",
-                    f'options={{"{closest(name, known)}": ...}}',
-                )
-            )
-        _check_values(options)
         # Under `override` a name of ours may mean something else to the overridden method.
-        foreign = self.also_accepted.intersection(_BINDING)
-        return {
-            name: value for name, value in options.items() if name in known and name not in foreign
-        }
+        own = [name for name in _BINDING if name not in self.also_accepted]
+        known = [*own, *_GRID, *(["alpha"] if self.entry.tableau.alpha is not None else [])]
+        options = known_options(options, known, self.entry.name, self.also_accepted)
+        _check_values(options)
+        return options
 
     def _prepare(self, t: Tensor) -> None:
         """Choose the step, by the host's times: those of the call, or an event's start."""
@@ -94,34 +80,41 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         """Return the base alone, stepping as the forward solve did."""
         plan = self._call.plan()
         if plan is None:
-            assert isinstance(self.entry.solver, Tableau)
-            return Step(self.entry.solver, self._evaluate, None)
+            return Step(self.entry.tableau, self._evaluate, None)
         if not self._has_grid_option:
             self.grid_constructor = lambda func, y0, t: plan.grid_between(t)
         return Step(plan.tableau, self._evaluate, None)
 
     def _corrected_step(self, times: Times) -> Step:
-        bound = _bound.find(self.entry, self._call.func, self._options, times)
+        net, tableau = self._bound_net(times)
         if self._call.is_adjoint_forward:
-            _bound.warn_if_trained_through_adjoint(bound.hypernet)
-        part, self._solver = None, bound.solver
-        if bound.solver is not None:
-            n_steps = bound.solver.n_steps
+            warn_if_untrained(net, "hypernet")
+        part = None
+        if self._solver is not None:
+            n_steps = self._solver.n_steps
             if not self._has_grid_option:
                 self.grid_constructor = lambda func, y0, t: equal_steps(t, n_steps)
-            if bound.solver.domain is not None:
-                state = self._call.layout.split(self.y0)
-                part = bound.solver.domain.corrected_part(state)
+            if self._solver.domain is not None:
+                part = self._solver.domain.corrected_part(self._call.layout.split(self.y0))
         correction = Correction(
-            bound.hypernet,
-            bound.tableau.order,
+            net,
+            tableau.order,
             self._call.layout,
             self.y0,
             negated=self._call.negated,
             part=part,
             context=context_of(self._call.func),
         )
-        return Step(bound.tableau, self._evaluate, correction)
+        return Step(tableau, self._evaluate, correction)
+
+    def _bound_net(self, times: Times) -> tuple[Hypernet, Tableau]:
+        """Return g and the base that it corrects; note the solver that g belongs to."""
+        alpha, net = self._options.get("alpha"), self._options.get("hypernet")
+        tableau = self.entry.tableau if alpha is None else second_order(alpha)
+        if net is not None:
+            return _checked_net(net, self.entry.name, self._options), tableau
+        self._solver = solver = resolve(self.entry, self._call.func, times, self._options)
+        return solver.hypernet, solver.tableau if alpha is None else tableau
 
     def _evaluate(self, t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
         try:
@@ -259,6 +252,29 @@ class _KeptEnds:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._func, name)
+
+
+def _checked_net(net: Any, method: str, options: dict[str, Any]) -> Hypernet:
+    """Return the option "hypernet".
+
+    Raises:
+        OptionError: a solver is given, too.
+        StateTypeError: it is not a net.
+    """
+    if options.get("solver") is not None:
+        raise OptionError(
+            explain('options hold both "hypernet" and "solver".', "one of them.", 'drop "hypernet"')
+        )
+    if base_of(net) is not None or not callable(net):
+        raise StateTypeError(
+            explain(
+                f'options["hypernet"] is a {type(net).__name__}.',
+                "a callable g(step) -> correction like step.y.",
+                f'odeint(..., method="{method}", options={{"solver": solver}})',
+            )
+        )
+    hypernet: Hypernet = net
+    return hypernet
 
 
 def _check_values(options: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "Perturb",
     "PerturbFunc",
     "RKAdaptiveStepsizeODESolver",
+    "dopri5_solver",
     "forward_func_of",
     "is_default_norm",
     "is_perturbed",
@@ -103,3 +104,10 @@ def options_of(solver: Any) -> frozenset[str]:
         if "__init__" in cls.__dict__:
             names |= set(inspect.signature(cls.__init__).parameters)
     return frozenset(names - {"self", "func", "y0", "rtol", "atol"})
+
+
+def dopri5_solver(func: Any, y0: Any, rtol: Any, atol: Any, **options: Any) -> Any:
+    """Return the host's own dopri5 for a solve, without options of other methods."""
+    known = options_of(Dopri5Solver)
+    options = {name: value for name, value in options.items() if name in known}
+    return Dopri5Solver(func=func, y0=y0, rtol=rtol, atol=atol, **options)

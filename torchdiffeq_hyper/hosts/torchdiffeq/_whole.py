@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar, NoReturn
@@ -13,14 +12,13 @@ from torch import Tensor
 from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._fields import look_through
 from torchdiffeq_hyper._state import State, VectorField
-from torchdiffeq_hyper.errors import OptionError, closest, explain
-from torchdiffeq_hyper.hosts.torchdiffeq import _bound
-from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
+from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper.hosts._warnings import warn_if_untrained
+from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall, known_options
 from torchdiffeq_hyper.hosts.torchdiffeq._patches import no_overrides
-from torchdiffeq_hyper.hosts.torchdiffeq._upstream import Dopri5Solver, is_default_norm, options_of
-from torchdiffeq_hyper.methods._registry import Method, WholeSolve
-from torchdiffeq_hyper.solvers._binding import Times
-from torchdiffeq_hyper.solvers._solver import Solver
+from torchdiffeq_hyper.hosts.torchdiffeq._upstream import dopri5_solver, is_default_norm
+from torchdiffeq_hyper.methods._method import WholeMethod, base_of
+from torchdiffeq_hyper.solvers._binding import Times, resolve
 
 
 class WholeProblemSolver:
@@ -30,39 +28,23 @@ class WholeProblemSolver:
     set the class attributes.
     """
 
-    entry: ClassVar[Method]
+    entry: ClassVar[WholeMethod]
     also_accepted: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, func: Any, y0: Tensor, rtol: Any, atol: Any, **options: Any) -> None:
         self._call = HostCall.of(func)
         self._backward: Any = None
         if self._call.is_adjoint_backward:
-            known = options_of(Dopri5Solver)
-            options = {name: value for name, value in options.items() if name in known}
-            self._backward = Dopri5Solver(func=func, y0=y0, rtol=rtol, atol=atol, **options)
+            self._backward = dopri5_solver(func, y0, rtol, atol, **options)
             return
         self._y0 = y0
         self._rtol, self._atol = self._in_parts(rtol), self._in_parts(atol)
         norm = options.pop("norm", None)
         if not is_default_norm(norm):
             options["norm"] = norm
-        self._options = self._checked(options)
-
-    def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Return the options that the method has; refuse unknown ones."""
-        whole = self.entry.solver
-        assert isinstance(whole, WholeSolve)
-        known = [whole.option] if whole.option else list(inspect.signature(whole.kind).parameters)
-        for name in options:
-            if name not in known and name not in self.also_accepted:
-                raise OptionError(
-                    explain(
-                        f'method "{self.entry.name}" has no option "{name}".',
-                        "one of " + ", ".join(f'"{option}"' for option in known) + ".",
-                        f'options={{"{closest(name, known)}": ...}}',
-                    )
-                )
-        return {name: value for name, value in options.items() if name in known}
+        self._options = known_options(
+            options, self.entry.options, self.entry.name, self.also_accepted
+        )
 
     def _in_parts(self, tolerance: Any) -> Any:
         """Return a tolerance for each part, where the host flattened them with the state."""
@@ -77,13 +59,13 @@ class WholeProblemSolver:
             return backward
         layout, call = self._call.layout, self._call
         times = Times(t, is_negated=call.negated)
-        part = _bound.find_part(self.entry, call.func, self._options, times)
-        if call.is_adjoint_forward and isinstance(part, Solver):
-            _bound.warn_if_trained_through_adjoint(part, "solver")
+        part = resolve(self.entry, call.func, times, self._options)
+        if call.is_adjoint_forward and base_of(part) is not None:
+            warn_if_untrained(part, "solver")
         # A part may call the very method that it stands in for.
         with no_overrides(), recording.handed_over(part) as draft:
             func = call.func
-            if draft is not None and isinstance(part, Solver):
+            if draft is not None and base_of(part) is not None:
                 func = _Counted(func, draft)  # other parts tell the record themselves
             solution: State = part.solve(
                 func,

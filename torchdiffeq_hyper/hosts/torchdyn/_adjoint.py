@@ -11,9 +11,11 @@ from torch import Tensor
 
 from torchdiffeq_hyper._state import is_half
 from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper.hosts._warnings import warn_if_untrained
 from torchdiffeq_hyper.hosts.torchdyn import _upstream
-from torchdiffeq_hyper.hosts.torchdyn._bound import HostCall
-from torchdiffeq_hyper.solvers._grid import equal_steps
+from torchdiffeq_hyper.hosts.torchdyn._call import HostCall
+from torchdiffeq_hyper.methods._method import base_of
+from torchdiffeq_hyper.solvers._grid import equal_steps, points_between
 from torchdiffeq_hyper.solvers._stepping import Step
 from torchdiffeq_hyper.tableaus import Edge, Tableau
 
@@ -51,7 +53,8 @@ class AdjointCall:
             self.tableau = part.tableau
             self.grid = equal_steps(call.t.detach(), part.n_steps)
         if self.is_trained:
-            _upstream.warn_if_trained_through_adjoint(part)
+            if base_of(part) is not None:
+                warn_if_untrained(part, "torchdyn")
             if call.negated:
                 _upstream.warn("reverse adjoint", part)
 
@@ -85,22 +88,12 @@ class AdjointCall:
             _upstream.refine_spline(call.func, self.grid.to(self.states), self.states)
         if self.tableau is None:
             return _upstream.solve_dopri5(call.func, y0, call.t, rtol=self.rtol, atol=self.atol)
-        grid = self._grid_between(call.t)
+        grid = call.t if self.grid is None else points_between(self.grid, call.t)
         y = y0.float() if is_half(y0.dtype) else y0
         step = Step(self.tableau, _stage_call(call.func, y0.dtype), None)
         for t0, t1 in zip(grid[:-1], grid[1:], strict=True):
             y = y + step.increment(t0, t1 - t0, t1, y)[0]
         return torch.stack([y0, y.to(y0.dtype)])
-
-    def _grid_between(self, t: Tensor) -> Tensor:
-        """Return the forward's grid on one interval, in the direction of ``t``."""
-        if self.grid is None:
-            return t
-        low, high = t.aminmax()
-        grid = self.grid.to(t)
-        inside = grid[(grid > low) & (grid < high)]
-        descends = bool(t[-1] < t[0])
-        return torch.cat([t[:1], inside.sort(descending=descends).values, t[-1:]])
 
 
 def _stage_call(func: Any, dtype: torch.dtype) -> Any:

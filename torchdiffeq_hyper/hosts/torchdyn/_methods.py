@@ -6,7 +6,6 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -15,10 +14,11 @@ from typing import Any
 import torch
 
 from torchdiffeq_hyper.errors import DuplicateMethodError, MissingExtraError, PluginWarning, explain
+from torchdiffeq_hyper.hosts._table import MethodTable
 from torchdiffeq_hyper.hosts.torchdyn import _patches, _upstream
 from torchdiffeq_hyper.hosts.torchdyn._stepper import Stepper
 from torchdiffeq_hyper.methods import _registry
-from torchdiffeq_hyper.tableaus import Tableau
+from torchdiffeq_hyper.methods._method import Method
 
 
 class ImportHook(MetaPathFinder):
@@ -74,25 +74,34 @@ class ImportHook(MetaPathFinder):
         loader.exec_module = run_then_tell  # type: ignore[method-assign]
 
 
-_installed: dict[str, Any] = {}
-_clashing: set[str] = set()
-_is_installed = False
+class _SolverObjects:
+    """Makes what torchdyn calls with a dtype to get a solver object."""
+
+    def step_by_step(self, method: Method) -> Any:
+        """Return what makes the method's solver object."""
+        return lambda dtype=torch.float32: Stepper(method)
+
+    all_at_once = step_by_step
+
+    def ready_made(self, method: Method) -> None:
+        """Return None: torchdyn cannot run solver classes of torchdiffeq's kind."""
+
+
+_table = MethodTable("torchdyn", "solver", _upstream.solver_dict, _SolverObjects())
 
 
 def install() -> None:
     """Add the registered methods to torchdyn: now if it is imported, else when it is."""
-    global _is_installed  # noqa: PLW0603 - the one switch of the process-wide SOLVER_DICT
     with _registry.lock:
-        _is_installed = True
+        _table.is_installed = True
         _hook.add()
         follow_registry()
 
 
 def uninstall() -> None:
     """Remove everything that `install` added, and the import hook."""
-    global _is_installed  # noqa: PLW0603 - the one switch of the process-wide SOLVER_DICT
     with _registry.lock:
-        _is_installed = False
+        _table.is_installed = False
         _hook.remove()
         follow_registry()
 
@@ -116,55 +125,20 @@ def load() -> None:
 
 
 def follow_registry() -> None:
-    """Make torchdyn's dict hold what the registry holds, if installed and imported.
-
-    Methods of torchdiffeq's kind (solver classes) are left out: torchdyn cannot run them.
+    """Make torchdyn hold what the registry holds, if installed and imported.
 
     Raises:
         DuplicateMethodError: torchdyn has a method of the same name, which was not known
             before; all others are added.
     """
     with _registry.lock:
-        solvers = _upstream.solver_dict()
-        if solvers is None:
+        if _upstream.solver_dict() is None:
             return
-        wanted = _registry.methods() if _is_installed else {}
-        for name in [name for name in _installed if name not in wanted]:
-            del _installed[name]
-            solvers.pop(name, None)
-        new = {
-            name: method
-            for name, method in wanted.items()
-            if name not in _installed and _can_serve(method)
-        }
-        clashes = [method for name, method in new.items() if name in solvers]
-        for name, method in new.items():
-            if name not in solvers:
-                solvers[name] = _installed[name] = partial(_make, method)
-        unknown = [method for method in clashes if method.name not in _clashing]
-        _clashing.clear()
-        _clashing.update(method.name for method in clashes)
-        if _is_installed:
+        if _table.is_installed:
             _patches.put()
         else:
             _patches.take_back()
-    for method in unknown:
-        raise DuplicateMethodError(
-            explain(
-                f'method "{method.name}" of {method.owner} is already a solver of torchdyn.',
-                "a name that torchdyn does not have.",
-                f'choose another name, e.g. "{method.name}-2"',
-            )
-        )
-
-
-def _can_serve(method: _registry.Method) -> bool:
-    return isinstance(method.solver, Tableau | _registry.WholeSolve)
-
-
-def _make(method: _registry.Method, dtype: torch.dtype = torch.float32) -> Stepper:
-    """Return a solver object, as torchdyn's classes do when called with a dtype."""
-    return Stepper(method)
+        _table.follow()
 
 
 def _follow_import() -> None:

@@ -16,7 +16,8 @@ from typing import Any
 from torch import nn
 
 from torchdiffeq_hyper.errors import HostWarning
-from torchdiffeq_hyper.hosts.torchdyn import _bound, _upstream
+from torchdiffeq_hyper.hosts.torchdyn import _upstream
+from torchdiffeq_hyper.hosts.torchdyn._stepper import part_classes
 
 _given: list[tuple[type[Any], str]] = []
 
@@ -73,7 +74,7 @@ def _functions(kind: type[Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _is_ours(value: object) -> bool:
-    return isinstance(value, nn.Module) and isinstance(value, _bound.kinds())
+    return isinstance(value, nn.Module) and isinstance(value, part_classes())
 
 
 def _held(model: Any, names: Sequence[str]) -> Iterator[nn.Module]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from torchdiffeq_hyper.hosts.torchdyn import _bound, _models, _upstream
+from torchdiffeq_hyper.hosts.torchdyn import _models, _upstream
 from torchdiffeq_hyper.hosts.torchdyn._adjoint import CheckedFunction
-from torchdiffeq_hyper.hosts.torchdyn._stepper import Stepper
+from torchdiffeq_hyper.hosts.torchdyn._stepper import Stepper, part_classes
 
 _HOSTS_OWN = "_torchdiffeq_hyper_hosts_own"
 _given: list[tuple[type[Any], str]] = []
@@ -27,7 +27,7 @@ def put() -> None:
                 setattr(wrapper, _HOSTS_OWN, own)
                 setattr(module, name, wrapper)
     _models.put()
-    for kind in _bound.kinds():
+    for kind in part_classes():
         for name, value in _PROTOCOL.items():
             if not hasattr(kind, name):
                 setattr(kind, name, value)
@@ -121,15 +121,11 @@ def _adjoint(own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _step(solver: Any, *positional: Any, **named: Any) -> Any:
-    return _stepper(solver).step(*positional, **named)
+    return Stepper.of_part(solver).step(*positional, **named)
 
 
 def _sync_device_dtype(solver: Any, x: Any, t_span: Any) -> Any:
-    return _stepper(solver).sync_device_dtype(x, t_span)
-
-
-def _stepper(solver: Any) -> Stepper:
-    return Stepper(_bound.method_of(solver), solver)
+    return Stepper.of_part(solver).sync_device_dtype(x, t_span)
 
 
 _WRAPPERS = {
@@ -140,8 +136,8 @@ _WRAPPERS = {
 }
 
 _PROTOCOL: dict[str, Any] = {
-    "stepping_class": property(lambda solver: _stepper(solver).stepping_class),
-    "order": property(lambda solver: _stepper(solver).order),
+    "stepping_class": property(lambda solver: Stepper.of_part(solver).stepping_class),
+    "order": property(lambda solver: Stepper.of_part(solver).order),
     "sync_device_dtype": _sync_device_dtype,
     "step": _step,
 }

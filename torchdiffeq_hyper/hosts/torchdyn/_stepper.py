@@ -7,16 +7,23 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper.errors import StateTypeError, explain
-from torchdiffeq_hyper.hosts.torchdyn import _bound, _field, _upstream
+from torchdiffeq_hyper.errors import OptionError, StateTypeError, explain
+from torchdiffeq_hyper.hosts.torchdyn import _field, _upstream
 from torchdiffeq_hyper.hosts.torchdyn._adjoint import AdjointCall
-from torchdiffeq_hyper.hosts.torchdyn._bound import HostCall, saved_points
-from torchdiffeq_hyper.methods._registry import Method, WholeSolve, find
-from torchdiffeq_hyper.solvers._binding import Times
-from torchdiffeq_hyper.tableaus import Tableau
+from torchdiffeq_hyper.hosts.torchdyn._call import HostCall, saved_points
+from torchdiffeq_hyper.methods import _registry
+from torchdiffeq_hyper.methods._method import Method
+from torchdiffeq_hyper.solvers._binding import Times, resolve
+from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 
 Tolerances: TypeAlias = tuple[float, float]
 """(rtol, atol)."""
+
+
+def part_classes() -> tuple[type[Any], ...]:
+    """Return the classes whose objects torchdyn may be given as ``solver=``."""
+    kinds = [method.kind for method in _registry.methods().values()]
+    return tuple(dict.fromkeys([HyperSolver, *(kind for kind in kinds if kind is not None)]))
 
 
 class Stepper:
@@ -43,14 +50,30 @@ class Stepper:
         """Return what stands for torchdyn's ``solver=``; None where that is not ours."""
         if isinstance(solver, Stepper):
             return solver
-        if isinstance(solver, _bound.kinds()):
-            return cls(_bound.method_of(solver), solver)
-        return None
+        return cls.of_part(solver) if isinstance(solver, part_classes()) else None
+
+    @classmethod
+    def of_part(cls, part: Any) -> Stepper:
+        """Return what stands for a fitted part.
+
+        Raises:
+            OptionError: its method is no longer registered.
+        """
+        method = _registry.method_for(part)
+        if method is None:
+            raise OptionError(
+                explain(
+                    f"the solver is a {type(part).__name__}, which serves no registered method.",
+                    "a HyperSolver, or a part of a registered method.",
+                    "tdh.register_plugin(...) again",
+                )
+            )
+        return cls(method, part)
 
     @classmethod
     def named(cls, name: str) -> Stepper:
         """Return what stands for ``solver=name``."""
-        return cls(find(name))
+        return cls(_registry.find(name))
 
     def for_adjoint(
         self, tolerances: Tolerances, *, is_trained: bool, is_interpolated: bool
@@ -62,12 +85,8 @@ class Stepper:
             is_trained: whether gradients are wanted.
             is_interpolated: whether the sensitivity is "interpolated_adjoint".
         """
-        adjoint = AdjointCall(self._base, *tolerances, is_trained, is_interpolated)
+        adjoint = AdjointCall(self.method.tableau, *tolerances, is_trained, is_interpolated)
         return Stepper(self.method, self.part, adjoint)
-
-    @property
-    def _base(self) -> Tableau | None:
-        return self.method.solver if isinstance(self.method.solver, Tableau) else None
 
     @property
     def who(self) -> Any:
@@ -77,7 +96,7 @@ class Stepper:
     @property
     def is_whole(self) -> bool:
         """Whether the part solves the whole problem, not step by step."""
-        return isinstance(self.method.solver, WholeSolve)
+        return self.method.tableau is None
 
     @property
     def stepping_class(self) -> str:
@@ -86,9 +105,7 @@ class Stepper:
         "adaptive" for methods whose only options are the tolerances: the loop for fixed
         steps is told of none. (torchdyn calls func twice before its adaptive loop.)
         """
-        solver = self.method.solver
-        needs_tolerances = isinstance(solver, WholeSolve) and solver.option is None
-        return "adaptive" if needs_tolerances else "fixed"
+        return "adaptive" if self.method.option is None else "fixed"
 
     @property
     def order(self) -> int:
@@ -148,7 +165,7 @@ class Stepper:
         if call.is_adjoint_backward:
             rtol, atol = tolerances or _upstream.default_tolerances()
             adjoint = self._adjoint or AdjointCall(
-                self._base, rtol, atol, is_trained=False, is_interpolated=False
+                self.method.tableau, rtol, atol, is_trained=False, is_interpolated=False
             )
             return t_span, adjoint.solve_backward(call, x)
         part = self._part_for(call)
@@ -174,7 +191,7 @@ class Stepper:
         if self.part is not None:
             return self.part
         times = Times(-call.t if call.negated else call.t, is_negated=call.negated)
-        return _bound.find(self.method, call.func, times)
+        return resolve(self.method, call.func, times)
 
     def _solve(
         self, call: HostCall, part: Any, x: Tensor, args: Any, tolerances: Tolerances | None
@@ -195,5 +212,5 @@ class Stepper:
         return (
             (Stepper.named, (self.method.name,))
             if self.part is None
-            else (Stepper.of, (self.part,))
+            else (Stepper.of_part, (self.part,))
         )

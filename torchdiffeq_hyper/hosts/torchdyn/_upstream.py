@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import inspect
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper.errors import AdjointWarning, HostWarning
-from torchdiffeq_hyper.solvers._solver import Solver
+from torchdiffeq_hyper.errors import HostWarning
+from torchdiffeq_hyper.hosts._warnings import warn_once
 
 _SOLVERS = "torchdyn.numerics.solvers.ode"
 _ODEINT = "torchdyn.numerics.odeint"
@@ -199,8 +197,6 @@ _TEXTS = {
     "set, for every solver. Let the vector field hold them itself.",
 }
 
-_warned: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
-
 
 def warn(what: str, part: Any) -> None:
     """Warn, once a solver, of a defect of the host.
@@ -209,29 +205,4 @@ def warn(what: str, part: Any) -> None:
         what: which of them: "t_eval", "reverse adjoint", "save_at" or "args".
         part: the solver it happens to.
     """
-    known = _warned.setdefault(_key(part), set())
-    if what not in known:
-        known.add(what)
-        warnings.warn(_TEXTS[what], HostWarning, stacklevel=2)
-
-
-def warn_if_trained_through_adjoint(part: Any) -> None:
-    """Warn, once a solver, that torchdyn's adjoints give a hypernet no gradient."""
-    known = _warned.setdefault(_key(part), set())
-    if "untrained" in known or not isinstance(part, Solver):
-        return
-    if any(parameter.requires_grad for parameter in part.parameters()):
-        known.add("untrained")
-        warnings.warn(
-            "torchdyn's adjoint sensitivities give a solver's own parameters (the hypernet's) no "
-            'gradient, and they require one. To train them use sensitivity="autograd"; otherwise '
-            "solver.requires_grad_(False).",
-            AdjointWarning,
-            stacklevel=2,
-        )
-
-
-def _key(part: Any) -> Any:
-    """Return what stands for a part: itself, or its class where equal parts are the same."""
-    is_itself = getattr(type(part), "__hash__", None) is object.__hash__
-    return part if is_itself else type(part)
+    warn_once(part, what, _TEXTS[what], HostWarning)

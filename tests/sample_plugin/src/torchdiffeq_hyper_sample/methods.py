@@ -9,7 +9,7 @@ from torchdiffeq._impl.misc import Perturb
 from torchdiffeq._impl.solvers import FixedGridODESolver
 
 from torchdiffeq_hyper import hookimpl
-from torchdiffeq_hyper.methods._hookspecs import Register
+from torchdiffeq_hyper.methods import Register
 from torchdiffeq_hyper.tableaus import Edge, StageCall, Tableau
 
 

@@ -1,0 +1,317 @@
+"""A registered method: its name, what it declares, and which fitted part solves with it.
+
+There is one kind for each thing that a plugin may register: a `Tableau`, a `WholeSolve`
+and a solver class of torchdiffeq's own kind. Hosts and look-ups ask the method, not its
+kind.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, Protocol, TypeVar
+
+from torchdiffeq_hyper.errors import (
+    BaseMismatchError,
+    MissingHypernetError,
+    OptionError,
+    StateTypeError,
+    explain,
+)
+from torchdiffeq_hyper.tableaus import Tableau
+
+
+@dataclass(frozen=True)
+class WholeSolve:
+    """A method whose part solves the whole problem at once.
+
+    Attributes:
+        kind: the part's class; its objects have
+            ``solve(func, y0, t, *, rtol, atol) -> solution`` and, where they are fitted,
+            the attribute ``method``.
+        option: the option that holds the fitted part. None for methods with nothing
+            fitted: the part is then built from the call's options, ``kind(**options)``.
+        example: code that makes a part, for messages.
+    """
+
+    kind: type[Any]
+    option: str | None
+    example: str
+
+
+BuiltT_co = TypeVar("BuiltT_co", covariant=True)
+
+
+class Builder(Protocol[BuiltT_co]):
+    """A host: what it makes of each kind of method."""
+
+    def step_by_step(self, method: SteppingMethod) -> BuiltT_co:
+        """Return what solves step by step, along a time grid."""
+        ...
+
+    def all_at_once(self, method: WholeMethod) -> BuiltT_co:
+        """Return what hands the whole problem to the method's part."""
+        ...
+
+    def ready_made(self, method: ReadyMethod) -> BuiltT_co:
+        """Return what runs a solver class of torchdiffeq's own kind."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """One registered method.
+
+    Attributes:
+        name: the string users pass as ``method=``.
+        order: order of convergence (with no correction, for learned methods).
+        calls_per_step: calls of func in one step.
+        follows_grid: whether the method steps along a time grid it is given.
+        owner: who registered it, for messages.
+        fitted: the fitted solver behind a published name, else None.
+        tableau: the base that a learned method corrects; None for other methods.
+        option: the option of a call that holds a fitted part; None where nothing is fitted.
+        kind: the class of the parts, where the method was registered with one.
+    """
+
+    name: str
+    order: int
+    calls_per_step: int
+    follows_grid: bool
+    owner: str
+    fitted: Any = None
+    tableau: Tableau | None = None
+    option: str | None = None
+    kind: type[Any] | None = None
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the method corrects a base with a hypernet."""
+        return self.tableau is not None
+
+    @abstractmethod
+    def build(self, host: Builder[BuiltT_co]) -> BuiltT_co:
+        """Return what a host is given for this method."""
+
+    @abstractmethod
+    def serves(self, part: object) -> bool:
+        """Return whether ``part`` is a part of this method."""
+
+    @abstractmethod
+    def checked(self, part: Any) -> Any:
+        """Return the part of a call.
+
+        Raises:
+            MissingHypernetError: it is None.
+            StateTypeError: it is of another kind.
+            BaseMismatchError: it was fitted for another base.
+        """
+
+    def given(self, options: Mapping[str, Any]) -> Any:
+        """Return the part that a call's options hold; None without."""
+        return None if self.option is None else options.get(self.option)
+
+    def published(self, name: str, part: Any, owner: str) -> Method:
+        """Return the method called ``name`` whose fitted part is ``part``."""
+        return replace(self, name=name, fitted=part, owner=owner)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteppingMethod(Method):
+    """A tableau's base and its learned correction, step by step."""
+
+    tableau: Tableau
+    option: str | None = "solver"
+
+    def build(self, host: Builder[BuiltT_co]) -> BuiltT_co:
+        """Return what a host is given for this method."""
+        return host.step_by_step(self)
+
+    def serves(self, part: object) -> bool:
+        """Return whether ``part`` is a hypersolver of this base."""
+        return base_of(part) == self.tableau.name
+
+    def checked(self, part: Any) -> Any:
+        """Return the hypersolver of a call; see `Method.checked`."""
+        base = self.tableau.name
+        if part is None:
+            example = f'tdh.fit(func, y0, (0.0, 1.0), base="{base}", steps=10)'
+            _refuse_missing(self, "fitted hypernet", "a fitted part", "solver", example)
+        if base_of(part) is None:
+            raise StateTypeError(
+                explain(
+                    f"the solver for {self.name!r} is a {type(part).__name__}.",
+                    "a HyperSolver.",
+                    'options={"solver": tdh.HyperSolver(base, hypernet, steps)}   '
+                    '# or {"hypernet": net}',
+                )
+            )
+        if part.base != base:
+            raise BaseMismatchError(
+                explain(
+                    f'the solver was fitted for base "{part.base}", method "{self.name}" '
+                    f'corrects base "{base}".',
+                    "a correction fitted for the base it is used on.",
+                    f'odeint(..., method="{part.method}")',
+                )
+            )
+        return part
+
+    def published(self, name: str, part: Any, owner: str) -> Method:
+        """Return the method called ``name`` with the base that ``part`` was fitted for."""
+        tableau = part.tableau
+        corrected = replace(
+            self, tableau=tableau, order=tableau.order, calls_per_step=tableau.calls
+        )
+        return replace(corrected, name=name, fitted=part, owner=owner)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeMethod(Method):
+    """A `WholeSolve`: its part solves the whole problem."""
+
+    kind: type[Any]
+    example: str
+
+    def build(self, host: Builder[BuiltT_co]) -> BuiltT_co:
+        """Return what a host is given for this method."""
+        return host.all_at_once(self)
+
+    def serves(self, part: object) -> bool:
+        """Return whether ``part`` is of the method's class."""
+        return isinstance(part, self.kind)
+
+    @property
+    def options(self) -> list[str]:
+        """The names of the options that a call may give."""
+        return [self.option] if self.option else list(inspect.signature(self.kind).parameters)
+
+    def given(self, options: Mapping[str, Any]) -> Any:
+        """Return the part that a call's options hold, or that they describe."""
+        return self.kind(**options) if self.option is None else options.get(self.option)
+
+    def checked(self, part: Any) -> Any:
+        """Return the part of a call; see `Method.checked`."""
+        kind, option = self.kind.__name__, self.option
+        if part is None:
+            _refuse_missing(self, kind, "one", option, self.example)
+        if not isinstance(part, self.kind):
+            fix = f'options={{"{option}": {self.example}}}'
+            if base_of(part) is not None:
+                fix = f'odeint(..., method="{part.method}")   # the method of this solver'
+            raise StateTypeError(
+                explain(
+                    f'the part for method "{self.name}" is a {type(part).__name__}.',
+                    f"a {kind}.",
+                    fix,
+                )
+            )
+        return part
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadyMethod(Method):
+    """A solver class of torchdiffeq's own kind, with nothing fitted."""
+
+    solver: Callable[..., Any]
+
+    def build(self, host: Builder[BuiltT_co]) -> BuiltT_co:
+        """Return what a host is given for this method."""
+        return host.ready_made(self)
+
+    def serves(self, part: object) -> bool:
+        """Return False: there are no parts."""
+        return False
+
+    def checked(self, part: Any) -> Any:
+        """Return ``part``: there are none to check."""
+        return part
+
+
+def base_of(part: object) -> str | None:
+    """Return the name of the base that a fitted solver corrects; None for other parts."""
+    base = getattr(part, "base", None)
+    return base if isinstance(base, str) else None
+
+
+def make_method(
+    name: str,
+    solver: Tableau | WholeSolve | Callable[..., Any],
+    owner: str,
+    *,
+    order: int | None,
+    calls_per_step: int | None,
+    follows_grid: bool,
+) -> Method:
+    """Return the method that a plugin registers.
+
+    Raises:
+        OptionError: the declarations are missing or make no sense.
+    """
+    if isinstance(solver, Tableau):
+        order, calls_per_step = solver.order, solver.calls
+    if order is None or calls_per_step is None:
+        raise OptionError(
+            explain(
+                f'method "{name}" of {owner} does not declare its order and calls per step.',
+                "both, for a solver class.",
+                f'register("{name}", Solver, order=2, calls_per_step=2)',
+            )
+        )
+    _check_declarations(name, order=order, calls_per_step=calls_per_step)
+    fields: dict[str, Any] = {
+        "name": name,
+        "order": order,
+        "calls_per_step": calls_per_step,
+        "follows_grid": follows_grid,
+        "owner": owner,
+    }
+    if isinstance(solver, Tableau):
+        return SteppingMethod(**fields, tableau=solver)
+    if isinstance(solver, WholeSolve):
+        return WholeMethod(**fields, **vars(solver))
+    if callable(solver):
+        return ReadyMethod(**fields, solver=solver)
+    raise OptionError(
+        explain(
+            f'method "{name}" has solver={solver!r}.',
+            "a Tableau, a WholeSolve or a torchdiffeq solver class.",
+            f'register("{name}", MySolver, order=2, calls_per_step=2)',
+        )
+    )
+
+
+def _check_declarations(name: object, **counts: object) -> None:
+    if not isinstance(name, str) or not name:
+        raise OptionError(
+            explain(f"a method's name is {name!r}.", "a non-empty string.", 'name="my-method"')
+        )
+    for field, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise OptionError(
+                explain(
+                    f'method "{name}" declares {field}={value!r}.',
+                    "an int of at least 1.",
+                    f"{field}=1",
+                )
+            )
+
+
+def _refuse_missing(
+    method: Method, what: str, which: str, option: str | None, example: str
+) -> NoReturn:
+    name = method.name
+    raise MissingHypernetError(
+        explain(
+            f'method "{name}" found no {what} for this func.',
+            f"{which} as an option, attached to func, in scope, or under a published name.",
+            f"{option} = {example}\n"
+            f'odeint(func, y0, t, method="{name}", options={{"{option}": {option}}})\n'
+            f"NeuralODE(vf, solver={option})            # torchdyn\n"
+            f'tdh.attach(func, {option})                # then method="{name}" on this func\n'
+            f'with tdh.using({option}): ...             # then method="{name}" inside\n'
+            f'tdh.register_method("my-fast", {option})  # then method="my-fast" anywhere',
+        )
+    )

@@ -52,6 +52,16 @@ def _overflow(dtype: torch.dtype, solution: Tensor) -> str:
     )
 
 
+def check_start(y0: Tensor) -> None:
+    """Refuse a start that is known to hold inf or nan."""
+    if not is_finite(y0):
+        raise NonFiniteError(
+            problem="y0 holds inf or nan.",
+            expected="a finite start.",
+            fix="torch.isfinite(y0).all()",
+        )
+
+
 @torch.no_grad()
 def raise_non_finite(
     step: Step,
@@ -73,12 +83,7 @@ def raise_non_finite(
     Raises:
         NonFiniteError: always.
     """
-    if not is_finite(y0):
-        raise NonFiniteError(
-            problem="y0 holds inf or nan.",
-            expected="a finite start.",
-            fix="torch.isfinite(y0).all()",
-        )
+    check_start(y0)
     base = Step(step.tableau, step.call, None)
     y = y0
     for index, (start, end) in enumerate(grid):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchdiffeq_hyper._fields import own, owning, share_memory
 from torchdiffeq_hyper.errors import NonFiniteError
-from torchdiffeq_hyper.solvers._finite import advice_for_half, is_finite
+from torchdiffeq_hyper.solvers._finite import advice_for_half, check_start, is_finite
 from torchdiffeq_hyper.solvers.bespoke._weights import is_differentiated, stage_times
 from torchdiffeq_hyper.tableaus import StageCall
 
@@ -215,12 +215,7 @@ def raise_non_finite(call: StageCall, calls: Schedule, y0: Tensor, dtype: torch.
     Raises:
         NonFiniteError: always.
     """
-    if not is_finite(y0):
-        raise NonFiniteError(
-            problem="y0 holds inf or nan.",
-            expected="a finite start.",
-            fix="torch.isfinite(y0).all()",
-        )
+    check_start(y0)
     x, stages, add = y0, [], _Chain(y0)
     for i, (t, row) in enumerate(zip(*calls, strict=True)):
         stages.append(own(call(t, x)))

@@ -106,6 +106,7 @@ class BespokeSolver(Solver, kind=BNS):
     """
 
     follows_grid = False
+    steps: int
 
     def __init__(
         self,
@@ -242,7 +243,7 @@ class BespokeSolver(Solver, kind=BNS):
         layout = StateLayout.of(y0)
         flat = layout.join(y0)
         dtype = flat.dtype
-        ends_at_end = is_whole_span(t, self.span, len(self.weights))
+        ends_at_end = is_whole_span(t, self.span, self.steps)
         t, t_dtype = check_times(t, flat), t.dtype
         if flat.numel() == 0 or len(t) == 1:
             return layout.split(flat.unsqueeze(0).expand(len(t), *flat.shape).clone())

@@ -3,7 +3,7 @@ r"""The paper's hypernet layout: any net on the concatenation of a step's inputs
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,14 @@ NAMES = ("y", "f0", "stages", "y0", "context", *SCALARS)
 class ConcatHypernet(nn.Module):
     r"""Feed any net the concatenation of a step's inputs along dim 1.
 
-    g(step) = net(cat(inputs)), the layout of the hypersolver paper: state, derivative and step
-    size as channels. Works on states (batch, channels, \*spatial) with any number of
-    spatial dimensions; (batch,) and 0-d states become one channel and come back in
-    their shape. The parts of a tuple state are concatenated along dim 1 and the output
-    is split back (see `join_channels`, `split_channels`).
+    g(step) = net(cat(inputs)): state, derivative and step size as channels, the layout of
+    Poli et al., "Hypersolvers: Toward Fast Continuous-Depth Models", NeurIPS 2020, appendix
+    B, https://arxiv.org/abs/2007.09601.
+
+    Works on states (batch, channels, \*spatial) with any number of spatial dimensions;
+    (batch,) and 0-d states become one channel and come back in their shape. The parts of a
+    tuple state are concatenated along dim 1 and the output is split back (see
+    `join_channels`, `split_channels`).
 
     The concatenation is cast to the dtype of the net's parameters, so that a float32 net
     serves a float64 state; its output then promotes. Costs one concatenation and one call
@@ -107,7 +110,8 @@ class ConcatHypernet(nn.Module):
         # Then `join_channels` would return states as they are: this runs at every step.
         is_joined = isinstance(step.y, Tensor) and step.y.dim() > 1
         y: Any = step.y if is_joined else join_channels(step.y)
-        check_real(y)
+        if y.is_complex():
+            refuse_complex(y)
         scalar = (y.shape[0], 1, *y.shape[2:])
         columns: list[Tensor] = []
         for name in self.inputs:
@@ -173,7 +177,8 @@ def _context_columns(context: tuple[Tensor, ...], y: Tensor) -> list[Tensor]:
 
 
 def _as_channels(part: Tensor, y: Tensor) -> Tensor:
-    check_real(part)
+    if part.is_complex():
+        refuse_complex(part)
     spatial = y.shape[2:]
     if part.shape[:1] != y.shape[:1] or part.shape[2:] not in (spatial, ()):
         raise StateShapeError(
@@ -194,7 +199,7 @@ def _n_channels(part: Tensor) -> int:
 def _dtype_of(net: object) -> torch.dtype | None:
     """Return the dtype of a net's first parameter of floating-point numbers.
 
-    Looked up at every call: the net may be cast or its weights replaced behind our back. And
+    Looked up at every call: the net may be cast or its weights replaced between two. And
     by hand: the generators of `nn.Module.parameters` take longer than a small net.
     """
     pending: list[nn.Module | None] = [net] if isinstance(net, nn.Module) else []
@@ -229,14 +234,13 @@ def check_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def check_real(y: Tensor) -> None:
-    """Refuse a complex state."""
-    if y.is_complex():
-        raise StateTypeError(
-            problem=f"the state is complex ({y.dtype}), nets take real channels.",
-            expected="a real state, or a hypernet of your own that handles complex numbers.",
-            fix="a func on torch.view_as_real(y), real and imaginary parts being channels",
-        )
+def refuse_complex(y: Tensor) -> NoReturn:
+    """Raise the error about a complex state."""
+    raise StateTypeError(
+        problem=f"the state is complex ({y.dtype}), nets take real channels.",
+        expected="a real state, or a hypernet of your own that handles complex numbers.",
+        fix="a func on torch.view_as_real(y), real and imaginary parts being channels",
+    )
 
 
 def join_channels(state: State) -> Tensor:

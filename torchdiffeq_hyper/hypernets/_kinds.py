@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torchdiffeq_hyper._state import State, StateLayout, stepped_dtype
 from torchdiffeq_hyper.errors import OptionError
-from torchdiffeq_hyper.hypernets._concat import check_real, join_channels
+from torchdiffeq_hyper.hypernets._concat import join_channels, refuse_complex
 from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS, ReadyHypernet, check_count
 from torchdiffeq_hyper.tableaus import Tableau
 
@@ -272,7 +272,8 @@ def suited(net: ReadyHypernet, y: Tensor) -> ReadyHypernet:
         StateTypeError: ``y`` is of integers, or complex.
     """
     StateLayout.of(y)
-    check_real(y)
+    if y.is_complex():
+        refuse_complex(y)
     return net.to(y.device, stepped_dtype(y.dtype))
 
 

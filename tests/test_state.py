@@ -69,3 +69,24 @@ def test_errors_and_their_copies_say_problem_expected_fix(
     for same in (error, copy.copy(error), pickle.loads(pickle.dumps(error))):
         assert type(same) is kind
         assert str(same) == text
+
+
+def test_rows_hold_one_sample_each_and_split_back() -> None:
+    for state in (PAIR, PAIR[0], (torch.zeros(2, 0), torch.ones(2, 1, 3))):
+        layout = _state.RowLayout.of(state)
+        rows = layout.join(state)
+        assert rows.shape == (len(_state.parts_of(state)[0]), sum(layout.widths))
+        same = layout.split(torch.stack([rows, rows]))
+        assert isinstance(same, tuple) == isinstance(state, tuple)
+        for part, expected in zip(_state.parts_of(same), _state.parts_of(state), strict=True):
+            assert torch.equal(part[1], expected)
+    with pytest.raises(errors.StateShapeError, match="as many in every part"):
+        _state.RowLayout.of((torch.ones(2), torch.ones(3)))
+
+
+def test_values_are_read_only_where_there_are_some() -> None:
+    assert _state.values_of(torch.tensor([[1.0], [2.0]], requires_grad=True)) == [1.0, 2.0]
+    assert _state.values_of(torch.ones(2, device="meta")) is None
+    seen = []
+    torch.vmap(lambda x: (seen.append(_state.values_of(x)), x)[1])(torch.ones(2))
+    assert seen == [None]

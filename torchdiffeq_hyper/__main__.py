@@ -13,14 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from torchdiffeq_hyper._files import damage_reported, read, read_metadata
+from torchdiffeq_hyper._files import read, read_metadata
 from torchdiffeq_hyper.errors import HyperError
 from torchdiffeq_hyper.hypernets._files import UNSEEN
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._domain import FitDomain
-from torchdiffeq_hyper.solvers._files import BNS, KIND, rebuild_bespoke, rebuild_hypersolver
-from torchdiffeq_hyper.solvers._report import FitReport
-from torchdiffeq_hyper.solvers.bespoke import BespokeSolver
+from torchdiffeq_hyper.solvers._solver import Solver, solver_class
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,14 +72,10 @@ def _describe(path: str) -> str:
 
     It goes through the checks of `HyperSolver.load`.
     """
-    is_bespoke = read_metadata(path)["kind"] == BNS
-    tensors, metadata = read(path, BNS if is_bespoke else KIND)
-    rebuild = rebuild_bespoke if is_bespoke else rebuild_hypersolver
-    arguments, _, _ = rebuild(metadata, tensors, UNSEEN, path)
-    if is_bespoke:
-        with damage_reported(path):
-            BespokeSolver(**arguments)
-    facts = _facts(tensors, metadata, arguments["domain"], arguments["report"])
+    owner = solver_class(read_metadata(path)["kind"])
+    tensors, metadata = read(path, owner.kind)
+    solver, _ = owner.rebuild(metadata, tensors, UNSEEN, path)
+    facts = _facts(tensors, metadata, solver)
     width = max(map(len, facts))
     return "\n".join(
         f"{name if i == 0 else '':{width}}  {line}"
@@ -91,19 +85,15 @@ def _describe(path: str) -> str:
 
 
 def _facts(
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, Any],
-    domain: FitDomain | None,
-    report: FitReport | None,
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], solver: Solver
 ) -> dict[str, str]:
-    is_bespoke = metadata["base"] == "bns"
-    method = _registry.find("bns") if is_bespoke else _registry.method_of(metadata["base"])
+    method = _registry.find(solver.method)
     alpha, steps, net = metadata["alpha"], metadata["steps"], dict(metadata["hypernet"] or {})
     low, high = steps if isinstance(steps, list) else (steps, steps)
     weights = sum(tensor.numel() for tensor in tensors.values())
     kind = net.pop("kind", "none")
     facts = {
-        "base": metadata["base"] + ("" if alpha is None else f", alpha {alpha:g}"),
+        "base": solver.base + ("" if alpha is None else f", alpha {alpha:g}"),
         "method": f"{method.name}, order {method.order}, calls per step {method.calls_per_step}",
         "steps": "as the caller's time grid" if low is None else _range(low, high),
         "hypernet": f"{kind}: {', '.join(f'{key} {value}' for key, value in net.items())}"
@@ -111,10 +101,10 @@ def _facts(
         else kind,
         "weights": f"{weights:,} numbers in {len(tensors)} tensors",
     }
-    if domain is not None:
-        facts |= _domain_facts(domain)
-    if report is not None:
-        facts["report"] = str(report)
+    if solver.domain is not None:
+        facts |= _domain_facts(solver.domain)
+    if solver.report is not None:
+        facts["report"] = str(solver.report)
     return facts
 
 

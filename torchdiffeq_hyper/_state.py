@@ -193,6 +193,60 @@ class StateLayout:
 
 _TENSOR = StateLayout(None)
 
+
+@dataclass(frozen=True)
+class RowLayout:
+    """How the samples of a state lie in a matrix of shape (samples, numbers of a sample).
+
+    Attributes:
+        shapes: each part's shape without its batch dimension.
+        is_tuple: whether the state is a tuple.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    is_tuple: bool
+
+    @classmethod
+    def of(cls, y: State) -> RowLayout:
+        """Return the layout of a state, after checking that it has samples along dim 0."""
+        StateLayout.of(y)
+        parts = parts_of(y)
+        sizes = {part.shape[0] if part.dim() else None for part in parts}
+        if len(sizes) != 1 or None in sizes:
+            raise StateShapeError(
+                problem="y0 has shape" + "s" * (len(parts) > 1) + " "
+                f"{', '.join(str(tuple(part.shape)) for part in parts)}.",
+                expected="the samples along dim 0, as many in every part.",
+                fix=how_to_batch(y),
+            )
+        return cls(tuple(tuple(part.shape[1:]) for part in parts), isinstance(y, tuple))
+
+    @property
+    def widths(self) -> list[int]:
+        """Numbers of a sample in each part."""
+        return [prod(shape) for shape in self.shapes]
+
+    def join(self, y: State) -> Tensor:
+        """Return the matrix of a state."""
+        if isinstance(y, Tensor):
+            return y.reshape(len(y), -1) if y.numel() else y.reshape(len(y), self.widths[0])
+        return torch.cat([p.reshape(len(p), w) for p, w in zip(y, self.widths, strict=True)], 1)
+
+    def split(self, rows: Tensor) -> State:
+        """Return the state in a matrix; more dimensions in front of its last stay there."""
+        front = rows.shape[:-1]
+        if not self.is_tuple:
+            return rows.reshape(*front, *self.shapes[0])
+        parts = rows.split(self.widths, dim=-1)
+        return tuple(p.reshape(*front, *s) for p, s in zip(parts, self.shapes, strict=True))
+
+    def norm(self, rows: Tensor) -> Tensor:
+        """Return each row's root mean square, of a tuple state its parts' largest."""
+        parts = rows.split(self.widths, dim=1)
+        norms = [part.abs().pow(2).mean(dim=1).sqrt() for part in parts if part.shape[1]]
+        return norms[0] if len(norms) == 1 else torch.stack(norms).amax(dim=0)
+
+
 SMALLEST_SIZE = 0.1
 """Smallest size of a state to divide its error by, as a share of the root mean square."""
 
@@ -220,7 +274,7 @@ def sample_sizes(states: State, unit: float = 1.0) -> Tensor:
     return norms.clamp_min(floor).clamp_min(1e-30)
 
 
-def part_norms(layout: StateLayout, flat: Tensor) -> tuple[Tensor, ...]:
+def part_norms(layout: StateLayout | RowLayout, flat: Tensor) -> tuple[Tensor, ...]:
     """Return each part's norms over its non-batch dimensions, (batch,); 0-d parts give (1,)."""
     parts = (torch.atleast_1d(part) for part in parts_of(layout.split(flat)))
     return tuple(torch.linalg.vector_norm(_rows(part, 1), dim=-1) for part in parts)
@@ -269,3 +323,18 @@ def _check_part(part: int, layout: StateLayout) -> int:
             fix="part=0" if n_parts else "part=None",
         )
     return part
+
+
+def values_of(tensor: Tensor) -> list[float] | None:
+    """Return a tensor's numbers, at one device sync; None where there are none to look at.
+
+    That is while compiling or capturing a graph, under vmap, and of fake and meta tensors.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    try:
+        return [float(value) for value in tensor.detach().reshape(-1).tolist()]
+    except RuntimeError:  # also of the symbols that tracing puts in place of numbers
+        return None

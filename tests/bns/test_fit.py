@@ -256,7 +256,7 @@ def test_saved_solvers_come_back(fitted: tdh.BespokeSolver, tmp_path: Path) -> N
     path = tmp_path / "bns.safetensors"
     fitted.save(path)
     t = torch.linspace(0, 2, 5, dtype=torch.float64)
-    for kind in (tdh.HyperSolver, tdh.BespokeSolver):
+    for kind in (tdh.Solver, tdh.HyperSolver, tdh.BespokeSolver):
         loaded = kind.load(path)
         assert type(loaded) is tdh.BespokeSolver
         assert (loaded.domain, loaded.report) == (fitted.domain, fitted.report)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import torchdiffeq_hyper as tdh
 from stubs import MLPField, damped_wave, spiral
 from torchdiffeq_hyper.solvers.bespoke import classical, compositions
-from torchdiffeq_hyper.solvers.bespoke._weights import KeptWeights, consistent, selected, violation
+from torchdiffeq_hyper.solvers.bespoke._weights import WeightCache, consistent, selected, violation
 
 SPAN = torch.tensor([0.0, 1.0], dtype=torch.float64)
 DOMAIN = tdh.FitDomain((0.0, 1.0), 1.0, 1.0, (1,), ((2,),), False, "float64")
@@ -229,10 +229,10 @@ def test_plain_tensors_take_the_parameters_place_in_replicas() -> None:
 
 def test_weights_without_values_are_taken_as_they_are() -> None:
     meta = torch.empty(3, 3, device="meta")
-    assert KeptWeights().of(meta) is meta
+    assert WeightCache().of(meta) is meta
     with torch._subclasses.FakeTensorMode() as mode:
         fake = mode.from_tensor(torch.eye(3))
-        assert KeptWeights().of(fake) is fake
+        assert WeightCache().of(fake) is fake
 
 
 def test_solvers_pickled_before_weights_were_kept_still_load() -> None:

@@ -20,11 +20,10 @@ from torchdiffeq_hyper._fields import (
     own,
     restrict,
 )
-from torchdiffeq_hyper._state import State, VectorField, is_half, parts_of
+from torchdiffeq_hyper._state import RowLayout, State, VectorField, is_half, parts_of
 from torchdiffeq_hyper.dise._candidates import Candidate
 from torchdiffeq_hyper.errors import HyperError, OptionError, StateShapeError, explain, first_line
 from torchdiffeq_hyper.solvers._finite import cast_back
-from torchdiffeq_hyper.solvers.per_sample._rows import RowLayout
 
 
 def count(y0: State) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from torchdiffeq_hyper.errors import OptionError, StateTypeError, explain, unkno
 from torchdiffeq_hyper.evaluation._problem import Problem
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._grid import check_steps, equal_steps
-from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
+from torchdiffeq_hyper.solvers._solver import Solver
 
 OWN_POINTS = 8
 """Points along the span at which a method that chooses its own steps is looked at."""
@@ -29,7 +28,7 @@ class Trial:
         label: how tables call the method.
         method: how the host calls it.
         follows_grid: whether it takes ``steps``, else a ``tolerance``.
-        is_learned: whether it is a fitted `HyperSolver`.
+        is_learned: whether it is a fitted `Solver`.
         solver: the fitted solver behind it, where it is known here.
         steps: equal steps to take; for "bns" its calls of func, where known.
         tolerance: rtol = atol.
@@ -41,7 +40,7 @@ class Trial:
     method: str
     follows_grid: bool
     is_learned: bool
-    solver: HyperSolver | None = None
+    solver: Solver | None = None
     steps: int | None = None
     tolerance: float | None = None
     steps_between_points: bool = False
@@ -76,7 +75,7 @@ class Trial:
 
 
 def expand(
-    methods: Sequence[str | HyperSolver],
+    methods: Sequence[str | Solver],
     steps: int | Sequence[int] | None,
     tolerances: float | Sequence[float],
 ) -> list[Trial]:
@@ -87,8 +86,8 @@ def expand(
         UnknownMethodError: no method has that name.
         StateTypeError: a method is neither a name nor a `HyperSolver`.
     """
-    if isinstance(methods, str | HyperSolver) or len(methods) == 0:
-        got = "a single method" if isinstance(methods, str | HyperSolver) else "empty"
+    if isinstance(methods, str | Solver) or len(methods) == 0:
+        got = "a single method" if isinstance(methods, str | Solver) else "empty"
         raise OptionError(
             explain(
                 f"methods is {got}.",
@@ -113,11 +112,10 @@ def expand(
     return trials
 
 
-def _first_trial(method: str | HyperSolver) -> Trial:
+def _first_trial(method: str | Solver) -> Trial:
     """Return a trial of a method, its settings still to be filled in."""
-    if isinstance(method, HyperSolver):
-        alpha = "" if method.alpha is None else f" (alpha {method.alpha:.3g})"
-        return _trial_of_solver(method, method.method + alpha)
+    if isinstance(method, Solver):
+        return _trial_of_solver(method, method.label)
     if not isinstance(method, str):
         raise StateTypeError(
             explain(
@@ -132,7 +130,7 @@ def _first_trial(method: str | HyperSolver) -> Trial:
         if method not in hosts:
             raise unknown_method(method, [*_registry.methods(), *hosts], 'methods=["{}"]')
         return Trial(method, method, hosts[method], is_learned=False)
-    if isinstance(entry.fitted, HyperSolver):
+    if isinstance(entry.fitted, Solver):
         return _trial_of_solver(entry.fitted, method)
     return Trial(
         method,
@@ -143,17 +141,16 @@ def _first_trial(method: str | HyperSolver) -> Trial:
     )
 
 
-def _trial_of_solver(solver: HyperSolver, label: str) -> Trial:
-    follows_grid = _registry.find(solver.method).follows_grid
-    first = Trial(label, solver.method, follows_grid, is_learned=True, solver=solver)
-    if not follows_grid:
-        return replace(first, steps=solver.n_steps)
-    if solver.domain is None:
-        return first
-    # Without its limits, so that its one warning is not used up here.
-    unlimited = copy.copy(solver)
-    unlimited.domain = replace(solver.domain, dt_min=0.0, dt_max=math.inf, directions=(1, -1))
-    return replace(first, solver=unlimited)
+def _trial_of_solver(solver: Solver, label: str) -> Trial:
+    return Trial(
+        label,
+        solver.method,
+        solver.follows_grid,
+        is_learned=True,
+        # So that its one warning is not used up here.
+        solver=solver.without_warnings(),
+        steps=None if solver.follows_grid else solver.n_steps,
+    )
 
 
 def _own_steps(trial: Trial) -> int:

@@ -16,7 +16,7 @@ from torchdiffeq_hyper.fitting._engine import run
 from torchdiffeq_hyper.fitting._hypersolver import HypersolverTarget
 from torchdiffeq_hyper.fitting._neural_ode import check_shareable
 from torchdiffeq_hyper.solvers._grid import Steps
-from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
+from torchdiffeq_hyper.solvers._solver import Solver
 
 TARGETS: dict[str, type[BespokeTarget | HypersolverTarget]] = {"bns": BespokeTarget}
 """What is fitted for a base, where it is not a hypersolver's net."""
@@ -36,7 +36,7 @@ def fit(
     config: FitConfig | None = None,
     progress: bool = True,
     context: Tensor | tuple[Tensor, ...] | Literal["batch"] | None = None,
-) -> HyperSolver:
+) -> Solver:
     r"""Fit the correction g of a hypersolver to a vector field, in about two minutes.
 
     Reference solutions are computed once a batch, at tight tolerances and in float64, for

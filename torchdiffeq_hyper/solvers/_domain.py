@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Any
 
 from torch import Tensor
 
-from torchdiffeq_hyper._state import State
-from torchdiffeq_hyper.errors import StateShapeError, StateTypeError, explain
+from torchdiffeq_hyper._state import State, values_of
+from torchdiffeq_hyper.errors import StateShapeError, StateTypeError
 
 
 class Match(IntEnum):
@@ -27,7 +27,9 @@ class Match(IntEnum):
 
 @dataclass(frozen=True)
 class FitDomain:
-    """What a solver was fitted for.
+    """What a solver was fitted for; `fit` makes one, and files hold it.
+
+    Outside of it a solver warns once, and goes on; a "bns" solver with a domain refuses.
 
     Attributes:
         span: (start, end) in the time unit of the problem, as passed to `fit`.
@@ -56,13 +58,11 @@ class FitDomain:
     def covers(self, dt: float) -> bool:
         """Return whether a signed step size lies in the fitted range and direction."""
         slack = 1e-3  # grids in float32 have steps that differ in their last digits
-        sign = 1 if dt >= 0 else -1
-        return sign in self.directions and self.dt_min * (1 - slack) <= abs(dt) <= self.dt_max * (
-            1 + slack
-        )
+        low, high = self.dt_min * (1 - slack), self.dt_max * (1 + slack)
+        return (1 if dt >= 0 else -1) in self.directions and low <= abs(dt) <= high
 
     def match(self, direction: int, start: float | None = None, end: float | None = None) -> Match:
-        """Return how well the fit suits a solve.
+        """Return how well the fit suits a solve: `Match` is larger the better.
 
         Args:
             direction: 1 where time grows, -1 where it falls.
@@ -97,10 +97,7 @@ class FitDomain:
             readable: where each step goes from point to point of the call's t: a call that
                 reads the points off larger steps, with ``{options}`` left open.
         """
-        try:
-            sizes = [sign * size for size in dt.tolist()]
-        except RuntimeError:  # no values to look at: vmap, fake and meta tensors
-            return {}
+        sizes = [sign * size for size in values_of(dt) or ()]
         texts: dict[str, str] = {}
         for size in (min(sizes), max(sizes)) if sizes else ():  # one point in t: no step
             if self.covers(size):
@@ -150,48 +147,34 @@ class FitDomain:
         if isinstance(y0, Tensor):
             if self.is_tuple:
                 raise StateTypeError(
-                    explain(
-                        "the solver was fitted on a tuple state, y0 is one tensor.",
-                        f"a tuple of {len(self.shapes)} tensors with trailing shapes "
-                        f"{self.shapes}.",
-                        "odeint(func, (y0, ...), t, ...)",
-                    )
+                    problem="the solver was fitted on a tuple state, y0 is one tensor.",
+                    expected=f"a tuple of {len(self.shapes)} tensors with trailing shapes "
+                    f"{self.shapes}.",
+                    fix="odeint(func, (y0, ...), t, ...)",
                 )
             return None
         if self.is_tuple:
             if len(y0) != len(self.shapes):
                 raise StateShapeError(
-                    explain(
-                        f"y0 is a tuple of {len(y0)} tensors.",
-                        f"{len(self.shapes)} tensors, as the solver was fitted.",
-                        "tdh.fit(func, y0, ...) on states of this structure",
-                    )
+                    problem=f"y0 is a tuple of {len(y0)} tensors.",
+                    expected=f"{len(self.shapes)} tensors, as the solver was fitted.",
+                    fix="tdh.fit(func, y0, ...) on states of this structure",
                 )
             return None
         matching = [i for i, part in enumerate(y0) if tuple(part.shape[1:]) == self.shapes[0]]
         if len(matching) != 1:
             shapes = [tuple(part.shape) for part in y0]
             raise StateShapeError(
-                explain(
-                    f"y0 is a tuple with shapes {shapes}; {len(matching)} of its parts have the "
-                    f"trailing shape {self.shapes[0]} that the solver was fitted on.",
-                    "exactly one such part: it is corrected, the others take the plain base.",
-                    "tdh.fit(func, y0, ...) with the whole tuple as y0",
-                )
+                problem=f"y0 is a tuple with shapes {shapes}; {len(matching)} of its parts have "
+                f"the trailing shape {self.shapes[0]} that the solver was fitted on.",
+                expected="exactly one such part: it is corrected, the others take the plain base.",
+                fix="tdh.fit(func, y0, ...) with the whole tuple as y0",
             )
         return matching[0]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON-ready values."""
-        return {
-            "span": list(self.span),
-            "dt_min": self.dt_min,
-            "dt_max": self.dt_max,
-            "directions": list(self.directions),
-            "shapes": [list(shape) for shape in self.shapes],
-            "is_tuple": self.is_tuple,
-            "dtype": self.dtype,
-        }
+        """Return the fields as values for JSON, where tuples become lists."""
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> FitDomain:

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torchdiffeq_hyper._fields import attributes_as_found
 from torchdiffeq_hyper._files import write_bytes
-from torchdiffeq_hyper._state import State, VectorField
-from torchdiffeq_hyper.errors import ExportError, HyperError, explain
+from torchdiffeq_hyper._state import State, VectorField, parts_of
+from torchdiffeq_hyper.errors import ExportError, HyperError
 
 Solve = Callable[[VectorField, State, Tensor], State]
 
@@ -28,19 +28,10 @@ def export_solve(
     *,
     dynamic_batch: bool,
 ) -> None:
-    """Write ``(y0, t) -> solve(func, y0, t)`` to ``path`` by `torch.export`.
+    """Write ``(y0, t) -> solve(func, y0, t)`` to ``path`` by `torch.export`; see `Solver.export`.
 
-    Args:
-        path: the file, replaced in one step or left as it was.
-        solve: ``solve(func, y0, t)``.
-        modules: func, then the modules with the weights that ``solve`` uses.
-        example: (y0, t) of the shapes and dtypes to export for; run once.
-        dynamic_batch: whether dim 0 of the state may have any size.
-
-    Raises:
-        ExportError: func or a net is not made of tensor operations alone, or fixes the
-            batch size; nothing was written.
-        FileWriteError: the file cannot be written; nothing half-written is left.
+    ``modules`` are func, then those with the weights that ``solve`` uses; ``example`` is
+    (y0, t), solved once.
     """
     y0, t = example
     func = modules[0]
@@ -101,9 +92,9 @@ def _saved_with_derivatives(
 
 def _of_odd_size(y0: State, dims: Any) -> State:
     """Return the example with a batch of a size that no other dimension has."""
-    parts, each = ((y0,), (dims,)) if isinstance(y0, Tensor) else (y0, dims)
+    parts, each = parts_of(y0), (dims,) if isinstance(y0, Tensor) else dims
     taken = {size for part in parts for size in part.shape}
-    size = next(n for n in (3, 5, 7, 11, 13, 17, 19, 23) if n not in taken) if taken else 3
+    size = next(n for n in (3, 5, 7, 11, 13, 17, 19, 23) if n not in taken)
     resized = [
         part[torch.arange(size, device=part.device) % len(part)] if dim else part
         for part, dim in zip(parts, each, strict=True)
@@ -138,7 +129,7 @@ class _Solve(nn.Module):
 
 def _example(y0: State) -> tuple[State, Any]:
     """Return an example state of several samples, and which of its dimensions is the batch's."""
-    parts = (y0,) if isinstance(y0, Tensor) else y0
+    parts = parts_of(y0)
     sizes = [part.shape[0] for part in parts if part.dim() > 0]
     batch = torch.export.Dim("batch")
     examples: list[Tensor] = []
@@ -159,28 +150,24 @@ def _explained(error: Exception, *, dynamic_batch: bool) -> ExportError:
     problem = f"the solve cannot be exported: {type(error).__name__}: {reason}"
     if dynamic_batch and "Constraints violated" in reason:
         return ExportError(
-            explain(
-                f"{problem}\n  func or the hypernet works for one batch size only.",
-                "operations that take any batch size.",
-                "y.shape[0] in place of a number or len(y), or dynamic_batch=False",
-            )
+            problem=f"{problem}\n  func or the hypernet works for one batch size only.",
+            expected="operations that take any batch size.",
+            fix="y.shape[0] in place of a number or len(y), or dynamic_batch=False",
         )
     if dynamic_batch and "symbolic sizes" in reason:
         return ExportError(
-            explain(
-                f"{problem}\n  func or the hypernet differentiates forward (torch.func.jvp), which "
-                "torch traces for one batch size only.",
-                "derivatives by torch.func.vjp or torch.autograd.grad, which export for any.",
-                "torch.func.vjp(f, x)[1](v) in place of torch.func.jvp, or dynamic_batch=False",
-            )
+            problem=f"{problem}\n  func or the hypernet differentiates forward (torch.func.jvp), "
+            "which "
+            "torch traces for one batch size only.",
+            expected="derivatives by torch.func.vjp or torch.autograd.grad, which export for any.",
+            fix="torch.func.vjp(f, x)[1](v) in place of torch.func.jvp, or dynamic_batch=False",
         )
     return ExportError(
-        explain(
-            problem,
-            "a func and a hypernet of tensor operations: no if on values, no float(t), no numpy, "
-            "no counters in Python. Derivatives within func: by torch.autograd.grad or "
-            "torch.func.vjp.",
-            "torch.where(condition, a, b) in place of if; t in place of float(t)\n"
-            "calls counted outside: tdh.record() in place of self.nfe += 1",
-        )
+        problem=problem,
+        expected="a func and a hypernet of tensor operations: no if on values, no float(t), no "
+        "numpy, "
+        "no counters in Python. Derivatives within func: by torch.autograd.grad or "
+        "torch.func.vjp.",
+        fix="torch.where(condition, a, b) in place of if; t in place of float(t)\n"
+        "calls counted outside: tdh.record() in place of self.nfe += 1",
     )

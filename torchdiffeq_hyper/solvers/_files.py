@@ -31,11 +31,9 @@ from torchdiffeq_hyper._files import (
     checked,
     damage_reported,
     described_in,
-    read,
     record_of,
     tensors_under,
     under,
-    write,
 )
 from torchdiffeq_hyper.errors import BaseMismatchError
 from torchdiffeq_hyper.hypernets._files import ARCHITECTURES, NAMES_OF_INPUTS, UNSEEN, match, pack
@@ -45,6 +43,7 @@ from torchdiffeq_hyper.solvers._report import BreakEven, FitReport
 
 if TYPE_CHECKING:
     from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
+    from torchdiffeq_hyper.solvers._solver import Solver
     from torchdiffeq_hyper.solvers.bespoke import BespokeSolver
 
 MOST_STEPS = 1_000_000
@@ -137,18 +136,6 @@ _NET = "hypernet."
 """What the names of a net's tensors begin with in the file of a bespoke solver."""
 
 
-def write_hypersolver(path: str | os.PathLike[str], solver: HyperSolver) -> None:
-    """Write a hypersolver to ``path``."""
-    tensors, settings = describe_hypersolver(solver)
-    write(path, tensors, KIND, settings)
-
-
-def write_bespoke(path: str | os.PathLike[str], solver: BespokeSolver) -> None:
-    """Write a bespoke solver to ``path``."""
-    tensors, settings = describe_bespoke(solver)
-    write(path, tensors, BNS, settings)
-
-
 def describe_hypersolver(solver: HyperSolver) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a hypersolver's tensors and JSON-ready settings."""
     tensors, description = pack(solver.hypernet)
@@ -178,7 +165,7 @@ def describe_bespoke(solver: BespokeSolver) -> tuple[dict[str, Tensor], dict[str
     }
 
 
-def _describe_fit(solver: HyperSolver) -> dict[str, Any]:
+def _describe_fit(solver: Solver) -> dict[str, Any]:
     return {
         "domain": None if solver.domain is None else solver.domain.to_dict(),
         "report": None if solver.report is None else solver.report.to_dict(),
@@ -193,35 +180,6 @@ def _rebuild_fit(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_hypersolver(
-    path: str | os.PathLike[str], hypernet: nn.Module | None
-) -> tuple[dict[str, Any], nn.Module, dict[str, Tensor]]:
-    """Return a hypersolver's arguments, its net and the net's weights, not yet loaded.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        FileFormatError: it cannot be used, or holds a net of one's own and ``hypernet``
-            is None.
-        BaseMismatchError: ``hypernet`` has other inputs or weights than the net saved.
-        StateShapeError: its weights have other shapes.
-        StateTypeError: its weights have other dtypes.
-    """
-    tensors, metadata = read(path, KIND)
-    return rebuild_hypersolver(metadata, tensors, hypernet, path)
-
-
-def read_bespoke(
-    path: str | os.PathLike[str], hypernet: nn.Module | None
-) -> tuple[dict[str, Any], nn.Module | None, dict[str, Tensor]]:
-    """Return a bespoke solver's arguments, its net and the net's weights, not yet loaded.
-
-    Raises as `read_hypersolver` does, and a `BaseMismatchError` where ``hypernet`` is given
-    and the file has none.
-    """
-    tensors, metadata = read(path, BNS)
-    return rebuild_bespoke(metadata, tensors, hypernet, path)
-
-
 def rebuild_hypersolver(
     metadata: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
@@ -229,7 +187,10 @@ def rebuild_hypersolver(
     path: str | os.PathLike[str],
     at: str = "",
 ) -> tuple[dict[str, Any], nn.Module, dict[str, Tensor]]:
-    """Return what `read_hypersolver` does from the settings at a place in a file."""
+    """Return a hypersolver's arguments, its net and the net's weights, not yet loaded.
+
+    The settings lie at a place in a file. Raises what `Solver.rebuild` raises.
+    """
     settings = checked(HYPERSOLVER, metadata, described_in(path), at)
     steps = settings["steps"]
     arguments: dict[str, Any] = {
@@ -251,7 +212,7 @@ def rebuild_bespoke(
     path: str | os.PathLike[str],
     at: str = "",
 ) -> tuple[dict[str, Any], nn.Module | None, dict[str, Tensor]]:
-    """Return what `read_bespoke` does from the settings at a place in a file."""
+    """Return the same of a bespoke solver, which may have no net."""
     what = described_in(path)
     settings = checked(BESPOKE, metadata, what, at)
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith(_NET)}

@@ -52,6 +52,16 @@ def _overflow(dtype: torch.dtype, solution: Tensor) -> str:
     )
 
 
+def check_start(y0: Tensor) -> None:
+    """Refuse a start that is known to hold inf or nan."""
+    if not is_finite(y0):
+        raise NonFiniteError(
+            problem="y0 holds inf or nan.",
+            expected="a finite start.",
+            fix="torch.isfinite(y0).all()",
+        )
+
+
 @torch.no_grad()
 def raise_non_finite(
     step: Step,
@@ -61,7 +71,7 @@ def raise_non_finite(
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Replay a solve that ended in inf or nan, and say where that began.
+    """Replay a solve that ended in inf or nan, and name the step where that began, and why.
 
     Args:
         step: the step of the failed solve.
@@ -71,12 +81,9 @@ def raise_non_finite(
         dtype: of the user's state, where the solve steps in another one.
 
     Raises:
-        NonFiniteError: always; the text names the step, the time and the culprit.
+        NonFiniteError: always.
     """
-    if not is_finite(y0):
-        raise NonFiniteError(
-            explain("y0 holds inf or nan.", "a finite start.", "torch.isfinite(y0).all()")
-        )
+    check_start(y0)
     base = Step(step.tableau, step.call, None)
     y = y0
     for index, (start, end) in enumerate(grid):
@@ -85,36 +92,31 @@ def raise_non_finite(
         plain, _ = base.increment(t0, t1 - t0, t1, y)
         if not is_finite(y + plain):
             raise NonFiniteError(
-                explain(
-                    f"the base method left the finite range {where}: func's answers are the cause.",
-                    "finite derivatives along the solution.",
-                    "more steps, or a reference, outside of tdh.override: "
-                    "odeint(func, y0, t, method='dopri5')" + wider_dtype(dtype),
-                )
+                problem=f"the base method left the finite range {where}: func's answers are the "
+                "cause.",
+                expected="finite derivatives along the solution.",
+                fix="more steps, or a reference, outside of tdh.override: "
+                "odeint(func, y0, t, method='dopri5')" + advice_for_half(dtype),
             )
         dy, _ = step.increment(t0, t1 - t0, t1, y)
         if not is_finite(dy):
             raise NonFiniteError(
-                explain(
-                    f"the hypernet returned inf or nan {where}.",
-                    "a finite correction.",
-                    "fit again with a lower lr, or solve nearer to the data it was fitted on",
-                )
+                problem=f"the hypernet returned inf or nan {where}.",
+                expected="a finite correction.",
+                fix="fit again with a lower lr, or solve nearer to the data it was fitted on",
             )
         y = y + dy
         if dtype is not None and not is_finite(y.to(dtype)):
             raise NonFiniteError(_overflow(dtype, y))
     raise NonFiniteError(
-        explain(
-            "the solve ended in inf or nan, a replay of it did not: func or the hypernet "
-            "answers differently each time.",
-            "a deterministic func and hypernet.",
-            "func.eval(); hypernet.eval()",
-        )
+        problem="the solve ended in inf or nan, a replay of it did not: func or the hypernet "
+        "answers differently each time.",
+        expected="a deterministic func and hypernet.",
+        fix="func.eval(); hypernet.eval()",
     )
 
 
-def wider_dtype(dtype: torch.dtype | None) -> str:
+def advice_for_half(dtype: torch.dtype | None) -> str:
     """Return one more fix for states of half precision, in which func is called."""
     if dtype is None or not is_half(dtype):
         return ""

@@ -7,7 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, explain
+from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError
 
 Steps: TypeAlias = int | tuple[int, int] | None
 """Equal steps between two time points, a (low, high) range of them, or None."""
@@ -28,11 +28,9 @@ def check_steps(steps: Steps) -> Steps:
         or values[0] > values[1]  # type: ignore[operator]
     ):
         raise OptionError(
-            explain(
-                f"steps is {steps!r}.",
-                "an int of at least 1, or a range (low, high) of such.",
-                "steps=10   # or steps=(4, 16)",
-            )
+            problem=f"steps is {steps!r}.",
+            expected="an int of at least 1, or a range (low, high) of such.",
+            fix="steps=10   # or steps=(4, 16)",
         )
     return steps
 
@@ -76,18 +74,14 @@ def check_times(t: Tensor, y: Tensor) -> Tensor:
     """
     if not isinstance(t, Tensor) or not t.is_floating_point():
         raise StateTypeError(
-            explain(
-                f"t is {t.dtype if isinstance(t, Tensor) else type(t).__name__}.",
-                "a 1-D floating-point tensor of times.",
-                "t = torch.tensor([0.0, 1.0])",
-            )
+            problem=f"t is {t.dtype if isinstance(t, Tensor) else type(t).__name__}.",
+            expected="a 1-D floating-point tensor of times.",
+            fix="t = torch.tensor([0.0, 1.0])",
         )
     if t.dim() != 1 or len(t) == 0:
         raise StateShapeError(
-            explain(
-                f"t has shape {tuple(t.shape)}.",
-                "one dimension and at least one point.",
-                "t = torch.tensor([0.0, 1.0])",
-            )
+            problem=f"t has shape {tuple(t.shape)}.",
+            expected="one dimension and at least one point.",
+            fix="t = torch.tensor([0.0, 1.0])",
         )
     return t.to(y.device, torch.promote_types(t.dtype, torch.float32))

@@ -127,12 +127,15 @@ class FitReport:
     """What a fit did and measured; held-out figures come from samples not fitted on.
 
     Errors are relative: those of each sample are divided by the size of its solution (or by
-    a tenth of the root mean square of all sizes, where that is larger).
+    a tenth of the root mean square of all sizes, where that is larger). R is the residual
+    and g its fit, as in equation 5 of Poli et al., "Hypersolvers: Toward Fast
+    Continuous-Depth Models", NeurIPS 2020, https://arxiv.org/abs/2007.09601. ``str(report)``
+    puts the figures into a few lines for people; files hold the report.
 
     Attributes:
         losses: the history, one `LossPoint` a validation.
         delta: quantiles of |R - g|_2 on held-out data, keys "0.5", "0.9", "0.99",
-            "max" ([H] theorem 1: the local error is delta * dt^(p+1)).
+            "max": the local error is delta * dt^(p+1) (theorem 1 there).
         base_delta: the same of |R|_2, that is without correction.
         validation: the held-out error that the best state was selected by: the mean of
             |y(t_n) - y_n|_2 / |y(t_n)|_2 over samples and steps; for "bns" at the end; for

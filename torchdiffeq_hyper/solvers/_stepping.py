@@ -21,7 +21,15 @@ from torchdiffeq_hyper._fields import (
     owning,
     share_memory,
 )
-from torchdiffeq_hyper._state import Hypernet, State, StateLayout, StepInput, VectorField, is_half
+from torchdiffeq_hyper._state import (
+    Hypernet,
+    State,
+    StateLayout,
+    StepInput,
+    VectorField,
+    is_half,
+    values_of,
+)
 from torchdiffeq_hyper.tableaus import Edge, StageCall, Tableau
 
 
@@ -75,26 +83,19 @@ class Correction:
 
         Unless that is known, `factors` takes p more products on the state.
         """
-        self._is_in_range = is_power_in_range(self._in_units(dt), self._power, dtype)
+        self._is_in_range = is_power_in_range(dt / self.time_unit, self._power, dtype)
 
     def factors(self, dt: Tensor, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return dt^(p+1) in units of time, with the true sign of dt, as `power_factors` does."""
-        dt = self._in_units(-dt if self._negated else dt)
+        dt = -dt if self._negated else dt
+        dt = dt if self.time_unit == 1 else dt / self.time_unit
         return power_factors(dt, self._power, dtype, is_in_range=self._is_in_range)
-
-    def _in_units(self, dt: Tensor) -> Tensor:
-        return dt if self.time_unit == 1 else dt / self.time_unit
 
     def evaluate(self, t: Tensor, dt: Tensor, y: Tensor, stages: tuple[Tensor, ...]) -> State:
         """Return g's output for one step, times time_unit^(p+1), checked."""
         if self._negated:
             t, dt, stages = -t, -dt, tuple(-k for k in stages)
-        if self._layout.shapes is None:
-            out = self._hypernet(StepInput(dt, t, y, stages[0], stages, self._y0, self._context))
-            check_correction(out, y, dt.dtype)
-            return out
-        state = self._view(y)
-        views = tuple(self._view(k) for k in stages)
+        state, views = self._view(y), tuple(map(self._view, stages))
         out = self._hypernet(StepInput(dt, t, state, views[0], views, self._y0, self._context))
         check_correction(out, state, dt.dtype)
         return out
@@ -127,13 +128,9 @@ class Correction:
         return self.add(dy, out, power, others)
 
     def add(self, dy: Tensor, out: State, power: Tensor, others: tuple[Tensor, ...] = ()) -> Tensor:
-        """Return ``dy + power * out``, with g's output as `evaluate` returns it.
+        """Return ``dy + power * out`` for a flat ``dy``, with g's output as `evaluate` returns it.
 
-        Args:
-            dy: what to add to, flat.
-            out: g's output.
-            power: dt^(p+1), or its first factor.
-            others: its other factors.
+        ``power`` and ``others`` are dt^(p+1), as `factors` returns it.
         """
         g = out if isinstance(out, Tensor) else self._layout.join(out)
         if g.dtype != dy.dtype:
@@ -164,37 +161,27 @@ def power_factors(
         dtype: the dtype in which the state is stepped.
         is_in_range: whether the power is known to lie in range, see `is_power_in_range`.
     """
+    base = dt
+    if not is_in_range:
+        low, high = _limits(dt.dtype, dtype, exponent)
+        size, one = dt.detach().abs(), torch.ones_like(dt)
+        inside = (size >= low) & (size <= high)
+        # No power that overflows is formed: its gradient would be nan even where it is not taken.
+        base = torch.where(inside, dt, one)
+    power = base
+    for _ in range(exponent - 1):  # cheaper than torch.pow, and its gradient too
+        power = power * base
     if is_in_range:
-        return _power(dt, exponent).to(dtype), ()
-    low, high = _limits(dt.dtype, dtype, exponent)
-    size = dt.detach().abs()
-    inside = (size >= low) & (size <= high)
-    one = torch.ones_like(dt)
-    # No power that overflows is formed: its gradient would be nan even where it is not taken.
-    power = _power(torch.where(inside, dt, one), exponent)
+        return power.to(dtype), ()
     first, other = torch.where(inside, power, dt), torch.where(inside, one, dt)
     return first.to(dtype), (other.to(dtype),) * (exponent - 1)
 
 
 def is_power_in_range(dt: Tensor, exponent: int, dtype: torch.dtype) -> bool:
     """Return whether dt^exponent is known to be a normal number in ``dtype`` (one device sync)."""
-    if torch.compiler.is_compiling():
-        return False
-    if dt.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
+    sizes = values_of(dt.abs())
     low, high = _limits(dt.dtype, dtype, exponent)
-    try:
-        sizes = [abs(size) for size in dt.reshape(-1).tolist()]
-        return bool(low <= min(sizes) and max(sizes) <= high)
-    except RuntimeError:  # no values to look at: vmap, fake and meta tensors
-        return False
-
-
-def _power(dt: Tensor, exponent: int) -> Tensor:
-    power = dt
-    for _ in range(exponent - 1):  # cheaper than torch.pow, and its gradient too
-        power = power * dt
-    return power
+    return sizes is not None and low <= min(sizes) and max(sizes) <= high
 
 
 def _limits(first: torch.dtype, second: torch.dtype, exponent: int) -> tuple[float, float]:
@@ -247,14 +234,9 @@ class Step:
 def integrate(
     step: Step, grid: Tensor, sizes: Tensor, y0: Tensor, *, ends_only: bool
 ) -> list[Tensor]:
-    """Return the states on a grid of times, ``y0`` first; or the first and the last.
+    """Return the flat states on a grid of times, ``y0`` first; or the first and the last.
 
-    Args:
-        step: a corrected step.
-        grid: the times.
-        sizes: their differences.
-        y0: flat state at the first time.
-        ends_only: keep no state between.
+    ``sizes`` are the differences of the times.
     """
     assert step.correction is not None
     base, correct = step.base, step.correction.apply
@@ -264,13 +246,13 @@ def integrate(
     step.correction.look_at(sizes, dtype)
     firsts, rest = step.correction.factors(sizes, dtype)
     others = zip(*(factor.unbind() for factor in rest), strict=True) if rest else repeat(())
-    y, kept = y0, [y0]
+    y, states = y0, [y0]
     for t0, dt, t1, power, more in zip(times[:-1], dts, times[1:], firsts.unbind(), others):  # noqa: B905
         dy, stages = base(t0, dt, t1, y)
         y = y + correct(dy, t0, dt, y, stages, power=power, others=more)
         if not ends_only:
-            kept.append(y)
-    return [y0, y] if ends_only else kept
+            states.append(y)
+    return [y0, y] if ends_only else states
 
 
 def stage_call(
@@ -278,11 +260,7 @@ def stage_call(
 ) -> StageCall:
     """Return func on the flat state, checked; called in ``dtype``, answered in the state's.
 
-    Args:
-        func: the user's vector field.
-        layout: how the state lies flat.
-        dtype: of the user's state.
-        is_scalar: whether the state is 0-d: it takes the dtype of a wider time, as in the host.
+    A 0-d state (``is_scalar``) takes the dtype of a wider time, as in the host.
     """
     t_dtype = dtype.to_real() if dtype.is_complex else dtype
 

@@ -1,8 +1,7 @@
-"""Bespoke non-stationary solvers: n calls of func, every weight and time learned ([B])."""
+"""Bespoke non-stationary solvers: n calls of func over a span, every weight and time learned."""
 
-from torchdiffeq_hyper.solvers.bespoke._dense import stage_times
 from torchdiffeq_hyper.solvers.bespoke._solver import ORDER, BespokeSolver
-from torchdiffeq_hyper.solvers.bespoke._weights import classical, compositions
+from torchdiffeq_hyper.solvers.bespoke._weights import classical, compositions, stage_times
 
 __all__ = [
     "ORDER",

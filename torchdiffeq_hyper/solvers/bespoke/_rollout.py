@@ -1,55 +1,23 @@
-"""The calls of func and the sums between them, in three ways.
+"""The n calls of func of a bespoke solver, and the sums between them.
 
-`chained` is differentiable in everything and compiles; but the sums of n derivatives are
-memory traffic. `chunked`, for large states, does with the least of it; `buffered`, for small
-ones, with the fewest operations.
+The sums of n derivatives are memory traffic. `_Chain` adds them one by one: it is the
+reference, differentiable in everything, and compiles. `_Chunks`, for large states, does with
+the least traffic; `_Matrix`, for small ones, with the fewest operations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from torchdiffeq_hyper._fields import owning, share_memory
-from torchdiffeq_hyper.solvers.bespoke._dense import stage_times
+from torchdiffeq_hyper._fields import own, owning, share_memory
+from torchdiffeq_hyper.errors import NonFiniteError
+from torchdiffeq_hyper.solvers._finite import advice_for_half, check_start, is_finite
+from torchdiffeq_hyper.solvers.bespoke._weights import is_differentiated, stage_times
 from torchdiffeq_hyper.tableaus import StageCall
-
-
-def is_differentiated(tensor: Tensor) -> bool:
-    """Return whether a tensor carries a gradient or a tangent, in reverse or forward mode.
-
-    Under vmap, which hides that, it may.
-    """
-    if tensor.requires_grad and torch.is_grad_enabled():
-        return True
-    if torch._C._functorch.is_batchedtensor(tensor):  # noqa: SLF001 - there is no public way
-        return True
-    return forward_ad.unpack_dual(tensor).tangent is not None
-
-
-def following(call: StageCall, t: Tensor, start: float, y: Tensor) -> Tensor:
-    r"""Return the state at a fitted start, as a function of the time ``t[0]`` of ``y``.
-
-    .. math:: y - (t_0 - s) f(s, y)
-
-    The weights belong to the span and stay where they are; instead the solution is followed
-    back to its start s, to first order: :math:`t_0 - s` is 0 to rounding, but its derivative is
-    1. Costs one call of func.
-
-    Args:
-        call: evaluates func.
-        t: the times of the solve, differentiated.
-        start: the fitted start s.
-        y: flat state at ``t[0]``.
-    """
-    t_dtype = y.dtype.to_real() if y.dtype.is_complex else y.dtype
-    time = torch.full((), start, dtype=t.dtype, device=t.device)
-    return y - (t[0] - time).to(t_dtype) * call(time.to(t_dtype), y)
-
 
 Schedule = tuple[Sequence[Tensor], Sequence[Tensor]]
 """The 0-d time of call i and its i + 1 weights, times the span, for each call."""
@@ -66,34 +34,34 @@ def schedule(weights: Tensor, start: Any, end: Any, dtype: torch.dtype) -> Sched
     return times.unbind(), [row[: i + 1] for i, row in enumerate(rows)]
 
 
-class KeptSchedule:
+class ScheduleCache:
     """The last solve's schedule: a dozen small operations that a small state would notice."""
 
     def __init__(self) -> None:
         # Key, weights, a copy of these and the schedule: published as one tuple, so that
         # threads never mix up those of two solves.
-        self._kept: tuple[tuple[Any, ...], Tensor, Tensor, Schedule] | None = None
+        self._cached: tuple[tuple[Any, ...], Tensor, Tensor, Schedule] | None = None
 
     def of(self, weights: Tensor, span: tuple[float, float], y: Tensor) -> Schedule:
         """Return the schedule for the span, made anew if anything it is made of has changed."""
         key = (y.dtype, y.device, span, weights.dtype, weights.device, weights._version)  # noqa: SLF001
-        kept = self._kept
+        cached = self._cached
         # What is written through ``.data`` leaves the version as it was. To look at the values
         # of another device would wait for it.
         if (
-            kept is not None
-            and kept[0] == key
-            and kept[1] is weights
-            and (weights.device.type != "cpu" or torch.equal(kept[2], weights))
+            cached is not None
+            and cached[0] == key
+            and cached[1] is weights
+            and (weights.device.type != "cpu" or torch.equal(cached[2], weights))
         ):
-            return kept[3]
+            return cached[3]
         calls = schedule(weights.to(y.device), *span, y.dtype)
-        self._kept = (key, weights, weights.detach().clone(), calls)
+        self._cached = (key, weights, weights.detach().clone(), calls)
         return calls
 
-    def __reduce__(self) -> tuple[type[KeptSchedule], tuple[()]]:
+    def __reduce__(self) -> tuple[type[ScheduleCache], tuple[()]]:
         """Copy and pickle as an empty one."""
-        return KeptSchedule, ()
+        return ScheduleCache, ()
 
 
 def is_plain() -> bool:
@@ -102,75 +70,87 @@ def is_plain() -> bool:
 
 
 def roll_out(call: StageCall, calls: Schedule, y: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Return the state at the end and the n derivatives.
-
-    Args:
-        call: evaluates func.
-        calls: times and weights.
-        y: flat state at the start.
-    """
-    x, stages = _roll_out(call, calls, y)
+    """Return the state at the end and the n derivatives, from a flat state at the start."""
+    add = _sum_for(calls, y)
+    x, stages = _roll_out(call, calls, y, add)
     # Two calls may have told; a func may also start with its buffer only later.
-    return _roll_out(owning(call), calls, y) if share_memory(stages) else (x, stages)
+    return _roll_out(owning(call), calls, y, add) if share_memory(stages) else (x, stages)
 
 
-def _roll_out(call: StageCall, calls: Schedule, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+class _Sum(Protocol):
+    """Adds up the weighted derivatives so far and the state at the start."""
+
+    def __call__(self, row: Tensor, stages: list[Tensor]) -> Tensor:
+        """Return the next state; may move the last of the derivatives."""
+        ...
+
+
+def _sum_for(calls: Schedule, y: Tensor) -> _Sum:
     if torch.compiler.is_compiling() or is_differentiated(calls[1][-1]):
-        return chained(call, calls, y)
+        return _Chain(y)
     if y.device.type == "cpu" and y.numel() > CHUNK:
-        return chunked(call, calls, y)
-    return buffered(call, calls, y) if is_plain() else chained(call, calls, y)
+        return _Chunks(y)
+    return _Matrix(y, len(calls[1])) if is_plain() else _Chain(y)
 
 
-def chained(
-    call: StageCall, calls: Schedule, y: Tensor, first: Tensor | None = None
+def _roll_out(
+    call: StageCall, calls: Schedule, y: Tensor, add: _Sum
 ) -> tuple[Tensor, list[Tensor]]:
-    """Add up the derivatives one by one; ``first`` is the first one where it is known."""
     x, stages = y, []
     for i, (t, row) in enumerate(zip(*calls, strict=True)):
-        stages.append(call(t, x) if i or first is None else first)
+        stages.append(call(t, x))
         if i == 1 and share_memory(stages):
             return x, stages  # a func that reuses its buffer: all is to be done again
-        x = y
+        try:
+            x = add(row, stages)
+        except RuntimeError:  # under vmap no batch of derivatives fits into given memory
+            if i or isinstance(add, _Chain):
+                raise
+            add = _Chain(y)
+            x = add(row, stages)
+    return x, stages
+
+
+class _Chain:
+    """Adds up the derivatives one by one: the reference."""
+
+    def __init__(self, y: Tensor) -> None:
+        self._y = y
+
+    def __call__(self, row: Tensor, stages: list[Tensor]) -> Tensor:
+        x = self._y
         for weight, k in zip(row.unbind(), stages, strict=True):
             x = torch.addcmul(x, weight, k)
-    return x, stages
+        return x
 
 
-def buffered(call: StageCall, calls: Schedule, y: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Keep all derivatives in one matrix: a sum is one product with a vector."""
-    memory, times = _Memory(y), calls[0]
-    start, k = memory.flat(y), call(times[0], y)
-    matrix = y.new_empty(len(times), start.numel())
-    views = [memory.view(row) for row in matrix]
-    try:
-        views[0].copy_(k)
-    except RuntimeError:  # under vmap a batch of derivatives does not fit into one
-        return chained(call, calls, y, k)
-    x = y
-    for i, row in enumerate(calls[1]):
-        if i:
-            views[i].copy_(call(times[i], x))
-        x = memory.view(torch.addmv(start, matrix[: i + 1].t(), row))
-    return x, views
+class _Matrix:
+    """Keeps all derivatives in one matrix: a sum is one product with a vector."""
+
+    def __init__(self, y: Tensor, n: int) -> None:
+        self._memory = _Memory(y)
+        self._start = self._memory.flat(y)
+        self._matrix = y.new_empty(n, self._start.numel())
+
+    def __call__(self, row: Tensor, stages: list[Tensor]) -> Tensor:
+        n = len(stages)
+        last = self._memory.view(self._matrix[n - 1])
+        last.copy_(stages[-1])
+        stages[-1] = last
+        return self._memory.view(torch.addmv(self._start, self._matrix[:n].t(), row))
 
 
-def chunked(call: StageCall, calls: Schedule, y: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Add up a part of the state that fits into the cache at a time, copying no derivative."""
-    memory, stages, x = _Memory(y), [call(calls[0][0], y)], y
-    add = _add_up if is_plain() else _Sum.apply
-    for i, weights in enumerate(calls[1]):
-        if i:
-            stages.append(call(calls[0][i], x))
-            if i == 1 and share_memory(stages):
-                return x, stages  # as in `chained`
-        try:
-            x = add(memory, weights.tolist(), y, *stages)
-        except RuntimeError:
-            if i:
-                raise
-            return chained(call, calls, y, stages[0])  # vmap knows no given outputs
-    return x, stages
+class _Chunks:
+    """Adds up a part of the state that fits into the cache at a time, copying no derivative."""
+
+    def __init__(self, y: Tensor) -> None:
+        self._y = y
+        self._memory = _Memory(y)
+        self._add = _add_up if is_plain() else _LinearSum.apply
+
+    def __call__(self, row: Tensor, stages: list[Tensor]) -> Tensor:
+        x: Tensor = self._add(self._memory, row.tolist(), self._y, *stages)
+        return x
 
 
 def _add_up(memory: _Memory, weights: list[float], y: Tensor, *stages: Tensor) -> Tensor:
@@ -184,7 +164,7 @@ def _add_up(memory: _Memory, weights: list[float], y: Tensor, *stages: Tensor) -
     return memory.view(flat)
 
 
-class _Sum(torch.autograd.Function):
+class _LinearSum(torch.autograd.Function):
     """`_add_up` for autograd: linear, so that nothing needs to be kept."""
 
     @staticmethod
@@ -224,3 +204,34 @@ class _Memory:
     def view(self, flat: Tensor) -> Tensor:
         """Return a vector as a tensor like the state."""
         return flat.view(self._shape).permute(self._inverse)
+
+
+@torch.no_grad()
+def raise_non_finite(call: StageCall, calls: Schedule, y0: Tensor, dtype: torch.dtype) -> None:
+    """Replay a solve that ended in inf or nan, and name the call where that began, and why.
+
+    ``dtype`` is that of the user's state.
+
+    Raises:
+        NonFiniteError: always.
+    """
+    check_start(y0)
+    x, stages, add = y0, [], _Chain(y0)
+    for i, (t, row) in enumerate(zip(*calls, strict=True)):
+        stages.append(own(call(t, x)))
+        x = add(row, stages)
+        if not is_finite(stages[-1]) or not is_finite(x):
+            raise NonFiniteError(
+                problem=f"the solve left the finite range at call {i} of func, t = {float(t):.6g}.",
+                expected="finite derivatives along the solution.",
+                fix="starts like those the solver was fitted on\n"
+                "or a reference, outside of tdh.override: odeint(func, y0, t, method='dopri5')"
+                + advice_for_half(dtype),
+            )
+    raise NonFiniteError(
+        problem="the n calls of func stay finite: the hypernet returned inf or nan, or one of "
+        "the two "
+        "answers differently each time.",
+        expected="a finite correction, and a deterministic func and hypernet.",
+        fix="fit again with a lower lr; func.eval(); hypernet.eval()",
+    )

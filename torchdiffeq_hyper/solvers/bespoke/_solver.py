@@ -1,67 +1,72 @@
-r"""A bespoke non-stationary solver: one explicit method over the whole span, all learned."""
+"""A bespoke non-stationary solver: one explicit method over the whole span, all learned."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields import context_of
 from torchdiffeq_hyper._files import damage_reported
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_half
-from torchdiffeq_hyper.hypernets._files import load_weights
 from torchdiffeq_hyper.solvers._domain import FitDomain, Match
-from torchdiffeq_hyper.solvers._files import read_bespoke, write_bespoke
+from torchdiffeq_hyper.solvers._files import BNS, describe_bespoke, rebuild_bespoke
 from torchdiffeq_hyper.solvers._finite import cast_back, is_finite
 from torchdiffeq_hyper.solvers._grid import check_times
-from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 from torchdiffeq_hyper.solvers._report import FitReport
+from torchdiffeq_hyper.solvers._solver import Solver, Weights
 from torchdiffeq_hyper.solvers._stepping import Correction, stage_call
-from torchdiffeq_hyper.solvers.bespoke._checks import (
-    check_knots,
-    check_weights,
-    is_whole_span,
-    raise_non_finite,
-    rounding_of,
-    slack_of,
-)
-from torchdiffeq_hyper.solvers.bespoke._dense import (
-    added_at_end,
+from torchdiffeq_hyper.solvers.bespoke._knots import (
+    Knots,
     between,
-    blank_outside,
+    check_knots,
     default_knots,
     hermite_weights,
-    passed_share,
-    stage_times,
 )
 from torchdiffeq_hyper.solvers.bespoke._rollout import (
-    KeptSchedule,
-    following,
-    is_differentiated,
+    Schedule,
+    ScheduleCache,
     is_plain,
+    raise_non_finite,
     roll_out,
     schedule,
 )
-from torchdiffeq_hyper.solvers.bespoke._weights import KeptWeights, classical, is_method
-from torchdiffeq_hyper.tableaus import StageCall, Tableau
+from torchdiffeq_hyper.solvers.bespoke._span import (
+    differentiable_start,
+    is_whole_span,
+    nan_outside,
+    rounding_of,
+    slack_of,
+    snapped_to_ends,
+)
+from torchdiffeq_hyper.solvers.bespoke._weights import (
+    WeightCache,
+    check_weights,
+    classical,
+    is_differentiated,
+    is_method,
+    stage_times,
+)
 
 ORDER = 1
 """What weights that add up to the time passed guarantee, whatever they are."""
 
 
-class BespokeSolver(HyperSolver, kind="bns"):
-    r"""n calls of func over a fixed span, each sum and each time learned ([B]).
+class BespokeSolver(Solver, kind=BNS):
+    r"""n calls of func over a fixed span, each sum and each time learned; method "bns".
 
     .. math::
         k_i = f(t_0 + c_i T, x_i), \qquad x_{i+1} = y_0 + T \sum_{j \le i} w_{ij} k_j,
         \qquad c_{i+1} = \sum_{j \le i} w_{ij}
 
-    from x_0 = y_0 to the solution x_n at the end of the span T. Each w has the sum of
-    its time, so constant derivatives are integrated exactly; times never decrease, and
-    the last row adds up to 1. With a hypernet g the end is x_n + T^2 g(T, t_0, x_n,
-    k_0..k_{n-1}). A solve costs n calls of func, whatever the span, and one of g.
+    from x_0 = y_0 to the solution x_n at the end of the span T: a non-stationary solver of
+    Shaul et al., "Bespoke Non-Stationary Solvers for Fast Sampling of Diffusion and Flow
+    Models", 2024, https://arxiv.org/abs/2403.01329. Each w has the sum of its time, so
+    constant derivatives are integrated exactly; times never decrease, and the last row adds
+    up to 1. With a hypernet g the end is x_n + T^2 g(T, t_0, x_n, k_0..k_{n-1}). A solve costs
+    n calls of func, whatever the span, and one of g.
 
     The span belongs to the method: it starts where it was fitted to start and ends at
     most where it was fitted to end. Points between are read off by cubic Hermite from
@@ -69,7 +74,7 @@ class BespokeSolver(HyperSolver, kind="bns"):
     makes one.
 
     Args:
-        weights: (n, n) lower triangular; see `bespoke.classical`. Kept frozen;
+        weights: (n, n) lower triangular, floating; see `BespokeSolver.classical`. Kept frozen;
             ``solver.requires_grad_()`` thaws them. Whatever values an optimizer gives to
             the parameter, ``solver.weights`` are those of a method.
         hypernet: a correction at the end of the span, None for none.
@@ -80,9 +85,16 @@ class BespokeSolver(HyperSolver, kind="bns"):
         domain: what the solver was fitted for; without it any span will do.
         report: what the fit measured.
 
+    Attributes:
+        hypernet: as given.
+        steps: n, the calls of func over the span.
+        domain: as given.
+        report: as given.
+
     Raises:
+        StateTypeError: weights or knots are not floating-point tensors.
         StateShapeError: the weights are not square, or the knots do not match.
-        OptionError: not lower triangular, or the times decrease or leave the span.
+        OptionError: not finite or lower triangular, or the times decrease or leave the span.
 
     Example:
         >>> import torch
@@ -93,54 +105,53 @@ class BespokeSolver(HyperSolver, kind="bns"):
         tensor([0.3682])
     """
 
+    follows_grid = False
+    steps: int
+
     def __init__(
         self,
         weights: Tensor,
         *,
         hypernet: Hypernet | None = None,
-        knots: tuple[Tensor, Tensor] | None = None,
+        knots: Knots | None = None,
         domain: FitDomain | None = None,
         report: FitReport | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # a hypersolver's base is a method of its own
         checked = check_weights(weights)
+        super().__init__(hypernet, len(checked), domain, report)
         # Not registered as usual: torch takes the name of a property for taken.
         self._parameters["weights"] = nn.Parameter(checked, requires_grad=False)
         values, slopes = default_knots(checked) if knots is None else check_knots(knots, checked)
         self.register_buffer("knot_values", values)
         self.register_buffer("knot_slopes", slopes)
-        self.hypernet = hypernet  # type: ignore[assignment]
-        self.steps = len(checked)
-        self.domain = domain
-        self.report = report
-        self._warned = set()
-        self._kept = KeptSchedule()
-        self._in_use = KeptWeights()
+        self._schedules = ScheduleCache()
+        self._in_use = WeightCache()
 
     @classmethod
     def classical(cls, method: str, calls: int) -> BespokeSolver:
-        """Return the solver that is some steps of a classical method; see `bespoke.classical`."""
+        """Return the solver that is some equal steps of a classical method.
+
+        Where they do not come out even, a shorter method takes the calls that are left, and
+        each step is as long as the calls it has.
+
+        Args:
+            method: "euler", "midpoint", "heun", "heun3" or "rk4", torchdiffeq's variants.
+            calls: calls of func over the span.
+
+        Raises:
+            OptionError: the method is unknown, or has more stages than there are calls.
+        """
         return cls(classical(method, calls))
 
     @property
     def base(self) -> str:
         """Always "bns"."""
-        return "bns"
+        return BNS
 
     @property
     def method(self) -> str:
         """Always "bns"."""
-        return "bns"
-
-    @property
-    def alpha(self) -> None:
-        """Always None."""
-        return
-
-    @property
-    def tableau(self) -> Tableau:  # type: ignore[override]
-        """One step over the whole span, without the correction."""
-        return Tableau("bns", ORDER, len(self._parameter), self._increment)
+        return BNS
 
     @property
     def _parameter(self) -> Tensor:
@@ -182,7 +193,7 @@ class BespokeSolver(HyperSolver, kind="bns"):
 
     @property
     def is_tied_to_span(self) -> bool:
-        """Whether it serves no times but those of its span: unless it has none."""
+        """Whether it serves no times but those of its span: it does where it was fitted."""
         return self.span is not None
 
     def match(self, direction: int, start: float | None = None, end: float | None = None) -> Match:
@@ -212,30 +223,14 @@ class BespokeSolver(HyperSolver, kind="bns"):
     def solve(
         self, func: VectorField, y0: State, t: Tensor, *, rtol: Any = None, atol: Any = None
     ) -> State:
-        """Solve dy/dt = func(t, y) over the fitted span, without a host.
+        """Solve dy/dt = func(t, y) over the fitted span, without a host: see `Solver.solve`.
 
         Costs n calls of func, wherever the points of ``t`` lie, and one of g. Without
         autograd it keeps n derivatives. Gradients flow to every point of ``t``: the first
         costs one more call where the span is fitted, and second derivatives by it alone are
-        not those of the solution.
-
-        Args:
-            func: called as ``func(t, y)`` with a 0-d ``t``; returns a state like ``y``.
-            y0: tensor of any shape, or tuple of tensors. Half precision is integrated
-                in float32 and cast for each call.
-            t: 1-D floating tensor that starts where the fitted span does and stays in
-                it. A compiled or exported solve cannot raise: outside, it gives nan.
-            rtol: ignored: there is no error estimate.
-            atol: ignored.
-
-        Returns:
-            The state at every point of ``t``: like ``y0`` with ``len(t)`` in front.
-
-        Raises:
-            OptionError: ``t`` starts elsewhere, or leaves the span.
-            StateTypeError: integer state, or a net on another device.
-            StateShapeError: ``t`` is not 1-D, or func or g returned another shape.
-            NonFiniteError: the solve ended in inf or nan, or overflows the state's dtype.
+        not those of the solution. ``t`` starts where the fitted span does and stays in it; a
+        compiled or exported solve cannot raise: outside, it gives nan. ``rtol`` and ``atol``
+        are ignored: there is no error estimate.
 
         Example:
             >>> import torch
@@ -248,7 +243,7 @@ class BespokeSolver(HyperSolver, kind="bns"):
         layout = StateLayout.of(y0)
         flat = layout.join(y0)
         dtype = flat.dtype
-        ends_at_end = is_whole_span(t, self.span, len(self.weights))
+        ends_at_end = is_whole_span(t, self.span, self.steps)
         t, t_dtype = check_times(t, flat), t.dtype
         if flat.numel() == 0 or len(t) == 1:
             return layout.split(flat.unsqueeze(0).expand(len(t), *flat.shape).clone())
@@ -257,61 +252,52 @@ class BespokeSolver(HyperSolver, kind="bns"):
         start, end = self.span or (t[0], t[-1])
         call, first = stage_call(func, layout, dtype), flat
         if self.span is not None and not ends_at_end and is_differentiated(t):
-            flat = following(call, t, self.span[0], flat)
-        x, stages = self._roll_out(call, start, end, flat)
+            flat = differentiable_start(call, t, self.span[0], flat)
+        x, stages = roll_out(call, self._schedule(start, end, flat), flat)
         added = None
         if self.hypernet is not None:
-            part = None if self.domain is None else self.domain.corrected_part(y0)
-            correction = Correction(
-                self.hypernet, ORDER, layout, flat, part=part, context=context_of(func)
-            )
-            added = added_at_end(correction, x, stages, (start, end))
+            correction = self._correction(ORDER, func, y0, layout, flat)
+            added = _added_at_end(correction, x, stages, (start, end))
         if ends_at_end:
             y = (x if added is None else x + added).unsqueeze(0)
         else:
             share = (t - start) / (end - start)
-            passed = passed_share(share[1:].to(self.weights.dtype), rounding_of(self.span, t.dtype))
+            passed = share[1:].to(self.weights.dtype)
+            passed = snapped_to_ends(passed, rounding_of(self.span, t.dtype))
             knots = self.get_buffer("knot_values"), self.get_buffer("knot_slopes")
             own = (part.to(flat.device) for part in (self.weights, *knots))
             weights = hermite_weights(passed, *own) * (end - start)
-            weights = blank_outside(weights, share, slack_of(self.span, t_dtype))
+            weights = nan_outside(weights, share, slack_of(self.span, t_dtype))
             y = between(passed, weights.to(flat.dtype), flat, stages, added)
         if not is_finite(y[-1]):
             calls = schedule(self.weights.to(y.device), start, end, y.dtype)
             raise_non_finite(call, calls, first, dtype)
         return layout.split(cast_back(torch.cat([first.unsqueeze(0), y]), dtype))
 
-    def _roll_out(
-        self, call: StageCall, start: Any, end: Any, y: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _schedule(self, start: Any, end: Any, y: Tensor) -> Schedule:
         weights = self.weights
         if not is_plain() or self.span is None or weights.is_inference():
-            return roll_out(call, schedule(weights.to(y.device), start, end, y.dtype), y)
-        return roll_out(call, self._kept.of(weights, self.span, y), y)
+            return schedule(weights.to(y.device), start, end, y.dtype)
+        return self._schedules.of(weights, self.span, y)
 
-    def _increment(
-        self, call: StageCall, t0: Tensor, dt: Tensor, t1: Tensor, y: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        x, stages = self._roll_out(call, t0, t0 + dt, y)
-        return x - y, tuple(stages)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the solver to one safetensors file; an old one stays until it is complete.
-
-        Raises:
-            StateTypeError, FileWriteError: a plain function as net; nothing could be written.
-        """
-        write_bespoke(path, self)
+    def describe(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what a file holds: see `Solver.describe`."""
+        return describe_bespoke(self)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], hypernet: nn.Module | None = None) -> BespokeSolver:
-        """Read a solver that `save` wrote, as `HyperSolver.load` does, which reads it as well."""
-        arguments, net, weights = read_bespoke(path, hypernet)
+    def rebuild(
+        cls,
+        settings: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        hypernet: nn.Module | None,
+        path: str | os.PathLike[str],
+        at: str = "",
+    ) -> tuple[Solver, Weights | None]:
+        """Return the solver of a file: see `Solver.rebuild`."""
+        arguments, net, weights = rebuild_bespoke(settings, tensors, hypernet, path, at)
         with damage_reported(path):
             solver = cls(hypernet=net, **arguments)
-        if net is not None:
-            load_weights([(net, weights, hypernet is not None)], path)
-        return solver.eval().requires_grad_(requires_grad=False)
+        return solver, None if net is None else (net, weights, hypernet is not None)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """Load as any module does; weights may come from the middle of a training."""
@@ -320,10 +306,25 @@ class BespokeSolver(HyperSolver, kind="bns"):
             self._in_use.is_fixed = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle as any module: the tableau is made when asked for."""
+        """Pickle as any module, once it is noted whether the weights may change."""
         self._in_use.watch(self._parameter)  # for the copy, which may be averaged or loaded
         return self.__dict__.copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickle as any module."""
-        nn.Module.__setstate__(self, {"_in_use": KeptWeights(), **state})  # older ones have none
+        """Unpickle as any module, with empty caches where an older version had none."""
+        caches = {"_in_use": WeightCache(), "_schedules": ScheduleCache()}
+        super().__setstate__({**caches, **state})  # type: ignore[no-untyped-call]
+
+
+def _added_at_end(
+    correction: Correction, x: Tensor, stages: Sequence[Tensor], span: tuple[Any, Any]
+) -> Tensor:
+    """Return what a hypernet of order 1 adds to the flat state at the end of the span."""
+    t_dtype = x.dtype.to_real() if x.dtype.is_complex else x.dtype
+    start, end = span
+    # The difference before the cast: far from zero the ends are rounded to a part of the span.
+    t0, dt = (torch.as_tensor(s, dtype=t_dtype, device=x.device) for s in (start, end - start))
+    out = correction.evaluate(t0, dt, x, tuple(stages))
+    if x.device.type == "cpu":
+        correction.look_at(dt, x.dtype)
+    return correction.add(torch.zeros_like(x), out, *correction.factors(dt, x.dtype))

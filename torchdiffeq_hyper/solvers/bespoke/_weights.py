@@ -1,4 +1,4 @@
-r"""Weights that stay those of a method, whatever an optimizer makes of the parameter.
+r"""Weights of a method over a whole span, and what keeps them so in training.
 
 A method's weights w are lower triangular; its times :math:`c_i = \sum_j w_{ij}` never
 decrease, from 0 on, and the last one is 1. `consistent` maps any matrix to such weights, and
@@ -10,43 +10,106 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from torchdiffeq_hyper.errors import OptionError, closest, explain
-from torchdiffeq_hyper.solvers.bespoke._rollout import is_differentiated
+from torchdiffeq_hyper.errors import (
+    OptionError,
+    StateShapeError,
+    StateTypeError,
+    closest,
+)
+from torchdiffeq_hyper.solvers._finite import is_finite
 
 SLACK = 1e-6
 """By which sums of weights may miss: those of float32 do."""
 
 
-def slack_of_sums(weights: Tensor) -> float:
-    """Return by how much the sums of a method's weights may miss in their dtype."""
-    return max(SLACK, len(weights) * torch.finfo(weights.dtype).eps)
+def stage_times(weights: Tensor) -> Tensor:
+    """Return the share of the span passed at each call of func, (n,), the first one 0."""
+    return torch.cat([weights.new_zeros(1), weights[:-1].sum(1)])
+
+
+def is_differentiated(tensor: Tensor) -> bool:
+    """Return whether a tensor carries a gradient or a tangent, in reverse or forward mode.
+
+    Under vmap, which hides that, it may.
+    """
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return True
+    if torch._C._functorch.is_batchedtensor(tensor):  # noqa: SLF001 - there is no public way
+        return True
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def check_weights(weights: Tensor) -> Tensor:
+    """Return the weights of a bespoke solver, detached.
+
+    Raises:
+        StateTypeError: not a floating-point tensor.
+        StateShapeError: not square.
+        OptionError: not finite or lower triangular, or times that decrease or leave the span.
+    """
+    fix = 'tdh.BespokeSolver.classical("rk4", 8)'
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise StateTypeError(
+            problem=f"weights is {got}.", expected="a floating-point tensor.", fix=fix
+        )
+    if weights.dim() != 2 or weights.shape[0] != weights.shape[1] or len(weights) == 0:
+        raise StateShapeError(
+            problem=f"weights has shape {tuple(weights.shape)}.",
+            expected="(n, n), n at least 1.",
+            fix=fix,
+        )
+    weights = weights.detach().clone()
+    if weights.is_meta:
+        return weights
+    if not is_finite(weights) or bool(weights.triu(1).any()):
+        raise OptionError(
+            problem="weights has entries above its diagonal, or some that are not finite.",
+            expected="zeros there: a state is made of the derivatives known before it.",
+            fix=fix,
+        )
+    times = torch.cat([stage_times(weights), weights[-1:].sum(1)])
+    is_rising = bool((times.diff() >= -SLACK).all())
+    if not is_rising or abs(float(times[-1]) - 1) > SLACK:
+        raise OptionError(
+            problem=f"the rows of weights add up to {[round(t, 6) for t in times[1:].tolist()]}.",
+            expected="times that never decrease, from 0 on, the last one 1: each sum is the share "
+            "of the span passed.",
+            fix=fix,
+        )
+    return weights
 
 
 def violation(weights: Tensor) -> Tensor:
     """Return by how much a matrix misses what a method's weights satisfy, 0-d."""
-    passed = _passed(sums := weights.sum(1))
-    return torch.stack(
-        [
-            weights.triu(1).abs().amax(),
-            passed.clamp(max=0).abs().amax(),
-            (sums[-1] - 1).abs(),
-        ]
-    ).amax()
+    sums = weights.sum(1)
+    missed = (weights.triu(1), _passed(sums).clamp(max=0), sums[-1:] - 1)
+    return torch.stack([part.abs().amax() for part in missed]).amax()
+
+
+def _is_small(violation: Tensor, weights: Tensor) -> Tensor:
+    """Return whether sums of so many weights of that dtype may miss by as much, 0-d."""
+    return violation <= max(SLACK, len(weights) * torch.finfo(weights.dtype).eps)
+
+
+def is_method(weights: Tensor) -> bool:
+    """Return whether a matrix holds a method's weights; True where values cannot be seen."""
+    if weights.is_meta:
+        return True
+    try:
+        return bool(_is_small(violation(weights), weights))
+    except RuntimeError:  # fake tensors
+        return True
 
 
 def consistent(weights: Tensor) -> Tensor:
-    r"""Return the weights of a method for any matrix, differentiable in it.
+    r"""Return the weights of a method for any finite matrix (n, n), differentiable in it.
 
     What lies above the diagonal is dropped. The time from one call to the next is the
     absolute value of what the row sums say, over the sum of all of these (equal times where
     all are 0). Each row is then shifted by one number to have its time as its sum.
-
-    Args:
-        weights: (n, n), any finite values.
-
-    Returns:
-        (n, n) lower triangular, with sums that never decrease and end at 1.
     """
     lower = weights.tril()
     passed = _passed(sums := lower.sum(1))
@@ -60,17 +123,21 @@ def consistent(weights: Tensor) -> Tensor:
     return (lower + ((times - sums) / counts)[:, None]).tril()
 
 
+def _passed(sums: Tensor) -> Tensor:
+    """Return the share of the span that passes before each row's end."""
+    return torch.cat([sums[:1], sums.diff()])
+
+
 def selected(weights: Tensor) -> Tensor:
     """Return a method's weights as they are, any other matrix made `consistent`.
 
     Decided without looking at values: for compiled solves.
     """
-    is_right = violation(weights) <= slack_of_sums(weights)
-    return torch.where(is_right, weights, consistent(weights))
+    return torch.where(_is_small(violation(weights), weights), weights, consistent(weights))
 
 
-class KeptWeights:
-    """The weights in use of a parameter, kept as long as its values are the same.
+class WeightCache:
+    """The weights in use of a parameter, cached as long as its values are the same.
 
     Args:
         is_fixed: whether the parameter was never seen to require a gradient.
@@ -82,7 +149,7 @@ class KeptWeights:
         self.is_fixed = is_fixed
         # Parameter, its version and the weights in use: one tuple, so that a thread sees
         # all of it or nothing.
-        self._kept: tuple[Tensor, int, Tensor] | None = None
+        self._cached: tuple[Tensor, int, Tensor] | None = None
 
     def of(self, parameter: Tensor) -> Tensor:
         """Return the weights in use: the parameter itself where it is a method's."""
@@ -95,14 +162,14 @@ class KeptWeights:
         is_capturing = parameter.is_cuda and torch.cuda.is_current_stream_capturing()
         if is_capturing or parameter.is_inference():  # no look at values; no version
             return selected(parameter)
-        kept = self._kept
+        cached = self._cached
         version = parameter._version  # noqa: SLF001 - of the values, counted by autograd
-        if kept is not None and kept[0] is parameter and kept[1] == version:
-            return kept[2]
-        # Whatever the mode, what is kept is to serve in all of them.
+        if cached is not None and cached[0] is parameter and cached[1] == version:
+            return cached[2]
+        # Whatever the mode, what is cached is to serve in all of them.
         with torch.inference_mode(mode=False), torch.no_grad():
             weights = parameter if is_method(parameter) else consistent(parameter)
-        self._kept = (parameter, version, weights)
+        self._cached = (parameter, version, weights)
         return weights
 
     def watch(self, parameter: Tensor) -> None:
@@ -110,28 +177,13 @@ class KeptWeights:
         if parameter.requires_grad:
             self.is_fixed = False
 
-    def __deepcopy__(self, memo: dict[int, object]) -> KeptWeights:
+    def __deepcopy__(self, memo: dict[int, object]) -> WeightCache:
         """Copy as one that keeps nothing yet."""
-        return KeptWeights(is_fixed=self.is_fixed)
+        return WeightCache(is_fixed=self.is_fixed)
 
     def __getstate__(self) -> dict[str, object]:
         """Pickle the same way."""
-        return {"is_fixed": self.is_fixed, "_kept": None}
-
-
-def is_method(weights: Tensor) -> bool:
-    """Return whether a matrix holds a method's weights; True where values cannot be seen."""
-    if weights.is_meta:
-        return True
-    try:
-        return bool(violation(weights) <= slack_of_sums(weights))
-    except RuntimeError:  # fake tensors
-        return True
-
-
-def _passed(sums: Tensor) -> Tensor:
-    """Return the share of the span that passes before each row's end."""
-    return torch.cat([sums[:1], sums.diff()])
+        return {"is_fixed": self.is_fixed, "_cached": None}
 
 
 # The rows of the stages after the first, then the row of the step's end.
@@ -163,7 +215,7 @@ def classical(method: str, calls: int) -> Tensor:
         OptionError: the method is unknown, or has more stages than there are calls.
 
     Example:
-        >>> from torchdiffeq_hyper.bespoke import classical
+        >>> from torchdiffeq_hyper.solvers.bespoke import classical
         >>> classical("midpoint", 4)
         tensor([[0.2500, 0.0000, 0.0000, 0.0000],
                 [0.0000, 0.5000, 0.0000, 0.0000],
@@ -172,27 +224,22 @@ def classical(method: str, calls: int) -> Tensor:
     """
     if method not in _ROWS or len(_ROWS[method]) > calls:
         raise OptionError(
-            explain(
-                f"{method!r} in {calls} calls of func is none of the classical methods.",
-                "one of " + ", ".join(f'"{name}"' for name in _ROWS) + ", with enough calls.",
-                f'classical("{closest(method, list(_ROWS))}", {max(4, calls)})',
-            )
+            problem=f"{method!r} in {calls} calls of func is none of the classical methods.",
+            expected="one of " + ", ".join(f'"{name}"' for name in _ROWS) + ", with enough calls.",
+            fix=f'classical("{closest(method, list(_ROWS))}", {max(4, calls)})',
         )
-    n_stages = len(_ROWS[method])
-    names = [method] * (calls // n_stages)
-    if calls % n_stages:
-        names.append(_BY_CALLS[calls % n_stages])
+    steps = [_ROWS[method]] * (calls // len(_ROWS[method]))
+    if left := calls % len(_ROWS[method]):
+        steps.append(_ROWS[_BY_CALLS[left]])
     weights = torch.zeros(calls, calls, dtype=torch.float64)
-    done = torch.zeros(calls, dtype=torch.float64)
-    first = 0
-    for name in names:
-        size = len(_ROWS[name]) / calls
-        for i, row in enumerate(_ROWS[name]):
+    done, first = weights[0].clone(), 0
+    for rows in steps:
+        size = len(rows) / calls
+        for i, row in enumerate(rows):
+            own = slice(first, first + len(row))
             weights[first + i] = done
-            weights[first + i, first : first + len(row)] = size * torch.tensor(
-                row, dtype=torch.float64
-            )
-        first += len(_ROWS[name])
+            weights[first + i, own] = size * torch.tensor(row, dtype=torch.float64)
+        first += len(rows)
         done = weights[first - 1]
     return weights
 

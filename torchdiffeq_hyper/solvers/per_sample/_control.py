@@ -1,4 +1,4 @@
-"""How large the steps are: first, next, and when to give up."""
+"""Dopri5's step on rows of samples, and the control of its size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper.errors import OptionError
 
 ORDER = 5
 
@@ -78,17 +78,10 @@ def attempt(field: Field, t: Tensor, dt: Tensor, y: Tensor, f: Tensor) -> Attemp
 
 
 def interpolate(step: Attempt, y: Tensor, dt: Tensor, x: Tensor, rows: Tensor) -> Tensor:
-    r"""Return the states of some rows inside their steps, of order 4.
+    """Return the states of some rows inside their steps, of order 4.
 
     The quartic with the step's values and derivatives at both ends and its value in the
-    middle.
-
-    Args:
-        step: the step.
-        y: states at its start.
-        dt: its sizes.
-        x: for each of the rows, how far into the step, from 0 to 1.
-        rows: which rows.
+    middle. ``x`` says for each of the rows how far into its step, from 0 to 1.
     """
     h, x = dt[rows].to(x.dtype).unsqueeze(1), x.unsqueeze(1)
     stages = [k[rows] for k in step.stages]
@@ -160,23 +153,16 @@ class StepControl:
     def _require(self, name: str, is_valid: object, expected: str, example: float) -> None:
         if not is_valid:
             raise OptionError(
-                explain(
-                    f"{name} is {getattr(self, name)!r}.",
-                    f"a number {expected}.",
-                    f'options={{"{name}": {example}}}',
-                )
+                problem=f"{name} is {getattr(self, name)!r}.",
+                expected=f"a number {expected}.",
+                fix=f'options={{"{name}": {example}}}',
             )
-
-    def first(self, choose: Callable[[], Tensor], like: Tensor) -> Tensor:
-        """Return the sizes of the first steps; ``choose`` is called if none is given."""
-        return choose() if self.first_step is None else torch.full_like(like, self.first_step)
 
     @torch.no_grad()
     def next(self, dt: Tensor, ratio: Tensor) -> Tensor:
         """Return the sizes of the next steps, from the error ratios of these.
 
-        0, which leads nowhere, after a step of the smallest size that is not finite: no
-        smaller one may be tried.
+        0 after a step of the smallest size that is not finite: no smaller one may be tried.
         """
         ratio = ratio.to(dt.dtype)
         lowest = torch.where(ratio < 1, 1.0, self.dfactor)
@@ -202,13 +188,9 @@ def first_step(
     start: tuple[Tensor, Tensor, Tensor],
     scale: Tensor,
 ) -> Tensor:
-    """Return a first step size for each sample; one call of the field.
+    """Return a first step size for each sample, as the host chooses it; one call of the field.
 
-    Args:
-        field: the vector field.
-        norm: of each sample.
-        start: time, state and derivative.
-        scale: what errors are measured in, like the state.
+    ``start`` is time, state and derivative; ``scale`` what errors are measured in.
     """
     t, y, f = start
     d0, d1 = norm(y / scale), norm(f / scale)

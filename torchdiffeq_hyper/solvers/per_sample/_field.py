@@ -17,9 +17,8 @@ from torchdiffeq_hyper._fields import (
     own,
     restrict,
 )
-from torchdiffeq_hyper._state import State, VectorField, is_half, parts_of
-from torchdiffeq_hyper.errors import HyperError, OptionError, StateShapeError, explain, first_line
-from torchdiffeq_hyper.solvers.per_sample._rows import RowLayout
+from torchdiffeq_hyper._state import RowLayout, State, VectorField, is_half, parts_of
+from torchdiffeq_hyper.errors import HyperError, OptionError, StateShapeError, first_line
 
 TIME_MODES = {
     "vmap": "func is vectorised by torch.func.vmap: a 0-d t and a batch of 1 for each sample",
@@ -49,12 +48,9 @@ class SampleField:
     dtype: torch.dtype
 
     def __call__(self, t: Tensor, y: Tensor, index: Tensor) -> Tensor:
-        """Return the derivatives of the samples ``index``.
+        """Return the derivatives of the samples ``index``: their positions in the batch.
 
-        Args:
-            t: solver's times (active,).
-            y: their states, one a row.
-            index: their positions in the batch.
+        ``t`` are the solver's times (active,), ``y`` their states, one a row.
 
         Raises:
             StateShapeError: func returned another shape.
@@ -104,36 +100,30 @@ class SampleField:
             return
         times = "t of shape (batch,)" if self.mode == "vector" else "a batch of 1"
         raise StateShapeError(
-            explain(
-                f"func returned {_listed(got)} for a state of {_listed(expected)}"
-                f' (options["time"] is "{self.mode}": func gets {times}).',
-                "a derivative of the state's own shape; a field that holds something of every "
-                "sample (noise, controls) must say which part of it belongs to which sample.",
-                HOW_TO_RESTRICT,
-            )
+            problem=f"func returned {_listed(got)} for a state of {_listed(expected)}"
+            f' (options["time"] is "{self.mode}": func gets {times}).',
+            expected="a derivative of the state's own shape; a field that holds something of every "
+            "sample (noise, controls) must say which part of it belongs to which sample.",
+            fix=HOW_TO_RESTRICT,
         )
 
     def _raise_refused(self, error: Exception) -> NoReturn:
-        others = [mode for mode in TIME_MODES if mode != self.mode]
+        hint = "" if can_restrict(self.func) else "; what it holds of every sample is named"
+        fixes = [
+            f'options={{"time": "{mode}"}}   # {what}'
+            for mode, what in TIME_MODES.items()
+            if mode != self.mode
+        ]
         raise OptionError(
-            explain(
-                f'func failed with options["time"] = "{self.mode}" ({TIME_MODES[self.mode]}): '
-                f"{type(error).__name__}: {first_line(error)}",
-                "a func that can be called that way, or another way of calling it"
-                + ("." if can_restrict(self.func) else "; what it holds of every sample is named."),
-                "\n".join(f'options={{"time": "{mode}"}}   # {TIME_MODES[mode]}' for mode in others)
-                + ("" if can_restrict(self.func) else f"\n{HOW_TO_RESTRICT}"),
-            )
+            problem=f'func failed with options["time"] = "{self.mode}" ({TIME_MODES[self.mode]}): '
+            f"{type(error).__name__}: {first_line(error)}",
+            expected=f"a func that can be called that way, or another way of calling it{hint}.",
+            fix="\n".join(fixes if not hint else [*fixes, HOW_TO_RESTRICT]),
         ) from error
 
 
 def check_samples_alone(field: SampleField, y0: State, times: Tensor) -> None:
     """Refuse a func whose samples depend on each other: solved alone they would go other ways.
-
-    Args:
-        field: the field.
-        y0: the state.
-        times: the solver's times.
 
     Raises:
         CoupledSamplesError: they depend on each other.
@@ -191,13 +181,12 @@ def check_times_alone(field: SampleField, t: Tensor, y: Tensor) -> None:
     slack = torch.finfo(field.dtype).eps ** 0.5
     if not bool(((both - alone).abs() <= slack * scale).all() | ~torch.isfinite(scale)):
         raise OptionError(
-            explain(
-                'options["time"] is "vector", and func answers otherwise for two samples at two '
-                "times than for each of them alone.",
-                "a func that takes t of shape (batch,), and samples that do not depend on others.",
-                "t = t.reshape(-1, *[1] * (y.dim() - 1))   # in func, before t meets y\n"
-                'options={"time": "vmap"}   # or "loop": t is 0-d',
-            )
+            problem='options["time"] is "vector", and func answers otherwise for two samples at '
+            "two times than for each of them alone.",
+            expected="a func that takes t of shape (batch,), and samples that do not depend on "
+            "others.",
+            fix="t = t.reshape(-1, *[1] * (y.dim() - 1))   # in func, before t meets y\n"
+            'options={"time": "vmap"}   # or "loop": t is 0-d',
         )
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._state import StateLayout
+from torchdiffeq_hyper._state import RowLayout, StateLayout, part_norms
 from torchdiffeq_hyper.errors import NonFiniteError, UnfinishedSolveError, explain
 from torchdiffeq_hyper.solvers.per_sample._control import (
     Attempt,
@@ -19,17 +18,10 @@ from torchdiffeq_hyper.solvers.per_sample._control import (
     interpolate,
 )
 from torchdiffeq_hyper.solvers.per_sample._field import SampleField
-from torchdiffeq_hyper.solvers.per_sample._rows import RowLayout
 
 
 class StepLog:
-    """Notes every round of steps.
-
-    Args:
-        batch: number of samples.
-        layout: how they lie in rows.
-        sign: -1 where the solver's time is the negated true time.
-    """
+    """Notes every round of steps; ``sign`` is -1 where the solver's time is negated."""
 
     def __init__(self, batch: int, layout: RowLayout, sign: int) -> None:
         self._batch = batch
@@ -52,21 +44,12 @@ class StepLog:
         is_accepted: Tensor,
         error: Tensor,
     ) -> None:
-        """Keep a round.
-
-        Args:
-            index: the samples that step.
-            columns: their times, step sizes and error ratios.
-            is_accepted: which steps are.
-            error: estimated errors, one row a sample.
-        """
+        """Keep a round: times, sizes and error ratios of the samples ``index``, one error a row."""
         t, dt, ratio = columns
         columns = (self._sign * t, self._sign * dt, ratio)
-        self._rounds.append(
-            (*(self._padded(index, values) for values in columns), self._flags(index, is_accepted))
-        )
-        parts = error.split(self._layout.widths, dim=1)
-        norms = (torch.linalg.vector_norm(part, dim=1) for part in parts)
+        flags = is_accepted.new_zeros(self._batch).index_copy(0, index, is_accepted)
+        self._rounds.append((*(self._padded(index, values) for values in columns), flags))
+        norms = part_norms(self._layout, error)
         self._errors.append(
             [self._padded(index, torch.where(is_accepted, n, n.detach())) for n in norms]
         )
@@ -88,9 +71,6 @@ class StepLog:
 
     def _padded(self, index: Tensor, values: Tensor) -> Tensor:
         return values.new_full((self._batch,), torch.nan).index_copy(0, index, values)
-
-    def _flags(self, index: Tensor, values: Tensor) -> Tensor:
-        return values.new_zeros(self._batch).index_copy(0, index, values)
 
 
 class _Active(NamedTuple):
@@ -121,21 +101,6 @@ class _Active(NamedTuple):
         return _Active(*(values[which] for values in self))
 
 
-@dataclass(frozen=True)
-class Solved:
-    """The solution and what it took, sample by sample.
-
-    Attributes:
-        rows: states at every time, (times, batch, width).
-        nfe: evaluations of func (batch,).
-        calls: calls of func, each for the samples that step then.
-    """
-
-    rows: Tensor
-    nfe: Tensor
-    calls: int
-
-
 class Loop:
     """One solve.
 
@@ -145,7 +110,13 @@ class Loop:
         tolerances: relative and absolute: 0-d, or one row a sample.
         times: increasing output times, float64; the first is the start's.
         log: keeps the steps, if they are recorded.
+
+    Attributes:
+        nfe: evaluations of func so far, (batch,).
+        calls: calls of func so far, each for the samples that step then.
     """
+
+    nfe: Tensor
 
     def __init__(
         self,
@@ -161,42 +132,38 @@ class Loop:
         self._times = times
         self._log = log
         self._rounds = 0
-        self._calls = 0
-        self._values: list[Tensor] = []
-        self._places: list[Tensor] = []
+        self.calls = 0
 
-    def run(self, y0: Tensor) -> Solved:
-        """Return the solution from ``y0``, one row a sample.
+    def run(self, y0: Tensor) -> Tensor:
+        """Return the solution from ``y0``, one row a sample: (times, batch, width).
 
         Raises:
             NonFiniteError: func's answers leave the finite range.
             UnfinishedSolveError: too many steps, or too small ones.
         """
         everyone = torch.arange(len(y0), device=y0.device)
-        self._nfe = torch.zeros_like(everyone)
+        self.nfe = torch.zeros_like(everyone)
         self._values, self._places = [y0], [everyone]
         active = self._start(y0, everyone)
         while len(active.samples):
             self._check(active)
             active = self._round(active)
-        return Solved(self._solution(len(y0)), self._nfe, self._calls)
+        return self._solution(len(y0))
 
     def _start(self, y: Tensor, index: Tensor) -> _Active:
         t = self._times[0].expand(len(y))
         f = self._evaluate(index, t, y)
-
-        def choose() -> Tensor:
-            scale = self._scale(index, y.abs())
-            norm = self._field.layout.norm
-            return first_step(lambda t, y: self._evaluate(index, t, y), norm, (t, y, f), scale)
-
-        dt = self._control.first(choose, t.detach())
+        if self._control.first_step is None:
+            scale, norm = self._scale(index, y.abs()), self._field.layout.norm
+            dt = first_step(lambda t, y: self._evaluate(index, t, y), norm, (t, y, f), scale)
+        else:
+            dt = torch.full_like(t.detach(), self._control.first_step)
         due, tried = torch.ones_like(index), torch.zeros_like(index)
         return _Active(index, y, f, t, self._control.clamp(dt), due, tried, tried.bool())
 
     def _evaluate(self, index: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        self._nfe[index] += 1
-        self._calls += len(index) if self._field.mode == "loop" else 1
+        self.nfe[index] += 1
+        self.calls += len(index) if self._field.mode == "loop" else 1
         return self._field(t, y, index)
 
     def _scale(self, index: Tensor, size: Tensor) -> Tensor:
@@ -240,7 +207,7 @@ class Loop:
             times, start = self._times[due[rows]], active.t[rows]
             x = ((times - start) / (end[rows] - start)).to(step.y1.abs().dtype)
             self._values.append(interpolate(step, active.y, active.dt, x, rows))
-            self._places.append(due[rows] * len(self._nfe) + active.samples[rows])
+            self._places.append(due[rows] * len(self.nfe) + active.samples[rows])
             due = due + inside.long()
 
     def _solution(self, batch: int) -> Tensor:
@@ -279,20 +246,16 @@ class Loop:
             is_finite = bool(torch.isfinite(self._evaluate(one.samples, one.t, one.y)).all())
         if bool(one.is_still) and is_finite:
             raise NonFiniteError(
-                explain(
-                    f"the solution of {where} has reached {float(one.y.abs().amax()):.6g}, and a "
-                    "little further func returns inf or nan, or the state's dtype ends.",
-                    "a solution that stays where func and the state's dtype are finite.",
-                    "y0 = y0.double()   # or a span that ends before",
-                )
+                problem=f"the solution of {where} has reached {float(one.y.abs().amax()):.6g}, and "
+                "a little further func returns inf or nan, or the state's dtype ends.",
+                expected="a solution that stays where func and the state's dtype are finite.",
+                fix="y0 = y0.double()   # or a span that ends before",
             )
         if not is_finite or not bool(torch.isfinite(one.y).all()):
             raise NonFiniteError(
-                explain(
-                    f"func returned inf or nan for {where}.",
-                    "finite derivatives along the solution.",
-                    "torch.isfinite(func(t, y)).all()",
-                )
+                problem=f"func returned inf or nan for {where}.",
+                expected="finite derivatives along the solution.",
+                fix="torch.isfinite(func(t, y)).all()",
             )
         smallest = self._control.min_step
         if float(one.dt) == 0 < smallest:
@@ -311,5 +274,5 @@ class Loop:
                 "blow up?); the error's `solution` holds what was reached.",
                 fix,
             ),
-            self._field.layout.split(self._solution(len(self._nfe)).to(self._field.dtype)),
+            self._field.layout.split(self._solution(len(self.nfe)).to(self._field.dtype)),
         )

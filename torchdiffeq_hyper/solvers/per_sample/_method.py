@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._state import State, VectorField, is_half
-from torchdiffeq_hyper.errors import NonFiniteError, OptionError, closest, explain
+from torchdiffeq_hyper._state import RowLayout, State, VectorField, is_half
+from torchdiffeq_hyper.errors import (
+    NonFiniteError,
+    OptionError,
+    StateShapeError,
+    StateTypeError,
+    closest,
+)
 from torchdiffeq_hyper.solvers._finite import is_finite
 from torchdiffeq_hyper.solvers._grid import check_times
 from torchdiffeq_hyper.solvers.per_sample._control import StepControl
@@ -21,7 +28,9 @@ from torchdiffeq_hyper.solvers.per_sample._field import (
     check_times_alone,
 )
 from torchdiffeq_hyper.solvers.per_sample._loop import Loop, StepLog
-from torchdiffeq_hyper.solvers.per_sample._rows import RowLayout, Tolerance
+
+Tolerance: TypeAlias = float | Tensor | Sequence[float | Tensor]
+"""A number, a tensor that broadcasts against y0, or for tuple states one of these a part."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +58,9 @@ class PerSampleDopri5(StepControl):
         """Check every value."""
         if self.time not in TIME_MODES:
             raise OptionError(
-                explain(
-                    f"time is {self.time!r}.",
-                    "; ".join(f'"{mode}": {what}' for mode, what in TIME_MODES.items()) + ".",
-                    f'options={{"time": "{closest(self.time, TIME_MODES)}"}}',
-                )
+                problem=f"time is {self.time!r}.",
+                expected="; ".join(f'"{mode}": {what}' for mode, what in TIME_MODES.items()) + ".",
+                fix=f'options={{"time": "{closest(self.time, TIME_MODES)}"}}',
             )
         super().__post_init__()
 
@@ -119,16 +126,50 @@ class PerSampleDopri5(StepControl):
         check_samples_alone(field, y0, times)
         if self.time == "vector":
             check_times_alone(field, times, rows)
-        limits = layout.tolerance("rtol", rtol, rows), layout.tolerance("atol", atol, rows)
+        limits = _in_rows(layout, "rtol", rtol, rows), _in_rows(layout, "atol", atol, rows)
         log = None if draft is None else StepLog(len(rows), layout, sign)
-        solved = Loop(field, self, limits, times, log).run(rows)
+        loop = Loop(field, self, limits, times, log)
+        found = loop.run(rows)
         if draft is not None and log is not None:
-            draft.nfe, draft.sample_nfe = solved.calls, solved.nfe
+            draft.nfe, draft.sample_nfe = loop.calls, loop.nfe
             draft.steps = log.steps(y0)
-        solution = solved.rows.to(dtype)
+        solution = found.to(dtype)
         if not is_finite(solution):
-            _raise_non_finite(solution, solved.rows, t)
-        return layout.split(solution), solved.nfe
+            _raise_non_finite(solution, found, t)
+        return layout.split(solution), loop.nfe
+
+
+def _in_rows(layout: RowLayout, name: str, given: Tolerance, rows: Tensor) -> Tensor:
+    """Return a tolerance as a 0-d tensor or as a matrix like ``rows``, in float64.
+
+    Raises:
+        StateTypeError: a tuple of tolerances for a state that is one tensor.
+        StateShapeError: not as many tolerances as parts, or not of a part's shape.
+    """
+    if isinstance(given, float | int) or (isinstance(given, Tensor) and given.dim() == 0):
+        return torch.as_tensor(given, dtype=torch.float64, device=rows.device)
+    tolerances = [given] if isinstance(given, Tensor) else list(given)
+    if len(tolerances) != len(layout.shapes):
+        error = StateShapeError if layout.is_tuple else StateTypeError
+        raise error(
+            problem=f"{name} has {len(tolerances)} entries.",
+            expected=f"one a part: {len(layout.shapes)}." if layout.is_tuple else "one number.",
+            fix=f"{name}=1e-3",
+        )
+    parts = []
+    for tolerance, shape, width in zip(tolerances, layout.shapes, layout.widths, strict=True):
+        # As the host does: a number in a tuple is rounded to the default dtype first.
+        part = torch.as_tensor(tolerance).to(rows.device, torch.float64)
+        full = (len(rows), *shape)
+        try:
+            parts.append(part.expand(full).reshape(len(rows), width))
+        except RuntimeError as problem:
+            raise StateShapeError(
+                problem=f"{name} has shape {tuple(part.shape)}.",
+                expected=f"a number, or a shape that broadcasts to y0's {full}.",
+                fix=f"{name}=1e-3",
+            ) from problem
+    return torch.cat(parts, dim=1)
 
 
 def _check_order(times: Tensor, t: Tensor) -> None:
@@ -136,23 +177,18 @@ def _check_order(times: Tensor, t: Tensor) -> None:
     if bool(finite & (times.diff() > 0).all()):
         return
     raise OptionError(
-        explain(
-            f"t goes back and forth: {t.tolist()[:8]}."
-            if bool(finite)
-            else f"t holds inf or nan: {t.tolist()[:8]}.",
-            "finite times that strictly increase, or strictly decrease.",
-            "t = t.unique()" if bool(finite) else "t = t[torch.isfinite(t)]",
-        )
+        problem=f"t goes back and forth: {t.tolist()[:8]}."
+        if bool(finite)
+        else f"t holds inf or nan: {t.tolist()[:8]}.",
+        expected="finite times that strictly increase, or strictly decrease.",
+        fix="t = t.unique()" if bool(finite) else "t = t[torch.isfinite(t)]",
     )
 
 
 def _raise_non_finite(solution: Tensor, rows: Tensor, t: Tensor) -> NoReturn:
-    """Name the first time and sample at which a solution is not finite.
+    """Name the first time and sample at which a solution (times, batch, width) is not finite.
 
-    Args:
-        solution: (times, batch, width), in the user's dtype.
-        rows: the same in the dtype that was integrated in.
-        t: the times.
+    ``rows`` is the same in the dtype that was integrated in.
     """
     broken = ~torch.isfinite(solution).all(dim=2)
     time, sample = broken.nonzero()[0].tolist()
@@ -164,4 +200,4 @@ def _raise_non_finite(solution: Tensor, rows: Tensor, t: Tensor) -> NoReturn:
     else:
         problem = f"{where} left the finite range of {rows.dtype}."
         fix = "y0 = y0.double()   # or a span that ends before the solution blows up"
-    raise NonFiniteError(explain(problem, "a solution that stays finite.", fix))
+    raise NonFiniteError(problem=problem, expected="a solution that stays finite.", fix=fix)

@@ -12,12 +12,16 @@ in which all n derivatives take part, and no call of func is added.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper.solvers._stepping import Correction
+from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError
+from torchdiffeq_hyper.solvers._finite import is_finite
+from torchdiffeq_hyper.solvers.bespoke._weights import stage_times
+
+Knots = tuple[Tensor, Tensor]
+"""Values (n - 1, n) at the inner knots, and slopes (n + 1, n) at all."""
 
 DEGREE = 3
 """Degree of the polynomials in time that stand in for fitted knots."""
@@ -25,15 +29,8 @@ NEAR = 1e-6
 """Share of the span within which two times are one."""
 
 
-def polynomial_knots(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return knots that need no fit: a low polynomial in time through the derivatives.
-
-    Args:
-        weights: (n, n) the solver's.
-
-    Returns:
-        Values (n - 1, n) at the inner knots and slopes (n + 1, n) at all.
-    """
+def polynomial_knots(weights: Tensor) -> Knots:
+    """Return knots that need no fit: a low polynomial in time through the derivatives."""
     n = len(weights)
     times = stage_times(weights)
     degree = min(DEGREE, len(times.unique()) - 1)
@@ -44,8 +41,8 @@ def polynomial_knots(weights: Tensor) -> tuple[Tensor, Tensor]:
     return values[1:-1].clone(), knots**powers @ solve
 
 
-def default_knots(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the knots of weights that none were fitted for: values and slopes.
+def default_knots(weights: Tensor) -> Knots:
+    """Return the knots of weights that none were fitted for.
 
     Weights that are some steps of a method, one after the other, give those of the
     steps' ends; others a polynomial through all derivatives.
@@ -73,16 +70,13 @@ def step_starts(weights: Tensor) -> list[int]:
     return starts
 
 
-def composed_knots(weights: Tensor, starts: list[int]) -> tuple[Tensor, Tensor]:
+def composed_knots(weights: Tensor, starts: list[int]) -> Knots:
     """Return knots that lie on the cubic Hermite through the ends of a composition's steps.
 
     So what is read off has the order of the steps, up to 4. The derivative at the start of a
     step is its first stage. At the end of the span there is none: it is that of the
     polynomial through the states and derivatives of the last two steps and the last state.
-
-    Args:
-        weights: (n, n) the solver's.
-        starts: calls that begin a step, from `step_starts`.
+    ``starts`` are the calls that begin a step, from `step_starts`.
     """
     n = len(weights)
     first = torch.tensor(starts, device=weights.device)
@@ -96,19 +90,28 @@ def composed_knots(weights: Tensor, starts: list[int]) -> tuple[Tensor, Tensor]:
     size = times.diff()[left][:, None]
     x = (knots - times[left])[:, None] / size
     y0, y1, f0, f1 = values[left], values[left + 1], slopes[left], slopes[left + 1]
-    at = (1 + 2 * x) * (1 - x) ** 2 * y0 + x**2 * (3 - 2 * x) * y1
-    at = at + size * (x * (1 - x) ** 2 * f0 - x**2 * (1 - x) * f1)
+    of_values, of_slopes = _hermite(x, (y0, y1), (f0, f1))
     slope = 6 * x * (1 - x) * (y1 - y0) / size + (1 - x) * (1 - 3 * x) * f0
-    return at[1:-1].clone(), slope - x * (2 - 3 * x) * f1
+    return (of_values + size * of_slopes)[1:-1].clone(), slope - x * (2 - 3 * x) * f1
+
+
+def _hermite(
+    x: Tensor, values: tuple[Tensor, Tensor], slopes: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the two terms of the cubic with these values and slopes at 0 and 1.
+
+    In this form all but the last value are exactly 0 at x = 1.
+    """
+    return (
+        (1 - x) ** 2 * (1 + 2 * x) * values[0] + x**2 * (3 - 2 * x) * values[1],
+        (1 - x) ** 2 * x * slopes[0] - x**2 * (1 - x) * slopes[1],
+    )
 
 
 def _slope_at_end(times: Tensor, values: Tensor, slopes: Tensor) -> Tensor:
-    """Return the derivative at the last time, of the quartic through all but that one.
+    """Return the derivative at the last of three times, of the quartic through all but that one.
 
-    Args:
-        times: (3,).
-        values: (3, n) there.
-        slopes: (2, n) at the first two.
+    ``values`` are (3, n) at all three, ``slopes`` (2, n) at the first two.
     """
     size = times[-1] - times[-2]
     x = ((times - times[-2]) / size)[:, None]
@@ -117,36 +120,6 @@ def _slope_at_end(times: Tensor, values: Tensor, slopes: Tensor) -> Tensor:
     system = torch.cat([x**powers, slope[:2]])
     rows: Tensor = torch.linalg.solve(system.t(), slope[2])
     return rows[:3] @ values / size + rows[3:] @ slopes
-
-
-def passed_share(share: Tensor, rounding: float) -> Tensor:
-    """Return shares of the span with what misses its ends by rounding set to these.
-
-    Args:
-        share: (m,) shares of the span.
-        rounding: what counts as such.
-    """
-    missed = share - share.clamp(0, 1)
-    return share - torch.where(missed.abs() <= rounding, missed, 0).detach()
-
-
-def blank_outside(weights: Tensor, share: Tensor, slack: float) -> Tensor:
-    """Return the weights, or nan for all where times start elsewhere or leave the span.
-
-    Where values cannot be looked at, in a compiled or exported solve, nothing can be raised.
-
-    Args:
-        weights: (m, n) of the derivatives.
-        share: (m + 1,) shares of the span passed, the first one of the start.
-        slack: by which they may miss it.
-    """
-    missed = torch.cat([share[:1], share[1:] - share[1:].clamp(0, 1)]).detach()
-    return torch.where(missed.abs().amax() > slack, torch.nan, weights)
-
-
-def stage_times(weights: Tensor) -> Tensor:
-    """Return the share of the span passed at each call of func, (n,), the first one 0."""
-    return torch.cat([weights.new_zeros(1), weights[:-1].sum(1)])
 
 
 def hermite_weights(position: Tensor, weights: Tensor, values: Tensor, slopes: Tensor) -> Tensor:
@@ -168,33 +141,10 @@ def hermite_weights(position: Tensor, weights: Tensor, values: Tensor, slopes: T
     scaled = position.to(weights.dtype) * n
     left = scaled.detach().floor().clamp(0, n - 1).long()
     x = (scaled - left)[:, None]
-    # In this form all terms but one are exactly 0 at x = 1.
-    return (
-        (1 - x) ** 2 * (1 + 2 * x) * knots[left]
-        + x**2 * (3 - 2 * x) * knots[left + 1]
-        + ((1 - x) ** 2 * x * slopes[left] - x**2 * (1 - x) * slopes[left + 1]) / n
+    of_values, of_slopes = _hermite(
+        x, (knots[left], knots[left + 1]), (slopes[left], slopes[left + 1])
     )
-
-
-def added_at_end(
-    correction: Correction, x: Tensor, stages: Sequence[Tensor], span: tuple[Any, Any]
-) -> Tensor:
-    """Return what a hypernet adds to the state at the end of the span, flat.
-
-    Args:
-        correction: the hypernet, of order 1, bound to the solve.
-        x: flat state at the end.
-        stages: the n derivatives.
-        span: its start and end, numbers or 0-d tensors.
-    """
-    t_dtype = x.dtype.to_real() if x.dtype.is_complex else x.dtype
-    start, end = span
-    # The difference before the cast: far from zero the ends are rounded to a part of the span.
-    t0, dt = (torch.as_tensor(s, dtype=t_dtype, device=x.device) for s in (start, end - start))
-    out = correction.evaluate(t0, dt, x, tuple(stages))
-    if x.device.type == "cpu":
-        correction.look_at(dt, x.dtype)
-    return correction.add(torch.zeros_like(x), out, *correction.factors(dt, x.dtype))
+    return of_values + of_slopes / n
 
 
 def between(
@@ -214,3 +164,32 @@ def between(
     if added is None:
         return states
     return states + (share**2).to(y.dtype).reshape(-1, *[1] * added.dim()) * added
+
+
+def check_knots(knots: Knots, weights: Tensor) -> Knots:
+    """Return the knots of a bespoke solver with these weights.
+
+    Raises:
+        StateTypeError: not floating-point tensors.
+        StateShapeError: not (n - 1, n) and (n + 1, n).
+        OptionError: not finite.
+    """
+    n = len(weights)
+    fix = "tdh.BespokeSolver(weights)   # knots from a cubic in time"
+    for name, knot, rows in zip(("values", "slopes"), knots, (n - 1, n + 1), strict=True):
+        if not isinstance(knot, Tensor) or not knot.is_floating_point():
+            got = knot.dtype if isinstance(knot, Tensor) else type(knot).__name__
+            raise StateTypeError(
+                problem=f"the knots' {name} is {got}.", expected="a floating-point tensor.", fix=fix
+            )
+        if knot.shape != (rows, n):
+            raise StateShapeError(
+                problem=f"the knots' {name} has shape {tuple(knot.shape)}.",
+                expected=f"{(rows, n)}, weights being {(n, n)}.",
+                fix=fix,
+            )
+        if not knot.is_meta and not is_finite(knot):
+            raise OptionError(
+                problem=f"the knots' {name} holds inf or nan.", expected="finite numbers.", fix=fix
+            )
+    return knots

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from torchdiffeq_hyper._fields._context import HOW_TO_RESTRICT
 from torchdiffeq_hyper._fields._independence import check_independence
+from torchdiffeq_hyper._fields._models import attributes_kept, vector_field
 from torchdiffeq_hyper._state import State, VectorField, parts_of
 from torchdiffeq_hyper.dise._candidates import Candidate
 from torchdiffeq_hyper.dise._costs import Cost
@@ -32,7 +33,6 @@ from torchdiffeq_hyper.errors import (
 )
 from torchdiffeq_hyper.fitting._context import Starts, bind
 from torchdiffeq_hyper.fitting._guard import left_as_found
-from torchdiffeq_hyper.fitting._neural_ode import attributes_kept, vector_field
 from torchdiffeq_hyper.solvers._grid import check_times
 from torchdiffeq_hyper.solvers.per_sample import PerSampleDopri5
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from torchdiffeq_hyper._fields._models import attributes_kept
 from torchdiffeq_hyper._fields._reuse import attributes_as_found
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import OptionError, OutsideFitWarning, explain
@@ -29,7 +30,6 @@ from torchdiffeq_hyper.evaluation._problem import Problem, state_at, unless_brok
 from torchdiffeq_hyper.evaluation._table import EvaluationRow, EvaluationTable
 from torchdiffeq_hyper.evaluation._trials import Trial, expand
 from torchdiffeq_hyper.fitting._context import bound
-from torchdiffeq_hyper.fitting._neural_ode import attributes_kept
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 
 Metric: TypeAlias = Callable[[Any], Any]

@@ -9,13 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from torchdiffeq_hyper._fields._models import attributes_kept, check_shareable
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import StateTypeError, explain
 from torchdiffeq_hyper.fitting._auto import check_auto
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._distributed import Team
 from torchdiffeq_hyper.fitting._guard import left_as_found, own_random_state
-from torchdiffeq_hyper.fitting._neural_ode import attributes_kept, check_shareable
 from torchdiffeq_hyper.fitting._phases import Progress
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._session import run

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._fields._context import SHAPE_CLASHES
+from torchdiffeq_hyper._fields._models import ModelField, check_call
 from torchdiffeq_hyper._state import StateLayout
 from torchdiffeq_hyper.errors import CoupledSamplesError, StateShapeError, explain, first_line
 from torchdiffeq_hyper.fitting._batches import Batches, n_samples, select
@@ -20,7 +21,6 @@ from torchdiffeq_hyper.fitting._checkpoint import FitState, Store, check_same_ca
 from torchdiffeq_hyper.fitting._context import Starts, context_signature
 from torchdiffeq_hyper.fitting._data import Data
 from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError, check_field, wide_dtype
-from torchdiffeq_hyper.fitting._neural_ode import NeuralODEField, check_call
 from torchdiffeq_hyper.fitting._objectives import Run, end_errors
 from torchdiffeq_hyper.fitting._planning import FEWEST, LOOSEST, ReferencePlan, plan_references
 from torchdiffeq_hyper.fitting._problem import Problem
@@ -61,7 +61,7 @@ def check_samples(field: Field, count: int, span: tuple[float, float]) -> None:
     try:
         k = _derivative(field, some, t)
         # A trace estimator's noise is drawn by places.
-        if not isinstance(field.func, NeuralODEField):
+        if not isinstance(field.func, ModelField):
             _check_order(field, k, (some, turn), t)
     except CoupledSamplesError:
         raise

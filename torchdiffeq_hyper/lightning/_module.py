@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from torchdiffeq_hyper._fields._context import Conditioned
+from torchdiffeq_hyper._fields._models import attributes_kept
 from torchdiffeq_hyper._files import Anything, Default, Maybe, Record, Table, checked, record_of
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.fitting._batches import check_like, checked_batch, n_samples
@@ -24,7 +25,6 @@ from torchdiffeq_hyper.fitting._external import Findings, KeptBatches, Start
 from torchdiffeq_hyper.fitting._field import wide_dtype
 from torchdiffeq_hyper.fitting._fit import check_hypernet
 from torchdiffeq_hyper.fitting._guard import left_as_found, modules_in, own_random_state
-from torchdiffeq_hyper.fitting._neural_ode import attributes_kept
 from torchdiffeq_hyper.fitting._objectives import delta_quantiles, no_correction
 from torchdiffeq_hyper.fitting._phases import phases_of
 from torchdiffeq_hyper.fitting._problem import Problem

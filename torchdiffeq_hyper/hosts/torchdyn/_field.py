@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchdiffeq_hyper._fields._context import can_restrict, restrict
 from torchdiffeq_hyper._fields._wrappers import look_through
 from torchdiffeq_hyper._state import VectorField
 from torchdiffeq_hyper.hosts.torchdyn import _upstream
-
-Held: TypeAlias = tuple[nn.Module, str, Tensor | None]
+from torchdiffeq_hyper.hosts.torchdyn._upstream import Held, held_by
 
 
 def with_args(func: VectorField, args: Any) -> VectorField:
@@ -74,8 +73,7 @@ class HoldingField(Field):
     Args:
         func: see `Field`.
         keywords: see `Field`.
-        held: layer, attribute, and its value: for each sample along dim 0, or None for an
-            attribute that is only put back after a call.
+        held: see `Held`.
     """
 
     def __init__(
@@ -90,11 +88,7 @@ class HoldingField(Field):
 
     def restrict(self, index: Tensor) -> HoldingField:
         """Return the field of the samples at ``index``; func and its weights are shared."""
-        part = [
-            (module, name, None if value is None else value[index.to(value.device)])
-            for module, name, value in self._held
-        ]
-        return HoldingField(self.base_func, self._keywords, part)
+        return HoldingField(self.base_func, self._keywords, held_by(self._held, index))
 
 
 @contextmanager

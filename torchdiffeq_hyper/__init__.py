@@ -29,9 +29,13 @@ from torchdiffeq_hyper.hosts.torchdiffeq import (
     unregister_method,
 )
 from torchdiffeq_hyper.hypernets import ConcatHypernet
-from torchdiffeq_hyper.methods import _plugins
+from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.methods._hookspecs import hookimpl
-from torchdiffeq_hyper.methods._plugins import register_plugin, unregister_plugin
+from torchdiffeq_hyper.methods._plugins import (
+    load_entry_points,
+    register_plugin,
+    unregister_plugin,
+)
 from torchdiffeq_hyper.solvers._binding import attach, detach, using
 from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
@@ -79,8 +83,8 @@ __all__ = [
 ]
 
 _torchdiffeq.reserve_host_names()
-_plugins.load_builtin(_builtin)
-_plugins.on_change(_torchdiffeq.follow_registry)
-_plugins.on_change(_torchdyn.follow_registry)
+register_plugin(_builtin, "torchdiffeq_hyper")
+_registry.on_change(_torchdiffeq.follow_registry)
+_registry.on_change(_torchdyn.follow_registry)
 install()
-_plugins.load_entry_points()
+load_entry_points()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from typing import Any, NoReturn
 
@@ -50,15 +51,14 @@ def register_plugin(plugin: object, name: str | None = None) -> None:
     """
     owner = name or str(getattr(plugin, "__name__", type(plugin).__name__))
     with _registry.lock:
-        notify()  # a host may have got methods of its own meanwhile
+        _registry.notify()  # a host may have got methods of its own meanwhile
+        _check_new(plugin, owner)
         try:
-            with _registry.rollback_on_error():
+            with _registry.changing():
                 _collect(plugin, owner)
-                notify()
         except BaseException:
-            if _manager.get_plugin(owner) is plugin:
-                _manager.unregister(plugin)
-            notify()
+            if _manager.has_plugin(owner):
+                _manager.unregister(name=owner)
             raise
 
 
@@ -81,12 +81,10 @@ def unregister_plugin(name: str) -> None:
         for method in _registry.methods().values():
             if method.owner == name:
                 _registry.remove(method.name)
-        notify()
+        _registry.notify()
 
 
-def _collect(plugin: object, owner: str) -> None:
-    """Register a plugin with pluggy and call its hook alone."""
-    others = [p for _, p in _manager.list_name_plugin()]
+def _check_new(plugin: object, owner: str) -> None:
     if _manager.has_plugin(owner) or _manager.is_registered(plugin):
         raise OptionError(
             explain(
@@ -95,19 +93,20 @@ def _collect(plugin: object, owner: str) -> None:
                 f"tdh.unregister_plugin({owner!r}) first",
             )
         )
+
+
+def _collect(plugin: object, owner: str) -> None:
+    """Register a plugin with pluggy and call its hook alone."""
+    others = [p for _, p in _manager.list_name_plugin()]
     try:
         _manager.register(plugin, name=owner)
         _manager.check_pending()
-        if not _manager.get_hookcallers(plugin):
-            _refuse(f"plugin {owner!r} implements no hook.")
-        hook = _manager.subset_hook_caller("register_solvers", others)
-        hook(register=_register_for(owner))
-    except BaseException as error:
-        if _manager.has_plugin(owner):
-            _manager.unregister(name=owner)
-        if isinstance(error, pluggy.PluginValidationError):
-            _refuse(f"plugin {owner!r} does not fit the hook: {error}")
-        raise
+    except pluggy.PluginValidationError as error:
+        _refuse(f"plugin {owner!r} does not fit the hook: {error}")
+    if not _manager.get_hookcallers(plugin):
+        _refuse(f"plugin {owner!r} implements no hook.")
+    hook = _manager.subset_hook_caller("register_solvers", others)
+    hook(register=partial(_register, owner))
 
 
 def _refuse(problem: str) -> NoReturn:
@@ -120,25 +119,17 @@ def _refuse(problem: str) -> NoReturn:
     )
 
 
-def _register_for(owner: str) -> _hookspecs.Register:
-    def register(
-        name: str,
-        solver: Tableau | WholeSolve | Callable[..., Any],
-        *,
-        order: int | None = None,
-        calls_per_step: int | None = None,
-        follows_grid: bool = True,
-    ) -> None:
-        declared = {"order": order, "calls_per_step": calls_per_step}
-        _registry.add(make_method(name, solver, owner, **declared, follows_grid=follows_grid))
-
-    return register
-
-
-def load_builtin(plugin: object) -> None:
-    """Register the package's own methods, through the hook."""
-    with _registry.rollback_on_error():
-        _collect(plugin, _hookspecs.PROJECT)
+def _register(
+    owner: str,
+    name: str,
+    solver: Tableau | WholeSolve | Callable[..., Any],
+    *,
+    order: int | None = None,
+    calls_per_step: int | None = None,
+    follows_grid: bool = True,
+) -> None:
+    declared = {"order": order, "calls_per_step": calls_per_step}
+    _registry.add(make_method(name, solver, owner, **declared, follows_grid=follows_grid))
 
 
 def load_entry_points() -> None:
@@ -152,18 +143,3 @@ def load_entry_points() -> None:
                 PluginWarning,
                 stacklevel=2,
             )
-
-
-_listeners: list[Callable[[], None]] = []
-
-
-def on_change(listener: Callable[[], None]) -> None:
-    """Have ``listener`` called whenever methods come or go (hosts follow the registry)."""
-    _listeners.append(listener)
-
-
-def notify() -> None:
-    """Tell all listeners that methods have come or gone."""
-    with _registry.lock:
-        for listener in _listeners:
-            listener()

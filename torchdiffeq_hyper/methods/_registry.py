@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torchdiffeq_hyper.errors import (
@@ -28,11 +28,9 @@ _hosts: Mapping[str, Mapping[str, bool]] = {}
 
 
 def reserve(follows_grid: Mapping[str, bool], owner: str) -> None:
-    """Note a host's own methods as they are now, so that no entry can take their names.
+    """Note which methods a host has of its own, and whether each follows a time grid.
 
-    Args:
-        follows_grid: for each name, whether the method steps along a time grid.
-        owner: the host's name, for messages.
+    No entry can take their names.
     """
     global _hosts  # noqa: PLW0603 - one registry for the whole process
     with lock:
@@ -155,13 +153,30 @@ def find_tableau(base: str, alpha: float | None = None) -> Tableau:
     return second_order(alpha)
 
 
+_listeners: list[Callable[[], None]] = []
+
+
+def on_change(listener: Callable[[], None]) -> None:
+    """Have ``listener`` called whenever methods come or go (hosts follow the registry)."""
+    _listeners.append(listener)
+
+
+def notify() -> None:
+    """Tell all listeners that methods have come or gone."""
+    with lock:
+        for listener in _listeners:
+            listener()
+
+
 @contextmanager
-def rollback_on_error() -> Iterator[None]:
-    """Leave the registry as it was if the block raises; others wait for the end of it."""
+def changing() -> Iterator[None]:
+    """Change the methods inside the block and have hosts follow; an error undoes it all."""
     with lock:
         before = _methods
         try:
             yield
+            notify()
         except BaseException:
             _replace(before)
+            notify()
             raise

@@ -14,7 +14,7 @@ from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
 from torchdiffeq_hyper.hosts.torchdiffeq._solver import HyperGridSolver
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import SOLVERS, FixedGridODESolver, options_of
 from torchdiffeq_hyper.hosts.torchdiffeq._whole import WholeProblemSolver
-from torchdiffeq_hyper.methods import _plugins, _registry
+from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.methods._method import Method, ReadyMethod, SteppingMethod, WholeMethod
 from torchdiffeq_hyper.solvers._binding import Fitted, FittedT
 
@@ -136,13 +136,8 @@ def register_method(name: str, solver: Fitted) -> None:
     """
     with _registry.lock:
         reserve_host_names()
-        try:
-            with _registry.rollback_on_error():
-                _registry.add(published(name, solver, _PUBLISHED))
-                _plugins.notify()  # every host
-        except BaseException:
-            _plugins.notify()
-            raise
+        with _registry.changing():
+            _registry.add(published(name, solver, _PUBLISHED))
 
 
 def unregister_method(name: str) -> None:
@@ -162,7 +157,7 @@ def unregister_method(name: str) -> None:
                 )
             )
         _registry.remove(name)
-        _plugins.notify()
+        _registry.notify()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchdiffeq_hyper.errors import OptionError, StateTypeError, explain
 from torchdiffeq_hyper.hosts.torchdyn import _field, _upstream
 from torchdiffeq_hyper.hosts.torchdyn._adjoint import AdjointCall
-from torchdiffeq_hyper.hosts.torchdyn._call import HostCall, saved_points
+from torchdiffeq_hyper.hosts.torchdyn._field import HostCall
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.methods._method import Method
 from torchdiffeq_hyper.solvers._binding import Times, resolve
@@ -78,13 +78,7 @@ class Stepper:
     def for_adjoint(
         self, tolerances: Tolerances, *, is_trained: bool, is_interpolated: bool
     ) -> Stepper:
-        """Return an object for one call under an adjoint sensitivity.
-
-        Args:
-            tolerances: of the backward solves, where they are adaptive.
-            is_trained: whether gradients are wanted.
-            is_interpolated: whether the sensitivity is "interpolated_adjoint".
-        """
+        """Return an object for one call under an adjoint sensitivity; see `AdjointCall`."""
         adjoint = AdjointCall(self.method.tableau, *tolerances, is_trained, is_interpolated)
         return Stepper(self.method, self.part, adjoint)
 
@@ -159,7 +153,7 @@ class Stepper:
             tolerances: (rtol, atol), where the host tells.
 
         Returns:
-            Times and solution: as the host, ``t_span`` or ``save_at``, and the states there.
+            ``t_span`` or ``save_at``, and the states there.
         """
         call = HostCall.of(f, t_span)
         if call.is_adjoint_backward:
@@ -169,7 +163,7 @@ class Stepper:
             )
             return t_span, adjoint.solve_backward(call, x)
         part = self._part_for(call)
-        saved = saved_points(save_at, call.t) if len(save_at) else None
+        saved = _saved_points(save_at, call.t) if len(save_at) else None
         if self._adjoint is not None:
             self._adjoint.begin(call, part)
         if args and _upstream.drops_args(call.func):
@@ -214,3 +208,23 @@ class Stepper:
             if self.part is None
             else (Stepper.of_part, (self.part,))
         )
+
+
+def _saved_points(save_at: Any, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``save_at`` as a tensor, and where its times lie in ``t``.
+
+    Raises:
+        OptionError: a time is not in ``t``.
+    """
+    wanted = torch.as_tensor(save_at, dtype=t.dtype, device=t.device)
+    is_same = torch.isclose(wanted.reshape(-1, 1), t.detach())
+    missing = wanted[~is_same.any(dim=1)]
+    if len(missing):
+        raise OptionError(
+            explain(
+                f"save_at holds {missing[0].item():.6g}, which is not in t_span.",
+                "times of t_span.",
+                "odeint(f, x, t_span, solver, save_at=t_span[[0, -1]])",
+            )
+        )
+    return wanted, is_same.int().argmax(dim=1)

@@ -81,22 +81,15 @@ def dopri5(dtype: torch.dtype) -> Any:
     return sys.modules[_SOLVERS].str_to_solver("dopri5", dtype)
 
 
-def solve_dopri5(func: Any, y0: Tensor, t: Tensor, *, rtol: float, atol: float) -> Tensor:
-    """Solve by torchdyn's own dopri5."""
-    odeint, solver = sys.modules[_ODEINT].odeint, dopri5(y0.dtype)
-    solution: Tensor = odeint(func, y0, t, solver, rtol=rtol, atol=atol)[1]
-    return solution
-
-
-def dopri5_steps(
-    func: Any, y0: Tensor, t: Tensor, *, rtol: float, atol: float
+def solve_dopri5(
+    func: Any, y0: Tensor, t: Tensor, *, rtol: float, atol: float, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """Return the times of all steps of torchdyn's own dopri5, and the states there."""
-    odeint, solver = sys.modules[_ODEINT].odeint, dopri5(y0.dtype)
-    steps: tuple[Tensor, Tensor] = odeint(
-        func, y0, t, solver, rtol=rtol, atol=atol, return_all_eval=True
+    """Return times and states of torchdyn's own dopri5, with ``return_all_eval`` of all steps."""
+    solver = dopri5(y0.dtype)
+    found: tuple[Tensor, Tensor] = sys.modules[_ODEINT].odeint(
+        func, y0, t, solver, rtol=rtol, atol=atol, **options
     )
-    return steps
+    return found
 
 
 def unreversed(func: Any) -> Callable[..., Any] | None:

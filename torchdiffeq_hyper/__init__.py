@@ -5,7 +5,7 @@ Importing the package adds method names to torchdiffeq's `odeint`, `odeint_adjoi
 name.
 """
 
-from torchdiffeq_hyper import dise, errors, hypernets, regularizers
+from torchdiffeq_hyper import _builtin, dise, errors, hypernets, regularizers
 from torchdiffeq_hyper._fields._context import Conditioned
 from torchdiffeq_hyper._state import StepInput
 from torchdiffeq_hyper.dise import (
@@ -18,9 +18,7 @@ from torchdiffeq_hyper.dise import (
 from torchdiffeq_hyper.errors import HyperError, HyperWarning, MissingHypernetError
 from torchdiffeq_hyper.evaluation import evaluate
 from torchdiffeq_hyper.fitting import FitConfig, fit
-from torchdiffeq_hyper.hosts import _builtin, install, uninstall
-from torchdiffeq_hyper.hosts import torchdiffeq as _torchdiffeq
-from torchdiffeq_hyper.hosts import torchdyn as _torchdyn
+from torchdiffeq_hyper.hosts import install, uninstall
 from torchdiffeq_hyper.hosts.torchdiffeq import (
     odeint_with_errors,
     override,
@@ -29,7 +27,6 @@ from torchdiffeq_hyper.hosts.torchdiffeq import (
     unregister_method,
 )
 from torchdiffeq_hyper.hypernets import ConcatHypernet
-from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.methods._hookspecs import hookimpl
 from torchdiffeq_hyper.methods._plugins import (
     load_entry_points,
@@ -82,9 +79,6 @@ __all__ = [
     "using",
 ]
 
-_torchdiffeq.reserve_host_names()
 register_plugin(_builtin, "torchdiffeq_hyper")
-_registry.on_change(_torchdiffeq.follow_registry)
-_registry.on_change(_torchdyn.follow_registry)
 install()
 load_entry_points()

@@ -37,8 +37,8 @@ def install(host: str | None = None) -> None:
             )
         )
     with _registry.lock:
-        torchdiffeq.install()
-        torchdyn.install()
+        torchdiffeq.host.install()
+        torchdyn.host.install()
     if host == "torchdyn":
         torchdyn.load()
 
@@ -52,5 +52,9 @@ def uninstall() -> None:
         >>> tdh.install()
     """
     with _registry.lock:
-        torchdiffeq.uninstall()
-        torchdyn.uninstall()
+        torchdiffeq.host.uninstall()
+        torchdyn.host.uninstall()
+
+
+_registry.on_change(torchdiffeq.host.follow)
+_registry.on_change(torchdyn.host.follow)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchdiffeq_hyper.errors import StateTypeError, UnknownMethodError, closest, explain
-from torchdiffeq_hyper.hosts._table import MethodTable
+from torchdiffeq_hyper.hosts._host import Host
 from torchdiffeq_hyper.hosts.torchdiffeq import _patches
 from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
 from torchdiffeq_hyper.hosts.torchdiffeq._solver import HyperGridSolver
@@ -49,48 +49,43 @@ class _Classes:
         return type(name, (base,), fields)
 
 
-_table = MethodTable("torchdiffeq", "method", lambda: SOLVERS, _Classes())
+class Torchdiffeq(Host):
+    """torchdiffeq's dict `SOLVERS`."""
 
+    name = "torchdiffeq"
+    noun = "method"
 
-def install() -> None:
-    """Add the registered methods to torchdiffeq, and change no existing name.
+    def entries(self) -> dict[str, Any]:
+        """Return `SOLVERS`."""
+        solvers: dict[str, Any] = SOLVERS
+        return solvers
 
-    Raises:
-        DuplicateMethodError: torchdiffeq has got a method of the same name meanwhile.
-    """
-    with _registry.lock:
-        _table.is_installed = True
-        follow_registry()
+    def build(self, method: Method) -> Any:
+        """Return the class that torchdiffeq calls."""
+        return method.build(_Classes())
 
+    def follow(self) -> None:
+        """Make `SOLVERS` hold what the registry holds and what open scopes put there."""
+        with _registry.lock:
+            self.reserve_own_names()
+            try:
+                super().follow()
+            finally:
+                _patches.follow()
 
-def uninstall() -> None:
-    """Remove everything that `install` added: torchdiffeq is as it was before the import."""
-    with _registry.lock:
-        _table.is_installed = False
-        follow_registry()
-
-
-def follow_registry() -> None:
-    """Make torchdiffeq's dict hold what the registry holds, if installed."""
-    with _registry.lock:
-        reserve_host_names()
-        try:
-            _table.follow()
-        finally:
-            _patches.follow()
-
-
-def reserve_host_names() -> None:
-    """Tell the registry which names torchdiffeq has of its own."""
-    with _registry.lock:
-        own = {n: _patches.unpatched(cls) for n, cls in SOLVERS.items() if n not in _table.added}
+    def reserve_own_names(self) -> None:
+        """Tell the registry which methods torchdiffeq has of its own."""
+        own = {n: _patches.unpatched(cls) for n, cls in SOLVERS.items() if n not in self.added}
         _registry.reserve(
             {
                 name: isinstance(cls, type) and issubclass(cls, FixedGridODESolver)
                 for name, cls in own.items()
             },
-            "torchdiffeq",
+            self.name,
         )
+
+
+host = Torchdiffeq()
 
 
 def published(name: str, solver: Fitted, owner: str) -> Method:
@@ -135,7 +130,7 @@ def register_method(name: str, solver: Fitted) -> None:
         >>> tdh.unregister_method("decay-fast")
     """
     with _registry.lock:
-        reserve_host_names()
+        host.reserve_own_names()
         with _registry.changing():
             _registry.add(published(name, solver, _PUBLISHED))
 

@@ -6,10 +6,10 @@ Imports nothing of torchdyn; it waits for the user's import.
 from torchdiffeq_hyper._fields._models import add_models
 from torchdiffeq_hyper._fields._wrappers import look_through_by
 from torchdiffeq_hyper.hosts.torchdyn._field import NeuralODEField
-from torchdiffeq_hyper.hosts.torchdyn._methods import follow_registry, install, load, uninstall
+from torchdiffeq_hyper.hosts.torchdyn._methods import host, load
 from torchdiffeq_hyper.hosts.torchdyn._upstream import wrapped_field
 
-__all__ = ["follow_registry", "install", "load", "uninstall"]
+__all__ = ["host", "load"]
 
 add_models(NeuralODEField.of)
 look_through_by(wrapped_field)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,16 @@ def test_the_hosts_do_name_them() -> None:
     trees = [ast.parse(path.read_text()) for path in (PACKAGE / "hosts").rglob("*.py")]
     named = set().union(*map(_named, trees))
     assert {"_impl", "SOLVERS", "base_func", "vf", "DEFunc", "SOLVER_DICT", "_control"} <= named
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)
+def test_nothing_asks_for_the_kind_of_a_method(path: Path) -> None:
+    kinds = {"SteppingMethod", "WholeMethod", "ReadyMethod"}
+    if path != PACKAGE / "methods" / "_method.py":  # what plugins register is told apart once
+        kinds |= {"Tableau", "WholeSolve"}
+    asked = [
+        ast.unparse(node.args[1])
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {"isinstance", "issubclass"}
+    ]
+    assert not kinds & {word for text in asked for word in re.findall(r"\w+", text)}

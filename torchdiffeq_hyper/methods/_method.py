@@ -221,15 +221,15 @@ def base_of(part: object) -> str | None:
 
 
 def make_method(
+    owner: str,
     name: str,
     solver: Tableau | WholeSolve | Callable[..., Any],
-    owner: str,
     *,
-    order: int | None,
-    calls_per_step: int | None,
-    follows_grid: bool,
+    order: int | None = None,
+    calls_per_step: int | None = None,
+    follows_grid: bool = True,
 ) -> Method:
-    """Return the method that a plugin registers.
+    """Return the method that a plugin registers; see `register_solvers`.
 
     Raises:
         OptionError: the declarations are missing or make no sense.

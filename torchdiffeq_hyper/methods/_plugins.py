@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from functools import partial
 from importlib import metadata
 from typing import Any, NoReturn
 
@@ -12,8 +10,7 @@ import pluggy
 
 from torchdiffeq_hyper.errors import OptionError, PluginWarning, explain
 from torchdiffeq_hyper.methods import _hookspecs, _registry
-from torchdiffeq_hyper.methods._method import WholeSolve, make_method
-from torchdiffeq_hyper.tableaus import Tableau
+from torchdiffeq_hyper.methods._method import make_method
 
 _manager = pluggy.PluginManager(_hookspecs.PROJECT)
 _manager.add_hookspecs(_hookspecs)
@@ -35,7 +32,7 @@ def register_plugin(plugin: object, name: str | None = None) -> None:
     Example:
         >>> import dataclasses
         >>> import torchdiffeq_hyper as tdh
-        >>> from torchdiffeq_hyper.methods._method import WholeSolve, make_method
+        >>> from torchdiffeq_hyper.methods._method import make_method
     from torchdiffeq_hyper.tableaus import second_order
         >>> class Ralston:
         ...     @tdh.hookimpl
@@ -97,6 +94,10 @@ def _check_new(plugin: object, owner: str) -> None:
 
 def _collect(plugin: object, owner: str) -> None:
     """Register a plugin with pluggy and call its hook alone."""
+
+    def register(*method: Any, **declared: Any) -> None:
+        _registry.add(make_method(owner, *method, **declared))
+
     others = [p for _, p in _manager.list_name_plugin()]
     try:
         _manager.register(plugin, name=owner)
@@ -106,7 +107,7 @@ def _collect(plugin: object, owner: str) -> None:
     if not _manager.get_hookcallers(plugin):
         _refuse(f"plugin {owner!r} implements no hook.")
     hook = _manager.subset_hook_caller("register_solvers", others)
-    hook(register=partial(_register, owner))
+    hook(register=register)
 
 
 def _refuse(problem: str) -> NoReturn:
@@ -117,19 +118,6 @@ def _refuse(problem: str) -> NoReturn:
             "@tdh.hookimpl\ndef register_solvers(register): ...",
         )
     )
-
-
-def _register(
-    owner: str,
-    name: str,
-    solver: Tableau | WholeSolve | Callable[..., Any],
-    *,
-    order: int | None = None,
-    calls_per_step: int | None = None,
-    follows_grid: bool = True,
-) -> None:
-    declared = {"order": order, "calls_per_step": calls_per_step}
-    _registry.add(make_method(name, solver, owner, **declared, follows_grid=follows_grid))
 
 
 def load_entry_points() -> None:

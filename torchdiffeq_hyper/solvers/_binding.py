@@ -163,11 +163,11 @@ class Times:
         return ends[0], ends[1]
 
 
-_NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
-
-
 def resolve(
-    method: Method, func: VectorField, times: Times, options: Mapping[str, Any] = _NO_OPTIONS
+    method: Method,
+    func: VectorField,
+    times: Times,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """Return the fitted part that serves a call; the first match wins.
 

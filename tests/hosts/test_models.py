@@ -56,7 +56,7 @@ class Inside(ModelField):
         return self
 
     @contextmanager
-    def attributes_kept(self) -> Iterator[None]:
+    def as_found(self) -> Iterator[None]:
         before = self.model.calls
         yield
         self.model.calls = before

@@ -47,7 +47,7 @@ class ModelField(ABC):
         """
 
     @abstractmethod
-    def attributes_kept(self) -> AbstractContextManager[None]:
+    def as_found(self) -> AbstractContextManager[None]:
         """Give the model's parts back what solves inside the block set on them."""
 
 
@@ -92,9 +92,9 @@ def check_shareable(func: VectorField, n_processes: int) -> None:
         )
 
 
-def attributes_kept(func: object) -> AbstractContextManager[None]:
+def model_as_found(func: object) -> AbstractContextManager[None]:
     """Give a host's model back what its solves set on it; other funcs are left alone."""
-    return func.attributes_kept() if isinstance(func, ModelField) else nullcontext()
+    return func.as_found() if isinstance(func, ModelField) else nullcontext()
 
 
 def check_call(func: VectorField, n_context: int = 0) -> VectorField:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from torchdiffeq_hyper._fields._context import HOW_TO_RESTRICT
 from torchdiffeq_hyper._fields._independence import check_independence
-from torchdiffeq_hyper._fields._models import attributes_kept, vector_field
+from torchdiffeq_hyper._fields._models import model_as_found, vector_field
 from torchdiffeq_hyper._state import State, VectorField, parts_of
 from torchdiffeq_hyper.dise._candidates import Candidate
 from torchdiffeq_hyper.dise._costs import Cost
@@ -292,7 +292,7 @@ def collect(
     total = batch * len(candidates)
     with (
         left_as_found(func),
-        attributes_kept(field),
+        model_as_found(field),
         left_as_found(getattr(cost, "predict", None) or getattr(cost, "error", None)),
         torch.no_grad(),
         tqdm(total=total, disable=not progress, unit="solve", desc="solving alone") as bar,

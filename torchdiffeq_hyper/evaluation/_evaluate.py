@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdiffeq_hyper._fields._models import attributes_kept
+from torchdiffeq_hyper._fields._models import model_as_found
 from torchdiffeq_hyper._fields._reuse import attributes_as_found
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import OptionError, OutsideFitWarning, explain
@@ -121,7 +121,7 @@ def evaluate(
         warnings.catch_warnings(),
         buffers_kept([func, *(trial.solver for trial in trials)]),
         attributes_as_found(func),
-        attributes_kept(field),
+        model_as_found(field),
         tqdm(total=1 + len(trials) * (3 + repeats), disable=not progress, unit="solve") as bar,
     ):
         warnings.simplefilter("ignore", OutsideFitWarning)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields._models import attributes_kept, check_shareable
+from torchdiffeq_hyper._fields._models import check_shareable, model_as_found
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import StateTypeError, explain
 from torchdiffeq_hyper.fitting._auto import check_auto
@@ -164,7 +164,7 @@ def fit(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(own_random_state(problem.config.seed))
         stack.enter_context(left_as_found(func))
-        stack.enter_context(attributes_kept(problem.func))
+        stack.enter_context(model_as_found(problem.func))
         stack.enter_context(team.together())
         bar = stack.enter_context(
             closing(

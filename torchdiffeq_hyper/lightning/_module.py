@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from torchdiffeq_hyper._fields._context import Conditioned
-from torchdiffeq_hyper._fields._models import attributes_kept
+from torchdiffeq_hyper._fields._models import model_as_found
 from torchdiffeq_hyper._files import Anything, Default, Maybe, Record, Table, checked, record_of
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.fitting._batches import check_like, checked_batch, n_samples
@@ -260,7 +260,7 @@ class HyperSolverModule(LightningModule):
 
     @contextmanager
     def _as_found(self) -> Iterator[None]:
-        with left_as_found(self._func[0]), attributes_kept(self._problem.func):
+        with left_as_found(self._func[0]), model_as_found(self._problem.func):
             yield
 
     @contextmanager

@@ -106,8 +106,10 @@ def methods() -> Mapping[str, Method]:
 
 def method_for(part: object) -> Method | None:
     """Return the method that a fitted part serves; None for other objects."""
-    entries = (method for method in _methods.values() if method.fitted is None)
-    return next((method for method in entries if method.serves(part)), None)
+    for method in _methods.values():
+        if method.fitted is None and method.serves(part):
+            return method
+    return None
 
 
 def method_of(base: str) -> Method:

@@ -57,9 +57,9 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         self._has_grid_option = not {"step_size", "grid_constructor"}.isdisjoint(grid)
         self._solver: HyperSolver | None = None
         self._taken: list[tuple[Tensor, Tensor, Tensor]] | None = None
-        self._ends: _KeptEnds | None = None
+        self._ends: _CachedEnds | None = None
         if self.interp == "cubic":
-            self.func = self._ends = _KeptEnds(self.func)
+            self.func = self._ends = _CachedEnds(self.func)
         self._options = options
         self._step: Step
 
@@ -233,7 +233,7 @@ class _InHalf:
         self.func.callback_step(t0, y0.to(self._dtype), dt)
 
 
-class _KeptEnds:
+class _CachedEnds:
     """The host's func where points are read off by cubics: called once at the end of a step.
 
     The host asks for the derivative there for each point that it reads off, and the next

@@ -146,7 +146,7 @@ class NeuralODEField(ModelField):
         return StartedField(self.model, _upstream.set_at_start(self.model, y0.detach()))
 
     @contextmanager
-    def attributes_kept(self) -> Iterator[None]:
+    def as_found(self) -> Iterator[None]:
         """Give the modules back what solves inside the block set on them."""
         before = _upstream.set_by_solves(self.model)
         try:

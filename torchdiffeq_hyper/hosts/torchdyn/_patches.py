@@ -25,7 +25,7 @@ from torchdiffeq_hyper.hosts.torchdyn._adjoint import CheckedFunction
 from torchdiffeq_hyper.hosts.torchdyn._stepper import Stepper, part_classes
 
 _HOSTS_OWN = "_torchdiffeq_hyper_hosts_own"
-_given: list[tuple[type[Any], str]] = []
+_added: list[tuple[type[Any], str]] = []
 
 
 def put() -> None:
@@ -46,7 +46,7 @@ def put() -> None:
 def _give(kind: type[Any], attributes: dict[str, Any]) -> None:
     for name, value in attributes.items():
         setattr(kind, name, value)
-        _given.append((kind, name))
+        _added.append((kind, name))
 
 
 def take_back() -> None:
@@ -54,8 +54,8 @@ def take_back() -> None:
     for name in _WRAPPERS:
         for module in _upstream.holders(name):
             setattr(module, name, getattr(getattr(module, name), _HOSTS_OWN, getattr(module, name)))
-    while _given:
-        delattr(*_given.pop())
+    while _added:
+        delattr(*_added.pop())
 
 
 def _loop(own: Callable[..., Any]) -> Callable[..., Any]:

@@ -32,8 +32,7 @@ def register_plugin(plugin: object, name: str | None = None) -> None:
     Example:
         >>> import dataclasses
         >>> import torchdiffeq_hyper as tdh
-        >>> from torchdiffeq_hyper.methods._method import make_method
-    from torchdiffeq_hyper.tableaus import second_order
+        >>> from torchdiffeq_hyper.tableaus import second_order
         >>> class Ralston:
         ...     @tdh.hookimpl
         ...     def register_solvers(self, register):

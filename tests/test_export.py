@@ -75,6 +75,11 @@ def test_exported_solve_keeps_the_points_between(tmp_path: Path) -> None:
     _assert_same(solve(y0, t), solver.solve(func, y0, t))
 
 
+def test_buffers_of_a_bespoke_solver_are_no_views_which_torch_export_warns_about() -> None:
+    solver = tdh.BespokeSolver.classical("rk4", 8)
+    assert all(buffer.untyped_storage().nbytes() == buffer.nbytes for buffer in solver.buffers())
+
+
 @pytest.mark.parametrize("is_tuple_fitted", [True, False])
 def test_exported_solve_takes_tuples(is_tuple_fitted: bool, tmp_path: Path) -> None:
     domain = tdh.FitDomain((0.0, 1.0), 0.1, 1.0, (1,), ((3,),), is_tuple=False, dtype="float32")

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from torchdiffeq_hyper.errors import FileWriteError, MissingExtraError, OptionError
-from torchdiffeq_hyper.evaluation import EvaluationRow, EvaluationTable, _plotting
+from torchdiffeq_hyper.evaluation import EvaluationRow, EvaluationTable, _table
 
 
 def row(method: str, nfe: int, error: float, *, is_learned: bool = False) -> EvaluationRow:
@@ -41,11 +41,15 @@ ROWS = (
 )
 
 
+def draw(rows: tuple[EvaluationRow, ...], path: Path) -> None:
+    EvaluationTable(rows, "metric", "a machine").plot(path)
+
+
 @pytest.fixture
 def figure(monkeypatch: pytest.MonkeyPatch) -> Figure:
-    """The figure that `pareto` is going to draw on."""
-    figure = _plotting._new_figure()
-    monkeypatch.setattr(_plotting, "_new_figure", lambda: figure)
+    """The figure that `plot` is going to draw on."""
+    figure = _table._new_figure()
+    monkeypatch.setattr(_table, "_new_figure", lambda: figure)
     return figure
 
 
@@ -53,14 +57,14 @@ def figure(monkeypatch: pytest.MonkeyPatch) -> Figure:
     ("name", "start"), [("a.png", b"\x89PNG"), ("a.pdf", b"%PDF"), ("a.SVG", b"<?xml")]
 )
 def test_suffix_chooses_the_format(tmp_path: Path, name: str, start: bytes) -> None:
-    EvaluationTable(ROWS, "metric", "a machine").plot(tmp_path / name)
+    draw(ROWS, tmp_path / name)
     assert (tmp_path / name).read_bytes().startswith(start)
 
 
 def test_every_method_is_one_line_by_rising_cost_in_both_panels(
     figure: Figure, tmp_path: Path
 ) -> None:
-    _plotting.pareto(ROWS, tmp_path / "a.png", caption="a machine")
+    draw(ROWS, tmp_path / "a.png")
     by_nfe, by_ms = figure.axes
     for axes, scale in ((by_nfe, 1.0), (by_ms, 0.1)):
         lines = {str(line.get_label()): line for line in axes.get_lines()}
@@ -76,26 +80,26 @@ def test_every_method_is_one_line_by_rising_cost_in_both_panels(
 def test_points_that_a_logarithm_cannot_show_are_left_out(figure: Figure, tmp_path: Path) -> None:
     bad = [row("euler", 4, error) for error in (0.0, math.inf, math.nan)]
     broken_off = replace(row("rk4", 4, math.inf), ms=math.nan)
-    _plotting.pareto([*ROWS, *bad, broken_off], tmp_path / "a.png")
+    draw((*ROWS, *bad, broken_off), tmp_path / "a.png")
     for axes in figure.axes:
         assert [len(line.get_xdata()) for line in axes.get_lines()] == [2, 1, 2]
 
 
 def test_many_methods_never_share_a_style(figure: Figure, tmp_path: Path) -> None:
     many = [row(f"method {i}", 2 + i, 0.1, is_learned=i % 2 == 0) for i in range(16)]
-    _plotting.pareto(many, tmp_path / "a.png")
+    draw(tuple(many), tmp_path / "a.png")
     styles = {(line.get_color(), line.get_marker()) for line in figure.axes[0].get_lines()}
     assert len(styles) == 16
 
 
 def test_unknown_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"\.png or \.pdf or \.svg"):
-        _plotting.pareto(ROWS, tmp_path / "a.bmp")
+        draw(ROWS, tmp_path / "a.bmp")
 
 
 def test_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileWriteError, match="cannot be written"):
-        _plotting.pareto(ROWS, tmp_path / "missing" / "a.png")
+        draw(ROWS, tmp_path / "missing" / "a.png")
 
 
 def test_missing_matplotlib_is_named_with_its_extra(
@@ -103,7 +107,7 @@ def test_missing_matplotlib_is_named_with_its_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r'pip install "torchdiffeq_hyper\[plot\]"'):
-        _plotting.pareto(ROWS, tmp_path / "a.png")
+        draw(ROWS, tmp_path / "a.png")
 
 
 def test_matplotlib_is_loaded_only_to_draw_and_pyplot_never(tmp_path: Path) -> None:

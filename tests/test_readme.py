@@ -1,7 +1,7 @@
-"""What the README says is run as it stands there, and so is every example.
+"""What the README and the pages in docs/ say is run as it stands there, and so is every example.
 
-Each fenced block is run on its own in an empty folder; one below the comment
-``<!-- continues -->`` goes on where the Python above ended: same folder, same names.
+The Python blocks of a page run in order in one namespace, its commands between them, all in one
+empty folder. Links, the README's length and the order of its headings are checked as well.
 """
 
 from __future__ import annotations
@@ -25,63 +25,74 @@ from torchdiffeq_hyper.methods import _registry
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, *DOCS]
 EXAMPLES = sorted((ROOT / "examples").rglob("[a-z]*.py"))
-LANGUAGES = {"python", "bash", "console", "text", "bibtex", "toml"}
+LANGUAGES = {"python", "bash", "text", "bibtex", "toml"}
+HEADINGS = [
+    "# torchdiffeq_hyper",
+    "## Install",
+    "## Quick start",
+    "## What it gains",
+    "## Which solver, and when none",
+    "## Methods",
+    "## Documentation",
+]
 TIMEOUT = 600
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block: its language, first line number, text, and whether it goes on."""
+    """One fenced block: its language, first line number and text."""
 
     language: str
     line: int
     code: str
-    continues: bool
 
     @property
     def commands(self) -> list[str]:
-        """The shell commands of the block; of a console, the lines behind the prompts."""
+        """The shell commands of the block."""
         lines = self.code.replace("\\\n", " ").splitlines()
-        if self.language == "console":
-            return [line[2:] for line in lines if line.startswith("$ ")]
         return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
-def _blocks(text: str) -> Iterator[Block]:
-    above, start = "", 0
+def _blocks(page: Path) -> Iterator[Block]:
     language: str | None = None
-    code: list[str] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    start, code = 0, list[str]()
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         fence = re.match(r"```(\S*)\s*$", line)
         if language is None and fence:
             language, start, code = fence[1], number + 1, []
         elif fence:
-            yield Block(language or "", start, "\n".join(code), above == "<!-- continues -->")
-            above, language = "", None
+            yield Block(language or "", start, "\n".join(code))
+            language = None
         elif language is not None:
             code.append(line)
-        elif line.strip():
-            above = line.strip()
+    assert language is None, f"{page.name}: the block at line {start} has no end"
 
 
-def _chains() -> list[list[Block]]:
-    chains: list[list[Block]] = []
-    text = README.read_text(encoding="utf-8") if README.exists() else ""
-    for block in _blocks(text):
-        if block.continues:
-            next(chain for chain in chains[::-1] if chain[0].language == "python").append(block)
-        elif block.language in {"python", "bash", "console"}:
-            chains.append([block])
-    return chains
+def _prose(page: Path) -> str:
+    """Return the text of a page without its fenced blocks."""
+    return re.sub(
+        r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
 
 
-CHAINS = _chains()
+def _headings(page: Path) -> list[str]:
+    return re.findall(r"^#+ .+$", _prose(page), re.MULTILINE)
+
+
+def _anchors(page: Path) -> set[str]:
+    """Return the names that GitHub gives to a page's headings."""
+    titles = (heading.lstrip("# ").lower() for heading in _headings(page))
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles}
 
 
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """An empty folder to read the README in; published methods are taken back after it."""
+    """An empty folder to read a page in; published methods are taken back after it."""
     monkeypatch.chdir(tmp_path)
     before = _registry.methods()
     main = ModuleType("__main__")
@@ -110,14 +121,14 @@ def _run(*command: str) -> str:
 
 
 def _run_command(command: str) -> None:
-    """Run a command of the README; look up what a CI step or another test here runs."""
+    """Run a command of a page; look up what a CI step or another test here runs."""
     program, *arguments = shlex.split(command, comments=True)
     if program == "pip" or (program, *arguments[:1]) == ("git", "clone"):
         return
     if program == "make":
         assert set(arguments) <= _make_targets(), f"the Makefile has no {command!r}"
     elif program == "cd":
-        assert arguments == [tdh.__name__], "the README leaves the repository"
+        assert arguments == [tdh.__name__], "the page leaves the repository"
     elif program == "python" and arguments[0].startswith("examples/"):
         assert ROOT / arguments[0] in EXAMPLES, f"there is no {arguments[0]}"
         if len(arguments) > 1:
@@ -131,16 +142,49 @@ def _make_targets() -> set[str]:
     return set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
 
 
-def test_readme_exists_and_every_block_is_of_a_kind_the_tests_know() -> None:
-    found = {block.language for block in _blocks(README.read_text(encoding="utf-8"))}
-    assert {"python", "bash"} <= found <= LANGUAGES
+def test_readme_is_short_and_its_headings_are_in_order() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+    assert _headings(README) == HEADINGS
 
 
-def test_files_that_the_readme_names_are_there() -> None:
-    text = README.read_text(encoding="utf-8")
-    linked = re.findall(r"\]\(([^):#]+)\)", text)
-    named = re.findall(r"`((?:examples|tests)/[^`*\s]*)`", text)
-    assert [name for name in linked + named if not (ROOT / name).exists()] == []
+def test_readme_leads_to_every_page() -> None:
+    linked = {target for target, _ in _links(README)}
+    assert [page.name for page in DOCS if page not in linked] == []
+
+
+def test_figures_of_the_readme_are_those_of_the_full_table() -> None:
+    def rows(page: Path) -> list[list[str]]:
+        lines = re.findall(r"^\|(.+)\|$", _prose(page), re.MULTILINE)
+        return [[cell.strip() for cell in line.split("|")] for line in lines]
+
+    full = [set(row) for row in rows(ROOT / "docs" / "measurements.md")]
+    measured = [row for row in rows(README) if re.search(r"\d\.\d", row[-1])]
+    assert len(measured) == 6
+    assert [row for row in measured if not any(set(row) <= of for of in full)] == []
+
+
+@each_page
+def test_page_has_one_title_and_blocks_of_a_kind_the_tests_know(page: Path) -> None:
+    headings = _headings(page)
+    assert page.read_text(encoding="utf-8").startswith(headings[0])
+    assert [heading for heading in headings if heading.startswith("# ")] == headings[:1]
+    assert {block.language for block in _blocks(page)} <= LANGUAGES
+
+
+def _links(page: Path) -> list[tuple[Path, str]]:
+    """Return file and anchor of each link to a place in the repository."""
+    targets = re.findall(r"\]\((?!https?:)([^)\s]+)\)", _prose(page))
+    parts = (target.partition("#") for target in targets)
+    return [((page.parent / name).resolve() if name else page, tag) for name, _, tag in parts]
+
+
+@each_page
+def test_links_and_named_files_are_there(page: Path) -> None:
+    links = _links(page)
+    assert [str(target) for target, _ in links if not target.exists()] == []
+    assert [f"{target}#{tag}" for target, tag in links if tag and tag not in _anchors(target)] == []
+    named = re.findall(r"`((?:examples|tests|docs)/[^`*\s]*)`", _prose(page))
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 # torchflows 1.2.1 indexes its base distribution with a list; Lightning 2.6 gives advice on
@@ -148,14 +192,14 @@ def test_files_that_the_readme_names_are_there() -> None:
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning")
 @pytest.mark.filterwarnings("ignore:::pytorch_lightning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: f"line{chain[0].line}")
-def test_readme_block_runs(chain: list[Block], reader: dict[str, Any]) -> None:
-    for block in chain:
+@each_page
+def test_page_runs(page: Path, reader: dict[str, Any]) -> None:
+    for block in _blocks(page):
         if block.language == "python":
-            # Blank lines in front give tracebacks the README's own line numbers.
+            # Blank lines in front give tracebacks the page's own line numbers.
             source = "\n" * (block.line - 1) + block.code
-            exec(compile(source, str(README), "exec"), reader)
-        else:
+            exec(compile(source, str(page), "exec"), reader)
+        elif block.language == "bash":
             for command in block.commands:
                 _run_command(command)
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from torchdiffeq_hyper._files._container import damage_reported, read, read_metadata
+from torchdiffeq_hyper._files import damage_reported, read, read_metadata
 from torchdiffeq_hyper.errors import HyperError
 from torchdiffeq_hyper.hypernets._files import UNSEEN
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._domain import FitDomain
-from torchdiffeq_hyper.solvers._files import read_bespoke, read_hypersolver
+from torchdiffeq_hyper.solvers._files import BNS, KIND, rebuild_bespoke, rebuild_hypersolver
 from torchdiffeq_hyper.solvers._report import FitReport
 from torchdiffeq_hyper.solvers.bespoke import BespokeSolver
 
@@ -74,14 +74,13 @@ def _describe(path: str) -> str:
 
     It goes through the checks of `HyperSolver.load`.
     """
-    if read_metadata(path)["kind"] == "bns":
-        arguments, _, _ = read_bespoke(path, UNSEEN)
+    is_bespoke = read_metadata(path)["kind"] == BNS
+    tensors, metadata = read(path, BNS if is_bespoke else KIND)
+    rebuild = rebuild_bespoke if is_bespoke else rebuild_hypersolver
+    arguments, _, _ = rebuild(metadata, tensors, UNSEEN, path)
+    if is_bespoke:
         with damage_reported(path):
             BespokeSolver(**arguments)
-        tensors, metadata = read(path, "bns")
-    else:
-        arguments, _, _ = read_hypersolver(path, UNSEEN)
-        tensors, metadata = read(path, "hypersolver")
     facts = _facts(tensors, metadata, arguments["domain"], arguments["report"])
     width = max(map(len, facts))
     return "\n".join(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from benchmarks._contestants import Contestant
@@ -16,8 +17,9 @@ from torchdiffeq_hyper._state import State
 from torchdiffeq_hyper.evaluation import EvaluationRow, EvaluationTable, describe_machine
 
 # Its measure is taken over whole: one definition of NFE, MACs, ms and errors.
-from torchdiffeq_hyper.evaluation._measure import Counted, errors, time_in_turn
-from torchdiffeq_hyper.evaluation._problem import Problem, state_at
+from torchdiffeq_hyper.evaluation._measure import Counted, errors
+from torchdiffeq_hyper.evaluation._problem import Problem
+from torchdiffeq_hyper.recording._cost import median_seconds
 
 REFERENCE_TOLERANCE = 1e-6
 
@@ -30,7 +32,7 @@ def measure(
     problem = Problem.of(benchmark.func, benchmark.test_y0, benchmark.span)
     total = 1 + len(contestants) * (1 + repeats)
     with tqdm(total=total, unit="solve", desc=f"{benchmark.name}: reference") as bar:
-        reference = state_at(problem.reference(REFERENCE_TOLERANCE, REFERENCE_TOLERANCE), -1)
+        reference = problem.reference(REFERENCE_TOLERANCE, REFERENCE_TOLERANCE, [1.0])[1.0]
         bar.update()
         rows = []
         for contestant in contestants:
@@ -38,9 +40,9 @@ def measure(
             rows.append(_row(contestant, problem, reference))
             bar.update()
         bar.set_description(f"{benchmark.name}: timing")
-        solves = [contestant.solve for contestant in contestants]
-        times = time_in_turn(solves, problem, repeats, bar.update)
-    rows = [replace(row, ms=ms) for row, ms in zip(rows, times, strict=True)]
+        runs = [partial(contestant.solve, problem) for contestant in contestants]
+        times = median_seconds(runs, problem.t.device, repeats, bar.update)
+    rows = [replace(row, ms=1000 * seconds) for row, seconds in zip(rows, times, strict=True)]
     start, end = benchmark.span
     measured = (
         f"{benchmark.title}; batch {problem.batch}, t = {start:g} to {end:g}. Errors: against "
@@ -65,9 +67,7 @@ def _row(contestant: Contestant, problem: Problem, reference: State) -> Evaluati
         macs_func=counted.flops / 2 / problem.batch,
         macs_g=outside / 2 / problem.batch,
         ms=math.nan,
-        mape=off.mape,
-        relative_l2=off.relative_l2,
-        worst_relative_l2=off.worst,
+        **off._asdict(),
         metric=None,
         is_learned=contestant.is_learned,
     )

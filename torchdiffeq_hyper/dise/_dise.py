@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._files._container import damage_reported
+from torchdiffeq_hyper._files import damage_reported
 from torchdiffeq_hyper._state import State, VectorField, parts_of
 from torchdiffeq_hyper.dise import _files
 from torchdiffeq_hyper.dise._candidates import Candidate, check_candidates

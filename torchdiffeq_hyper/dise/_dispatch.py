@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._fields._checks import check_kind
-from torchdiffeq_hyper._fields._context import SHAPE_CLASHES, can_restrict, restrict
-from torchdiffeq_hyper._fields._independence import check_independence
-from torchdiffeq_hyper._fields._parts import cannot_take_part, is_probing
-from torchdiffeq_hyper._fields._reuse import own
-from torchdiffeq_hyper._fields._wrappers import look_through
+from torchdiffeq_hyper._fields import (
+    SHAPE_CLASHES,
+    can_restrict,
+    cannot_take_part,
+    check_independence,
+    check_kind,
+    is_probing,
+    look_through,
+    own,
+    restrict,
+)
 from torchdiffeq_hyper._state import State, VectorField, is_half, parts_of
 from torchdiffeq_hyper.dise._candidates import Candidate
 from torchdiffeq_hyper.errors import HyperError, OptionError, StateShapeError, explain, first_line

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torchdiffeq_hyper._files import (
     FLOATS,
+    HEADER,
     Anything,
     Default,
     Items,
@@ -26,14 +27,17 @@ from torchdiffeq_hyper._files import (
     TensorOf,
     Text,
     Whole,
+    check_weights,
     checked,
+    damage_reported,
+    described_in,
     mismatch,
     refused,
     shown,
+    tensors_under,
 )
-from torchdiffeq_hyper._files._container import HEADER, damage_reported, described_in, tensors_under
-from torchdiffeq_hyper._files._container import read as read_file
-from torchdiffeq_hyper._files._container import write as write_file
+from torchdiffeq_hyper._files import read as read_file
+from torchdiffeq_hyper._files import write as write_file
 from torchdiffeq_hyper.dise._candidates import Candidate
 from torchdiffeq_hyper.dise._report import DiseReport
 from torchdiffeq_hyper.dise._training import Scale
@@ -278,8 +282,7 @@ def _rebuild(
         with damage_reported(path):
             solver = BespokeSolver(hypernet=net, **arguments)
     else:
-        own = dict(weights)
-        arguments, net = rebuild_hypersolver(described, own, hypernet, path, at)
+        arguments, net, own = rebuild_hypersolver(described, weights, hypernet, path, at)
         solver = HyperSolver(hypernet=net, **arguments)
     with refused(described_in(path)):
         if settings["method"] != solver.method:
@@ -313,7 +316,7 @@ def _rebuild_selector(
                     f"tdh.Dise.load({os.fspath(path)!r}, selector=MySelector())",
                 )
             )
-        _check_finite(tensors, path)
+        check_weights(tensors, repr(os.fspath(path)), "selector.")
         with torch.device("meta"):
             what = described_in(path)
             selector = from_architecture(description, tensors, what=what, at="selector")
@@ -328,11 +331,3 @@ def _rebuild_selector(
             )
         )
     return selector
-
-
-def _check_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Refuse weights that no ready selector can have: all of one dtype, and finite."""
-    dtypes = {tensor.dtype for tensor in tensors.values()} & {*FLOATS}
-    rule = TensorOf(tuple(dtypes)[:1] or FLOATS, is_finite=True)
-    for name, tensor in tensors.items():
-        checked(rule, tensor, repr(os.fspath(path)), f"the tensor 'selector.{name}'")

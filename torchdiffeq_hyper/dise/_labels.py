@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdiffeq_hyper._fields._context import HOW_TO_RESTRICT
-from torchdiffeq_hyper._fields._independence import check_independence
-from torchdiffeq_hyper._fields._models import model_as_found, vector_field
+from torchdiffeq_hyper._fields import (
+    HOW_TO_RESTRICT,
+    check_independence,
+    model_as_found,
+    vector_field,
+)
 from torchdiffeq_hyper._state import State, VectorField, parts_of
 from torchdiffeq_hyper.dise._candidates import Candidate
 from torchdiffeq_hyper.dise._costs import Cost

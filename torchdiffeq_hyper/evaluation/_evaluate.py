@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from fractions import Fraction
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdiffeq_hyper._fields._models import model_as_found
-from torchdiffeq_hyper._fields._reuse import attributes_as_found
+from torchdiffeq_hyper._fields import attributes_as_found, model_as_found
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import OptionError, OutsideFitWarning, explain
 from torchdiffeq_hyper.evaluation._measure import (
+    FAILED,
     Counted,
-    Errors,
-    buffers_kept,
     count_macs,
     describe_machine,
     errors,
-    time_in_turn,
 )
-from torchdiffeq_hyper.evaluation._problem import Problem, state_at, unless_broken
+from torchdiffeq_hyper.evaluation._problem import Problem, unless_broken
 from torchdiffeq_hyper.evaluation._table import EvaluationRow, EvaluationTable
 from torchdiffeq_hyper.evaluation._trials import Trial, expand
 from torchdiffeq_hyper.fitting._context import bound
+from torchdiffeq_hyper.fitting._guard import ModuleState, modules_in
+from torchdiffeq_hyper.recording._cost import median_seconds
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 
 Metric: TypeAlias = Callable[[Any], Any]
@@ -114,25 +114,20 @@ def evaluate(
     field = bound(func, y0, context)
     problem = Problem.of(field, y0, t_span)
     trials = expand(methods, steps, tolerances)
-    _check_repeats(repeats)
-    rtol = problem.default_tolerance if rtol is None else rtol
+    if not isinstance(repeats, int) or repeats < 1:
+        raise OptionError(explain(f"repeats is {repeats!r}.", "an int of at least 1.", "repeats=5"))
+    total = 1 + len(trials) * (3 + repeats)
     with (
+        _left_as_found(func, field, trials),
         torch.no_grad(),
-        warnings.catch_warnings(),
-        buffers_kept([func, *(trial.solver for trial in trials)]),
-        attributes_as_found(func),
-        model_as_found(field),
-        tqdm(total=1 + len(trials) * (3 + repeats), disable=not progress, unit="solve") as bar,
+        tqdm(total=total, disable=not progress, unit="solve", desc="reference") as bar,
     ):
-        warnings.simplefilter("ignore", OutsideFitWarning)
-        bar.set_description("reference")
-        shares = sorted({share for trial in trials for share in trial.shares()})
         checked = replace(problem, func=Counted(field))
-        atol = rtol * checked.size() if atol is None else atol
-        found = checked.reference(rtol, atol, shares)
-        reference = {share: state_at(found, i) for i, share in enumerate(shares)}
+        rtol, atol = checked.tolerances(rtol, atol)
+        shares = sorted({share for trial in trials for share in trial.shares()})
+        reference = checked.reference(rtol, atol, shares)
         bar.update()
-        rows = [_measured(trial, problem, reference, metric, bar) for trial in trials]
+        rows = [_row(trial, problem, reference, metric, bar) for trial in trials]
         rows = _timed(rows, trials, problem, repeats, bar)
     start, end = problem.t.tolist()
     measured = (
@@ -143,55 +138,66 @@ def evaluate(
     return EvaluationTable(tuple(rows), metric_name, measured)
 
 
-def _measured(
+@contextmanager
+def _left_as_found(func: object, field: object, trials: list[Trial]) -> Iterator[None]:
+    """Give func and the hypernets back as they were; do not warn of use outside a fit."""
+    used = (func, *(trial.solver for trial in trials))
+    states = [ModuleState(module) for item in used for module in modules_in(item)]
+    with warnings.catch_warnings(), attributes_as_found(func), model_as_found(field):
+        warnings.simplefilter("ignore", OutsideFitWarning)
+        try:
+            yield
+        finally:
+            for state in states:
+                state.restore()
+
+
+def _row(
     trial: Trial,
     problem: Problem,
-    reference: dict[Fraction, State],
+    reference: dict[float, State],
     metric: Metric | None,
     bar: Any,
 ) -> EvaluationRow:
-    """Return a trial's row, its time still open: calls and errors, then MACs."""
+    """Return a trial's row, its time still open: calls and errors, then MACs, then errors along."""
     bar.set_description(trial.label)
     counted = Counted(problem.func)
     y = unless_broken(lambda: trial.solve(replace(problem, func=counted)))
     bar.update()
-    off, along = Errors.infinite(), math.inf
-    macs = (math.nan, math.nan)
+    off, along, macs = FAILED, math.inf, (math.nan, math.nan)
     if y is not None:
-        off = errors(y, reference[Fraction(1)])
+        off = errors(y, reference[1.0])
         macs = count_macs(trial.solve, problem, has_hypernet=trial.is_learned)
     bar.update()
     if y is not None:
         along = _along(trial, problem, reference)
     bar.update()
-    has_metric = metric is not None and math.isfinite(off.worst)
+    is_finite = math.isfinite(off.worst_relative_l2)
     return EvaluationRow(
         method=trial.label,
         steps=trial.steps,
         tolerance=trial.tolerance,
         nfe=counted.calls,
-        macs_func=macs[0] / problem.batch,
-        macs_g=macs[1] / problem.batch,
+        macs_func=macs[0],
+        macs_g=macs[1],
         ms=math.nan,
-        mape=off.mape,
-        relative_l2=off.relative_l2,
-        worst_relative_l2=off.worst,
-        metric=_number(metric(y)) if metric is not None and has_metric else None,
+        **off._asdict(),
+        metric=_number(metric(y)) if metric is not None and is_finite else None,
         is_learned=trial.is_learned,
         along=along,
     )
 
 
-def _along(trial: Trial, problem: Problem, reference: dict[Fraction, State]) -> float:
+def _along(trial: Trial, problem: Problem, reference: dict[float, State]) -> float:
     """Return the mean relative error over the points of the method's own grid."""
     if trial.steps_between_points:
         return math.nan
     shares = trial.shares()
-    y = unless_broken(lambda: trial.solve_at(problem, shares))
-    if y is None:
+    states = unless_broken(lambda: trial.solve_at(problem, shares))
+    if states is None:
         return math.inf
-    each = [errors(state_at(y, i), reference[s]).relative_l2 for i, s in enumerate(shares)]
-    return sum(each) / len(each)
+    pairs = zip(states, shares, strict=True)
+    return sum(errors(y, reference[share]).relative_l2 for y, share in pairs) / len(shares)
 
 
 def _timed(
@@ -201,14 +207,10 @@ def _timed(
     bar.set_description("timing")
     whole = [i for i, row in enumerate(rows) if not math.isnan(row.macs_func)]
     bar.total -= repeats * (len(rows) - len(whole))
-    solves = [trials[i].solve for i in whole]
-    times = dict(zip(whole, time_in_turn(solves, problem, repeats, bar.update), strict=True))
-    return [replace(row, ms=times.get(i, math.nan)) for i, row in enumerate(rows)]
-
-
-def _check_repeats(repeats: int) -> None:
-    if not isinstance(repeats, int) or repeats < 1:
-        raise OptionError(explain(f"repeats is {repeats!r}.", "an int of at least 1.", "repeats=5"))
+    runs = [partial(trials[i].solve, problem) for i in whole]
+    seconds = median_seconds(runs, problem.t.device, repeats, bar.update)
+    times = dict(zip(whole, seconds, strict=True))
+    return [replace(row, ms=1000 * times.get(i, math.nan)) for i, row in enumerate(rows)]
 
 
 def _number(value: Any) -> float:

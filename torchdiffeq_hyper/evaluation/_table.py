@@ -1,16 +1,22 @@
-"""What `evaluate` returns."""
+"""What `evaluate` returns: rows, as text, CSV or a picture."""
 
 from __future__ import annotations
 
 import csv
 import math
 import os
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torchdiffeq_hyper.errors import FileWriteError, explain
-from torchdiffeq_hyper.evaluation import _plotting
+from torchdiffeq_hyper.errors import MissingExtraError, OptionError, explain, unwritable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -64,104 +70,6 @@ class EvaluationRow:
         return str(self.steps) if self.steps is not None else f"tol {self.tolerance:g}"
 
 
-def markdown(rows: Sequence[EvaluationRow], metric_name: str, footer: str) -> str:
-    """Return the rows as an aligned Markdown table, with a line of text below it."""
-    has_metric = any(row.metric is not None for row in rows)
-    head = ["method", "steps", "NFE", "MACs func", "MACs g", "ms"]
-    head += ["MAPE %", "rel. L2", "worst", "along", *([metric_name] if has_metric else [])]
-    body = [_cells(row) + [_metric(row)] * has_metric for row in rows]
-    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = [_aligned(line, widths) for line in (head, rule, *body)]
-    return "\n".join([*lines, "", footer])
-
-
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first = cells[0].ljust(widths[0])
-    rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-    return "| " + " | ".join([first, *rest]) + " |"
-
-
-def _cells(row: EvaluationRow) -> list[str]:
-    cost = [with_suffix(row.macs_func), with_suffix(row.macs_g), significant(row.ms)]
-    errors = [row.mape, row.relative_l2, row.worst_relative_l2, row.along]
-    shown = ["failed"] * 4 if row.failed else [significant(error) for error in errors]
-    return [row.method, row.setting, str(row.nfe), *cost, *shown]
-
-
-def _metric(row: EvaluationRow) -> str:
-    return "-" if row.metric is None else significant(row.metric, digits=4)
-
-
-def significant(value: float, digits: int = 3) -> str:
-    """Return a number in ``digits`` significant digits; "-" for nan.
-
-    >>> significant(0.012345), significant(1234.5), significant(1.5e-7)
-    ('0.0123', '1234', '1.50e-07')
-    """
-    if math.isnan(value):
-        return "-"
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    exponent = math.floor(math.log10(abs(value)))
-    if not -4 <= exponent <= 5:
-        return f"{value:.{digits - 1}e}"
-    return f"{value:.{max(0, digits - 1 - exponent)}f}"
-
-
-def with_suffix(value: float) -> str:
-    """Return a count with a suffix for its thousands.
-
-    >>> with_suffix(8448), with_suffix(1.25e6), with_suffix(0)
-    ('8.45k', '1.25M', '0')
-    """
-    if math.isnan(value):
-        return "-"
-    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{suffix}"
-    return f"{value:.3g}"
-
-
-def write_csv(
-    rows: Sequence[EvaluationRow], metric_name: str, path: str | os.PathLike[str]
-) -> None:
-    """Write the rows in full precision, one a line; empty cells for None and nan.
-
-    Raises:
-        FileWriteError: the file cannot be written.
-    """
-    names = ["method", "steps", "tolerance", "nfe", "macs_func", "macs_g", "ms"]
-    names += ["mape", "relative_l2", "worst_relative_l2", "along", "metric"]
-    has_metric = any(row.metric is not None for row in rows)
-    if not has_metric:
-        names.remove("metric")
-    head = [metric_name if name == "metric" else name for name in names]
-    try:
-        with Path(path).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(head)
-            for row in rows:
-                writer.writerow([_csv_cell(getattr(row, name)) for name in names])
-    except OSError as error:
-        raise unwritable(path, error) from error
-
-
-def _csv_cell(value: object) -> object:
-    return "" if value is None or value != value else value  # noqa: PLR0124 - nan
-
-
-def unwritable(path: str | os.PathLike[str], error: OSError) -> FileWriteError:
-    """Return the error for a file that the system refuses to write."""
-    return FileWriteError(
-        explain(
-            f"{os.fspath(path)!r} cannot be written: {error.strerror or error}.",
-            "a path in a folder that exists and may be written to.",
-            "Path(path).parent.mkdir(parents=True, exist_ok=True)",
-        )
-    )
-
-
 @dataclass(frozen=True)
 class EvaluationTable:
     """Rows of `evaluate`, and where they were measured.
@@ -196,18 +104,41 @@ class EvaluationTable:
         the whole batch; "worst" is the largest relative L2 error of one sample, "along" the
         mean one over the points of the method's grid.
         """
-        return markdown(self.rows, self.metric_name, self.measured)
+        head = ["method", "steps", "NFE", "MACs func", "MACs g", "ms"]
+        head += ["MAPE %", "rel. L2", "worst", "along", self.metric_name]
+        # Without a task metric there is no such column.
+        lines = [head, *map(_cells, self.rows)]
+        lines = lines if self._has_metric else [line[:-1] for line in lines]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
+        lines.insert(1, rule)
+        return "\n".join([*(_aligned(line, widths) for line in lines), "", self.measured])
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the rows to a CSV file, in full precision; columns are `EvaluationRow`'s.
 
+        Cells of None and nan are empty.
+
         Raises:
             FileWriteError: the file cannot be written.
         """
-        write_csv(self.rows, self.metric_name, path)
+        names = [each.name for each in fields(EvaluationRow)]
+        heads = {name: name for name in names if name not in {"metric", "is_learned"}}
+        if self._has_metric:  # last, and under its own name
+            heads["metric"] = self.metric_name
+        lines = [[_csv_cell(getattr(row, name)) for name in heads] for row in self.rows]
+        try:
+            with Path(path).open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file, lineterminator="\n").writerows([heads.values(), *lines])
+        except OSError as error:
+            raise unwritable(path, error) from error
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw error against NFE and against ms, side by side; see `_plotting.pareto`.
+        """Draw relative L2 error against calls of func and against ms, side by side.
+
+        One line a method, through its settings; learned methods in colour, the others in
+        grey. Further down and to the left is better. All axes are logarithmic, so points
+        with an error of 0, inf or nan are left out.
 
         Args:
             path: file to write; its suffix chooses the format (png, pdf, svg).
@@ -217,4 +148,131 @@ class EvaluationTable:
             OptionError: the suffix names no format.
             FileWriteError: the file cannot be written.
         """
-        _plotting.pareto(self.rows, path, caption=self.measured)
+        _check_format(path)
+        figure = _new_figure()
+        by_nfe, by_ms = figure.subplots(1, 2, sharey=True)
+        _draw(by_nfe, self.rows, "nfe")
+        _draw(by_ms, self.rows, "ms")
+        by_nfe.set(xlabel="calls of func (NFE)", ylabel="relative L2 error")
+        by_ms.set(xlabel="wall time, ms")
+        handles = by_nfe.get_legend_handles_labels()
+        figure.legend(*handles, loc="outside right upper", frameon=False)
+        figure.supxlabel(textwrap.fill(self.measured, 150), fontsize=8, color="0.4")
+        try:
+            figure.savefig(path, dpi=150)
+        except OSError as error:
+            raise unwritable(path, error) from error
+
+    @property
+    def _has_metric(self) -> bool:
+        return any(row.metric is not None for row in self.rows)
+
+
+def _cells(row: EvaluationRow) -> list[str]:
+    cost = [with_suffix(row.macs_func), with_suffix(row.macs_g), significant(row.ms)]
+    errors = [row.mape, row.relative_l2, row.worst_relative_l2, row.along]
+    shown = ["failed"] * 4 if row.failed else [significant(error) for error in errors]
+    metric = "-" if row.metric is None else significant(row.metric, digits=4)
+    return [row.method, row.setting, str(row.nfe), *cost, *shown, metric]
+
+
+def _aligned(cells: list[str], widths: list[int]) -> str:
+    first = cells[0].ljust(widths[0])
+    rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+    return "| " + " | ".join([first, *rest]) + " |"
+
+
+def _csv_cell(value: object) -> object:
+    return "" if value is None or value != value else value  # noqa: PLR0124 - nan
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """Return a number in ``digits`` significant digits; "-" for nan.
+
+    >>> significant(0.012345), significant(1234.5), significant(1.5e-7)
+    ('0.0123', '1234', '1.50e-07')
+    """
+    if math.isnan(value):
+        return "-"
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    exponent = math.floor(math.log10(abs(value)))
+    if not -4 <= exponent <= 5:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:.{max(0, digits - 1 - exponent)}f}"
+
+
+def with_suffix(value: float) -> str:
+    """Return a count with a suffix for its thousands.
+
+    >>> with_suffix(8448), with_suffix(1.25e6), with_suffix(0)
+    ('8.45k', '1.25M', '0')
+    """
+    if math.isnan(value):
+        return "-"
+    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+_FORMATS = (".png", ".pdf", ".svg")
+_MARKERS = "osD^vP*X"
+_COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf")
+_GREYS = ("#9a9a9a", "#5f5f5f", "#b5a17a", "#7d8fa8", "#b0808e")
+_LEARNED: dict[str, Any] = {"markersize": 8, "linewidth": 2.5, "zorder": 3}
+_PLAIN = {"markersize": 6, "markerfacecolor": "white", "linewidth": 1.2, "linestyle": "--"}
+
+
+def _check_format(path: str | os.PathLike[str]) -> None:
+    suffix = Path(path).suffix.lower()
+    if suffix not in _FORMATS:
+        raise OptionError(
+            explain(
+                f"{os.fspath(path)!r} names no format of picture.",
+                "a file name that ends in " + " or ".join(_FORMATS) + ".",
+                f'table.plot("{Path(path).with_suffix(".png")}")',
+            )
+        )
+
+
+def _new_figure() -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError(
+            explain(
+                "matplotlib is not installed.",
+                "the extra for pictures.",
+                'pip install "torchdiffeq_hyper[plot]"',
+            )
+        ) from error
+    # Not pyplot's: it would choose a backend and keep the figure in a global list.
+    return Figure(figsize=(11, 4.8), layout="constrained")
+
+
+def _draw(axes: Axes, rows: Sequence[EvaluationRow], cost: str) -> None:
+    """Draw one line a method: error against ``cost``, an attribute of the rows."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    numbers = {True: count(), False: count()}
+    for method in dict.fromkeys(row.method for row in rows):
+        line = sorted((row for row in rows if row.method == method), key=lambda row: row.nfe)
+        is_learned = line[0].is_learned
+        style = _style(next(numbers[is_learned]), is_learned=is_learned)
+        points = [(getattr(row, cost), row.relative_l2) for row in line]
+        drawn = [point for point in points if all(0 < value < math.inf for value in point)]
+        axes.plot([x for x, _ in drawn], [y for _, y in drawn], label=method, **style)
+    axes.set(xscale="log", yscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(which="major", color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _style(i: int, *, is_learned: bool) -> dict[str, Any]:
+    """Return the looks of the i-th line of its kind."""
+    colours = _COLOURS if is_learned else _GREYS
+    looks = {"color": colours[i % len(colours)], "marker": _MARKERS[i % len(_MARKERS)]}
+    return looks | (_LEARNED if is_learned else _PLAIN)

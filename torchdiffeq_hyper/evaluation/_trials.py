@@ -6,23 +6,14 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
-
-from torchdiffeq import odeint
+from typing import Any
 
 from torchdiffeq_hyper._state import State
-from torchdiffeq_hyper.errors import (
-    OptionError,
-    StateTypeError,
-    UnknownMethodError,
-    closest,
-    explain,
-)
-from torchdiffeq_hyper.evaluation._problem import Problem, state_at, without_start
+from torchdiffeq_hyper.errors import OptionError, StateTypeError, explain, unknown_method
+from torchdiffeq_hyper.evaluation._problem import Problem
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._grid import check_steps, equal_steps
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
-from torchdiffeq_hyper.solvers.bespoke import BespokeSolver
 
 OWN_POINTS = 8
 """Points along the span at which a method that chooses its own steps is looked at."""
@@ -55,35 +46,33 @@ class Trial:
     tolerance: float | None = None
     steps_between_points: bool = False
 
-    def shares(self) -> list[Fraction]:
+    def shares(self) -> list[float]:
         """Return shares of the span at which the method has states at no further call.
 
         The points of its grid (at most 16 of them), or eight where it chooses its own.
         """
         if self.steps_between_points:
-            return [Fraction(1)]
+            return [1.0]
         n = self.steps or OWN_POINTS
         every = -(-n // MOST_POINTS)
-        return [Fraction(k, n) for k in range(n, 0, -every)][::-1]
+        return [k / n for k in range(n, 0, -every)][::-1]
 
     def solve(self, problem: Problem) -> State:
         """Return the state at the end of the problem's span."""
-        return state_at(self.solve_at(problem, [Fraction(1)]), -1)
+        return self.solve_at(problem, [1.0])[0]
 
-    def solve_at(self, problem: Problem, shares: Sequence[Fraction]) -> State:
+    def solve_at(self, problem: Problem, shares: Sequence[float]) -> list[State]:
         """Return the states at some shares of the problem's span, of those in `shares`."""
         options: dict[str, object] = {}
-        tolerances: dict[str, float] = {}
+        how: dict[str, Any] = {"method": self.method, "options": options}
         if self.steps is not None and self.follows_grid:
             # Not step_size: the host rounds the number of steps up, often to one too many.
             options["grid_constructor"] = lambda func, y0, t: equal_steps(t[[0, -1]], self.steps)
-        if self.tolerance is not None:
-            tolerances = {"rtol": self.tolerance, "atol": self.tolerance}
         if self.solver is not None:
             options["solver"] = self.solver
-        func, y0, t = problem.func, problem.y0, problem.times_at((Fraction(0), *shares))
-        solution = odeint(func, y0, t, method=self.method, options=options, **tolerances)
-        return without_start(solution)
+        if self.tolerance is not None:
+            how |= {"rtol": self.tolerance, "atol": self.tolerance}
+        return problem.solve(shares, **how)
 
 
 def expand(
@@ -99,7 +88,7 @@ def expand(
         StateTypeError: a method is neither a name nor a `HyperSolver`.
     """
     if isinstance(methods, str | HyperSolver) or len(methods) == 0:
-        got = "empty" if not isinstance(methods, str | HyperSolver) else "a single method"
+        got = "a single method" if isinstance(methods, str | HyperSolver) else "empty"
         raise OptionError(
             explain(
                 f"methods is {got}.",
@@ -126,24 +115,9 @@ def expand(
 
 def _first_trial(method: str | HyperSolver) -> Trial:
     """Return a trial of a method, its settings still to be filled in."""
-    if isinstance(method, BespokeSolver):
-        return Trial(
-            label=method.method,
-            method=method.method,
-            follows_grid=False,
-            is_learned=True,
-            solver=method,
-            steps=method.n_steps,
-        )
     if isinstance(method, HyperSolver):
         alpha = "" if method.alpha is None else f" (alpha {method.alpha:.3g})"
-        return Trial(
-            label=method.method + alpha,
-            method=method.method,
-            follows_grid=True,
-            is_learned=True,
-            solver=_unwarned(method),
-        )
+        return _trial_of_solver(method, method.method + alpha)
     if not isinstance(method, str):
         raise StateTypeError(
             explain(
@@ -153,44 +127,33 @@ def _first_trial(method: str | HyperSolver) -> Trial:
             )
         )
     entry = _registry.methods().get(method)
-    if entry is not None:
-        if isinstance(entry.fitted, HyperSolver):
-            return replace(_first_trial(entry.fitted), label=method)
-        follows_grid, is_learned, is_dise = entry.follows_grid, entry.is_learned, False
-        if entry.tableau is None and entry.option is not None:
-            is_learned, is_dise = entry.option == "solver", entry.option != "solver"
-    else:
-        follows_grid, is_learned, is_dise = _host_follows_grid(method), False, False
+    if entry is None:
+        hosts = _registry.host_methods()
+        if method not in hosts:
+            raise unknown_method(method, [*_registry.methods(), *hosts], 'methods=["{}"]')
+        return Trial(method, method, hosts[method], is_learned=False)
+    if isinstance(entry.fitted, HyperSolver):
+        return _trial_of_solver(entry.fitted, method)
     return Trial(
-        label=method,
-        method=method,
-        follows_grid=follows_grid,
-        is_learned=is_learned,
-        steps_between_points=is_dise,
+        method,
+        method,
+        entry.follows_grid,
+        is_learned=entry.option == "solver",
+        steps_between_points=entry.option not in {None, "solver"},
     )
 
 
-def _host_follows_grid(method: str) -> bool:
-    hosts = _registry.host_methods()
-    if method not in hosts:
-        known = [*_registry.methods(), *hosts]
-        raise UnknownMethodError(
-            explain(
-                f"no method is called {method!r}.",
-                "one of " + ", ".join(f'"{name}"' for name in known) + ".",
-                f'methods=["{closest(method, known)}"]',
-            )
-        )
-    return hosts[method]
-
-
-def _unwarned(solver: HyperSolver) -> HyperSolver:
-    """Return the solver without its limits, so that its one warning is not used up here."""
+def _trial_of_solver(solver: HyperSolver, label: str) -> Trial:
+    follows_grid = _registry.find(solver.method).follows_grid
+    first = Trial(label, solver.method, follows_grid, is_learned=True, solver=solver)
+    if not follows_grid:
+        return replace(first, steps=solver.n_steps)
     if solver.domain is None:
-        return solver
-    twin = copy.copy(solver)
-    twin.domain = replace(solver.domain, dt_min=0.0, dt_max=math.inf, directions=(1, -1))
-    return twin
+        return first
+    # Without its limits, so that its one warning is not used up here.
+    unlimited = copy.copy(solver)
+    unlimited.domain = replace(solver.domain, dt_min=0.0, dt_max=math.inf, directions=(1, -1))
+    return replace(first, solver=unlimited)
 
 
 def _own_steps(trial: Trial) -> int:

@@ -8,8 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from torchdiffeq_hyper._fields._context import Conditioned
-from torchdiffeq_hyper._fields._models import ModelField, check_call, vector_field
+from torchdiffeq_hyper._fields import Conditioned, ModelField, check_call, vector_field
 from torchdiffeq_hyper._state import State, StateLayout, VectorField
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, explain
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields._models import check_shareable, model_as_found
+from torchdiffeq_hyper._fields import check_shareable, model_as_found
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import StateTypeError, explain
 from torchdiffeq_hyper.fitting._auto import check_auto

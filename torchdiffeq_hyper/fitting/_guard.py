@@ -11,8 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields._context import Conditioned
-from torchdiffeq_hyper._fields._reuse import attributes_as_found
+from torchdiffeq_hyper._fields import Conditioned, attributes_as_found
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -50,7 +49,7 @@ class ModuleState:
         for part, name, buffer, value in self._buffers:
             # A module may have bound a new tensor to the name, or written into the old one.
             part._buffers[name] = buffer  # noqa: SLF001
-            if buffer is not None and value is not None:
+            if buffer is not None and value is not None and not torch.equal(buffer, value):
                 buffer.copy_(value)
 
 

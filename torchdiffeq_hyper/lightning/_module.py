@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn, optim
 
-from torchdiffeq_hyper._fields._context import Conditioned
-from torchdiffeq_hyper._fields._models import model_as_found
+from torchdiffeq_hyper._fields import Conditioned, model_as_found
 from torchdiffeq_hyper._files import Anything, Default, Maybe, Record, Table, checked, record_of
 from torchdiffeq_hyper._state import State, VectorField
+from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper.fitting._auto import calibrate, measuring_time_in
 from torchdiffeq_hyper.fitting._batches import check_like, checked_batch, n_samples
 from torchdiffeq_hyper.fitting._checkpoint import check_same_field
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._context import many_batches
 from torchdiffeq_hyper.fitting._data import Batch
-from torchdiffeq_hyper.fitting._external import Findings, KeptBatches, Start
 from torchdiffeq_hyper.fitting._field import wide_dtype
 from torchdiffeq_hyper.fitting._fit import check_hypernet
 from torchdiffeq_hyper.fitting._guard import left_as_found, modules_in, own_random_state
+from torchdiffeq_hyper.fitting._loop import usable_scale
 from torchdiffeq_hyper.fitting._objectives import delta_quantiles, no_correction
-from torchdiffeq_hyper.fitting._phases import phases_of
+from torchdiffeq_hyper.fitting._phases import annealed, phases_of
+from torchdiffeq_hyper.fitting._prepare import FieldCheck
 from torchdiffeq_hyper.fitting._problem import Problem
-from torchdiffeq_hyper.lightning._trainer import LeftAsFound, Schedule, find_lightning
+from torchdiffeq_hyper.hypernets import ready
+from torchdiffeq_hyper.lightning._measured import History, References
+from torchdiffeq_hyper.lightning._trainer import FieldAsFound, find_lightning
 from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 from torchdiffeq_hyper.solvers._report import FitReport, LossPoint
@@ -36,11 +42,11 @@ from torchdiffeq_hyper.solvers._report import FitReport, LossPoint
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule
 else:
-    Callback, LightningModule = find_lightning().Callback, find_lightning().LightningModule
+    LightningModule = find_lightning().LightningModule
 
 CHECKPOINT = Record(
     {
-        "torchdiffeq_hyper": record_of(Findings),
+        "torchdiffeq_hyper": record_of(History),
         "torchdiffeq_hyper_field": Default(Maybe(Table(Anything())), None),
     }
 )
@@ -111,6 +117,8 @@ class HyperSolverModule(LightningModule):
         context: Literal["batch"] | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(func, Conditioned) or not (context is None or isinstance(context, str)):
+            raise many_batches()  # a loader's batches do not tell the rows of one context apart
         self._problem = Problem.of(
             func,
             t_span,
@@ -120,27 +128,39 @@ class HyperSolverModule(LightningModule):
             objective=objective,
             direction=direction,
             config=config,
-            context=_checked(func, context),
+            context=context,
         )
         check_hypernet(hypernet)
         self._func = (func,)  # in a tuple, so that torch does not take it for a part
         self._has_context = context is not None
         self._starts = checked_batch(y0, has_context=self._has_context)
         with torch.enable_grad(), own_random_state(self._problem.config.seed), self._measuring():
-            start = Start.of(self._problem, self._starts, hypernet)
-            self.hypernet = start.net
-            solver = self._problem.solver(self.hypernet)
-            self._phases, self._judge = phases_of(objective, solver, self._problem.func)
-            routes = range(len(self._problem.plan.routes))
-            self._scales = [[start.scale(phase, r) for r in routes] for phase in self._phases]
-        self._noise = start.noise
-        self._signs = start.signs
-        self._kept = KeptBatches(self._problem, start.tolerances, start.units)
-        self._schedule = Schedule.of(1, len(self._phases))
+            self._prepare(hypernet)
+        self._ends: tuple[int, ...] = ()
         self._train = [0.0, 0.0]
         self._sums = [0.0, 0.0, 0.0]
-        self._found = Findings()
+        self._history = History()
         self._began = 0.0
+
+    def _prepare(self, net: nn.Module | None) -> None:
+        """Check the field, measure the noise floor, and make and calibrate the net."""
+        problem, starts = self._problem, self._starts
+        check = FieldCheck.of(problem, starts, n_samples(starts))
+        self._signs = check.signs
+        self._references = References(problem, check)
+        self._noise = self._references.noise(starts)
+        batch, _ = self._references.measure(starts)
+        if net is None:
+            net = ready(starts.y0, problem.tableau, time_unit=problem.width)
+        with measuring_time_in(net, problem.width, problem.tableau.order):
+            calibrate(net, batch)
+        self.hypernet = net
+        solver = problem.solver(net)
+        self._phases, self._criterion = phases_of(problem.objective, solver, problem.func)
+        self._scales = [
+            [usable_scale(phase.base_loss(batch, r)) for r in range(len(batch.routes))]
+            for phase in self._phases
+        ]
 
     @property
     def solver(self) -> HyperSolver:
@@ -155,17 +175,17 @@ class HyperSolverModule(LightningModule):
     @property
     def report(self) -> FitReport | None:
         """What was measured at the last validation; None before there was one."""
-        return self._found.report(
+        return self._history.report(
             noise_floor=self._noise,
-            reference_seconds=self._kept.seconds,
-            reference_nfe=self._kept.calls,
+            reference_seconds=self._references.seconds,
+            reference_nfe=self._references.calls,
             stopped="trainer",
             seed=self._problem.config.seed,
         )
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch on one route, relative to the base's."""
-        number = self._schedule.phase_at(self.global_step)
+        number = self._phase_at(self.global_step)
         measured = self._measure(("train", batch_idx), batch)
         route = self.global_step % len(measured.routes)
         with torch.inference_mode(mode=False):
@@ -185,11 +205,11 @@ class HyperSolverModule(LightningModule):
         measured = self._measure(("validation", dataloader_idx, batch_idx), batch)
         with self._measuring(), torch.no_grad():
             count = n_samples(measured.y0)
-            errors = self._judge.error(measured), self._judge.base_error(measured)
+            errors = self._criterion.error(measured), self._criterion.base_error(measured)
             if not self._sums[0]:
                 order = self._problem.tableau.order
-                self._found.delta = delta_quantiles(self.hypernet, order, measured)
-                self._found.base_delta = delta_quantiles(no_correction, order, measured)
+                self._history.delta = delta_quantiles(self.hypernet, order, measured)
+                self._history.base_delta = delta_quantiles(no_correction, order, measured)
         added = (count, count * errors[0], count * errors[1])
         self._sums = [total + more for total, more in zip(self._sums, added, strict=True)]
 
@@ -197,24 +217,40 @@ class HyperSolverModule(LightningModule):
         """Log the mean errors over all samples of all processes."""
         sums = torch.tensor(self._sums, dtype=wide_dtype(self.device), device=self.device)
         count, error, base_error = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
-        found = self._found
-        found.validation, found.base_validation = error / count, base_error / count
-        self.log("validation", found.validation, prog_bar=True, sync_dist=True)
-        self.log("validation_base", found.base_validation, sync_dist=True)
+        history = self._history
+        history.validation, history.base_validation = error / count, base_error / count
+        self.log("validation", history.validation, prog_bar=True, sync_dist=True)
+        self.log("validation_base", history.base_validation, sync_dist=True)
         if self._train[1]:
-            phase = self._phases[self._schedule.phase_at(max(0, self.global_step - 1))].name
+            phase = self._phases[self._phase_at(max(0, self.global_step - 1))].name
             loss = self._train[0] / self._train[1]
-            found.losses.append(LossPoint(self.global_step, phase, loss, found.validation))
+            history.losses.append(LossPoint(self.global_step, phase, loss, history.validation))
             self._train = [0.0, 0.0]
+
+    def setup(self, stage: str) -> None:
+        """Refuse a precision that would leave func in another dtype.
+
+        Raises:
+            OptionError: the Trainer would cast the module, and func with it.
+        """
+        precision = str(self.trainer.precision)
+        if precision.endswith("-true") and precision != "32-true":
+            raise OptionError(
+                explain(
+                    f"the Trainer's precision is {precision!r}, which casts func and leaves it so.",
+                    '"32-true", which casts nothing, or "bf16-mixed".',
+                    "func and y0 cast by yourself, and Trainer() without precision",
+                )
+            )
 
     def on_fit_start(self) -> None:
         """Start the clock, or let it go on."""
-        self._began = time.perf_counter() - self._found.seconds
+        self._began = time.perf_counter() - self._history.seconds
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count iterations and seconds."""
-        self._found.iterations = self.global_step
-        self._found.seconds = time.perf_counter() - self._began
+        self._history.iterations = self.global_step
+        self._history.seconds = time.perf_counter() - self._began
 
     def configure_optimizers(self) -> Any:
         """Return AdamW on the hypernet, annealed over the steps that the Trainer will do.
@@ -222,21 +258,39 @@ class HyperSolverModule(LightningModule):
         Raises:
             OptionError: the Trainer would never end.
         """
-        self._schedule = Schedule.of(self.trainer.estimated_stepping_batches, len(self._phases))
-        config = self._problem.config
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise OptionError(
+                explain(
+                    "the Trainer has no last step, so the learning rate cannot be annealed.",
+                    "a number of epochs or steps.",
+                    "Trainer(max_epochs=100)   # or max_steps=2000; EarlyStopping may end it",
+                )
+            )
+        config = replace(self._problem.config, iterations=max(1, int(steps)))
+        self._ends = tuple(accumulate(replace(self._problem, config=config).iterations))
         parameters = [p for p in self.hypernet.parameters() if p.requires_grad]
         optimizer = optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-        schedule = optim.lr_scheduler.LambdaLR(optimizer, self._schedule.rate_at)
+        schedule = optim.lr_scheduler.LambdaLR(optimizer, self._rate_at)
         interval = {"scheduler": schedule, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": interval}
 
+    def _phase_at(self, step: int) -> int:
+        """Return the number of the phase in which an optimizer step is."""
+        return sum(step >= end for end in self._ends[:-1])
+
+    def _rate_at(self, step: int) -> float:
+        """Return the share of the learning rate for an optimizer step."""
+        start, end = (0, *self._ends)[self._phase_at(step) :][:2]
+        return annealed(min(1.0, (step - start) / max(1, end - start)))
+
     def configure_callbacks(self) -> list[Callback]:
         """Return what gives func back as it was, also after errors."""
-        return [LeftAsFound(self._as_found)]
+        return [FieldAsFound(self._as_found)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what was measured, and what tells the field from others."""
-        checkpoint["torchdiffeq_hyper"] = asdict(self._found)
+        checkpoint["torchdiffeq_hyper"] = asdict(self._history)
         checkpoint["torchdiffeq_hyper_field"] = self._signs
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -251,12 +305,12 @@ class HyperSolverModule(LightningModule):
         own = {name: checkpoint[name] for name in names if name in checkpoint}
         own = checked(CHECKPOINT, own, "the checkpoint")
         check_same_field(own["torchdiffeq_hyper_field"], self._signs)
-        self._found = Findings.from_dict(own["torchdiffeq_hyper"])
+        self._history = History.from_dict(own["torchdiffeq_hyper"])
 
     def _measure(self, key: tuple[Any, ...], batch: Any) -> Batch:
         with self._measuring(), torch.autocast(self.device.type, enabled=False):
             starts = checked_batch(batch, has_context=self._has_context)
-            return self._kept.measure(key, check_like(starts, self._starts))
+            return self._references.batch(key, check_like(starts, self._starts))
 
     @contextmanager
     def _as_found(self) -> Iterator[None]:
@@ -272,14 +326,3 @@ class HyperSolverModule(LightningModule):
         for module in modules_in(self._func[0]):
             module._apply(fn, recurse)  # noqa: SLF001
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-
-
-def _checked(func: VectorField, context: object) -> object:
-    """Return the context after checking that batches can bring it.
-
-    Raises:
-        OptionError: it is that of all samples, which a loader's batches do not tell apart.
-    """
-    if isinstance(func, Conditioned) or not (context is None or isinstance(context, str)):
-        raise many_batches()
-    return context

@@ -1,13 +1,6 @@
 """Records of solves: calls of func, time, and the steps' own error estimates."""
 
-from torchdiffeq_hyper._state import part_norms, select
-from torchdiffeq_hyper.recording._guard import (
-    AdjointGradientError,
-    FreedGraphError,
-    Guard,
-    NothingRecordedError,
-    mark,
-)
+from torchdiffeq_hyper._state import part_norms
 from torchdiffeq_hyper.recording._recorder import (
     Draft,
     Recorder,
@@ -20,7 +13,18 @@ from torchdiffeq_hyper.recording._recorder import (
     running,
     take_over,
 )
-from torchdiffeq_hyper.recording._solve import MaxStepsError, Partial, SampledStep, Solve, Steps
+from torchdiffeq_hyper.recording._solve import (
+    AdjointGradientError,
+    FreedGraphError,
+    Guard,
+    MaxStepsError,
+    NothingRecordedError,
+    Partial,
+    SampledStep,
+    Solve,
+    Steps,
+    mark,
+)
 
 __all__ = [
     "AdjointGradientError",
@@ -43,6 +47,5 @@ __all__ = [
     "part_norms",
     "paused",
     "running",
-    "select",
     "take_over",
 ]

@@ -1,4 +1,4 @@
-"""Wall times that can be compared: medians of interleaved runs."""
+"""What calls cost: wall times that can be compared, as medians of interleaved runs, and FLOPs."""
 
 from __future__ import annotations
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextvars
 import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import reduce
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._state import State, StateLayout, batch_size
+from torchdiffeq_hyper._state import StateLayout, batch_size, part_norms
 from torchdiffeq_hyper.errors import explain
-from torchdiffeq_hyper.recording._guard import NothingRecordedError
-from torchdiffeq_hyper.recording._solve import SampledStep, Solve, Steps
+from torchdiffeq_hyper.recording._solve import NothingRecordedError, SampledStep, Solve, Steps
+
+Value = TypeVar("Value")
 
 
 class Recorder:
@@ -56,8 +59,10 @@ class Recorder:
         r"""Return the sum of the embedded errors of all accepted steps, a 0-d tensor.
 
         R_err = sum_x sum_i err_{x,i} over samples x and accepted steps i of all adaptive
-        solves of the scope ([D] eq. 2), err_{x,i} being ``steps.error``. Differentiable
-        with respect to y0 and func's parameters, if the solves were run by `odeint`.
+        solves of the scope, err_{x,i} being ``steps.error``: eq. 2 of DISE: Dynamic Integrator
+        Selection to Minimize Forward-pass Time in Neural ODEs, ICLR 2021 submission.
+        Differentiable with respect to y0 and func's parameters, if the solves were run by
+        `odeint`.
 
         Args:
             part: the part of tuple states that counts; None for all, see `Steps.error_of`.
@@ -71,12 +76,9 @@ class Recorder:
         return add(solve.error_penalty(part) for solve in self.adaptive_solves())
 
 
-def add(terms: Iterator[Tensor]) -> Tensor:
+def add(terms: Iterable[Tensor]) -> Tensor:
     """Return the sum of 0-d tensors, on the first one's device."""
-    total = next(terms)
-    for term in terms:
-        total = total + term.to(total.device)
-    return total
+    return reduce(lambda total, term: total + term.to(total.device), terms)
 
 
 _open: contextvars.ContextVar[tuple[Recorder, ...]] = contextvars.ContextVar("open", default=())
@@ -86,29 +88,28 @@ _handed: contextvars.ContextVar[tuple[Draft, object] | None] = contextvars.Conte
 )
 
 
+@contextmanager
+def _set(variable: contextvars.ContextVar[Value], value: Value) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
 def open_recorders() -> tuple[Recorder, ...]:
     """Return the records being kept in this context, the innermost last."""
     return _open.get()
 
 
-@contextmanager
-def opened(recorder: Recorder) -> Iterator[Recorder]:
+def opened(recorder: Recorder) -> AbstractContextManager[None]:
     """Keep a record inside the block, beside those kept already."""
-    token = _open.set((*_open.get(), recorder))
-    try:
-        yield recorder
-    finally:
-        _open.reset(token)
+    return _set(_open, (*_open.get(), recorder))
 
 
-@contextmanager
-def paused() -> Iterator[None]:
+def paused() -> AbstractContextManager[None]:
     """Keep no record inside the block."""
-    token = _open.set(())
-    try:
-        yield
-    finally:
-        _open.reset(token)
+    return _set(_open, ())
 
 
 def running() -> Draft | None:
@@ -120,11 +121,8 @@ def running() -> Draft | None:
 def handed_over(part: object) -> Iterator[Draft | None]:
     """Leave the running draft to the part that solves the whole problem inside the block."""
     draft = running()
-    token = _handed.set(None if draft is None else (draft, part))
-    try:
+    with _set(_handed, None if draft is None else (draft, part)):
         yield draft
-    finally:
-        _handed.reset(token)
 
 
 def take_over(part: object) -> Draft | None:
@@ -177,20 +175,15 @@ class Draft:
         self._y0 = y0
         self._start = _now(y0)
 
-    @contextmanager
-    def entered(self) -> Iterator[Draft]:
+    def entered(self) -> AbstractContextManager[None]:
         """Make this the running draft."""
-        token = _running.set(self)
-        try:
-            yield self
-        finally:
-            _running.reset(token)
+        return _set(_running, self)
 
     def finish(self) -> Solve:
         """Return the solve as recorded so far."""
-        batch = batch_size(self._layout.split(self._y0))
         sample_nfe = self.sample_nfe
         if sample_nfe is None:
+            batch = batch_size(self._layout.split(self._y0))
             sample_nfe = torch.full((batch,), self.nfe, device=self._y0.device)
         return Solve(
             method=self.method,
@@ -212,11 +205,9 @@ class Draft:
 
 def no_steps(layout: StateLayout, y0: Tensor) -> Steps:
     """Return the steps of a method that has no error estimates."""
-    real = y0.abs().new_empty(0)
-    state: State = layout.split(y0)
-    parts = (state,) if isinstance(state, Tensor) else state
-    errors = tuple(real.new_empty(0, len(part) if part.dim() else 1) for part in parts)
-    return Steps(real, real, real, real.bool(), errors, layout)
+    none = y0.abs().new_empty(0)
+    norms = tuple(n.new_empty(0, len(n)) for n in part_norms(layout, y0.detach()))
+    return Steps(none, none, none, none.bool(), norms, layout)
 
 
 def _now(y0: Tensor) -> float:

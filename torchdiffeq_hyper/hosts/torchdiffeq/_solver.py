@@ -8,9 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._fields._checks import check_answer, check_derivative
-from torchdiffeq_hyper._fields._context import context_of
-from torchdiffeq_hyper._fields._reuse import own
+from torchdiffeq_hyper._fields import check_answer, check_derivative, context_of, own
 from torchdiffeq_hyper._state import Hypernet, check_dtype, is_half
 from torchdiffeq_hyper.errors import OptionError, StateTypeError, explain
 from torchdiffeq_hyper.hosts._warnings import warn_if_untrained

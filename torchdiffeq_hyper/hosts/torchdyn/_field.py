@@ -9,9 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields._context import can_restrict, restrict
-from torchdiffeq_hyper._fields._models import ModelField
-from torchdiffeq_hyper._fields._wrappers import look_through
+from torchdiffeq_hyper._fields import ModelField, can_restrict, look_through, restrict
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import StateTypeError, explain
 from torchdiffeq_hyper.hosts.torchdyn import _upstream

@@ -99,7 +99,7 @@ def composed_knots(weights: Tensor, starts: list[int]) -> tuple[Tensor, Tensor]:
     at = (1 + 2 * x) * (1 - x) ** 2 * y0 + x**2 * (3 - 2 * x) * y1
     at = at + size * (x * (1 - x) ** 2 * f0 - x**2 * (1 - x) * f1)
     slope = 6 * x * (1 - x) * (y1 - y0) / size + (1 - x) * (1 - 3 * x) * f0
-    return at[1:-1].contiguous(), slope - x * (2 - 3 * x) * f1
+    return at[1:-1].clone(), slope - x * (2 - 3 * x) * f1
 
 
 def _slope_at_end(times: Tensor, values: Tensor, slopes: Tensor) -> Tensor:

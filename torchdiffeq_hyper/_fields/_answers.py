@@ -1,0 +1,183 @@
+"""What func and a hypernet may return, and derivatives in memory that func writes into again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from torchdiffeq_hyper._state import Hypernet, State, parts_of
+from torchdiffeq_hyper.errors import StateShapeError, StateTypeError
+from torchdiffeq_hyper.tableaus import Edge, StageCall
+
+
+def check_hypernet(hypernet: object) -> None:
+    """Refuse a net that cannot be called."""
+    if not callable(hypernet):
+        raise StateTypeError(
+            problem=f"hypernet is a {type(hypernet).__name__}.",
+            expected="a callable g(step) -> correction like step.y.",
+            fix="hypernet=tdh.ConcatHypernet(net)",
+        )
+
+
+def check_hypernet_device(hypernet: Hypernet, y: Tensor) -> None:
+    """Refuse a net that lies on another device than the state."""
+    parameters = hypernet.parameters() if isinstance(hypernet, nn.Module) else iter(())
+    parameter = next(parameters, None)
+    if parameter is not None and parameter.device != y.device:
+        raise StateTypeError(
+            problem=f"the hypernet is on {parameter.device}, y0 is on {y.device}.",
+            expected="both on one device.",
+            fix=f'hypernet.to("{y.device}")   # or solver.to("{y.device}")',
+        )
+
+
+def check_derivative(k: object, y: Tensor) -> None:
+    """Refuse a derivative that is no tensor, or would broadcast against the state."""
+    if not isinstance(k, Tensor):
+        raise StateTypeError(
+            problem=f"func returned a {type(k).__name__}.",
+            expected="a tensor of the state's shape.",
+            fix=_how_to_answer(k),
+        )
+    if k.shape != y.shape:
+        raise StateShapeError(
+            problem=f"func returned shape {tuple(k.shape)} for a state of shape {tuple(y.shape)}.",
+            expected="a derivative of the state's own shape.",
+            fix="check func(t[0], y0).shape == y0.shape",
+        )
+
+
+def _how_to_answer(k: object) -> str:
+    if k is None:
+        return "return derivative   # func ends without a return"
+    if isinstance(k, int | float | complex):
+        return "return torch.full_like(y, value)"
+    if isinstance(k, tuple | list):
+        return "return torch.stack(components, dim=1)   # or y0 = (...), if the state has parts"
+    return "return torch.as_tensor(derivative)"
+
+
+def check_answer(k: object, state: State) -> None:
+    """Refuse what func returned if it is not built as the state is.
+
+    Parts of a tuple need the right number of elements only: the host flattens them.
+    """
+    check_kind(k, state)
+    if isinstance(state, Tensor):
+        check_derivative(k, state)
+        return
+    assert isinstance(k, tuple | list)
+    for index, (part, like) in enumerate(zip(k, state, strict=True)):
+        if part.numel() != like.numel():
+            raise StateShapeError(
+                problem=f"func returned shape {tuple(part.shape)} for part {index} of the state, "
+                f"of shape {tuple(like.shape)}.",
+                expected="derivatives of the parts' own shapes, in their order.",
+                fix=f"check func(t[0], y0)[{index}].shape == y0[{index}].shape",
+            )
+
+
+def check_kind(k: object, state: State) -> None:
+    """Refuse what func returned if it is no tensor, or for a tuple state no tuple of as many."""
+    if isinstance(state, Tensor):
+        if not isinstance(k, Tensor):
+            check_derivative(k, state)
+        return
+    parts = k if isinstance(k, tuple | list) else ()
+    if len(parts) == len(state) and all(isinstance(part, Tensor) for part in parts):
+        return
+    got = f"a {type(k).__name__}"
+    if parts:
+        got += " of " + ", ".join(type(part).__name__ for part in parts)
+    raise StateTypeError(
+        problem=f"func returned {got} for a state that is a tuple of {len(state)} tensors.",
+        expected="a tuple of as many tensors, one derivative for each part.",
+        fix="return " + ", ".join(f"derivative_{i}" for i in range(len(state))),
+    )
+
+
+def check_correction(out: State, y: State, time_dtype: torch.dtype) -> None:
+    """Refuse a correction that does not fit the state ``y`` that g has seen.
+
+    A lower dtype is promoted. Products with dt, of dtype ``time_dtype``, take the wider of
+    the two where the state is 0-d.
+    """
+    if isinstance(out, Tensor) and isinstance(y, Tensor):  # first: this runs at every step
+        _check_part(out, y, time_dtype, "")
+        return
+    given, parts = parts_of(out), parts_of(y)
+    is_alike = isinstance(out, tuple) == isinstance(y, tuple) and len(given) == len(parts)
+    if not is_alike or not all(isinstance(part, Tensor) for part in given):
+        _refuse_kind(out, y)
+    for index, (part, like) in enumerate(zip(given, parts, strict=True)):
+        _check_part(part, like, time_dtype, f" for part {index}")
+
+
+def _refuse_kind(out: object, y: State) -> NoReturn:
+    expected = "a tensor" if isinstance(y, Tensor) else f"a tuple of {len(y)} tensors"
+    got = f"a tuple of {len(out)}" if isinstance(out, tuple) else f"a {type(out).__name__}"
+    raise StateTypeError(
+        problem=f"the hypernet returned {got}.",
+        expected=f"{expected}, like the state.",
+        fix="return a correction shaped like step.y",
+    )
+
+
+def _check_part(out: Tensor, y: Tensor, time_dtype: torch.dtype, where: str) -> None:
+    if out.shape == y.shape and out.dtype == y.dtype and out.device == y.device:
+        return
+    if out.shape != y.shape:
+        raise StateShapeError(
+            problem=f"the hypernet returned shape {tuple(out.shape)}{where}.",
+            expected=f"{tuple(y.shape)}, the shape of step.y.",
+            fix="return a correction shaped like step.y; check the net's output channels",
+        )
+    widest = y.dtype if y.dim() else torch.promote_types(y.dtype, time_dtype)
+    if torch.promote_types(out.dtype, widest) != widest:
+        raise StateTypeError(
+            problem=f"the hypernet returned {out.dtype}{where}.",
+            expected=f"a dtype that promotes to the state's {y.dtype}.",
+            fix=f"hypernet.to({y.dtype})   # or return out.to(step.y.dtype)",
+        )
+    if out.device != y.device:
+        raise StateTypeError(
+            problem=f"the hypernet returned a tensor on {out.device}{where}.",
+            expected=f"one on the state's device, {y.device}.",
+            fix=f'hypernet.to("{y.device}")',
+        )
+
+
+# func may answer in one buffer (``out=``). A method of several stages keeps a derivative over
+# later calls; if these write into the same memory, all stages are the last one.
+
+
+def share_memory(stages: Sequence[Tensor]) -> bool:
+    """Return whether two derivatives lie in the same memory, as far as can be told.
+
+    What autograd records and never changes in place needs no look: ``out=`` is refused there.
+    """
+    last = stages[-1]
+    if torch.compiler.is_compiling() or (last.requires_grad and last._version == 0):  # noqa: SLF001
+        return False
+    try:
+        return len({k.data_ptr() for k in stages}) < len(stages) and last.numel() > 0
+    except RuntimeError:  # no memory to look at: vmap, fake tensors
+        return False
+
+
+def own(k: Tensor) -> Tensor:
+    """Return a derivative in memory that func does not write into."""
+    return k if k.requires_grad else k.clone()
+
+
+def owning(call: StageCall) -> StageCall:
+    """Return ``call`` with answers of their own memory."""
+
+    def call_and_copy(t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
+        return call(t, y, edge).clone()
+
+    return call_and_copy

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._state import State, VectorField
-from torchdiffeq_hyper.errors import OptionError, StateTypeError, explain
+from torchdiffeq_hyper.errors import OptionError, StateTypeError
 
 
 class ModelField(ABC):
@@ -84,11 +84,9 @@ def check_shareable(func: VectorField, n_processes: int) -> None:
     """
     if n_processes > 1 and isinstance(func, ModelField) and func.has_noise:
         raise OptionError(
-            explain(
-                f"func estimates a trace from noise, and {n_processes} processes fit together.",
-                "an exact trace, or a fit in one process.",
-                "CNF(net, trace_estimator=autograd_trace)",
-            )
+            problem=f"func estimates a trace from noise, and {n_processes} processes fit together.",
+            expected="an exact trace, or a fit in one process.",
+            fix="CNF(net, trace_estimator=autograd_trace)",
         )
 
 
@@ -105,7 +103,9 @@ def check_call(func: VectorField, n_context: int = 0) -> VectorField:
     """
     if not callable(func):
         raise StateTypeError(
-            explain(f"func is a {type(func).__name__}.", "a callable func(t, y).", "func=model")
+            problem=f"func is a {type(func).__name__}.",
+            expected="a callable func(t, y).",
+            fix="func=model",
         )
     called = func.forward if isinstance(func, nn.Module) else func
     try:
@@ -118,20 +118,16 @@ def check_call(func: VectorField, n_context: int = 0) -> VectorField:
         what = f"func takes {signature} and cannot be called as func(t, y"
         if n_context:
             raise StateTypeError(
-                explain(
-                    f"{what}, *context) with {n_context} tensor{'s' * (n_context > 1)} of context: "
-                    f"{error}.",
-                    "a vector field that takes the context after t and y.",
-                    "func = lambda t, y, labels: model(y, labels)",
-                )
+                problem=f"{what}, *context) with {n_context} "
+                f"tensor{'s' * (n_context > 1)} of context: {error}.",
+                expected="a vector field that takes the context after t and y.",
+                fix="func = lambda t, y, labels: model(y, labels)",
             ) from error
         raise StateTypeError(
-            explain(
-                f"{what}): {error}.",
-                "a vector field func(t, y), or a torchdyn NeuralODE; what else it takes of each "
-                "sample is its context.",
-                "func = lambda t, y: model(y)\n"
-                "or func = tdh.Conditioned(func, labels)   # calls func(t, y, labels)",
-            )
+            problem=f"{what}): {error}.",
+            expected="a vector field func(t, y), or a torchdyn NeuralODE; what else it takes of "
+            "each sample is its context.",
+            fix="func = lambda t, y: model(y)\n"
+            "or func = tdh.Conditioned(func, labels)   # calls func(t, y, labels)",
         ) from error
     return func

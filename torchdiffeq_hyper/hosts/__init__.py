@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.hosts import torchdiffeq, torchdyn
 from torchdiffeq_hyper.methods import _registry
 
@@ -30,11 +30,9 @@ def install(host: str | None = None) -> None:
     """
     if host not in (None, "torchdiffeq", "torchdyn"):
         raise OptionError(
-            explain(
-                f"host is {host!r}.",
-                '"torchdiffeq", "torchdyn" or None.',
-                'tdh.install("torchdyn")',
-            )
+            problem=f"host is {host!r}.",
+            expected='"torchdiffeq", "torchdyn" or None.',
+            fix='tdh.install("torchdyn")',
         )
     with _registry.lock:
         torchdiffeq.host.install()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from torchdiffeq_hyper.errors import DuplicateMethodError, explain
+from torchdiffeq_hyper.errors import DuplicateMethodError
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.methods._method import Method
 
@@ -78,9 +78,7 @@ class Host(ABC):
         if new_clashes:
             name, owner = new_clashes[0].name, new_clashes[0].owner
             raise DuplicateMethodError(
-                explain(
-                    f'method "{name}" of {owner} is already a {self.noun} of {self.name}.',
-                    f"a name that {self.name} does not have.",
-                    f'choose another name, e.g. "{name}-2"',
-                )
+                problem=f'method "{name}" of {owner} is already a {self.noun} of {self.name}.',
+                expected=f"a name that {self.name} does not have.",
+                fix=f'choose another name, e.g. "{name}-2"',
             )

@@ -18,7 +18,6 @@ from torchdiffeq_hyper.errors import (
     MissingHypernetError,
     OptionError,
     StateTypeError,
-    explain,
 )
 from torchdiffeq_hyper.tableaus import Tableau
 
@@ -135,21 +134,17 @@ class SteppingMethod(Method):
             _refuse_missing(self, "fitted hypernet", "a fitted part", "solver", example)
         if base_of(part) is None:
             raise StateTypeError(
-                explain(
-                    f"the solver for {self.name!r} is a {type(part).__name__}.",
-                    "a HyperSolver.",
-                    'options={"solver": tdh.HyperSolver(base, hypernet, steps)}   '
-                    '# or {"hypernet": net}',
-                )
+                problem=f"the solver for {self.name!r} is a {type(part).__name__}.",
+                expected="a HyperSolver.",
+                fix='options={"solver": tdh.HyperSolver(base, hypernet, steps)}   '
+                '# or {"hypernet": net}',
             )
         if part.base != base:
             raise BaseMismatchError(
-                explain(
-                    f'the solver was fitted for base "{part.base}", method "{self.name}" '
-                    f'corrects base "{base}".',
-                    "a correction fitted for the base it is used on.",
-                    f'odeint(..., method="{part.method}")',
-                )
+                problem=f'the solver was fitted for base "{part.base}", method "{self.name}" '
+                f'corrects base "{base}".',
+                expected="a correction fitted for the base it is used on.",
+                fix=f'odeint(..., method="{part.method}")',
             )
         return part
 
@@ -189,11 +184,9 @@ class WholeMethod(Method):
             if base_of(part) is not None:
                 fix = f'odeint(..., method="{part.method}")   # the method of this solver'
             raise StateTypeError(
-                explain(
-                    f'the part for method "{self.name}" is a {type(part).__name__}.',
-                    f"a {kind}.",
-                    fix,
-                )
+                problem=f'the part for method "{self.name}" is a {type(part).__name__}.',
+                expected=f"a {kind}.",
+                fix=fix,
             )
         return part
 
@@ -256,7 +249,7 @@ def make_method(
             return WholeMethod(**fields, **vars(solver))
         return ReadyMethod(**fields, solver=solver)
     fix = f'register("{name or "my-method"}", MySolver, order=2, calls_per_step=2)'
-    raise OptionError(explain(problem, expected, fix))
+    raise OptionError(problem=problem, expected=expected, fix=fix)
 
 
 def _refuse_missing(
@@ -264,14 +257,12 @@ def _refuse_missing(
 ) -> NoReturn:
     name = method.name
     raise MissingHypernetError(
-        explain(
-            f'method "{name}" found no {what} for this func.',
-            f"{which} as an option, attached to func, in scope, or under a published name.",
-            f"{option} = {example}\n"
-            f'odeint(func, y0, t, method="{name}", options={{"{option}": {option}}})\n'
-            f"NeuralODE(vf, solver={option})            # torchdyn\n"
-            f'tdh.attach(func, {option})                # then method="{name}" on this func\n'
-            f'with tdh.using({option}): ...             # then method="{name}" inside\n'
-            f'tdh.register_method("my-fast", {option})  # then method="my-fast" anywhere',
-        )
+        problem=f'method "{name}" found no {what} for this func.',
+        expected=f"{which} as an option, attached to func, in scope, or under a published name.",
+        fix=f"{option} = {example}\n"
+        f'odeint(func, y0, t, method="{name}", options={{"{option}": {option}}})\n'
+        f"NeuralODE(vf, solver={option})            # torchdyn\n"
+        f'tdh.attach(func, {option})                # then method="{name}" on this func\n'
+        f'with tdh.using({option}): ...             # then method="{name}" inside\n'
+        f'tdh.register_method("my-fast", {option})  # then method="my-fast" anywhere',
     )

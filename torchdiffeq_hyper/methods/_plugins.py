@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import pluggy
 
-from torchdiffeq_hyper.errors import OptionError, PluginWarning, explain
+from torchdiffeq_hyper.errors import OptionError, PluginWarning
 from torchdiffeq_hyper.methods import _hookspecs, _registry
 from torchdiffeq_hyper.methods._method import make_method
 
@@ -67,11 +67,10 @@ def unregister_plugin(name: str) -> None:
     with _registry.lock:
         if _manager.get_plugin(name) is None:
             raise OptionError(
-                explain(
-                    f"no plugin is called {name!r}.",
-                    "one of " + ", ".join(repr(known) for known, _ in _manager.list_name_plugin()),
-                    "tdh.register_plugin(plugin, name=...) first",
-                )
+                problem=f"no plugin is called {name!r}.",
+                expected="one of "
+                + ", ".join(repr(known) for known, _ in _manager.list_name_plugin()),
+                fix="tdh.register_plugin(plugin, name=...) first",
             )
         _manager.unregister(name=name)
         for method in _registry.methods().values():
@@ -83,11 +82,9 @@ def unregister_plugin(name: str) -> None:
 def _check_new(plugin: object, owner: str) -> None:
     if _manager.has_plugin(owner) or _manager.is_registered(plugin):
         raise OptionError(
-            explain(
-                f"plugin {owner!r} is registered already.",
-                "a plugin, and a name, that is new.",
-                f"tdh.unregister_plugin({owner!r}) first",
-            )
+            problem=f"plugin {owner!r} is registered already.",
+            expected="a plugin, and a name, that is new.",
+            fix=f"tdh.unregister_plugin({owner!r}) first",
         )
 
 
@@ -111,11 +108,9 @@ def _collect(plugin: object, owner: str) -> None:
 
 def _refuse(problem: str) -> NoReturn:
     raise OptionError(
-        explain(
-            problem,
-            "a function register_solvers(register) marked with tdh.hookimpl.",
-            "@tdh.hookimpl\ndef register_solvers(register): ...",
-        )
+        problem=problem,
+        expected="a function register_solvers(register) marked with tdh.hookimpl.",
+        fix="@tdh.hookimpl\ndef register_solvers(register): ...",
     )
 
 

@@ -10,7 +10,6 @@ from torchdiffeq_hyper.errors import (
     DuplicateMethodError,
     OptionError,
     closest,
-    explain,
     unknown_method,
 )
 from torchdiffeq_hyper.methods._method import Method
@@ -56,11 +55,9 @@ def add(method: Method) -> None:
             _replace({**_methods, method.name: method})
     if taken is not None:
         raise DuplicateMethodError(
-            explain(
-                f'method "{method.name}" of {method.owner} is already a method of {taken}.',
-                "a name that no host, plugin or published solver has.",
-                f'choose another name, e.g. "{method.name}-2"',
-            )
+            problem=f'method "{method.name}" of {method.owner} is already a method of {taken}.',
+            expected="a name that no host, plugin or published solver has.",
+            fix=f'choose another name, e.g. "{method.name}-2"',
         )
 
 
@@ -119,11 +116,9 @@ def method_of(base: str) -> Method:
     }
     if not isinstance(base, str) or base not in learned:
         raise OptionError(
-            explain(
-                f"base is {base!r}.",
-                "one of " + ", ".join(f'"{name}"' for name in learned) + ".",
-                f'base="{closest(base, learned or ["euler"])}"',
-            )
+            problem=f"base is {base!r}.",
+            expected="one of " + ", ".join(f'"{name}"' for name in learned) + ".",
+            fix=f'base="{closest(base, learned or ["euler"])}"',
         )
     return learned[base]
 
@@ -140,11 +135,9 @@ def find_tableau(base: str, alpha: float | None = None) -> Tableau:
         return tableau
     if tableau.alpha is None:
         raise OptionError(
-            explain(
-                f"alpha is {alpha!r}, but the base is {base!r}.",
-                'alpha goes with base="alpha" (method "hyper2") only.',
-                f'base="alpha", alpha={alpha!r}',
-            )
+            problem=f"alpha is {alpha!r}, but the base is {base!r}.",
+            expected='alpha goes with base="alpha" (method "hyper2") only.',
+            fix=f'base="alpha", alpha={alpha!r}',
         )
     return second_order(alpha)
 

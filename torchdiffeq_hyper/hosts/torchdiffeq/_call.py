@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._state import StateLayout
-from torchdiffeq_hyper.errors import OptionError, closest, explain
+from torchdiffeq_hyper.errors import OptionError, closest
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
     PerturbFunc,
     ReverseFunc,
@@ -118,10 +118,8 @@ def known_options(
         if name not in known and name not in also_accepted:
             where = ' ("alpha" goes with method "hyper2")' if name == "alpha" else ""
             raise OptionError(
-                explain(
-                    f'method "{method}" has no option "{name}"{where}.',
-                    "one of " + ", ".join(f'"{option}"' for option in known) + ".",
-                    f'options={{"{closest(name, known)}": ...}}',
-                )
+                problem=f'method "{method}" has no option "{name}"{where}.',
+                expected="one of " + ", ".join(f'"{option}"' for option in known) + ".",
+                fix=f'options={{"{closest(name, known)}": ...}}',
             )
     return {name: value for name, value in options.items() if name in known}

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torchdiffeq_hyper.errors import StateTypeError, UnknownMethodError, closest, explain
+from torchdiffeq_hyper.errors import StateTypeError, UnknownMethodError, closest
 from torchdiffeq_hyper.hosts._host import Host
 from torchdiffeq_hyper.hosts.torchdiffeq import _patches
 from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
@@ -97,11 +97,9 @@ def published(name: str, solver: Fitted, owner: str) -> Method:
     entry = _registry.method_for(solver)
     if entry is None or entry.option is None:
         raise StateTypeError(
-            explain(
-                f"solver is a {type(solver).__name__}.",
-                "a fitted solver: a HyperSolver, or a Dise.",
-                'tdh.HyperSolver(base="euler", hypernet=g, steps=10)',
-            )
+            problem=f"solver is a {type(solver).__name__}.",
+            expected="a fitted solver: a HyperSolver, or a Dise.",
+            fix='tdh.HyperSolver(base="euler", hypernet=g, steps=10)',
         )
     return entry.published(name, solver, owner)
 
@@ -145,11 +143,9 @@ def unregister_method(name: str) -> None:
         method = _registry.methods().get(name)
         if method is None or method.owner != _PUBLISHED:
             raise UnknownMethodError(
-                explain(
-                    f"{name!r} is not a published name.",
-                    "a name given to tdh.register_method.",
-                    f'tdh.register_method("{name}", solver) first',
-                )
+                problem=f"{name!r} is not a published name.",
+                expected="a name given to tdh.register_method.",
+                fix=f'tdh.register_method("{name}", solver) first',
             )
         _registry.remove(name)
         _registry.notify()
@@ -184,11 +180,9 @@ def override(method: str, solver: FittedT) -> Iterator[FittedT]:
     known = dict(SOLVERS)
     if method not in known:
         raise UnknownMethodError(
-            explain(
-                f"torchdiffeq has no method {method!r} to override.",
-                "one of " + ", ".join(f'"{name}"' for name in known) + ".",
-                f'tdh.override("{closest(method, known)}", solver)',
-            )
+            problem=f"torchdiffeq has no method {method!r} to override.",
+            expected="one of " + ", ".join(f'"{name}"' for name in known) + ".",
+            fix=f'tdh.override("{closest(method, known)}", solver)',
         )
     original = _patches.unpatched(known[method])
     served = published(method, solver, "override").build(_Classes(options_of(original)))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchdiffeq_hyper._fields import check_answer, check_derivative, context_of, own
 from torchdiffeq_hyper._state import Hypernet, check_dtype, is_half
-from torchdiffeq_hyper.errors import OptionError, StateTypeError, explain
+from torchdiffeq_hyper.errors import OptionError, StateTypeError
 from torchdiffeq_hyper.hosts._warnings import warn_if_untrained
 from torchdiffeq_hyper.hosts.torchdiffeq._call import ForwardPlan, HostCall, known_options
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import FixedGridODESolver, Perturb, unperturbed
@@ -206,11 +206,9 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         solver = self._solver
         if solver is None or solver.domain is None or solver.n_steps is None:
             raise OptionError(
-                explain(
-                    "an event was asked for without a step size.",
-                    "step_size, or a solver that knows its fitted span and steps.",
-                    'options={"step_size": 0.1, ...}',
-                )
+                problem="an event was asked for without a step size.",
+                expected="step_size, or a solver that knows its fitted span and steps.",
+                fix='options={"step_size": 0.1, ...}',
             )
         start, end = solver.domain.span
         return abs(end - start) / solver.n_steps
@@ -263,15 +261,15 @@ def _checked_net(net: Any, method: str, options: dict[str, Any]) -> Hypernet:
     """
     if options.get("solver") is not None:
         raise OptionError(
-            explain('options hold both "hypernet" and "solver".', "one of them.", 'drop "hypernet"')
+            problem='options hold both "hypernet" and "solver".',
+            expected="one of them.",
+            fix='drop "hypernet"',
         )
     if base_of(net) is not None or not callable(net):
         raise StateTypeError(
-            explain(
-                f'options["hypernet"] is a {type(net).__name__}.',
-                "a callable g(step) -> correction like step.y.",
-                f'odeint(..., method="{method}", options={{"solver": solver}})',
-            )
+            problem=f'options["hypernet"] is a {type(net).__name__}.',
+            expected="a callable g(step) -> correction like step.y.",
+            fix=f'odeint(..., method="{method}", options={{"solver": solver}})',
         )
     hypernet: Hypernet = net
     return hypernet
@@ -283,18 +281,14 @@ def _check_values(options: dict[str, Any]) -> None:
         isinstance(step_size, int | float | Tensor) and step_size > 0
     ):
         raise OptionError(
-            explain(
-                f"step_size is {step_size!r}.",
-                "a number above 0, also in reverse time.",
-                'options={"step_size": 0.1, ...}',
-            )
+            problem=f"step_size is {step_size!r}.",
+            expected="a number above 0, also in reverse time.",
+            fix='options={"step_size": 0.1, ...}',
         )
     interp = options.get("interp", "linear")
     if interp not in ("linear", "cubic"):
         raise OptionError(
-            explain(
-                f"interp is {interp!r}.",
-                '"linear" or "cubic".',
-                'options={"interp": "cubic", ...}',
-            )
+            problem=f"interp is {interp!r}.",
+            expected='"linear" or "cubic".',
+            fix='options={"interp": "cubic", ...}',
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._state import is_half
-from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.hosts._warnings import warn_if_untrained
 from torchdiffeq_hyper.hosts.torchdyn import _upstream
 from torchdiffeq_hyper.hosts.torchdyn._field import HostCall
@@ -127,12 +127,10 @@ class CheckedFunction:
         save_at, args = (*rest, (), ())[:2]
         if args is not None and len(args):
             raise OptionError(
-                explain(
-                    f"args is {args!r}: torchdyn cannot hand it to the vector field under an "
-                    "adjoint sensitivity.",
-                    "no args, for any solver.",
-                    'sensitivity="autograd"   # or let the vector field hold them itself',
-                )
+                problem=f"args is {args!r}: torchdyn cannot hand it to the vector field under an "
+                "adjoint sensitivity.",
+                expected="no args, for any solver.",
+                fix='sensitivity="autograd"   # or let the vector field hold them itself',
             )
         if save_at is not None and len(save_at):
             _upstream.warn("save_at", self._part)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchdiffeq_hyper._fields import ModelField, can_restrict, look_through, restrict
 from torchdiffeq_hyper._state import State, VectorField
-from torchdiffeq_hyper.errors import StateTypeError, explain
+from torchdiffeq_hyper.errors import StateTypeError
 from torchdiffeq_hyper.hosts.torchdyn import _upstream
 from torchdiffeq_hyper.hosts.torchdyn._upstream import Held, held_by
 
@@ -135,11 +135,9 @@ class NeuralODEField(ModelField):
         """
         if not isinstance(y0, Tensor):
             raise StateTypeError(
-                explain(
-                    f"y0 is a {type(y0).__name__}, func is a {type(self.model).__name__}.",
-                    "one tensor: that is what torchdyn solves.",
-                    "y0 = torch.cat(y0, dim=1)",
-                )
+                problem=f"y0 is a {type(y0).__name__}, func is a {type(self.model).__name__}.",
+                expected="one tensor: that is what torchdyn solves.",
+                fix="y0 = torch.cat(y0, dim=1)",
             )
         return StartedField(self.model, _upstream.set_at_start(self.model, y0.detach()))
 

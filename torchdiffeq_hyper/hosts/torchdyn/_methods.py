@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from torchdiffeq_hyper.errors import DuplicateMethodError, MissingExtraError, PluginWarning, explain
+from torchdiffeq_hyper.errors import DuplicateMethodError, MissingExtraError, PluginWarning
 from torchdiffeq_hyper.hosts._host import Host
 from torchdiffeq_hyper.hosts.torchdyn import _patches, _upstream
 from torchdiffeq_hyper.hosts.torchdyn._stepper import Stepper
@@ -126,11 +126,9 @@ def load() -> None:
         importlib.import_module(_upstream.ENTRANCES[0])
     except ImportError as error:
         raise MissingExtraError(
-            explain(
-                f"torchdyn cannot be imported: {error}.",
-                "torchdyn and what it needs.",
-                'pip install "torchdiffeq_hyper[torchdyn]"',
-            )
+            problem=f"torchdyn cannot be imported: {error}.",
+            expected="torchdyn and what it needs.",
+            fix='pip install "torchdiffeq_hyper[torchdyn]"',
         ) from error
 
 

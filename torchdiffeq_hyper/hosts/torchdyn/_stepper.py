@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper.errors import OptionError, StateTypeError, explain
+from torchdiffeq_hyper.errors import OptionError, StateTypeError
 from torchdiffeq_hyper.hosts.torchdyn import _field, _upstream
 from torchdiffeq_hyper.hosts.torchdyn._adjoint import AdjointCall
 from torchdiffeq_hyper.hosts.torchdyn._field import HostCall
@@ -62,11 +62,10 @@ class Stepper:
         method = _registry.method_for(part)
         if method is None:
             raise OptionError(
-                explain(
-                    f"the solver is a {type(part).__name__}, which serves no registered method.",
-                    "a HyperSolver, or a part of a registered method.",
-                    "tdh.register_plugin(...) again",
-                )
+                problem=f"the solver is a {type(part).__name__}, which serves no registered "
+                "method.",
+                expected="a HyperSolver, or a part of a registered method.",
+                fix="tdh.register_plugin(...) again",
             )
         return cls(method, part)
 
@@ -114,11 +113,9 @@ class Stepper:
         """
         if not isinstance(x, Tensor):
             raise StateTypeError(
-                explain(
-                    f"the state is a {type(x).__name__}.",
-                    "one tensor, as torchdyn's own methods take.",
-                    'torchdiffeq.odeint(func, (x, z), t, method="...")   # for tuple states',
-                )
+                problem=f"the state is a {type(x).__name__}.",
+                expected="one tensor, as torchdyn's own methods take.",
+                fix='torchdiffeq.odeint(func, (x, z), t, method="...")   # for tuple states',
             )
         return x, t_span.to(x.device)
 
@@ -221,10 +218,8 @@ def _saved_points(save_at: Any, t: Tensor) -> tuple[Tensor, Tensor]:
     missing = wanted[~is_same.any(dim=1)]
     if len(missing):
         raise OptionError(
-            explain(
-                f"save_at holds {missing[0].item():.6g}, which is not in t_span.",
-                "times of t_span.",
-                "odeint(f, x, t_span, solver, save_at=t_span[[0, -1]])",
-            )
+            problem=f"save_at holds {missing[0].item():.6g}, which is not in t_span.",
+            expected="times of t_span.",
+            fix="odeint(f, x, t_span, solver, save_at=t_span[[0, -1]])",
         )
     return wanted, is_same.int().argmax(dim=1)

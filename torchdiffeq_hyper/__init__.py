@@ -5,7 +5,7 @@ Importing the package adds method names to torchdiffeq's `odeint`, `odeint_adjoi
 name.
 """
 
-from torchdiffeq_hyper import dise, errors, hypernets, regularizers
+from torchdiffeq_hyper import _builtin, dise, errors, hypernets, regularizers
 from torchdiffeq_hyper._fields import Conditioned
 from torchdiffeq_hyper._state import StepInput
 from torchdiffeq_hyper.dise import (
@@ -18,9 +18,7 @@ from torchdiffeq_hyper.dise import (
 from torchdiffeq_hyper.errors import HyperError, HyperWarning, MissingHypernetError
 from torchdiffeq_hyper.evaluation import evaluate
 from torchdiffeq_hyper.fitting import FitConfig, fit
-from torchdiffeq_hyper.hosts import _builtin, install, uninstall
-from torchdiffeq_hyper.hosts import torchdiffeq as _torchdiffeq
-from torchdiffeq_hyper.hosts import torchdyn as _torchdyn
+from torchdiffeq_hyper.hosts import install, uninstall
 from torchdiffeq_hyper.hosts.torchdiffeq import (
     odeint_with_errors,
     override,
@@ -29,9 +27,12 @@ from torchdiffeq_hyper.hosts.torchdiffeq import (
     unregister_method,
 )
 from torchdiffeq_hyper.hypernets import ConcatHypernet
-from torchdiffeq_hyper.methods import _plugins
 from torchdiffeq_hyper.methods._hookspecs import hookimpl
-from torchdiffeq_hyper.methods._plugins import register_plugin, unregister_plugin
+from torchdiffeq_hyper.methods._plugins import (
+    load_entry_points,
+    register_plugin,
+    unregister_plugin,
+)
 from torchdiffeq_hyper.solvers._binding import attach, detach, using
 from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
@@ -80,9 +81,6 @@ __all__ = [
     "using",
 ]
 
-_torchdiffeq.reserve_host_names()
-_plugins.load_builtin(_builtin)
-_plugins.on_change(_torchdiffeq.follow_registry)
-_plugins.on_change(_torchdyn.follow_registry)
+register_plugin(_builtin, "torchdiffeq_hyper")
 install()
-_plugins.load_entry_points()
+load_entry_points()

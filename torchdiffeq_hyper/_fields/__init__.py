@@ -21,6 +21,14 @@ from torchdiffeq_hyper._fields._context import (
     restrict,
 )
 from torchdiffeq_hyper._fields._independence import check_independence, find_coupling, is_probing
+from torchdiffeq_hyper._fields._models import (
+    ModelField,
+    add_models,
+    check_call,
+    check_shareable,
+    model_as_found,
+    vector_field,
+)
 from torchdiffeq_hyper._fields._wrappers import (
     Owner,
     attributes_as_found,
@@ -28,34 +36,38 @@ from torchdiffeq_hyper._fields._wrappers import (
     look_through_by,
     owner_of,
     owners_in,
-    stand_for_field,
 )
 
 __all__ = [
     "HOW_TO_RESTRICT",
     "SHAPE_CLASHES",
     "Conditioned",
+    "ModelField",
     "Owner",
+    "add_models",
     "attributes_as_found",
     "can_restrict",
     "cannot_take_part",
     "check_answer",
+    "check_call",
     "check_correction",
     "check_derivative",
     "check_hypernet",
     "check_hypernet_device",
     "check_independence",
     "check_kind",
+    "check_shareable",
     "context_of",
     "find_coupling",
     "is_probing",
     "look_through",
     "look_through_by",
+    "model_as_found",
     "own",
     "owner_of",
     "owners_in",
     "owning",
     "restrict",
     "share_memory",
-    "stand_for_field",
+    "vector_field",
 ]

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from torchdiffeq_hyper._fields._models import model_field
+
 Look: TypeAlias = Callable[[object], object | None]
 """Returns what an object wraps or stands for, None where it does not know the object."""
 
 _attributes: dict[type, tuple[str, ...]] = {}
 _looks: list[Look] = []
-_fields_of: list[Look] = []
 
 
 def look_through(wrapper: type, *attributes: str) -> None:
@@ -39,11 +40,6 @@ def look_through(wrapper: type, *attributes: str) -> None:
 def look_through_by(look: Look) -> None:
     """Let look-ups go through what ``look`` knows: for types that are not imported yet."""
     _looks.append(look)
-
-
-def stand_for_field(field_of: Look) -> None:
-    """Let objects that ``field_of`` knows, such as a model, stand for their vector field."""
-    _fields_of.append(field_of)
 
 
 class Owner(NamedTuple):
@@ -71,11 +67,8 @@ def owner_of(func: object) -> Owner:
         func = target
     elif isinstance(func, MethodWrapperType) and func.__name__ == "__call__":
         func = func.__self__  # of a function or a partial, made anew at every access
-    for field_of in _fields_of:
-        field = field_of(func)
-        if field is not None:
-            return Owner(field, None)
-    return Owner(func, None)
+    model = model_field(func)
+    return Owner(func if model is None else model.field, None)
 
 
 def owners_in(func: object) -> Iterator[Owner]:

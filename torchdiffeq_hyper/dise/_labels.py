@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdiffeq_hyper._fields import HOW_TO_RESTRICT, check_independence
+from torchdiffeq_hyper._fields import (
+    HOW_TO_RESTRICT,
+    check_independence,
+    model_as_found,
+    vector_field,
+)
 from torchdiffeq_hyper._state import State, VectorField, parts_of
 from torchdiffeq_hyper.dise._candidates import Candidate
 from torchdiffeq_hyper.dise._costs import Cost
@@ -31,7 +36,6 @@ from torchdiffeq_hyper.errors import (
 )
 from torchdiffeq_hyper.fitting._context import Starts, bind
 from torchdiffeq_hyper.fitting._guard import left_as_found
-from torchdiffeq_hyper.fitting._neural_ode import attributes_kept, vector_field
 from torchdiffeq_hyper.solvers._grid import check_times
 from torchdiffeq_hyper.solvers.per_sample import PerSampleDopri5
 
@@ -291,7 +295,7 @@ def collect(
     total = batch * len(candidates)
     with (
         left_as_found(func),
-        attributes_kept(field),
+        model_as_found(field),
         left_as_found(getattr(cost, "predict", None) or getattr(cost, "error", None)),
         torch.no_grad(),
         tqdm(total=total, disable=not progress, unit="solve", desc="solving alone") as bar,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdiffeq_hyper._fields import attributes_as_found
+from torchdiffeq_hyper._fields import attributes_as_found, model_as_found
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import OptionError, OutsideFitWarning, explain
 from torchdiffeq_hyper.evaluation._measure import (
@@ -29,7 +29,6 @@ from torchdiffeq_hyper.evaluation._table import EvaluationRow, EvaluationTable
 from torchdiffeq_hyper.evaluation._trials import Trial, expand
 from torchdiffeq_hyper.fitting._context import bound
 from torchdiffeq_hyper.fitting._guard import ModuleState, modules_in
-from torchdiffeq_hyper.fitting._neural_ode import attributes_kept
 from torchdiffeq_hyper.recording._cost import median_seconds
 from torchdiffeq_hyper.solvers._solver import Solver
 
@@ -144,7 +143,7 @@ def _left_as_found(func: object, field: object, trials: list[Trial]) -> Iterator
     """Give func and the hypernets back as they were; do not warn of use outside a fit."""
     used = (func, *(trial.solver for trial in trials))
     states = [ModuleState(module) for item in used for module in modules_in(item)]
-    with warnings.catch_warnings(), attributes_as_found(func), attributes_kept(field):
+    with warnings.catch_warnings(), attributes_as_found(func), model_as_found(field):
         warnings.simplefilter("ignore", OutsideFitWarning)
         try:
             yield

@@ -118,7 +118,7 @@ class BespokeTarget(Target):
         """Make a solver whose weights are still Euler's."""
         self._y0 = y0
         self.module = self._classical("euler")
-        self.module.hypernet = self.net  # type: ignore[assignment]
+        self.module.hypernet = self.net
 
     def _classical(self, method: str) -> BespokeSolver:
         solver = BespokeSolver.classical(method, self._n).requires_grad_(requires_grad=False)
@@ -211,7 +211,7 @@ class BespokeTarget(Target):
         solver = self.module
         state.fallback = self.problem.group.from_first(lambda: self._fallback(state))
         if state.fallback:
-            solver.hypernet = None  # type: ignore[assignment]
+            solver.hypernet = None
             if state.fallback == "start":
                 solver.set_weights(self._classical(self._start).weights)
             state.best_error = mean_error(self._held_out, solver.weights)
@@ -261,7 +261,7 @@ class BespokeTarget(Target):
     def restore(self, state: FitState) -> None:
         """Take the weights of an earlier run."""
         if state.fallback:
-            self.module.hypernet = None  # type: ignore[assignment]
+            self.module.hypernet = None
         self.module.load_state_dict(state.best, strict=not state.fallback)
 
     def leave_unfitted(self) -> str:

@@ -8,10 +8,9 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from torchdiffeq_hyper._fields import Conditioned
+from torchdiffeq_hyper._fields import Conditioned, ModelField, check_call, vector_field
 from torchdiffeq_hyper._state import State, StateLayout, VectorField, parts_of
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError
-from torchdiffeq_hyper.fitting._neural_ode import NeuralODEField, check_call, vector_field
 
 Context: TypeAlias = tuple[Tensor, ...] | Literal["batch"]
 """Tensors with the samples along dim 0; or "batch", where each batch brings its own."""
@@ -32,7 +31,7 @@ class Starts:
 
 def bind(func: VectorField, starts: Starts) -> VectorField:
     """Return the field ``func(t, y)`` of some samples; costs no copy of their context."""
-    if isinstance(func, NeuralODEField):
+    if isinstance(func, ModelField):
         return func.given(starts.y0)
     return Conditioned(func, *starts.context) if starts.context else func
 
@@ -49,7 +48,7 @@ def split_context(func: VectorField, context: object) -> tuple[VectorField, Cont
         context, func = func.inputs, func.func
     checked = _check_context(context)
     field = vector_field(func)
-    if checked and isinstance(field, NeuralODEField):
+    if checked and isinstance(field, ModelField):
         raise OptionError(
             problem=f"context is given, and func is a {type(func).__name__}: torchdyn calls its "
             "field with t and y alone.",

@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 
 import torch
 
+from torchdiffeq_hyper._fields import model_as_found
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import NoiseFloorError
 from torchdiffeq_hyper.fitting._auto import measuring_time_in
@@ -18,7 +19,6 @@ from torchdiffeq_hyper.fitting._distributed import budget_of
 from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError
 from torchdiffeq_hyper.fitting._guard import frozen_or_restored, left_as_found, own_random_state
 from torchdiffeq_hyper.fitting._loop import Loop, Progress
-from torchdiffeq_hyper.fitting._neural_ode import attributes_kept
 from torchdiffeq_hyper.fitting._prepare import (
     NOISE_LATEST,
     FieldCheck,
@@ -32,13 +32,11 @@ from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._report import reported, without_references
 from torchdiffeq_hyper.fitting._signature import check_same_call
 from torchdiffeq_hyper.fitting._target import Target
-from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 from torchdiffeq_hyper.solvers._report import FitReport
+from torchdiffeq_hyper.solvers._solver import Solver
 
 
-def run(
-    target: Target, func: VectorField, y0: State | Iterable[object], *, shown: bool
-) -> HyperSolver:
+def run(target: Target, func: VectorField, y0: State | Iterable[object], *, shown: bool) -> Solver:
     """Fit, or go on with an interrupted fit, or return a finished one.
 
     Args:
@@ -79,7 +77,7 @@ def _undisturbed(func: VectorField, problem: Problem) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(own_random_state(problem.config.seed))
         stack.enter_context(left_as_found(func))
-        stack.enter_context(attributes_kept(problem.func))
+        stack.enter_context(model_as_found(problem.func))
         stack.enter_context(problem.group.together())
         yield
 

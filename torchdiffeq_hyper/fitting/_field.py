@@ -8,7 +8,7 @@ from typing import NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._fields import SHAPE_CLASHES, check_answer
+from torchdiffeq_hyper._fields import SHAPE_CLASHES, ModelField, check_answer, check_call
 from torchdiffeq_hyper._state import State, StateLayout, VectorField, is_half, parts_of
 from torchdiffeq_hyper.errors import (
     CoupledSamplesError,
@@ -19,7 +19,6 @@ from torchdiffeq_hyper.errors import (
 )
 from torchdiffeq_hyper.fitting._batches import n_samples, select
 from torchdiffeq_hyper.fitting._context import Starts, bind
-from torchdiffeq_hyper.fitting._neural_ode import NeuralODEField, check_call
 from torchdiffeq_hyper.fitting._units import SEED, Units, size_of
 from torchdiffeq_hyper.solvers._finite import is_finite
 from torchdiffeq_hyper.tableaus import Edge
@@ -196,7 +195,7 @@ def check_samples(field: Field, count: int, span: tuple[float, float]) -> None:
     try:
         k = _derivatives(field, some, t)
         # A trace estimator's noise is drawn by places.
-        if isinstance(field.func, NeuralODEField):
+        if isinstance(field.func, ModelField):
             return
         change = torch.linalg.vector_norm(_derivatives(field, turn, t) - k[turn])
         if not bool(change > CHANGE * torch.linalg.vector_norm(k)):

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from torchdiffeq_hyper._fields import check_shareable
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import StateTypeError
 from torchdiffeq_hyper.fitting._bespoke import BespokeTarget
@@ -14,7 +15,6 @@ from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._distributed import ProcessGroup
 from torchdiffeq_hyper.fitting._engine import run
 from torchdiffeq_hyper.fitting._hypersolver import HypersolverTarget
-from torchdiffeq_hyper.fitting._neural_ode import check_shareable
 from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers._solver import Solver
 

@@ -23,7 +23,7 @@ from torchdiffeq_hyper.fitting._errors import Comparison
 from torchdiffeq_hyper.fitting._field import Field
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._reference import Tolerances
-from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
+from torchdiffeq_hyper.solvers._solver import Solver
 
 
 class Phase(ABC):
@@ -192,5 +192,5 @@ class Target(ABC):
         """Be what can be had without data, and return its name for people."""
 
     @abstractmethod
-    def solver(self, y0: State) -> HyperSolver:
+    def solver(self, y0: State) -> Solver:
         """Return the solver with its domain, without its report."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.hosts import torchdiffeq, torchdyn
 from torchdiffeq_hyper.methods import _registry
 
@@ -30,15 +30,13 @@ def install(host: str | None = None) -> None:
     """
     if host not in (None, "torchdiffeq", "torchdyn"):
         raise OptionError(
-            explain(
-                f"host is {host!r}.",
-                '"torchdiffeq", "torchdyn" or None.',
-                'tdh.install("torchdyn")',
-            )
+            problem=f"host is {host!r}.",
+            expected='"torchdiffeq", "torchdyn" or None.',
+            fix='tdh.install("torchdyn")',
         )
     with _registry.lock:
-        torchdiffeq.install()
-        torchdyn.install()
+        torchdiffeq.host.install()
+        torchdyn.host.install()
     if host == "torchdyn":
         torchdyn.load()
 
@@ -52,5 +50,9 @@ def uninstall() -> None:
         >>> tdh.install()
     """
     with _registry.lock:
-        torchdiffeq.uninstall()
-        torchdyn.uninstall()
+        torchdiffeq.host.uninstall()
+        torchdyn.host.uninstall()
+
+
+_registry.on_change(torchdiffeq.host.follow)
+_registry.on_change(torchdyn.host.follow)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn, optim
 
-from torchdiffeq_hyper._fields import Conditioned
+from torchdiffeq_hyper._fields import Conditioned, model_as_found
 from torchdiffeq_hyper._files import Anything, Default, Maybe, Record, Table, checked, record_of
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import OptionError, explain
@@ -27,7 +27,6 @@ from torchdiffeq_hyper.fitting._data import Batch
 from torchdiffeq_hyper.fitting._field import wide_dtype
 from torchdiffeq_hyper.fitting._fit import check_hypernet
 from torchdiffeq_hyper.fitting._guard import left_as_found, modules_in, own_random_state
-from torchdiffeq_hyper.fitting._neural_ode import attributes_kept
 from torchdiffeq_hyper.fitting._objectives import (
     delta_quantiles,
     no_correction,
@@ -319,7 +318,7 @@ class HyperSolverModule(LightningModule):
 
     @contextmanager
     def _as_found(self) -> Iterator[None]:
-        with left_as_found(self._func[0]), attributes_kept(self._problem.func):
+        with left_as_found(self._func[0]), model_as_found(self._problem.func):
             yield
 
     @contextmanager

@@ -18,7 +18,6 @@ from torchdiffeq_hyper.errors import (
     MissingHypernetError,
     OptionError,
     StateTypeError,
-    explain,
 )
 from torchdiffeq_hyper.tableaus import Tableau
 
@@ -49,15 +48,12 @@ class Builder(Protocol[BuiltT_co]):
 
     def step_by_step(self, method: SteppingMethod) -> BuiltT_co:
         """Return what solves step by step, along a time grid."""
-        ...
 
     def all_at_once(self, method: WholeMethod) -> BuiltT_co:
         """Return what hands the whole problem to the method's part."""
-        ...
 
     def ready_made(self, method: ReadyMethod) -> BuiltT_co:
         """Return what runs a solver class of torchdiffeq's own kind."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,46 +122,36 @@ class SteppingMethod(Method):
     option: str | None = "solver"
 
     def build(self, host: Builder[BuiltT_co]) -> BuiltT_co:
-        """Return what a host is given for this method."""
         return host.step_by_step(self)
 
     def serves(self, part: object) -> bool:
-        """Return whether ``part`` is a hypersolver of this base."""
         return base_of(part) == self.tableau.name
 
     def checked(self, part: Any) -> Any:
-        """Return the hypersolver of a call; see `Method.checked`."""
         base = self.tableau.name
         if part is None:
             example = f'tdh.fit(func, y0, (0.0, 1.0), base="{base}", steps=10)'
             _refuse_missing(self, "fitted hypernet", "a fitted part", "solver", example)
         if base_of(part) is None:
             raise StateTypeError(
-                explain(
-                    f"the solver for {self.name!r} is a {type(part).__name__}.",
-                    "a HyperSolver.",
-                    'options={"solver": tdh.HyperSolver(base, hypernet, steps)}   '
-                    '# or {"hypernet": net}',
-                )
+                problem=f"the solver for {self.name!r} is a {type(part).__name__}.",
+                expected="a HyperSolver.",
+                fix='options={"solver": tdh.HyperSolver(base, hypernet, steps)}   '
+                '# or {"hypernet": net}',
             )
         if part.base != base:
             raise BaseMismatchError(
-                explain(
-                    f'the solver was fitted for base "{part.base}", method "{self.name}" '
-                    f'corrects base "{base}".',
-                    "a correction fitted for the base it is used on.",
-                    f'odeint(..., method="{part.method}")',
-                )
+                problem=f'the solver was fitted for base "{part.base}", method "{self.name}" '
+                f'corrects base "{base}".',
+                expected="a correction fitted for the base it is used on.",
+                fix=f'odeint(..., method="{part.method}")',
             )
         return part
 
     def published(self, name: str, part: Any, owner: str) -> Method:
-        """Return the method called ``name`` with the base that ``part`` was fitted for."""
-        tableau = part.tableau
-        corrected = replace(
-            self, tableau=tableau, order=tableau.order, calls_per_step=tableau.calls
-        )
-        return replace(corrected, name=name, fitted=part, owner=owner)
+        base = part.tableau  # with the part's own alpha
+        fitted = replace(self, tableau=base, order=base.order, calls_per_step=base.calls)
+        return replace(fitted, name=name, fitted=part, owner=owner)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,11 +162,9 @@ class WholeMethod(Method):
     example: str
 
     def build(self, host: Builder[BuiltT_co]) -> BuiltT_co:
-        """Return what a host is given for this method."""
         return host.all_at_once(self)
 
     def serves(self, part: object) -> bool:
-        """Return whether ``part`` is of the method's class."""
         return isinstance(part, self.kind)
 
     @property
@@ -189,11 +173,9 @@ class WholeMethod(Method):
         return [self.option] if self.option else list(inspect.signature(self.kind).parameters)
 
     def given(self, options: Mapping[str, Any]) -> Any:
-        """Return the part that a call's options hold, or that they describe."""
         return self.kind(**options) if self.option is None else options.get(self.option)
 
     def checked(self, part: Any) -> Any:
-        """Return the part of a call; see `Method.checked`."""
         kind, option = self.kind.__name__, self.option
         if part is None:
             _refuse_missing(self, kind, "one", option, self.example)
@@ -202,11 +184,9 @@ class WholeMethod(Method):
             if base_of(part) is not None:
                 fix = f'odeint(..., method="{part.method}")   # the method of this solver'
             raise StateTypeError(
-                explain(
-                    f'the part for method "{self.name}" is a {type(part).__name__}.',
-                    f"a {kind}.",
-                    fix,
-                )
+                problem=f'the part for method "{self.name}" is a {type(part).__name__}.',
+                expected=f"a {kind}.",
+                fix=fix,
             )
         return part
 
@@ -218,15 +198,12 @@ class ReadyMethod(Method):
     solver: Callable[..., Any]
 
     def build(self, host: Builder[BuiltT_co]) -> BuiltT_co:
-        """Return what a host is given for this method."""
         return host.ready_made(self)
 
     def serves(self, part: object) -> bool:
-        """Return False: there are no parts."""
         return False
 
     def checked(self, part: Any) -> Any:
-        """Return ``part``: there are none to check."""
         return part
 
 
@@ -237,15 +214,15 @@ def base_of(part: object) -> str | None:
 
 
 def make_method(
+    owner: str,
     name: str,
     solver: Tableau | WholeSolve | Callable[..., Any],
-    owner: str,
     *,
-    order: int | None,
-    calls_per_step: int | None,
-    follows_grid: bool,
+    order: int | None = None,
+    calls_per_step: int | None = None,
+    follows_grid: bool = True,
 ) -> Method:
-    """Return the method that a plugin registers.
+    """Return the method that a plugin registers; see `register_solvers`.
 
     Raises:
         OptionError: the declarations are missing or make no sense.
@@ -253,50 +230,26 @@ def make_method(
     if isinstance(solver, Tableau):
         order, calls_per_step = solver.order, solver.calls
     if order is None or calls_per_step is None:
-        raise OptionError(
-            explain(
-                f'method "{name}" of {owner} does not declare its order and calls per step.',
-                "both, for a solver class.",
-                f'register("{name}", Solver, order=2, calls_per_step=2)',
-            )
-        )
-    _check_declarations(name, order=order, calls_per_step=calls_per_step)
-    fields: dict[str, Any] = {
-        "name": name,
-        "order": order,
-        "calls_per_step": calls_per_step,
-        "follows_grid": follows_grid,
-        "owner": owner,
-    }
-    if isinstance(solver, Tableau):
-        return SteppingMethod(**fields, tableau=solver)
-    if isinstance(solver, WholeSolve):
-        return WholeMethod(**fields, **vars(solver))
-    if callable(solver):
+        problem = f'method "{name}" of {owner} does not declare its order and calls per step.'
+        expected = "both, for a solver class."
+    elif not isinstance(name, str) or not name:
+        problem, expected = f"a method's name is {name!r}.", "a non-empty string."
+    elif not all(isinstance(count, int) and count >= 1 for count in (order, calls_per_step)):
+        problem = f'method "{name}" declares {order=!r}, {calls_per_step=!r}.'
+        expected = "an int of at least 1."
+    elif not isinstance(solver, Tableau | WholeSolve) and not callable(solver):
+        problem = f'method "{name}" has solver={solver!r}.'
+        expected = "a Tableau, a WholeSolve or a torchdiffeq solver class."
+    else:
+        fields: dict[str, Any] = {"name": name, "owner": owner, "follows_grid": follows_grid}
+        fields |= {"order": order, "calls_per_step": calls_per_step}
+        if isinstance(solver, Tableau):
+            return SteppingMethod(**fields, tableau=solver)
+        if isinstance(solver, WholeSolve):
+            return WholeMethod(**fields, **vars(solver))
         return ReadyMethod(**fields, solver=solver)
-    raise OptionError(
-        explain(
-            f'method "{name}" has solver={solver!r}.',
-            "a Tableau, a WholeSolve or a torchdiffeq solver class.",
-            f'register("{name}", MySolver, order=2, calls_per_step=2)',
-        )
-    )
-
-
-def _check_declarations(name: object, **counts: object) -> None:
-    if not isinstance(name, str) or not name:
-        raise OptionError(
-            explain(f"a method's name is {name!r}.", "a non-empty string.", 'name="my-method"')
-        )
-    for field, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            raise OptionError(
-                explain(
-                    f'method "{name}" declares {field}={value!r}.',
-                    "an int of at least 1.",
-                    f"{field}=1",
-                )
-            )
+    fix = f'register("{name or "my-method"}", MySolver, order=2, calls_per_step=2)'
+    raise OptionError(problem=problem, expected=expected, fix=fix)
 
 
 def _refuse_missing(
@@ -304,14 +257,12 @@ def _refuse_missing(
 ) -> NoReturn:
     name = method.name
     raise MissingHypernetError(
-        explain(
-            f'method "{name}" found no {what} for this func.',
-            f"{which} as an option, attached to func, in scope, or under a published name.",
-            f"{option} = {example}\n"
-            f'odeint(func, y0, t, method="{name}", options={{"{option}": {option}}})\n'
-            f"NeuralODE(vf, solver={option})            # torchdyn\n"
-            f'tdh.attach(func, {option})                # then method="{name}" on this func\n'
-            f'with tdh.using({option}): ...             # then method="{name}" inside\n'
-            f'tdh.register_method("my-fast", {option})  # then method="my-fast" anywhere',
-        )
+        problem=f'method "{name}" found no {what} for this func.',
+        expected=f"{which} as an option, attached to func, in scope, or under a published name.",
+        fix=f"{option} = {example}\n"
+        f'odeint(func, y0, t, method="{name}", options={{"{option}": {option}}})\n'
+        f"NeuralODE(vf, solver={option})            # torchdyn\n"
+        f'tdh.attach(func, {option})                # then method="{name}" on this func\n'
+        f'with tdh.using({option}): ...             # then method="{name}" inside\n'
+        f'tdh.register_method("my-fast", {option})  # then method="my-fast" anywhere',
     )

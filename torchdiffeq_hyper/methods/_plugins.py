@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from importlib import metadata
 from typing import Any, NoReturn
 
 import pluggy
 
-from torchdiffeq_hyper.errors import OptionError, PluginWarning, explain
+from torchdiffeq_hyper.errors import OptionError, PluginWarning
 from torchdiffeq_hyper.methods import _hookspecs, _registry
-from torchdiffeq_hyper.methods._method import WholeSolve, make_method
-from torchdiffeq_hyper.tableaus import Tableau
+from torchdiffeq_hyper.methods._method import make_method
 
 _manager = pluggy.PluginManager(_hookspecs.PROJECT)
 _manager.add_hookspecs(_hookspecs)
@@ -34,8 +32,7 @@ def register_plugin(plugin: object, name: str | None = None) -> None:
     Example:
         >>> import dataclasses
         >>> import torchdiffeq_hyper as tdh
-        >>> from torchdiffeq_hyper.methods._method import WholeSolve, make_method
-    from torchdiffeq_hyper.tableaus import second_order
+        >>> from torchdiffeq_hyper.tableaus import second_order
         >>> class Ralston:
         ...     @tdh.hookimpl
         ...     def register_solvers(self, register):
@@ -50,15 +47,14 @@ def register_plugin(plugin: object, name: str | None = None) -> None:
     """
     owner = name or str(getattr(plugin, "__name__", type(plugin).__name__))
     with _registry.lock:
-        notify()  # a host may have got methods of its own meanwhile
+        _registry.notify()  # a host may have got methods of its own meanwhile
+        _check_new(plugin, owner)
         try:
-            with _registry.rollback_on_error():
+            with _registry.changing():
                 _collect(plugin, owner)
-                notify()
         except BaseException:
-            if _manager.get_plugin(owner) is plugin:
-                _manager.unregister(plugin)
-            notify()
+            if _manager.has_plugin(owner):
+                _manager.unregister(name=owner)
             raise
 
 
@@ -71,74 +67,51 @@ def unregister_plugin(name: str) -> None:
     with _registry.lock:
         if _manager.get_plugin(name) is None:
             raise OptionError(
-                explain(
-                    f"no plugin is called {name!r}.",
-                    "one of " + ", ".join(repr(known) for known, _ in _manager.list_name_plugin()),
-                    "tdh.register_plugin(plugin, name=...) first",
-                )
+                problem=f"no plugin is called {name!r}.",
+                expected="one of "
+                + ", ".join(repr(known) for known, _ in _manager.list_name_plugin()),
+                fix="tdh.register_plugin(plugin, name=...) first",
             )
         _manager.unregister(name=name)
         for method in _registry.methods().values():
             if method.owner == name:
                 _registry.remove(method.name)
-        notify()
+        _registry.notify()
+
+
+def _check_new(plugin: object, owner: str) -> None:
+    if _manager.has_plugin(owner) or _manager.is_registered(plugin):
+        raise OptionError(
+            problem=f"plugin {owner!r} is registered already.",
+            expected="a plugin, and a name, that is new.",
+            fix=f"tdh.unregister_plugin({owner!r}) first",
+        )
 
 
 def _collect(plugin: object, owner: str) -> None:
     """Register a plugin with pluggy and call its hook alone."""
+
+    def register(*method: Any, **declared: Any) -> None:
+        _registry.add(make_method(owner, *method, **declared))
+
     others = [p for _, p in _manager.list_name_plugin()]
-    if _manager.has_plugin(owner) or _manager.is_registered(plugin):
-        raise OptionError(
-            explain(
-                f"plugin {owner!r} is registered already.",
-                "a plugin, and a name, that is new.",
-                f"tdh.unregister_plugin({owner!r}) first",
-            )
-        )
     try:
         _manager.register(plugin, name=owner)
         _manager.check_pending()
-        if not _manager.get_hookcallers(plugin):
-            _refuse(f"plugin {owner!r} implements no hook.")
-        hook = _manager.subset_hook_caller("register_solvers", others)
-        hook(register=_register_for(owner))
-    except BaseException as error:
-        if _manager.has_plugin(owner):
-            _manager.unregister(name=owner)
-        if isinstance(error, pluggy.PluginValidationError):
-            _refuse(f"plugin {owner!r} does not fit the hook: {error}")
-        raise
+    except pluggy.PluginValidationError as error:
+        _refuse(f"plugin {owner!r} does not fit the hook: {error}")
+    if not _manager.get_hookcallers(plugin):
+        _refuse(f"plugin {owner!r} implements no hook.")
+    hook = _manager.subset_hook_caller("register_solvers", others)
+    hook(register=register)
 
 
 def _refuse(problem: str) -> NoReturn:
     raise OptionError(
-        explain(
-            problem,
-            "a function register_solvers(register) marked with tdh.hookimpl.",
-            "@tdh.hookimpl\ndef register_solvers(register): ...",
-        )
+        problem=problem,
+        expected="a function register_solvers(register) marked with tdh.hookimpl.",
+        fix="@tdh.hookimpl\ndef register_solvers(register): ...",
     )
-
-
-def _register_for(owner: str) -> _hookspecs.Register:
-    def register(
-        name: str,
-        solver: Tableau | WholeSolve | Callable[..., Any],
-        *,
-        order: int | None = None,
-        calls_per_step: int | None = None,
-        follows_grid: bool = True,
-    ) -> None:
-        declared = {"order": order, "calls_per_step": calls_per_step}
-        _registry.add(make_method(name, solver, owner, **declared, follows_grid=follows_grid))
-
-    return register
-
-
-def load_builtin(plugin: object) -> None:
-    """Register the package's own methods, through the hook."""
-    with _registry.rollback_on_error():
-        _collect(plugin, _hookspecs.PROJECT)
 
 
 def load_entry_points() -> None:
@@ -152,18 +125,3 @@ def load_entry_points() -> None:
                 PluginWarning,
                 stacklevel=2,
             )
-
-
-_listeners: list[Callable[[], None]] = []
-
-
-def on_change(listener: Callable[[], None]) -> None:
-    """Have ``listener`` called whenever methods come or go (hosts follow the registry)."""
-    _listeners.append(listener)
-
-
-def notify() -> None:
-    """Tell all listeners that methods have come or gone."""
-    with _registry.lock:
-        for listener in _listeners:
-            listener()

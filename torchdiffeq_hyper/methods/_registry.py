@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torchdiffeq_hyper.errors import (
     DuplicateMethodError,
     OptionError,
     closest,
-    explain,
     unknown_method,
 )
 from torchdiffeq_hyper.methods._method import Method
@@ -28,11 +27,9 @@ _hosts: Mapping[str, Mapping[str, bool]] = {}
 
 
 def reserve(follows_grid: Mapping[str, bool], owner: str) -> None:
-    """Note a host's own methods as they are now, so that no entry can take their names.
+    """Note which methods a host has of its own, and whether each follows a time grid.
 
-    Args:
-        follows_grid: for each name, whether the method steps along a time grid.
-        owner: the host's name, for messages.
+    No entry can take their names.
     """
     global _hosts  # noqa: PLW0603 - one registry for the whole process
     with lock:
@@ -58,11 +55,9 @@ def add(method: Method) -> None:
             _replace({**_methods, method.name: method})
     if taken is not None:
         raise DuplicateMethodError(
-            explain(
-                f'method "{method.name}" of {method.owner} is already a method of {taken}.',
-                "a name that no host, plugin or published solver has.",
-                f'choose another name, e.g. "{method.name}-2"',
-            )
+            problem=f'method "{method.name}" of {method.owner} is already a method of {taken}.',
+            expected="a name that no host, plugin or published solver has.",
+            fix=f'choose another name, e.g. "{method.name}-2"',
         )
 
 
@@ -102,8 +97,10 @@ def methods() -> Mapping[str, Method]:
 
 def method_for(part: object) -> Method | None:
     """Return the method that a fitted part serves; None for other objects."""
-    entries = (method for method in _methods.values() if method.fitted is None)
-    return next((method for method in entries if method.serves(part)), None)
+    for method in _methods.values():
+        if method.fitted is None and method.serves(part):
+            return method
+    return None
 
 
 def method_of(base: str) -> Method:
@@ -119,11 +116,9 @@ def method_of(base: str) -> Method:
     }
     if not isinstance(base, str) or base not in learned:
         raise OptionError(
-            explain(
-                f"base is {base!r}.",
-                "one of " + ", ".join(f'"{name}"' for name in learned) + ".",
-                f'base="{closest(base, learned or ["euler"])}"',
-            )
+            problem=f"base is {base!r}.",
+            expected="one of " + ", ".join(f'"{name}"' for name in learned) + ".",
+            fix=f'base="{closest(base, learned or ["euler"])}"',
         )
     return learned[base]
 
@@ -140,22 +135,37 @@ def find_tableau(base: str, alpha: float | None = None) -> Tableau:
         return tableau
     if tableau.alpha is None:
         raise OptionError(
-            explain(
-                f"alpha is {alpha!r}, but the base is {base!r}.",
-                'alpha goes with base="alpha" (method "hyper2") only.',
-                f'base="alpha", alpha={alpha!r}',
-            )
+            problem=f"alpha is {alpha!r}, but the base is {base!r}.",
+            expected='alpha goes with base="alpha" (method "hyper2") only.',
+            fix=f'base="alpha", alpha={alpha!r}',
         )
     return second_order(alpha)
 
 
+_listeners: list[Callable[[], None]] = []
+
+
+def on_change(listener: Callable[[], None]) -> None:
+    """Have ``listener`` called whenever methods come or go (hosts follow the registry)."""
+    _listeners.append(listener)
+
+
+def notify() -> None:
+    """Tell all listeners that methods have come or gone."""
+    with lock:
+        for listener in _listeners:
+            listener()
+
+
 @contextmanager
-def rollback_on_error() -> Iterator[None]:
-    """Leave the registry as it was if the block raises; others wait for the end of it."""
+def changing() -> Iterator[None]:
+    """Change the methods inside the block and have hosts follow; an error undoes it all."""
     with lock:
         before = _methods
         try:
             yield
+            notify()
         except BaseException:
             _replace(before)
+            notify()
             raise

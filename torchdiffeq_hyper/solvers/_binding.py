@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchdiffeq_hyper._fields import owner_of, owners_in
 from torchdiffeq_hyper._state import VectorField
-from torchdiffeq_hyper.errors import OptionError, StateTypeError, explain
+from torchdiffeq_hyper.errors import OptionError, StateTypeError
 from torchdiffeq_hyper.methods._method import Method
 from torchdiffeq_hyper.solvers import _attached
 from torchdiffeq_hyper.solvers._domain import FitDomain, Match
@@ -75,7 +75,9 @@ def attach(func: VectorField, solver: FittedT) -> FittedT:
     """
     if not callable(func):
         raise StateTypeError(
-            explain(f"func is a {type(func).__name__}.", "a callable func(t, y).", "func=model")
+            problem=f"func is a {type(func).__name__}.",
+            expected="a callable func(t, y).",
+            fix="func=model",
         )
     _attached.add(owner_of(func), _key(check_fitted(solver)), solver)
     return solver
@@ -96,11 +98,9 @@ def detach(func: VectorField, method: str | None = None) -> None:
     if not _attached.remove(owner_of(func), method):
         what = "a solver" if method is None else f'a solver for "{method}"'
         raise OptionError(
-            explain(
-                f"{what} is not attached to this func.",
-                "the very object that was given to attach (copies are not attached).",
-                "tdh.attach(func, solver) first",
-            )
+            problem=f"{what} is not attached to this func.",
+            expected="the very object that was given to attach (copies are not attached).",
+            fix="tdh.attach(func, solver) first",
         )
 
 
@@ -163,11 +163,11 @@ class Times:
         return ends[0], ends[1]
 
 
-_NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
-
-
 def resolve(
-    method: Method, func: VectorField, times: Times, options: Mapping[str, Any] = _NO_OPTIONS
+    method: Method,
+    func: VectorField,
+    times: Times,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """Return the fitted part that serves a call; the first match wins.
 
@@ -209,9 +209,9 @@ def find_bound(func: VectorField, method: str, times: Times) -> Fitted | None:
             found = [solver for solver, match in zip(place, matches, strict=True) if match == best]
             are_tied = any(getattr(solver, "is_tied_to_span", False) for solver in found)
             if len(found) > 1 and start is None and are_tied:
-                raise OptionError(_cannot_choose(method))
+                raise _cannot_choose(method)
             return found[-1]
-    raise OptionError(_none_serves(method, solvers, times, start, end))
+    raise _none_serves(method, solvers, times, start, end)
 
 
 def check_fitted(solver: FittedT) -> FittedT:
@@ -223,11 +223,9 @@ def check_fitted(solver: FittedT) -> FittedT:
     if isinstance(getattr(solver, "method", None), str):
         return solver
     raise StateTypeError(
-        explain(
-            f"solver is a {type(solver).__name__}.",
-            "a fitted solver, e.g. a HyperSolver.",
-            'tdh.HyperSolver(base="euler", hypernet=g, steps=10)',
-        )
+        problem=f"solver is a {type(solver).__name__}.",
+        expected="a fitted solver, e.g. a HyperSolver.",
+        fix='tdh.HyperSolver(base="euler", hypernet=g, steps=10)',
     )
 
 
@@ -252,28 +250,28 @@ def _match(solver: Any, times: Times, start: float | None, end: float | None) ->
     return match
 
 
-def _cannot_choose(method: str) -> str:
-    return explain(
-        f'several solvers for method "{method}" differ in their span alone, and t has no values '
-        "here to choose one by.",
-        "the solver itself, where a solve is compiled or runs under vmap.",
-        f'odeint(func, y0, t, method="{method}", options={{"solver": solver}})',
+def _cannot_choose(method: str) -> OptionError:
+    return OptionError(
+        problem=f'several solvers for method "{method}" differ in their span alone, and t has '
+        "no values here to choose one by.",
+        expected="the solver itself, where a solve is compiled or runs under vmap.",
+        fix=f'odeint(func, y0, t, method="{method}", options={{"solver": solver}})',
     )
 
 
 def _none_serves(
     method: str, solvers: Sequence[Fitted], times: Times, start: float | None, end: float | None
-) -> str:
+) -> OptionError:
     spans = [getattr(solver, "span", None) for solver in solvers]
     fitted = ", ".join(f"from {span[0]:.6g} to {span[1]:.6g}" for span in spans if span)
     way = "forward" if times.direction > 0 else "in reverse"
     asked = f"goes {way}" if start is None else f"starts at {start:.6g} and goes {way}"
     if start is not None and end is not None:
         asked = f"goes from {start:.6g} to {end:.6g}"
-    return explain(
-        f'no solver for method "{method}" was fitted for these times: t {asked}; those '
+    return OptionError(
+        problem=f'no solver for method "{method}" was fitted for these times: t {asked}; those '
         f"attached to func or in scope were fitted {fitted}.",
-        "times that start where one of them does and stay in its span.",
-        f"a fit for them: tdh.attach(func, tdh.fit(func, y0, ({start or 0:.6g}, "
+        expected="times that start where one of them does and stay in its span.",
+        fix=f"a fit for them: tdh.attach(func, tdh.fit(func, y0, ({start or 0:.6g}, "
         f'{1 if end is None else end:.6g}), base="{method}", steps=8))',
     )

@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._state import StateLayout
-from torchdiffeq_hyper.errors import OptionError, closest, explain
-from torchdiffeq_hyper.hosts.torchdiffeq import _upstream
+from torchdiffeq_hyper.errors import OptionError, closest
+from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
+    PerturbFunc,
+    ReverseFunc,
+    TupleFunc,
+    forward_func_of,
+)
 from torchdiffeq_hyper.solvers._grid import points_between
 from torchdiffeq_hyper.tableaus import Tableau
 
@@ -67,14 +72,15 @@ class HostCall:
     def of(cls, func: Any) -> HostCall:
         """Look through the wrappers around ``func``."""
         negated, shapes, perturbs, carrier = False, None, 0, func
-        inner = _upstream.unwrap(func)
-        while inner is not None:
-            negated ^= _upstream.is_reversed(func)
-            shapes = _upstream.tuple_shapes(func) or shapes
-            if _upstream.is_perturbed(func):
+        while isinstance(func, PerturbFunc | ReverseFunc | TupleFunc):
+            if isinstance(func, PerturbFunc):  # the outermost one of an `odeint` call
                 perturbs, carrier = perturbs + 1, func
-            func, inner = inner, _upstream.unwrap(inner)
-        forward = _upstream.forward_func_of(func)
+            elif isinstance(func, ReverseFunc):
+                negated ^= func.mul < 0
+            else:
+                shapes = tuple(map(tuple, func.shapes))
+            func = func.base_func
+        forward = forward_func_of(func)
         return cls(
             func=func,
             negated=negated,
@@ -103,25 +109,17 @@ class HostCall:
 def known_options(
     options: dict[str, Any], known: Sequence[str], method: str, also_accepted: frozenset[str]
 ) -> dict[str, Any]:
-    """Return those options of a call that its method has.
-
-    Args:
-        options: all of them.
-        known: the names that the method has.
-        method: its name, for the message.
-        also_accepted: names to accept and leave out.
+    """Return those options of a call that its method has; leave out others that are accepted.
 
     Raises:
-        OptionError: one has another name.
+        OptionError: one is neither.
     """
     for name in options:
         if name not in known and name not in also_accepted:
             where = ' ("alpha" goes with method "hyper2")' if name == "alpha" else ""
             raise OptionError(
-                explain(
-                    f'method "{method}" has no option "{name}"{where}.',
-                    "one of " + ", ".join(f'"{option}"' for option in known) + ".",
-                    f'options={{"{closest(name, known)}": ...}}',
-                )
+                problem=f'method "{method}" has no option "{name}"{where}.',
+                expected="one of " + ", ".join(f'"{option}"' for option in known) + ".",
+                fix=f'options={{"{closest(name, known)}": ...}}',
             )
     return {name: value for name, value in options.items() if name in known}

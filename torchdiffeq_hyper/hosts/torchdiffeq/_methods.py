@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torchdiffeq_hyper.errors import StateTypeError, UnknownMethodError, closest, explain
-from torchdiffeq_hyper.hosts._table import MethodTable
+from torchdiffeq_hyper.errors import StateTypeError, UnknownMethodError, closest
+from torchdiffeq_hyper.hosts._host import Host
 from torchdiffeq_hyper.hosts.torchdiffeq import _patches
 from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
 from torchdiffeq_hyper.hosts.torchdiffeq._solver import HyperGridSolver
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import SOLVERS, FixedGridODESolver, options_of
 from torchdiffeq_hyper.hosts.torchdiffeq._whole import WholeProblemSolver
-from torchdiffeq_hyper.methods import _plugins, _registry
+from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.methods._method import Method, ReadyMethod, SteppingMethod, WholeMethod
 from torchdiffeq_hyper.solvers._binding import Fitted, FittedT
 
@@ -49,48 +49,43 @@ class _Classes:
         return type(name, (base,), fields)
 
 
-_table = MethodTable("torchdiffeq", "method", lambda: SOLVERS, _Classes())
+class Torchdiffeq(Host):
+    """torchdiffeq's dict `SOLVERS`."""
 
+    name = "torchdiffeq"
+    noun = "method"
 
-def install() -> None:
-    """Add the registered methods to torchdiffeq, and change no existing name.
+    def entries(self) -> dict[str, Any]:
+        """Return `SOLVERS`."""
+        solvers: dict[str, Any] = SOLVERS
+        return solvers
 
-    Raises:
-        DuplicateMethodError: torchdiffeq has got a method of the same name meanwhile.
-    """
-    with _registry.lock:
-        _table.is_installed = True
-        follow_registry()
+    def build(self, method: Method) -> Any:
+        """Return the class that torchdiffeq calls."""
+        return method.build(_Classes())
 
+    def follow(self) -> None:
+        """Make `SOLVERS` hold what the registry holds and what open scopes put there."""
+        with _registry.lock:
+            self.reserve_own_names()
+            try:
+                super().follow()
+            finally:
+                _patches.follow()
 
-def uninstall() -> None:
-    """Remove everything that `install` added: torchdiffeq is as it was before the import."""
-    with _registry.lock:
-        _table.is_installed = False
-        follow_registry()
-
-
-def follow_registry() -> None:
-    """Make torchdiffeq's dict hold what the registry holds, if installed."""
-    with _registry.lock:
-        reserve_host_names()
-        try:
-            _table.follow()
-        finally:
-            _patches.follow()
-
-
-def reserve_host_names() -> None:
-    """Tell the registry which names torchdiffeq has of its own."""
-    with _registry.lock:
-        own = {n: _patches.unpatched(cls) for n, cls in SOLVERS.items() if n not in _table.added}
+    def reserve_own_names(self) -> None:
+        """Tell the registry which methods torchdiffeq has of its own."""
+        own = {n: _patches.unpatched(cls) for n, cls in SOLVERS.items() if n not in self.added}
         _registry.reserve(
             {
                 name: isinstance(cls, type) and issubclass(cls, FixedGridODESolver)
                 for name, cls in own.items()
             },
-            "torchdiffeq",
+            self.name,
         )
+
+
+host = Torchdiffeq()
 
 
 def published(name: str, solver: Fitted, owner: str) -> Method:
@@ -102,11 +97,9 @@ def published(name: str, solver: Fitted, owner: str) -> Method:
     entry = _registry.method_for(solver)
     if entry is None or entry.option is None:
         raise StateTypeError(
-            explain(
-                f"solver is a {type(solver).__name__}.",
-                "a fitted solver: a HyperSolver, or a Dise.",
-                'tdh.HyperSolver(base="euler", hypernet=g, steps=10)',
-            )
+            problem=f"solver is a {type(solver).__name__}.",
+            expected="a fitted solver: a HyperSolver, or a Dise.",
+            fix='tdh.HyperSolver(base="euler", hypernet=g, steps=10)',
         )
     return entry.published(name, solver, owner)
 
@@ -135,14 +128,9 @@ def register_method(name: str, solver: Fitted) -> None:
         >>> tdh.unregister_method("decay-fast")
     """
     with _registry.lock:
-        reserve_host_names()
-        try:
-            with _registry.rollback_on_error():
-                _registry.add(published(name, solver, _PUBLISHED))
-                _plugins.notify()  # every host
-        except BaseException:
-            _plugins.notify()
-            raise
+        host.reserve_own_names()
+        with _registry.changing():
+            _registry.add(published(name, solver, _PUBLISHED))
 
 
 def unregister_method(name: str) -> None:
@@ -155,14 +143,12 @@ def unregister_method(name: str) -> None:
         method = _registry.methods().get(name)
         if method is None or method.owner != _PUBLISHED:
             raise UnknownMethodError(
-                explain(
-                    f"{name!r} is not a published name.",
-                    "a name given to tdh.register_method.",
-                    f'tdh.register_method("{name}", solver) first',
-                )
+                problem=f"{name!r} is not a published name.",
+                expected="a name given to tdh.register_method.",
+                fix=f'tdh.register_method("{name}", solver) first',
             )
         _registry.remove(name)
-        _plugins.notify()
+        _registry.notify()
 
 
 @contextmanager
@@ -194,11 +180,9 @@ def override(method: str, solver: FittedT) -> Iterator[FittedT]:
     known = dict(SOLVERS)
     if method not in known:
         raise UnknownMethodError(
-            explain(
-                f"torchdiffeq has no method {method!r} to override.",
-                "one of " + ", ".join(f'"{name}"' for name in known) + ".",
-                f'tdh.override("{closest(method, known)}", solver)',
-            )
+            problem=f"torchdiffeq has no method {method!r} to override.",
+            expected="one of " + ", ".join(f'"{name}"' for name in known) + ".",
+            fix=f'tdh.override("{closest(method, known)}", solver)',
         )
     original = _patches.unpatched(known[method])
     served = published(method, solver, "override").build(_Classes(options_of(original)))

@@ -10,7 +10,7 @@ import contextvars
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -18,35 +18,22 @@ from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import SOLVERS, dopri5_solver
 from torchdiffeq_hyper.methods import _registry
 
-_NONE: Mapping[str, Any] = MappingProxyType({})
-
-overrides: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar(
-    "overrides", default=_NONE
-)
-"""The class that serves each overridden method."""
-
-
-@contextmanager
-def no_overrides() -> Iterator[None]:
-    """Let the host's methods be its own inside the block."""
-    token = overrides.set(_NONE)
-    try:
-        yield
-    finally:
-        overrides.reset(token)
-
-
 Build: TypeAlias = Callable[..., Any]
 """``(func, y0, rtol, atol, **options) -> solver``: what a method name stands for."""
 Watch: TypeAlias = Callable[..., Any]
 """``(method, build, func, y0, rtol, atol, **options) -> solver``."""
 
+_NONE: Mapping[str, Build] = MappingProxyType({})
+_overrides: contextvars.ContextVar[Mapping[str, Build]] = contextvars.ContextVar(
+    "overrides", default=_NONE
+)
 _watch: contextvars.ContextVar[Watch | None] = contextvars.ContextVar("watch", default=None)
 
 _SERVED = "_torchdiffeq_hyper_served_backward"
 
-_replacing: Counter[str] = Counter()
-_watching = 0
+_ALL = "all methods"
+# Open scopes of the process by the method they patch: `SOLVERS` is one dict for all threads.
+_scopes: Counter[str] = Counter()
 
 
 class _Dispatcher:
@@ -57,7 +44,7 @@ class _Dispatcher:
         self.original = original
 
     def __call__(self, func: Any, y0: Any, rtol: Any, atol: Any, **options: Any) -> Any:
-        build = overrides.get().get(self.method, self.original)
+        build = _overrides.get().get(self.method, self.original)
         call = HostCall.of(func)
         if call.is_adjoint_backward and self.method in _served_backward(call.carrier):
             build = dopri5_solver
@@ -72,39 +59,30 @@ class _Dispatcher:
         return valid
 
 
+def no_overrides() -> AbstractContextManager[None]:
+    """Let the host's methods be its own inside the block."""
+    return _set(_overrides, _NONE)
+
+
 @contextmanager
 def replaced(method: str, build: Build) -> Iterator[None]:
     """Have ``method`` served by ``build`` in this context, inside the block."""
-    token = overrides.set({**overrides.get(), method: build})
-    _count(method, 1)
-    try:
+    with _set(_overrides, {**_overrides.get(), method: build}), _patched(method):
         yield
-    finally:
-        _count(method, -1)
-        overrides.reset(token)
 
 
 @contextmanager
 def watched(watch: Watch) -> Iterator[None]:
     """Have every method of this context built by ``watch``, inside the block."""
-    token = _watch.set(watch)
-    _count(None, 1)
-    try:
+    with _set(_watch, watch), _patched(_ALL):
         yield
-    finally:
-        _count(None, -1)
-        _watch.reset(token)
 
 
 def serve_backward(method: str, carrier: Any) -> None:
     """Have the backward solves of one `odeint_adjoint` call run the host's own dopri5.
 
     They may come after the scope has closed, or on a thread that never saw it. So the
-    method stays patched for as long as the call's graph lives; nobody else notices.
-
-    Args:
-        method: the overridden name.
-        carrier: an object that lives as long as the call.
+    method stays patched for as long as ``carrier``, which lives as long as the call's graph.
     """
     carrier.__dict__[_SERVED] = _served_backward(carrier) | {method}
     _count(method, 1)
@@ -124,22 +102,32 @@ def unpatched(solver: Any) -> Any:
 def follow() -> None:
     """Bring `SOLVERS` in line with the open scopes (after methods have come or gone)."""
     with _registry.lock:
-        _sync()
+        for method, solver in list(SOLVERS.items()):
+            if not (_scopes[_ALL] or _scopes[method]):
+                SOLVERS[method] = unpatched(solver)
+            elif not isinstance(solver, _Dispatcher):
+                SOLVERS[method] = _Dispatcher(method, solver)
 
 
-def _count(method: str | None, change: int) -> None:
-    global _watching  # noqa: PLW0603 - SOLVERS is one dict for the whole process
+def _count(method: str, change: int) -> None:
     with _registry.lock:
-        if method is None:
-            _watching += change
-        else:
-            _replacing[method] += change
-        _sync()
+        _scopes[method] += change
+        follow()
 
 
-def _sync() -> None:
-    for method, solver in list(SOLVERS.items()):
-        if not (_watching or _replacing[method]):
-            SOLVERS[method] = unpatched(solver)
-        elif not isinstance(solver, _Dispatcher):
-            SOLVERS[method] = _Dispatcher(method, solver)
+@contextmanager
+def _patched(method: str) -> Iterator[None]:
+    _count(method, 1)
+    try:
+        yield
+    finally:
+        _count(method, -1)
+
+
+@contextmanager
+def _set(variable: contextvars.ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)

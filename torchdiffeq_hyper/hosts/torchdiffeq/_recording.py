@@ -13,7 +13,7 @@ from torchdiffeq import odeint
 
 from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._state import State, VectorField, is_half
-from torchdiffeq_hyper.errors import StateTypeError, explain
+from torchdiffeq_hyper.errors import StateTypeError
 from torchdiffeq_hyper.hosts.torchdiffeq import _patches
 from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
 from torchdiffeq_hyper.hosts.torchdiffeq._step_log import StepLog, WatchedFunc
@@ -107,13 +107,11 @@ def _watch(method: str, build: Callable[..., Any], func: Any, y0: Tensor, **opti
         return _WatchedSolver(build(func=watched, y0=y0, **options), draft)
     if is_half(y0.dtype):
         raise StateTypeError(
-            explain(
-                f'y0 is {y0.dtype}: "{method}" would control its steps by rounding errors.',
-                "float32 or float64 where errors are recorded.",
-                "y0 = tuple(part.float() for part in y0)"
-                if call.layout.shapes
-                else "odeint(func, y0.float(), t, ...)",
-            )
+            problem=f'y0 is {y0.dtype}: "{method}" would control its steps by rounding errors.',
+            expected="float32 or float64 where errors are recorded.",
+            fix="y0 = tuple(part.float() for part in y0)"
+            if call.layout.shapes
+            else "odeint(func, y0.float(), t, ...)",
         )
     log = StepLog(call, draft, y0, keeps_outputs="max_num_steps" in options)
     return _WatchedSolver(_recording_class(build)(log, func=watched, y0=y0, **options), draft)

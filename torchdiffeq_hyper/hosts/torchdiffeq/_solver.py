@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchdiffeq_hyper._fields import check_answer, check_derivative, context_of, own
 from torchdiffeq_hyper._state import Hypernet, check_dtype, is_half
-from torchdiffeq_hyper.errors import OptionError, StateTypeError, explain
+from torchdiffeq_hyper.errors import OptionError, StateTypeError
 from torchdiffeq_hyper.hosts._warnings import warn_if_untrained
 from torchdiffeq_hyper.hosts.torchdiffeq._call import ForwardPlan, HostCall, known_options
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import FixedGridODESolver, Perturb, unperturbed
@@ -55,9 +55,9 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         self._has_grid_option = not {"step_size", "grid_constructor"}.isdisjoint(grid)
         self._solver: HyperSolver | None = None
         self._taken: list[tuple[Tensor, Tensor, Tensor]] | None = None
-        self._ends: _KeptEnds | None = None
+        self._ends: _CachedEnds | None = None
         if self.interp == "cubic":
-            self.func = self._ends = _KeptEnds(self.func)
+            self.func = self._ends = _CachedEnds(self.func)
         self._options = options
         self._step: Step
 
@@ -206,11 +206,9 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         solver = self._solver
         if solver is None or solver.domain is None or solver.n_steps is None:
             raise OptionError(
-                explain(
-                    "an event was asked for without a step size.",
-                    "step_size, or a solver that knows its fitted span and steps.",
-                    'options={"step_size": 0.1, ...}',
-                )
+                problem="an event was asked for without a step size.",
+                expected="step_size, or a solver that knows its fitted span and steps.",
+                fix='options={"step_size": 0.1, ...}',
             )
         start, end = solver.domain.span
         return abs(end - start) / solver.n_steps
@@ -231,7 +229,7 @@ class _InHalf:
         self.func.callback_step(t0, y0.to(self._dtype), dt)
 
 
-class _KeptEnds:
+class _CachedEnds:
     """The host's func where points are read off by cubics: called once at the end of a step.
 
     The host asks for the derivative there for each point that it reads off, and the next
@@ -263,15 +261,15 @@ def _checked_net(net: Any, method: str, options: dict[str, Any]) -> Hypernet:
     """
     if options.get("solver") is not None:
         raise OptionError(
-            explain('options hold both "hypernet" and "solver".', "one of them.", 'drop "hypernet"')
+            problem='options hold both "hypernet" and "solver".',
+            expected="one of them.",
+            fix='drop "hypernet"',
         )
     if base_of(net) is not None or not callable(net):
         raise StateTypeError(
-            explain(
-                f'options["hypernet"] is a {type(net).__name__}.',
-                "a callable g(step) -> correction like step.y.",
-                f'odeint(..., method="{method}", options={{"solver": solver}})',
-            )
+            problem=f'options["hypernet"] is a {type(net).__name__}.',
+            expected="a callable g(step) -> correction like step.y.",
+            fix=f'odeint(..., method="{method}", options={{"solver": solver}})',
         )
     hypernet: Hypernet = net
     return hypernet
@@ -283,18 +281,14 @@ def _check_values(options: dict[str, Any]) -> None:
         isinstance(step_size, int | float | Tensor) and step_size > 0
     ):
         raise OptionError(
-            explain(
-                f"step_size is {step_size!r}.",
-                "a number above 0, also in reverse time.",
-                'options={"step_size": 0.1, ...}',
-            )
+            problem=f"step_size is {step_size!r}.",
+            expected="a number above 0, also in reverse time.",
+            fix='options={"step_size": 0.1, ...}',
         )
     interp = options.get("interp", "linear")
     if interp not in ("linear", "cubic"):
         raise OptionError(
-            explain(
-                f"interp is {interp!r}.",
-                '"linear" or "cubic".',
-                'options={"interp": "cubic", ...}',
-            )
+            problem=f"interp is {interp!r}.",
+            expected='"linear" or "cubic".',
+            fix='options={"interp": "cubic", ...}',
         )

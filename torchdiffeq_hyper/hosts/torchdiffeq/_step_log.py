@@ -44,12 +44,12 @@ class WatchedFunc(PerturbFunc):  # type: ignore[misc]
         return k
 
     def callback_accept_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
-        """Note the step's place and fate, and call the user's callback."""
+        """Note the step and its outcome, and call the user's callback."""
         self.outcome = (t0, dt, True)
         self._replaced[0].callback_accept_step(t0, y0, dt)
 
     def callback_reject_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
-        """Note the step's place and fate, and call the user's callback."""
+        """Note the step and its outcome, and call the user's callback."""
         self.outcome = (t0, dt, False)
         self._replaced[0].callback_reject_step(t0, y0, dt)
 
@@ -76,7 +76,7 @@ class StepLog:
         self._ratio: Tensor | None = None
         self._outputs: list[tuple[Tensor, Tensor]] = []
         self._places: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._fates: list[bool] = []
+        self._are_accepted: list[bool] = []
         self._errors: list[tuple[Tensor, ...]] = []
         self._slopes: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
         self._marks: list[Any] = []
@@ -118,7 +118,7 @@ class StepLog:
         t0, dt, is_accepted = func.outcome
         t0, dt = t0.detach(), dt.detach()
         self._places.append((t0, dt, self._ratio.detach().abs()))
-        self._fates.append(is_accepted)
+        self._are_accepted.append(is_accepted)
         # Past a jump the host calls func once more, which is no stage.
         del stages[len(self._tableau.alpha) :]
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_accepted):
@@ -142,9 +142,9 @@ class StepLog:
             )
 
     def _draw(self, t0: Tensor, dt: Tensor, y: Tensor) -> None:
-        """Keep the n-th accepted step with probability 1/n: each is as likely in the end."""
+        """Sample one accepted step uniformly (reservoir sampling: the n-th replaces with 1/n)."""
         if self._draft.recorders:
-            n = sum(self._fates)
+            n = sum(self._are_accepted)
             if self._draft.recorders[-1].random.random() * n < 1:
                 self._drawn = (t0, dt, y.detach())
 
@@ -190,7 +190,7 @@ class StepLog:
             t0=t0 * sign,
             dt=dt * sign,
             ratio=ratio,
-            is_accepted=torch.tensor(self._fates, device=t0.device),
+            is_accepted=torch.tensor(self._are_accepted, device=t0.device),
             part_errors=_columns(self._errors),
             layout=layout,
             part_slopes=self._part_slopes(),

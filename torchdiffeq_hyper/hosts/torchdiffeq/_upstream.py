@@ -11,65 +11,35 @@ from types import FunctionType
 from typing import Any
 
 from torchdiffeq._impl.dopri5 import Dopri5Solver
-from torchdiffeq._impl.misc import (
-    Perturb,
-    _mixed_norm,
-    _PerturbFunc,
-    _ReverseFunc,
-    _rms_norm,
-    _TupleFunc,
-)
+from torchdiffeq._impl.misc import Perturb, _mixed_norm, _rms_norm
 from torchdiffeq._impl.misc import _PerturbFunc as PerturbFunc
+from torchdiffeq._impl.misc import _ReverseFunc as ReverseFunc
+from torchdiffeq._impl.misc import _TupleFunc as TupleFunc
 from torchdiffeq._impl.odeint import SOLVERS
 from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
 from torchdiffeq._impl.solvers import FixedGridODESolver
 
 __all__ = [
     "SOLVERS",
-    "Dopri5Solver",
     "FixedGridODESolver",
     "Perturb",
     "PerturbFunc",
     "RKAdaptiveStepsizeODESolver",
+    "ReverseFunc",
+    "TupleFunc",
     "dopri5_solver",
     "forward_func_of",
     "is_default_norm",
-    "is_perturbed",
-    "is_reversed",
     "options_of",
-    "tuple_shapes",
     "unperturbed",
-    "unwrap",
 ]
-
-
-def unwrap(func: Any) -> Any | None:
-    """Return what the host wrapped, or None when ``func`` is not one of its wrappers."""
-    if isinstance(func, _PerturbFunc | _ReverseFunc | _TupleFunc):
-        return func.base_func
-    return None
-
-
-def is_perturbed(func: Any) -> bool:
-    """Return whether this wrapper is the outermost one of an `odeint` call."""
-    return isinstance(func, _PerturbFunc)
 
 
 def unperturbed(func: Any) -> Callable[..., Any] | None:
     """Return what the outermost wrapper calls with t cast to the state's dtype, else None."""
     # Not its subclasses, which do more than cast.
-    inner: Callable[..., Any] | None = func.base_func if type(func) is _PerturbFunc else None
+    inner: Callable[..., Any] | None = func.base_func if type(func) is PerturbFunc else None
     return inner
-
-
-def is_reversed(func: Any) -> bool:
-    """Return whether this wrapper negates time and derivative."""
-    return isinstance(func, _ReverseFunc) and func.mul < 0
-
-
-def tuple_shapes(func: Any) -> tuple[tuple[int, ...], ...] | None:
-    """Return the parts' shapes where this wrapper flattens a tuple state."""
-    return tuple(map(tuple, func.shapes)) if isinstance(func, _TupleFunc) else None
 
 
 def forward_func_of(func: Any) -> Callable[..., Any] | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._fields import look_through
 from torchdiffeq_hyper._state import State, VectorField
-from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.hosts._warnings import warn_if_untrained
 from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall, known_options
 from torchdiffeq_hyper.hosts.torchdiffeq._patches import no_overrides
@@ -97,13 +97,11 @@ class WholeProblemSolver:
                 'base="heun", steps=10)'
             )
         raise OptionError(
-            explain(
-                f'method "{name}" '
-                + (f'is overridden by a solver of method "{served}", which ' * (served != name))
-                + "does not look for events.",
-                "a method that takes the whole batch along, up to one event.",
-                fix,
-            )
+            problem=f'method "{name}" '
+            + (f'is overridden by a solver of method "{served}", which ' * (served != name))
+            + "does not look for events.",
+            expected="a method that takes the whole batch along, up to one event.",
+            fix=fix,
         )
 
     @classmethod

@@ -3,11 +3,12 @@
 Imports nothing of torchdyn; it waits for the user's import.
 """
 
-from torchdiffeq_hyper._fields import _wrappers
-from torchdiffeq_hyper.hosts.torchdyn import _upstream
-from torchdiffeq_hyper.hosts.torchdyn._methods import follow_registry, install, load, uninstall
+from torchdiffeq_hyper._fields import add_models, look_through_by
+from torchdiffeq_hyper.hosts.torchdyn._field import NeuralODEField
+from torchdiffeq_hyper.hosts.torchdyn._methods import host, load
+from torchdiffeq_hyper.hosts.torchdyn._upstream import wrapped_field
 
-__all__ = ["follow_registry", "install", "load", "uninstall"]
+__all__ = ["host", "load"]
 
-_wrappers.stand_for_field(_upstream.field_of)
-_wrappers.look_through_by(_upstream.wrapped_field)
+add_models(NeuralODEField.of)
+look_through_by(wrapped_field)

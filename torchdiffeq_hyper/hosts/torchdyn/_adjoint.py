@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._state import is_half
-from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.hosts._warnings import warn_if_untrained
 from torchdiffeq_hyper.hosts.torchdyn import _upstream
-from torchdiffeq_hyper.hosts.torchdyn._call import HostCall
+from torchdiffeq_hyper.hosts.torchdyn._field import HostCall
 from torchdiffeq_hyper.methods._method import base_of
 from torchdiffeq_hyper.solvers._grid import equal_steps, points_between
 from torchdiffeq_hyper.solvers._stepping import Step
@@ -80,14 +80,15 @@ class AdjointCall:
         if self.whole is not None and self.states is None:
             # Which steps a whole solve took is its own affair; its spline goes through dopri5's.
             forward, start = self.whole
-            self.grid, self.states = _upstream.dopri5_steps(
-                forward.func, start, forward.t[[0, -1]].detach(), rtol=self.rtol, atol=self.atol
+            span = forward.t[[0, -1]].detach()
+            self.grid, self.states = _upstream.solve_dopri5(
+                forward.func, start, span, rtol=self.rtol, atol=self.atol, return_all_eval=True
             )
         if self.states is not None:
             assert self.grid is not None
             _upstream.refine_spline(call.func, self.grid.to(self.states), self.states)
         if self.tableau is None:
-            return _upstream.solve_dopri5(call.func, y0, call.t, rtol=self.rtol, atol=self.atol)
+            return _upstream.solve_dopri5(call.func, y0, call.t, rtol=self.rtol, atol=self.atol)[1]
         grid = call.t if self.grid is None else points_between(self.grid, call.t)
         y = y0.float() if is_half(y0.dtype) else y0
         step = Step(self.tableau, _stage_call(call.func, y0.dtype), None)
@@ -126,12 +127,10 @@ class CheckedFunction:
         save_at, args = (*rest, (), ())[:2]
         if args is not None and len(args):
             raise OptionError(
-                explain(
-                    f"args is {args!r}: torchdyn cannot hand it to the vector field under an "
-                    "adjoint sensitivity.",
-                    "no args, for any solver.",
-                    'sensitivity="autograd"   # or let the vector field hold them itself',
-                )
+                problem=f"args is {args!r}: torchdyn cannot hand it to the vector field under an "
+                "adjoint sensitivity.",
+                expected="no args, for any solver.",
+                fix='sensitivity="autograd"   # or let the vector field hold them itself',
             )
         if save_at is not None and len(save_at):
             _upstream.warn("save_at", self._part)

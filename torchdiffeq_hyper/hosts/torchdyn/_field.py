@@ -1,38 +1,53 @@
-"""The user's vector field as torchdyn would have called it."""
+"""The user's vector field inside torchdyn's calls and models, as torchdyn would have called it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields import can_restrict, look_through, restrict
-from torchdiffeq_hyper._state import VectorField
+from torchdiffeq_hyper._fields import ModelField, can_restrict, look_through, restrict
+from torchdiffeq_hyper._state import State, VectorField
+from torchdiffeq_hyper.errors import StateTypeError
 from torchdiffeq_hyper.hosts.torchdyn import _upstream
+from torchdiffeq_hyper.hosts.torchdyn._upstream import Held, held_by
 
-Held: TypeAlias = tuple[nn.Module, str, Tensor | None]
+
+@dataclass(frozen=True)
+class HostCall:
+    """One call of torchdyn, seen through its reverse-time wrapper.
+
+    Attributes:
+        func: the field as it was given to `odeint`.
+        t: the true times, decreasing in reverse time.
+        negated: whether torchdyn gave time and derivative negated.
+        is_adjoint_backward: whether this is a backward solve of an adjoint.
+    """
+
+    func: Callable[..., Any]
+    t: Tensor
+    negated: bool
+    is_adjoint_backward: bool
+
+    @classmethod
+    def of(cls, func: Any, t: Tensor) -> HostCall:
+        """Look through the wrapper that `odeint` may have put around ``func``."""
+        inner = _upstream.unreversed(func)
+        negated = inner is not None
+        func = func if inner is None else inner
+        return cls(func, -t if negated else t, negated, _upstream.is_adjoint_dynamics(func))
 
 
 def with_args(func: VectorField, args: Any) -> VectorField:
-    """Return ``func`` of (t, y), called with ``args`` if it takes them.
-
-    Args:
-        func: called as ``func(t, y)`` or ``func(t, y, args=args)``.
-        args: the ``args`` of torchdyn's `odeint`.
-    """
+    """Return ``func`` of (t, y), called with the ``args`` of `odeint` if it takes them."""
     return Field(func, {"args": args}) if _upstream.takes_args(func, args) else func
 
 
 def of_samples(func: VectorField, args: Any, batch: int) -> VectorField:
-    """Return `with_args`, with the method ``restrict`` if it holds something of every sample.
-
-    Args:
-        func: see `with_args`.
-        args: see `with_args`.
-        batch: number of samples.
-    """
+    """Return `with_args`, with the method ``restrict`` if it holds something of every sample."""
     keywords = {"args": args} if _upstream.takes_args(func, args) else {}
     if can_restrict(func):
         return RestrictableField(func, keywords) if keywords else func
@@ -44,12 +59,7 @@ def of_samples(func: VectorField, args: Any, batch: int) -> VectorField:
 
 
 class Field:
-    """A vector field called with fixed keywords.
-
-    Args:
-        func: called as ``func(t, y, **keywords)``.
-        keywords: the keywords.
-    """
+    """A vector field called with fixed keywords."""
 
     def __init__(self, func: VectorField, keywords: Mapping[str, Any]) -> None:
         self.base_func = func
@@ -68,14 +78,7 @@ class RestrictableField(Field):
 
 
 class HoldingField(Field):
-    """A `Field` with layers that hold something of every sample.
-
-    Args:
-        func: see `Field`.
-        keywords: see `Field`.
-        held: layer, attribute, and its value: for each sample along dim 0, or None for an
-            attribute that is only put back after a call.
-    """
+    """A `Field` with layers that hold something of every sample during each call."""
 
     def __init__(
         self, func: VectorField, keywords: Mapping[str, Any], held: Sequence[Held]
@@ -84,31 +87,93 @@ class HoldingField(Field):
         self._held = held
 
     def __call__(self, t: Tensor, y: Tensor) -> Any:
-        with _lent(self._held):
+        before = [getattr(module, name) for module, name, _ in self._held]
+        try:
+            for module, name, value in self._held:
+                if value is not None:
+                    setattr(module, name, value)
             return super().__call__(t, y)
+        finally:
+            for (module, name, _), value in zip(self._held, before, strict=True):
+                setattr(module, name, value)
 
     def restrict(self, index: Tensor) -> HoldingField:
         """Return the field of the samples at ``index``; func and its weights are shared."""
-        part = [
-            (module, name, None if value is None else value[index.to(value.device)])
-            for module, name, value in self._held
-        ]
-        return HoldingField(self.base_func, self._keywords, part)
+        return HoldingField(self.base_func, self._keywords, held_by(self._held, index))
 
 
-@contextmanager
-def _lent(held: Sequence[Held]) -> Iterator[None]:
-    """Let layers hold the given values inside the block, and what they held after it."""
-    before = [getattr(module, name) for module, name, _ in held]
-    try:
-        for module, name, value in held:
-            if value is not None:
-                setattr(module, name, value)
-        yield
-    finally:
-        for (module, name, _), value in zip(held, before, strict=True):
-            setattr(module, name, value)
+class NeuralODEField(ModelField):
+    """A `NeuralODE`'s vector field as ``func(t, y)``; solvers attached to the model are found."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @classmethod
+    def of(cls, model: object) -> NeuralODEField | None:
+        """Return the field of a `NeuralODE`, or another `ODEProblem`; None for other objects."""
+        return cls(model) if _upstream.is_problem(model) else None
+
+    @property
+    def field(self) -> VectorField:
+        """Torchdyn's wrapper of the user's field."""
+        return _upstream.field_of(self.model)
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether a trace estimator draws noise at the start of each solve."""
+        return _upstream.draws_noise(self.model)
+
+    def __call__(self, t: Tensor, y: Tensor) -> Any:
+        field: Any = self.model.vf
+        return field(t, y)
+
+    def given(self, y0: State) -> StartedField:
+        """Return the field of the solve that starts at ``y0``.
+
+        Raises:
+            StateTypeError: ``y0`` is a tuple.
+        """
+        if not isinstance(y0, Tensor):
+            raise StateTypeError(
+                problem=f"y0 is a {type(y0).__name__}, func is a {type(self.model).__name__}.",
+                expected="one tensor: that is what torchdyn solves.",
+                fix="y0 = torch.cat(y0, dim=1)",
+            )
+        return StartedField(self.model, _upstream.set_at_start(self.model, y0.detach()))
+
+    @contextmanager
+    def as_found(self) -> Iterator[None]:
+        """Give the modules back what solves inside the block set on them."""
+        before = _upstream.set_by_solves(self.model)
+        try:
+            yield
+        finally:
+            for part, name, value in before:
+                setattr(part, name, value)
+
+
+class StartedField(NeuralODEField):
+    """A `NeuralODE`'s vector field for one start, which its layers may look at.
+
+    Solves with different starts may be interleaved: what a `NeuralODE` sets once a solve
+    is set at each call here. Noise is drawn once, the same for every batch of one size.
+    """
+
+    def __init__(self, model: nn.Module, held: Sequence[Held]) -> None:
+        super().__init__(model)
+        self._held = held
+
+    def __call__(self, t: Tensor, y: Tensor) -> Any:
+        for part, name, value in self._held:
+            setattr(part, name, value)
+        return super().__call__(t, y)
+
+    def restrict(self, index: Tensor) -> StartedField:
+        """Return the field of the samples at ``index``; the module is shared."""
+        return StartedField(self.model, held_by(self._held, index))
 
 
 for _wrapper in (Field, RestrictableField, HoldingField):
     look_through(_wrapper, "base_func")
+look_through(NeuralODEField, "field")
+look_through(StartedField, "field")

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from torchdiffeq_hyper.errors import DuplicateMethodError, MissingExtraError, PluginWarning, explain
-from torchdiffeq_hyper.hosts._table import MethodTable
+from torchdiffeq_hyper.errors import DuplicateMethodError, MissingExtraError, PluginWarning
+from torchdiffeq_hyper.hosts._host import Host
 from torchdiffeq_hyper.hosts.torchdyn import _patches, _upstream
 from torchdiffeq_hyper.hosts.torchdyn._stepper import Stepper
 from torchdiffeq_hyper.methods import _registry
@@ -87,23 +87,33 @@ class _SolverObjects:
         """Return None: torchdyn cannot run solver classes of torchdiffeq's kind."""
 
 
-_table = MethodTable("torchdyn", "solver", _upstream.solver_dict, _SolverObjects())
+class Torchdyn(Host):
+    """torchdyn's dict `SOLVER_DICT`, now if it is imported, else when it is."""
+
+    name = "torchdyn"
+    noun = "solver"
+
+    def entries(self) -> dict[str, Any] | None:
+        """Return `SOLVER_DICT`; None while torchdyn is not imported."""
+        return _upstream.solver_dict()
+
+    def build(self, method: Method) -> Any:
+        """Return what torchdyn calls with a dtype."""
+        return method.build(_SolverObjects())
+
+    def follow(self) -> None:
+        """Make torchdyn, if imported, hold what the registry holds; wait for its import if not."""
+        with _registry.lock:
+            watch, patch = (_hook.add, _patches.put)
+            if not self.is_installed:
+                watch, patch = (_hook.remove, _patches.take_back)
+            watch()
+            if self.entries() is not None:
+                patch()
+            super().follow()
 
 
-def install() -> None:
-    """Add the registered methods to torchdyn: now if it is imported, else when it is."""
-    with _registry.lock:
-        _table.is_installed = True
-        _hook.add()
-        follow_registry()
-
-
-def uninstall() -> None:
-    """Remove everything that `install` added, and the import hook."""
-    with _registry.lock:
-        _table.is_installed = False
-        _hook.remove()
-        follow_registry()
+host = Torchdyn()
 
 
 def load() -> None:
@@ -116,35 +126,16 @@ def load() -> None:
         importlib.import_module(_upstream.ENTRANCES[0])
     except ImportError as error:
         raise MissingExtraError(
-            explain(
-                f"torchdyn cannot be imported: {error}.",
-                "torchdyn and what it needs.",
-                'pip install "torchdiffeq_hyper[torchdyn]"',
-            )
+            problem=f"torchdyn cannot be imported: {error}.",
+            expected="torchdyn and what it needs.",
+            fix='pip install "torchdiffeq_hyper[torchdyn]"',
         ) from error
-
-
-def follow_registry() -> None:
-    """Make torchdyn hold what the registry holds, if installed and imported.
-
-    Raises:
-        DuplicateMethodError: torchdyn has a method of the same name, which was not known
-            before; all others are added.
-    """
-    with _registry.lock:
-        if _upstream.solver_dict() is None:
-            return
-        if _table.is_installed:
-            _patches.put()
-        else:
-            _patches.take_back()
-        _table.follow()
 
 
 def _follow_import() -> None:
     """Follow an import of torchdyn, which no name of ours may break."""
     try:
-        follow_registry()
+        host.follow()
     except DuplicateMethodError as error:
         warnings.warn(f"{error}", PluginWarning, stacklevel=2)
 

@@ -1,20 +1,31 @@
-"""Where torchdyn's calls come to us: four functions, and what it asks of solver objects."""
+"""Where torchdyn's calls come to us: four functions, its models, and what it asks of solvers.
+
+torchdyn (1.0.6) assigns ``solver=`` to an attribute of a model, and torch makes a submodule
+of every module assigned to another: a fitted solver's weights would be the model's
+parameters, and checkpoints of the model would load with this solver only. Ours stay plain
+attributes. They follow the model to other devices and dtypes; train and evaluation mode
+are their own.
+"""
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
-from torchdiffeq_hyper.hosts.torchdyn import _models, _upstream
+from torchdiffeq_hyper.errors import HostWarning
+from torchdiffeq_hyper.hosts.torchdyn import _upstream
 from torchdiffeq_hyper.hosts.torchdyn._adjoint import CheckedFunction
 from torchdiffeq_hyper.hosts.torchdyn._stepper import Stepper, part_classes
 
 _HOSTS_OWN = "_torchdiffeq_hyper_hosts_own"
-_given: list[tuple[type[Any], str]] = []
+_added: list[tuple[type[Any], str]] = []
 
 
 def put() -> None:
@@ -26,45 +37,31 @@ def put() -> None:
                 wrapper = functools.wraps(own)(wrap(own))
                 setattr(wrapper, _HOSTS_OWN, own)
                 setattr(module, name, wrapper)
-    _models.put()
+    for kind, names in _upstream.holders_of_solvers():
+        _give(kind, {n: f for n, f in _without_solvers(kind, names).items() if n not in vars(kind)})
     for kind in part_classes():
-        for name, value in _PROTOCOL.items():
-            if not hasattr(kind, name):
-                setattr(kind, name, value)
-                _given.append((kind, name))
+        _give(kind, {name: value for name, value in _PROTOCOL.items() if not hasattr(kind, name)})
+
+
+def _give(kind: type[Any], attributes: dict[str, Any]) -> None:
+    for name, value in attributes.items():
+        setattr(kind, name, value)
+        _added.append((kind, name))
 
 
 def take_back() -> None:
-    """Leave torchdyn, and our classes, as `put` found them."""
+    """Leave torchdyn, and our classes, as `put` found them; models keep what they hold."""
     for name in _WRAPPERS:
         for module in _upstream.holders(name):
             setattr(module, name, getattr(getattr(module, name), _HOSTS_OWN, getattr(module, name)))
-    _models.take_back()
-    while _given:
-        delattr(*_given.pop())
+    while _added:
+        delattr(*_added.pop())
 
 
-def _fixed_loop(own: Callable[..., Any]) -> Callable[..., Any]:
+def _loop(own: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a loop over fixed or adaptive steps that gives our solvers the whole problem."""
     signature = inspect.signature(own)
-
-    def loop(*positional: Any, **named: Any) -> Any:
-        given = signature.bind(*positional, **named).arguments
-        stepper = Stepper.of(given["solver"])
-        if stepper is None:
-            return own(*positional, **named)
-        return stepper.run(
-            given["f"],
-            given["x"],
-            given["t_span"],
-            save_at=given.get("save_at", ()),
-            args=given.get("args"),
-        )
-
-    return loop
-
-
-def _adaptive_loop(own: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(own)
+    is_adaptive = own.__name__ == _upstream.ADAPTIVE_LOOP
 
     def loop(*positional: Any, **named: Any) -> Any:
         call = signature.bind(*positional, **named)
@@ -73,13 +70,15 @@ def _adaptive_loop(own: Callable[..., Any]) -> Callable[..., Any]:
             return own(*positional, **named)
         call.apply_defaults()
         given = call.arguments
+        # odeint_symplectic has no args, and gives the adaptive loop something else in their place.
+        has_args = not is_adaptive or isinstance(given["args"], dict)
         return stepper.run(
             given["f"],
             given["x"],
             given["t_span"],
-            # odeint_symplectic has no args, and gives something else in their place.
-            args=given["args"] if isinstance(given["args"], dict) else None,
-            tolerances=(given["rtol"], given["atol"]),
+            save_at=given.get("save_at", ()),
+            args=given["args"] if has_args else None,
+            tolerances=(given["rtol"], given["atol"]) if is_adaptive else None,
         )
 
     return loop
@@ -128,9 +127,95 @@ def _sync_device_dtype(solver: Any, x: Any, t_span: Any) -> Any:
     return Stepper.of_part(solver).sync_device_dtype(x, t_span)
 
 
+def _without_solvers(kind: type[Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return what a class of torchdyn's is given to hold solvers under these names."""
+
+    def set_attribute(model: Any, name: str, value: Any) -> None:
+        if name in names and _is_ours(value):
+            model._modules.pop(name, None)
+            object.__setattr__(model, name, value)
+        else:
+            super(kind, model).__setattr__(name, value)
+
+    def apply(model: Any, *positional: Any, **named: Any) -> Any:
+        applied = super(kind, model)._apply(*positional, **named)
+        for solver in dict.fromkeys(_held(model, names)):
+            solver._apply(*positional, **named)
+        return applied
+
+    def load(
+        model: Any, state: dict[str, Any], prefix: str, metadata: Any, *others: Any, **named: Any
+    ) -> None:
+        _take_out_solvers(model, names, state, prefix, metadata)
+        super(kind, model)._load_from_state_dict(state, prefix, metadata, *others, **named)
+
+    def set_state(model: Any, state: dict[str, Any]) -> None:
+        super(kind, model).__setstate__(state)
+        for name in names:  # whole models saved while the solver was part of them
+            if _is_ours(model._modules.get(name)):
+                set_attribute(model, name, model._modules[name])
+
+    return {
+        "__setattr__": set_attribute,
+        "__setstate__": set_state,
+        "_apply": apply,
+        "_load_from_state_dict": load,
+    }
+
+
+def _is_ours(value: object) -> bool:
+    return isinstance(value, nn.Module) and isinstance(value, part_classes())
+
+
+def _held(model: Any, names: Sequence[str]) -> Iterator[nn.Module]:
+    for name in names:
+        solver = vars(model).get(name)
+        if isinstance(solver, nn.Module):
+            yield solver
+
+
+def _take_out_solvers(
+    model: Any, names: Sequence[str], state: dict[str, Any], prefix: str, metadata: Any
+) -> None:
+    """Take a solver's weights, which older checkpoints hold, out of a model's ``state``.
+
+    The model's own solver gets them if they are such a solver's, as it did when it was
+    part of the model.
+    """
+    left_out = []
+    for name in names:
+        if name in model._modules and model._modules[name].state_dict():
+            continue  # one of torchdyn's own, with weights
+        start = f"{prefix}{name}."
+        weights = {key: state.pop(key) for key in list(state) if key.startswith(start)}
+        own = {key.removeprefix(start): value for key, value in weights.items()}
+        solver = vars(model).get(name)
+        is_assigned = bool(metadata.get("assign_to_params_buffers", False))
+        if own and not (isinstance(solver, nn.Module) and _load(solver, own, assign=is_assigned)):
+            left_out += list(weights)
+    if left_out:
+        warnings.warn(
+            f"the checkpoint holds weights of a solver, {left_out[0]} and others, which this "
+            "model's solver cannot take: they are left out. A solver is no part of a NeuralODE; "
+            "solver.save(path) and tdh.HyperSolver.load(path) keep it.",
+            HostWarning,
+            stacklevel=2,
+        )
+
+
+def _load(solver: nn.Module, weights: dict[str, Any], *, assign: bool) -> bool:
+    try:
+        # A load that fails halfway has changed what came before.
+        copy.deepcopy(solver).load_state_dict(weights, assign=assign)
+    except RuntimeError:
+        return False
+    solver.load_state_dict(weights, assign=assign)
+    return True
+
+
 _WRAPPERS = {
-    _upstream.FIXED_LOOP: _fixed_loop,
-    _upstream.ADAPTIVE_LOOP: _adaptive_loop,
+    _upstream.FIXED_LOOP: _loop,
+    _upstream.ADAPTIVE_LOOP: _loop,
     _upstream.ADJOINT: _adjoint,
     _upstream.INTERPOLATED_ADJOINT: _adjoint,
 }

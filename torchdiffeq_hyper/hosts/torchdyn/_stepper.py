@@ -7,10 +7,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper.errors import OptionError, StateTypeError, explain
+from torchdiffeq_hyper.errors import OptionError, StateTypeError
 from torchdiffeq_hyper.hosts.torchdyn import _field, _upstream
 from torchdiffeq_hyper.hosts.torchdyn._adjoint import AdjointCall
-from torchdiffeq_hyper.hosts.torchdyn._call import HostCall, saved_points
+from torchdiffeq_hyper.hosts.torchdyn._field import HostCall
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.methods._method import Method
 from torchdiffeq_hyper.solvers._binding import Times, resolve
@@ -62,11 +62,10 @@ class Stepper:
         method = _registry.method_for(part)
         if method is None:
             raise OptionError(
-                explain(
-                    f"the solver is a {type(part).__name__}, which serves no registered method.",
-                    "a HyperSolver, or a part of a registered method.",
-                    "tdh.register_plugin(...) again",
-                )
+                problem=f"the solver is a {type(part).__name__}, which serves no registered "
+                "method.",
+                expected="a HyperSolver, or a part of a registered method.",
+                fix="tdh.register_plugin(...) again",
             )
         return cls(method, part)
 
@@ -78,13 +77,7 @@ class Stepper:
     def for_adjoint(
         self, tolerances: Tolerances, *, is_trained: bool, is_interpolated: bool
     ) -> Stepper:
-        """Return an object for one call under an adjoint sensitivity.
-
-        Args:
-            tolerances: of the backward solves, where they are adaptive.
-            is_trained: whether gradients are wanted.
-            is_interpolated: whether the sensitivity is "interpolated_adjoint".
-        """
+        """Return an object for one call under an adjoint sensitivity; see `AdjointCall`."""
         adjoint = AdjointCall(self.method.tableau, *tolerances, is_trained, is_interpolated)
         return Stepper(self.method, self.part, adjoint)
 
@@ -120,11 +113,9 @@ class Stepper:
         """
         if not isinstance(x, Tensor):
             raise StateTypeError(
-                explain(
-                    f"the state is a {type(x).__name__}.",
-                    "one tensor, as torchdyn's own methods take.",
-                    'torchdiffeq.odeint(func, (x, z), t, method="...")   # for tuple states',
-                )
+                problem=f"the state is a {type(x).__name__}.",
+                expected="one tensor, as torchdyn's own methods take.",
+                fix='torchdiffeq.odeint(func, (x, z), t, method="...")   # for tuple states',
             )
         return x, t_span.to(x.device)
 
@@ -159,7 +150,7 @@ class Stepper:
             tolerances: (rtol, atol), where the host tells.
 
         Returns:
-            Times and solution: as the host, ``t_span`` or ``save_at``, and the states there.
+            ``t_span`` or ``save_at``, and the states there.
         """
         call = HostCall.of(f, t_span)
         if call.is_adjoint_backward:
@@ -169,7 +160,7 @@ class Stepper:
             )
             return t_span, adjoint.solve_backward(call, x)
         part = self._part_for(call)
-        saved = saved_points(save_at, call.t) if len(save_at) else None
+        saved = _saved_points(save_at, call.t) if len(save_at) else None
         if self._adjoint is not None:
             self._adjoint.begin(call, part)
         if args and _upstream.drops_args(call.func):
@@ -214,3 +205,21 @@ class Stepper:
             if self.part is None
             else (Stepper.of_part, (self.part,))
         )
+
+
+def _saved_points(save_at: Any, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``save_at`` as a tensor, and where its times lie in ``t``.
+
+    Raises:
+        OptionError: a time is not in ``t``.
+    """
+    wanted = torch.as_tensor(save_at, dtype=t.dtype, device=t.device)
+    is_same = torch.isclose(wanted.reshape(-1, 1), t.detach())
+    missing = wanted[~is_same.any(dim=1)]
+    if len(missing):
+        raise OptionError(
+            problem=f"save_at holds {missing[0].item():.6g}, which is not in t_span.",
+            expected="times of t_span.",
+            fix="odeint(f, x, t_span, solver, save_at=t_span[[0, -1]])",
+        )
+    return wanted, is_same.int().argmax(dim=1)

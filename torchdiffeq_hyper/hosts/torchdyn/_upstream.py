@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper.errors import HostWarning
+from torchdiffeq_hyper.fitting._guard import own_random_state
 from torchdiffeq_hyper.hosts._warnings import warn_once
 
 _SOLVERS = "torchdyn.numerics.solvers.ode"
@@ -80,22 +81,15 @@ def dopri5(dtype: torch.dtype) -> Any:
     return sys.modules[_SOLVERS].str_to_solver("dopri5", dtype)
 
 
-def solve_dopri5(func: Any, y0: Tensor, t: Tensor, *, rtol: float, atol: float) -> Tensor:
-    """Solve by torchdyn's own dopri5."""
-    odeint, solver = sys.modules[_ODEINT].odeint, dopri5(y0.dtype)
-    solution: Tensor = odeint(func, y0, t, solver, rtol=rtol, atol=atol)[1]
-    return solution
-
-
-def dopri5_steps(
-    func: Any, y0: Tensor, t: Tensor, *, rtol: float, atol: float
+def solve_dopri5(
+    func: Any, y0: Tensor, t: Tensor, *, rtol: float, atol: float, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """Return the times of all steps of torchdyn's own dopri5, and the states there."""
-    odeint, solver = sys.modules[_ODEINT].odeint, dopri5(y0.dtype)
-    steps: tuple[Tensor, Tensor] = odeint(
-        func, y0, t, solver, rtol=rtol, atol=atol, return_all_eval=True
+    """Return times and states of torchdyn's own dopri5, with ``return_all_eval`` of all steps."""
+    solver = dopri5(y0.dtype)
+    found: tuple[Tensor, Tensor] = sys.modules[_ODEINT].odeint(
+        func, y0, t, solver, rtol=rtol, atol=atol, **options
     )
-    return steps
+    return found
 
 
 def unreversed(func: Any) -> Callable[..., Any] | None:
@@ -128,13 +122,16 @@ def refine_spline(func: Any, t: Tensor, states: Tensor) -> None:
     cells["x_spline"].cell_contents = host.CubicSpline(coeffs=coefficients, t=t)
 
 
-def field_of(problem: object) -> object | None:
-    """Return the field that a `NeuralODE`, or another `ODEProblem`, solves; None for others."""
+def is_problem(model: object) -> TypeGuard[nn.Module]:
+    """Return whether ``model`` is a `NeuralODE`, or another `ODEProblem`."""
     kind = getattr(sys.modules.get(_PROBLEMS), "ODEProblem", None)
-    if kind is None or not isinstance(problem, kind):
-        return None
-    found: object = getattr(problem, "vf", None)
-    return found
+    return kind is not None and isinstance(model, kind)
+
+
+def field_of(model: Any) -> Callable[..., Any]:
+    """Return the field that a `NeuralODE`, or another `ODEProblem`, solves."""
+    field: Callable[..., Any] = model.vf
+    return field
 
 
 def wrapped_field(func: object) -> object | None:
@@ -168,13 +165,26 @@ def drops_args(func: Any) -> bool:
     return is_wrapper and (order > 1 or loss is not None)
 
 
-def sample_state(func: Any, batch: int) -> list[tuple[nn.Module, str, Tensor | None]]:
+Held: TypeAlias = tuple[nn.Module, str, Tensor | None]
+"""A layer, an attribute of it, and its value: for each sample along dim 0, or None for one
+that is only put back after a call."""
+
+
+def held_by(held: Sequence[Held], index: Tensor) -> list[Held]:
+    """Return what layers hold of the samples at ``index``."""
+    return [
+        (module, name, None if value is None else value[index.to(value.device)])
+        for module, name, value in held
+    ]
+
+
+def sample_state(func: Any, batch: int) -> list[Held]:
     """Return what layers of ``func`` hold of every sample: data control, and a CNF's noise.
 
     Depth, which layers are told at every call, is listed with None: it holds nothing, but
     calls leave theirs behind.
     """
-    found: list[tuple[nn.Module, str, Tensor | None]] = []
+    found: list[Held] = []
     for module in func.modules() if isinstance(func, nn.Module) else ():
         for name in ("_control", "noise"):
             held = getattr(module, name, None)
@@ -183,6 +193,39 @@ def sample_state(func: Any, batch: int) -> list[tuple[nn.Module, str, Tensor | N
         if hasattr(module, "t"):
             found.append((module, "t", None))
     return found
+
+
+def set_at_start(model: Any, y0: Tensor) -> list[Held]:
+    """Return what a `NeuralODE` sets on its layers at the start of a solve."""
+    found: list[Held] = []
+    # An integral loss and each log-density come before the state proper.
+    has_integral = getattr(model, "integral_loss", None) is not None
+    excess = int(has_integral and getattr(model, "sensitivity", "") == "autograd")
+    for part in model.vf.modules():
+        if hasattr(part, "trace_estimator"):
+            noise_dist = getattr(part, "noise_dist", None)
+            if noise_dist is not None:
+                with own_random_state(0):
+                    found.append((part, "noise", noise_dist.sample((len(y0),)).to(y0)))
+            excess += 1
+        if hasattr(part, "_control"):
+            found.append((part, "_control", y0[:, excess:]))
+    return found
+
+
+def set_by_solves(model: Any) -> list[tuple[nn.Module, str, Any]]:
+    """Return what solves set on a model's modules, as it is now.
+
+    That is the count of calls, the time of time-dependent layers, the start that data
+    control sees, and a trace estimator's noise.
+    """
+    names = ("nfe", "t", "_control", "noise")
+    return [(m, name, vars(m)[name]) for m in model.modules() for name in names if name in vars(m)]
+
+
+def draws_noise(model: Any) -> bool:
+    """Return whether a trace estimator of a model draws noise at the start of each solve."""
+    return any(getattr(part, "noise_dist", None) is not None for part in model.modules())
 
 
 _TEXTS = {

@@ -124,6 +124,18 @@ def parts_of(y: State) -> tuple[Tensor, ...]:
     return y if isinstance(y, tuple) else (y,)
 
 
+def map_parts(f: Callable[..., Tensor], *states: State) -> State:
+    """Return ``f`` of a state, or of several of one kind: tuples part by part."""
+    if isinstance(states[0], Tensor):
+        return f(*states)
+    return tuple(f(*parts) for parts in zip(*states, strict=True))
+
+
+def take_samples(y: State, index: Tensor, dim: int = 0) -> State:
+    """Return the samples at some positions along ``dim``."""
+    return map_parts(lambda part: part.index_select(dim, index), y)
+
+
 def how_to_batch(y0: State) -> str:
     """Return the fix for a state without samples along dim 0."""
     if isinstance(y0, Tensor):

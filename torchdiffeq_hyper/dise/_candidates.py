@@ -7,7 +7,8 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NoReturn
+from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 
 
 @contextmanager
-def unknown_options_refused(candidate: str, method: str) -> Iterator[None]:
+def _unknown_options_refused(candidate: str, method: str) -> Iterator[None]:
     """Turn the host's warning about options that it ignores into an error."""
     ignored = ".*Unexpected arguments"
     with warnings.catch_warnings():
@@ -91,21 +92,21 @@ class Candidate:
         self._check_tolerances()
 
     def __repr__(self) -> str:
-        given = [repr(self.method)]
-        for name in ("steps", "rtol", "atol"):
-            value = getattr(self, name)
-            given += [] if value is None else [f"{name}={value!r}"]
-        given += [f"options={self.options!r}"] if self.options else []
-        return f"Candidate({', '.join(given)})"
+        settings = {name: getattr(self, name) for name in ("steps", "rtol", "atol")}
+        settings["options"] = self.options or None
+        given = [f"{name}={value!r}" for name, value in settings.items() if value is not None]
+        return f"Candidate({', '.join([repr(self.method), *given])})"
 
     @property
     def label(self) -> str:
         """The candidate as tables call it, e.g. "rk4, 2 steps"."""
         given = [self.method]
-        given += [] if self.steps is None else [f"{self.steps} step" + "s" * (self.steps > 1)]
-        for name in ("rtol", "atol"):
-            value = getattr(self, name)
-            given += [] if value is None else [f"{name} {value:g}"]
+        if self.steps is not None:
+            given.append(f"{self.steps} step" + "s" * (self.steps > 1))
+        if self.rtol is not None:
+            given.append(f"rtol {self.rtol:g}")
+        if self.atol is not None:
+            given.append(f"atol {self.atol:g}")
         return ", ".join(given + [f"{name} {value}" for name, value in self.options.items()])
 
     @property
@@ -129,6 +130,10 @@ class Candidate:
         # Tensors and callables have no equality to speak of: only the same object counts.
         return all(a is b or (isinstance(a, float | int | str) and a == b) for a, b in pairs)
 
+    def tolerances(self, rtol: Any, atol: Any) -> tuple[Any, Any]:
+        """Return its own tolerances, and the call's where it has none."""
+        return rtol if self.rtol is None else self.rtol, atol if self.atol is None else self.atol
+
     def solve(self, func: VectorField, y0: State, t: Tensor, *, rtol: Any, atol: Any) -> State:
         """Return ``odeint`` of this method with these settings.
 
@@ -148,32 +153,24 @@ class Candidate:
             options["grid_constructor"] = lambda func, y0, t: _refined(t, self.steps or 1)
         if self.solver is not None:
             options["solver"] = self.solver
-        with unknown_options_refused(repr(self), self.method) if self.options else nullcontext():
+        rtol, atol = self.tolerances(rtol, atol)
+        with _unknown_options_refused(repr(self), self.method) if self.options else nullcontext():
             solution: State = odeint(
-                func,
-                y0,
-                t,
-                rtol=rtol if self.rtol is None else self.rtol,
-                atol=atol if self.atol is None else self.atol,
-                method=self.method,
-                options=options,
+                func, y0, t, rtol=rtol, atol=atol, method=self.method, options=options
             )
         return solution
 
     def _check_steps(self) -> None:
         steps = self.steps
-        taken = self._own_grid
         if steps is None:
             return
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             problem, fix = f"steps is {steps!r}.", "steps=4"
         elif not self.follows_grid:
             problem = f'"{self.method}" chooses its own steps, and steps is {steps}.'
-            fix = f'tdh.Candidate("{self.method}", rtol=1e-3, atol=1e-3)'
-            if self.solver is not None:
-                fix = "tdh.Candidate(solver)"
-        elif taken:
-            problem = f"both steps and the option {taken.pop()!r} are given."
+            fix = self._fix("rtol=1e-3, atol=1e-3")
+        elif self._own_grid:
+            problem = f"both steps and the option {self._own_grid.pop()!r} are given."
             fix = f'tdh.Candidate("{self.method}", steps={steps})'
         else:
             return
@@ -183,25 +180,26 @@ class Candidate:
 
     def _check_tolerances(self) -> None:
         entry = _registry.methods().get(self.method)
-        ignores = self.method in _EXPLICIT or (entry is not None and entry.is_learned)
-        ignores |= self.solver is not None
-        for name in ("rtol", "atol"):
-            value = getattr(self, name)
+        is_learned = self.solver is not None or (entry is not None and entry.is_learned)
+        for name, value in (("rtol", self.rtol), ("atol", self.atol)):
             if value is None:
                 continue
             is_number = isinstance(value, float | int) and not isinstance(value, bool)
             if not is_number or not (math.isfinite(value) and value >= 0):
                 problem, fix = f"{name} is {value!r}.", f"{name}=1e-3"
-            elif ignores:
+            elif is_learned or self.method in _EXPLICIT:
                 problem = f'"{self.method}" has no error estimate to hold against {name}.'
-                fix = f'tdh.Candidate("{self.method}", steps=4)'
-                if self.solver is not None:
-                    fix = "tdh.Candidate(solver)"
+                fix = self._fix("steps=4")
             else:
                 continue
             raise OptionError(
                 explain(problem, "a finite number of at least 0, for adaptive methods.", fix)
             )
+
+    def _fix(self, settings: str) -> str:
+        if self.solver is not None:
+            return "tdh.Candidate(solver)"
+        return f'tdh.Candidate("{self.method}", {settings})'
 
 
 def check_candidates(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
@@ -212,30 +210,23 @@ def check_candidates(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
         StateTypeError: one is not a `Candidate`.
     """
     example = 'tdh.Dise([tdh.Candidate("euler", steps=2), tdh.Candidate("dopri5", rtol=1e-3)])'
-    if not isinstance(candidates, Sequence) or isinstance(candidates, str):
-        _refuse_kind(candidates, example)
-    for candidate in candidates:
-        if not isinstance(candidate, Candidate):
-            _refuse_kind(candidate, example)
+    is_list = isinstance(candidates, Sequence) and not isinstance(candidates, str)
+    others = [c for c in candidates if not isinstance(c, Candidate)] if is_list else [candidates]
+    if others:
+        problem = f"a candidate is a {type(others[0]).__name__}."
+        raise StateTypeError(explain(problem, "a list of tdh.Candidate.", example))
     if not candidates:
         raise OptionError(explain("there are no candidates.", "at least one.", example))
-    for position, candidate in enumerate(candidates):
-        for first, other in enumerate(candidates[:position]):
-            if candidate.is_same(other):
-                raise OptionError(
-                    explain(
-                        f"candidates {first} and {position} are the same: {candidate!r}.",
-                        "candidates that differ.",
-                        f"drop candidate {position}, or change its settings",
-                    )
+    for (first, one), (second, other) in combinations(enumerate(candidates), 2):
+        if one.is_same(other):
+            raise OptionError(
+                explain(
+                    f"candidates {first} and {second} are the same: {other!r}.",
+                    "candidates that differ.",
+                    f"drop candidate {second}, or change its settings",
                 )
+            )
     return tuple(candidates)
-
-
-def _refuse_kind(value: object, example: str) -> NoReturn:
-    raise StateTypeError(
-        explain(f"a candidate is a {type(value).__name__}.", "a list of tdh.Candidate.", example)
-    )
 
 
 def _check_method(name: object) -> bool:
@@ -260,7 +251,7 @@ def _check_method(name: object) -> bool:
                 )
             )
         return hosts[name]
-    if isinstance(entry.solver, _registry.WholeSolve) and entry.solver.option == "dise":
+    if getattr(entry.solver, "option", None) == "dise":
         raise OptionError(
             explain(
                 f'"{name}" is a Dise, which cannot be a candidate of another.',

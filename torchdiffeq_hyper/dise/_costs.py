@@ -9,8 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._state import State
-from torchdiffeq_hyper.dise._dispatch import last
+from torchdiffeq_hyper._state import State, map_parts, parts_of, take_samples
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, explain
 
 
@@ -42,35 +41,32 @@ class Cost(Protocol):
 
 
 def check_settings(alpha: float, penalty: float) -> tuple[float, float]:
-    """Return alpha and M.
-
-    Raises:
-        OptionError: one is not a finite number above 0.
-    """
-    check_positive("alpha", alpha, "alpha=0.3")
-    check_positive("penalty", penalty, "penalty=1000.0")
-    return float(alpha), float(penalty)
+    """Return alpha and M, after checking that both are finite numbers above 0."""
+    return (
+        _check_positive("alpha", alpha, "alpha=0.3"),
+        _check_positive("penalty", penalty, "penalty=1000.0"),
+    )
 
 
-def check_positive(name: str, value: Any, fix: str) -> None:
-    """Refuse what is not a finite number above 0.
-
-    Raises:
-        OptionError: it is not.
-    """
+def _check_positive(name: str, value: Any, fix: str) -> float:
     is_number = isinstance(value, float | int) and not isinstance(value, bool)
     if not is_number or not (math.isfinite(value) and value > 0):
         raise OptionError(explain(f"{name} is {value!r}.", "a finite number above 0.", fix))
+    return float(value)
 
 
-def check_callable(name: str, value: Any, fix: str) -> None:
-    """Refuse what cannot be called.
-
-    Raises:
-        StateTypeError: it cannot.
-    """
+def _check_callable(name: str, value: Any, fix: str) -> None:
     if not callable(value):
         raise StateTypeError(explain(f"{name} is a {type(value).__name__}.", "a callable.", fix))
+
+
+def _end(solution: State) -> State:
+    return map_parts(lambda part: part[-1], solution)
+
+
+def _shape(answer: Any) -> Any:
+    """Return what a message says of an answer of the wrong shape."""
+    return tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
 
 
 class ClassificationCost:
@@ -78,7 +74,9 @@ class ClassificationCost:
 
     .. math:: c = \Delta^\alpha \text{ if the prediction is right, else } M^\alpha
 
-    with :math:`\Delta` the calls of func for the sample, solved alone ([D] eq. 4).
+    with :math:`\Delta` the calls of func for the sample, solved alone: equation 4 of "DISE:
+    Dynamic Integrator Selection to Minimize Forward-pass Time in Neural ODEs", ICLR 2021
+    submission.
 
     Args:
         predict: maps the state at t[-1] to logits (batch, classes).
@@ -106,12 +104,12 @@ class ClassificationCost:
         alpha: float,
         penalty: float,
     ) -> None:
-        check_callable("predict", predict, "predict=model.classifier")
+        _check_callable("predict", predict, "predict=model.classifier")
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+            got = labels.dtype if isinstance(labels, Tensor) else "no tensor"
             raise StateTypeError(
                 explain(
-                    "labels are "
-                    + (f"{labels.dtype}." if isinstance(labels, Tensor) else "no tensor."),
+                    f"labels are {got}.",
                     "a tensor of integers: each sample's class.",
                     "labels = torch.as_tensor(labels).long()",
                 )
@@ -151,12 +149,11 @@ class ClassificationCost:
                 fewer than two classes.
             OptionError: a label is none of the classes.
         """
-        logits = self.predict(last(solution))
+        logits = self.predict(_end(solution))
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(index):
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise StateShapeError(
                 explain(
-                    f"predict returned {got} for {len(index)} samples.",
+                    f"predict returned {_shape(logits)} for {len(index)} samples.",
                     "logits of shape (batch, classes).",
                     "predict=lambda y: classifier(y.flatten(1))",
                 )
@@ -188,7 +185,9 @@ class RegressionCost:
 
     .. math:: c = (\Delta\,\Gamma)^\alpha \text{ if } \Gamma \le \beta, \text{ else } M^\alpha
 
-    with :math:`\Delta` the calls of func for the sample, solved alone ([D] eq. 5).
+    with :math:`\Delta` the calls of func for the sample, solved alone: equation 5 of "DISE:
+    Dynamic Integrator Selection to Minimize Forward-pass Time in Neural ODEs", ICLR 2021
+    submission.
 
     Args:
         error: called as ``error(y, index)`` with the solution and the samples' positions
@@ -224,13 +223,12 @@ class RegressionCost:
         *,
         at: Literal["end", "all"] | None = None,
     ) -> None:
-        check_callable("error", error, "error=lambda y, index: (y - x[index]).norm(dim=1)")
+        _check_callable("error", error, "error=lambda y, index: (y - x[index]).norm(dim=1)")
         if at not in ("end", "all", None):
             raise OptionError(explain(f"at is {at!r}.", '"end", "all" or None.', 'at="end"'))
-        check_positive("threshold", threshold, "threshold=0.1")
         self.error = error
         self.at = at
-        self.threshold = float(threshold)
+        self.threshold = _check_positive("threshold", threshold, "threshold=0.1")
         self.alpha, self.penalty = check_settings(alpha, penalty)
 
     def check(self, batch: int) -> None:
@@ -244,10 +242,9 @@ class RegressionCost:
         """
         gamma = self._gamma(solution, index)
         if not isinstance(gamma, Tensor) or gamma.shape != index.shape:
-            got = tuple(gamma.shape) if isinstance(gamma, Tensor) else type(gamma).__name__
             raise StateShapeError(
                 explain(
-                    f"error returned {got} for {len(index)} samples (at={self.at!r}).",
+                    f"error returned {_shape(gamma)} for {len(index)} samples (at={self.at!r}).",
                     "Gamma of shape (batch,).",
                     "error=lambda y, index: (y - x[index]).flatten(1).norm(dim=1)   # y(t[-1])\n"
                     'at="all"   # if error takes y at all points of t, (len(t), batch, ...)',
@@ -267,12 +264,14 @@ class RegressionCost:
     def _gamma(self, solution: State, index: Tensor) -> Any:
         """Return what ``error`` answers, given what it takes."""
         if self.at is not None:
-            return self.error(last(solution) if self.at == "end" else solution, index)
-        n_times = (solution if isinstance(solution, Tensor) else solution[0]).shape[0]
-        if n_times == len(index) > 1:
+            return self.error(_end(solution) if self.at == "end" else solution, index)
+        if len(parts_of(solution)[0]) == len(index) > 1:
             # One error a time would look like one a sample: ask with fewer samples.
-            parts = (slice(0, -1), slice(-1, None))
-            gammas = [self._gamma(_samples(solution, part), index[part]) for part in parts]
+            positions = torch.arange(len(index), device=index.device)
+            gammas = [
+                self._gamma(take_samples(solution, part, dim=1), index[part])
+                for part in positions.split(len(index) - 1)
+            ]
             return torch.cat(gammas) if all(isinstance(g, Tensor) for g in gammas) else None
         try:
             gamma = self.error(solution, index)
@@ -280,10 +279,4 @@ class RegressionCost:
             gamma = None  # it may take the final state only, and says what is wrong below
         if isinstance(gamma, Tensor) and gamma.shape == index.shape:
             return gamma
-        return self.error(last(solution), index)
-
-
-def _samples(solution: State, part: slice) -> State:
-    if isinstance(solution, Tensor):
-        return solution[:, part]
-    return tuple(values[:, part] for values in solution)
+        return self.error(_end(solution), index)

@@ -34,7 +34,7 @@ from torchdiffeq_hyper._files import (
 from torchdiffeq_hyper._files._container import HEADER, damage_reported, described_in, tensors_under
 from torchdiffeq_hyper._files._container import read as read_file
 from torchdiffeq_hyper._files._container import write as write_file
-from torchdiffeq_hyper.dise._candidates import Candidate
+from torchdiffeq_hyper.dise._candidates import Candidate, check_candidates
 from torchdiffeq_hyper.dise._report import DiseReport
 from torchdiffeq_hyper.dise._training import Scale
 from torchdiffeq_hyper.dise.selectors import ARCHITECTURES, ReadySelector, from_architecture
@@ -45,6 +45,7 @@ from torchdiffeq_hyper.errors import (
     StateTypeError,
     explain,
 )
+from torchdiffeq_hyper.hypernets._files import load_weights
 from torchdiffeq_hyper.solvers._files import (
     MOST_STEPS,
     describe_bespoke,
@@ -141,11 +142,8 @@ def read(
     path: str | os.PathLike[str],
     selector: nn.Module | None,
     hypernets: Mapping[int, nn.Module],
-) -> tuple[list[Candidate], nn.Module, Scale, DiseReport | None, list[Weights]]:
-    """Return the contents of a file, and the weights to load once all of it is known to be right.
-
-    See `Dise.load`.
-    """
+) -> tuple[tuple[Candidate, ...], nn.Module, Scale, DiseReport | None]:
+    """Return what `write` wrote; see `Dise.load`. Weights are loaded once all of it is right."""
     tensors, metadata = read_file(path, KIND)
     what = described_in(path)
     found = checked(DISE, metadata, what)
@@ -167,7 +165,10 @@ def read(
     own = tensors_under("selector.", tensors)
     net = _rebuild_selector(found["selector"], own, selector, path)
     weights.append((net, own, selector is not None))
-    return candidates, net, Scale(*map(float, found["unit"])), report, weights
+    with damage_reported(path):
+        check_candidates(candidates)
+    load_weights(weights, path)
+    return tuple(candidates), net, Scale(*map(float, found["unit"])), report
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], found: Mapping[str, Any]) -> None:

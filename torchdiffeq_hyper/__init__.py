@@ -6,7 +6,7 @@ name.
 """
 
 from torchdiffeq_hyper import dise, errors, hypernets, regularizers
-from torchdiffeq_hyper._fields._context import Conditioned
+from torchdiffeq_hyper._fields import Conditioned
 from torchdiffeq_hyper._state import StepInput
 from torchdiffeq_hyper.dise import (
     Candidate,

@@ -1,4 +1,7 @@
-"""A state as one flat tensor, the way the host integrates tuples."""
+"""States, which are tensors or tuples of tensors, and what is done to them part by part.
+
+The one place that tells the two apart: everything else calls the functions below.
+"""
 
 from __future__ import annotations
 
@@ -56,9 +59,89 @@ Hypernet: TypeAlias = Callable[[StepInput], State]
 """``g(step) -> correction like step.y``: the learned part of a hypersolver."""
 
 
+def parts_of(y: State) -> tuple[Tensor, ...]:
+    """Return the tensors of a state."""
+    return y if isinstance(y, tuple) else (y,)
+
+
+def map_parts(f: Callable[..., Tensor], *states: State) -> State:
+    """Return what ``f`` returns for each part of one or more states, as such a state.
+
+    >>> map_parts(torch.add, (torch.ones(1), torch.ones(2)), (torch.ones(1), torch.ones(2)))
+    (tensor([2.]), tensor([2., 2.]))
+    """
+    if isinstance(states[0], tuple):
+        return tuple(f(*parts) for parts in zip(*states, strict=True))
+    return f(*states)
+
+
+def take(y: State, index: Tensor, dim: int = 0) -> State:
+    """Return the samples at some positions; those of a solution lie along dim 1."""
+    return map_parts(lambda part: part.index_select(dim, index.to(part.device)), y)
+
+
+def cast(y: State, dtype: torch.dtype) -> State:
+    """Return a state in another dtype."""
+    return map_parts(lambda part: part.to(dtype), y)
+
+
+def shapes_of(y: object) -> tuple[bool, list[tuple[int, ...]]]:
+    """Return whether ``y`` is a tuple, and the shapes in it: equal for alike states.
+
+    Of anything that func may have returned: what is no tensor has the shape (-1,).
+    """
+    parts = y if isinstance(y, tuple) else (y,)
+    return isinstance(y, tuple), [tuple(getattr(part, "shape", (-1,))) for part in parts]
+
+
+def n_samples(y: State) -> int:
+    """Return the number of samples; 0 where the parts have none in common, or no numbers."""
+    parts = parts_of(y)
+    sizes = {len(part) if part.dim() else 0 for part in parts}
+    return sizes.pop() if len(sizes) == 1 and any(part.numel() for part in parts) else 0
+
+
+def batch_size(y: State) -> int:
+    """Return the number of samples: the length that all parts with dimensions share, else 1."""
+    sizes = {len(part) for part in parts_of(y) if part.dim()}
+    return sizes.pop() if len(sizes) == 1 else 1
+
+
+def how_to_batch(y0: State) -> str:
+    """Return the fix for a state without samples along dim 0."""
+    if isinstance(y0, Tensor):
+        return "y0 = y0.unsqueeze(0)   # for a single sample"
+    return (
+        "y0 = tuple(part.unsqueeze(0) for part in y0)   # for a single sample\n"
+        "part.expand(n_samples, *part.shape)            # for a part that all samples share"
+    )
+
+
+def check_dtype(dtype: torch.dtype, *, is_tuple: bool = False) -> None:
+    """Refuse states of integers, the dtype being a state's or that of a part of a tuple."""
+    if not (dtype.is_floating_point or dtype.is_complex):
+        raise StateTypeError(
+            explain(
+                f"y0 has dtype {dtype}: derivatives would be rounded to integers.",
+                "a floating-point (or complex) state.",
+                "y0 = tuple(part.float() for part in y0)" if is_tuple else "y0 = y0.float()",
+            )
+        )
+
+
+def is_half(dtype: torch.dtype) -> bool:
+    """Return whether a dtype has too few digits to add up steps in."""
+    return dtype in (torch.float16, torch.bfloat16)
+
+
+def stepped_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that a state is stepped in: float32 for half precision, else its own."""
+    return torch.float32 if is_half(dtype) else dtype
+
+
 @dataclass(frozen=True)
 class StateLayout:
-    """How a state lies in one tensor: as it is, or parts behind each other.
+    """How a state lies in one tensor: as it is, or parts behind each other, as in the host.
 
     Attributes:
         shapes: the parts' shapes for a tuple state, None for one tensor.
@@ -76,8 +159,7 @@ class StateLayout:
         if isinstance(y, Tensor):
             check_dtype(y.dtype)
             return _TENSOR
-        parts: Sequence[object] = y if isinstance(y, tuple) else ()
-        if not parts or not all(isinstance(part, Tensor) for part in parts):
+        if not isinstance(y, tuple) or not y or not all(isinstance(part, Tensor) for part in y):
             raise StateTypeError(
                 explain(
                     f"y0 is a {type(y).__name__}.",
@@ -85,12 +167,9 @@ class StateLayout:
                     "y0 = torch.as_tensor(y0)" if not isinstance(y, list) else "y0 = tuple(y0)",
                 )
             )
-        shapes = []
-        for part in parts:
-            assert isinstance(part, Tensor)
+        for part in y:
             check_dtype(part.dtype, is_tuple=True)
-            shapes.append(tuple(part.shape))
-        return cls(tuple(shapes))
+        return cls(tuple(tuple(part.shape) for part in y))
 
     def split(self, flat: Tensor) -> State:
         """Return the state lying in ``flat``; leading dimensions stay in front."""
@@ -118,75 +197,17 @@ class StateLayout:
 
 _TENSOR = StateLayout(None)
 
-
-def parts_of(y: State) -> tuple[Tensor, ...]:
-    """Return the tensors of a state."""
-    return y if isinstance(y, tuple) else (y,)
-
-
-def map_parts(f: Callable[..., Tensor], *states: State) -> State:
-    """Return ``f`` of a state, or of several of one kind: tuples part by part."""
-    if isinstance(states[0], Tensor):
-        return f(*states)
-    return tuple(f(*parts) for parts in zip(*states, strict=True))
-
-
-def take_samples(y: State, index: Tensor, dim: int = 0) -> State:
-    """Return the samples at some positions along ``dim``."""
-    return map_parts(lambda part: part.index_select(dim, index), y)
-
-
-def how_to_batch(y0: State) -> str:
-    """Return the fix for a state without samples along dim 0."""
-    if isinstance(y0, Tensor):
-        return "y0 = y0.unsqueeze(0)   # for a single sample"
-    return (
-        "y0 = tuple(part.unsqueeze(0) for part in y0)   # for a single sample\n"
-        "part.expand(n_samples, *part.shape)            # for a part that all samples share"
-    )
-
-
-def check_dtype(dtype: torch.dtype, *, is_tuple: bool = False) -> None:
-    """Refuse states of integers.
-
-    Args:
-        dtype: the state's, or that of a part.
-        is_tuple: whether the state is a tuple.
-
-    Raises:
-        StateTypeError: the dtype is neither floating nor complex.
-    """
-    if not (dtype.is_floating_point or dtype.is_complex):
-        raise StateTypeError(
-            explain(
-                f"y0 has dtype {dtype}: derivatives would be rounded to integers.",
-                "a floating-point (or complex) state.",
-                "y0 = tuple(part.float() for part in y0)" if is_tuple else "y0 = y0.float()",
-            )
-        )
-
-
-def is_half(dtype: torch.dtype) -> bool:
-    """Return whether a dtype has too few digits to add up steps in."""
-    return dtype in (torch.float16, torch.bfloat16)
-
-
-FLOOR = 0.1
+SMALLEST_SIZE = 0.1
 """Smallest size of a state to divide its error by, as a share of the root mean square."""
 
 
 def sample_norms(states: State, unit: float = 1.0) -> Tensor:
-    """Return the 2-norm over all but the first two dimensions, the parts taken together.
+    """Return the 2-norms of n states of a batch, (n, batch), all parts taken together.
 
-    Args:
-        states: (n, batch, ...), or a tuple of such.
-        unit: what states are divided by first: squares of large ones would overflow.
-
-    Returns:
-        (n, batch) norms.
+    ``states`` is (n, batch, ...), or a tuple of such; it is divided by ``unit`` first, since
+    the squares of large numbers would overflow.
     """
-    parts = (states,) if isinstance(states, Tensor) else states
-    columns = [part.reshape(*part.shape[:2], -1) for part in parts]
+    columns = [_rows(part, 2) for part in parts_of(states)]
     joined = columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
     norms: Tensor = torch.linalg.vector_norm(joined if unit == 1 else joined / unit, dim=-1)
     return norms
@@ -199,33 +220,19 @@ def sample_sizes(states: State, unit: float = 1.0) -> Tensor:
     in for its norm.
     """
     norms = sample_norms(states, unit)
-    floor = FLOOR * norms.square().mean().sqrt()
+    floor = SMALLEST_SIZE * norms.square().mean().sqrt()
     return norms.clamp_min(floor).clamp_min(1e-30)
 
 
 def part_norms(layout: StateLayout, flat: Tensor) -> tuple[Tensor, ...]:
     """Return each part's norms over its non-batch dimensions, (batch,); 0-d parts give (1,)."""
-    state = layout.split(flat)
-    parts = (state,) if isinstance(state, Tensor) else state
-    return tuple(
-        torch.linalg.vector_norm(_rows(part), dim=-1) if part.numel() else _no_norms(part)
-        for part in parts
-    )
+    parts = (torch.atleast_1d(part) for part in parts_of(layout.split(flat)))
+    return tuple(torch.linalg.vector_norm(_rows(part, 1), dim=-1) for part in parts)
 
 
-def _rows(part: Tensor) -> Tensor:
-    return part.reshape(len(part) if part.dim() else 1, -1)
-
-
-def _no_norms(part: Tensor) -> Tensor:
-    return part.abs().new_zeros(len(part))
-
-
-def batch_size(y: State) -> int:
-    """Return the number of samples: the length that all parts with dimensions share, else 1."""
-    parts = (y,) if isinstance(y, Tensor) else y
-    sizes = {len(part) for part in parts if part.dim()}
-    return sizes.pop() if len(sizes) == 1 else 1
+def _rows(part: Tensor, n_leading: int) -> Tensor:
+    """Return the numbers of each sample in one row, behind the first dimensions."""
+    return part.reshape(*part.shape[:n_leading], prod(part.shape[n_leading:]))
 
 
 def select(norms: Sequence[Tensor], layout: StateLayout, part: int | None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
 
 from stubs import MLPField, spiral
-from torchdiffeq_hyper._fields._parts import is_probing
+from torchdiffeq_hyper._fields import is_probing
 from torchdiffeq_hyper.dise import Candidate, Dise
 from torchdiffeq_hyper.hosts.torchdiffeq import record
 from torchdiffeq_hyper.recording import AdjointGradientError

@@ -2,143 +2,75 @@
 
 A state (D,) is one vector to torchdiffeq and D samples to a solver that takes samples apart:
 where func couples them, solutions of samples alone are not the batch's. func's answer for the
-batch is held against its answers for parts of it at the start, and at a second point, since
+batch is compared with its answers for parts of it at the start, and at a second point, since
 what couples samples may vanish at the start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+import contextvars
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._fields._context import HOW_TO_RESTRICT, restrict
-from torchdiffeq_hyper._fields._parts import (
+from torchdiffeq_hyper import recording
+from torchdiffeq_hyper._fields._context import (
+    HOW_TO_RESTRICT,
     Alone,
     by_restricting,
-    difference,
-    halves,
-    like,
-    moved,
-    n_samples,
-    nudged,
-    own,
-    probing,
-    relative_slack,
-    scaled,
-    shapes,
-    size,
-    take,
+    restrict,
     ways_of_one_sample,
 )
-from torchdiffeq_hyper._state import State, VectorField, is_half, parts_of
-from torchdiffeq_hyper.errors import CoupledSamplesError, StateShapeError, explain
+from torchdiffeq_hyper._state import (
+    State,
+    VectorField,
+    is_half,
+    map_parts,
+    n_samples,
+    parts_of,
+    shapes_of,
+    take,
+)
+from torchdiffeq_hyper.errors import (
+    CoupledSamplesError,
+    StateShapeError,
+    explain,
+)
 
 SLACK = 1e-5
 """Relative difference that other kernels for another batch size, or the tolerance of a solver
 inside func, explain in float32 and float64."""
 COARSE = 0.05
 """The same where func computes in fewer digits than the state has (TF32, autocast)."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """func at one time and state of a batch.
-
-    Attributes:
-        func: the vector field of the batch.
-        t: the time, in the state's own precision.
-        y: the state.
-        answer: func's answer, like ``y``.
-    """
-
-    func: VectorField
-    t: Tensor
-    y: State
-    answer: State
-
-    @classmethod
-    def of(cls, func: VectorField, t: Tensor, y: State) -> Probe | None:
-        """Return it, or None where func does not take the batch as it is."""
-        first = parts_of(y)[0]
-        # As the host does: a func may concatenate its time with its state.
-        t = t.to(first.device, first.dtype.to_real() if first.dtype.is_complex else first.dtype)
-        try:
-            answer = func(t, y)
-        except Exception:  # noqa: BLE001 - the solve says so, if it matters there
-            return None
-        return cls(func, t, y, own(answer)) if shapes(answer) == shapes(y) else None
-
-    def moved(self, span: float) -> State:
-        """Return the state a little along func's answer."""
-        return moved(self.y, self.answer, span)
-
-    def first_coupled(self, alone: Alone, parts: Sequence[Tensor]) -> int | None:
-        """Return the first sample whose derivative depends on others, None if there is none.
-
-        Args:
-            alone: calls func on some of the samples; takes positions in this batch.
-            parts: positions of the samples to call it on, one call each.
-
-        Raises:
-            StateShapeError: func takes the whole batch only.
-            CoupledSamplesError: the same, and the state may be a single sample.
-        """
-        slack = relative_slack(self.y, SLACK)
-        for index in parts:
-            among, apart = take(self.answer, index), alone(self.t, take(self.y, index), index)
-            off, scale = difference(among, apart), size(among, apart)
-            # What is not finite compares False: it says nothing about coupling.
-            suspects = off > slack * scale
-            if bool(suspects.any()):
-                suspects = suspects & ~self._is_explained(index, off, scale, slack)
-                if bool(suspects.any()):
-                    return int(index[suspects.any(dim=1).nonzero()[0, 0]])
-        return None
-
-    def _is_explained(self, index: Tensor, off: Tensor, scale: Tensor, slack: Tensor) -> Tensor:
-        """Return which differences noise or rounding explain, (samples, parts)."""
-        noise = self._change(self.y, index)
-        digits, factor = (2, 4) if is_half(parts_of(self.y)[0].dtype) else (4, 16)
-        rounding = self._change(nudged(self.y, digits), index)
-        explained = (off <= 10 * noise) | (off <= factor * rounding)
-        # Fewer digits inside func than the state has: then it gives a sample the same answer
-        # whatever the others are, as long as they are as many.
-        coarse = off <= COARSE * scale
-        if bool((coarse & ~explained).any()):
-            explained = explained | (coarse & (4 * self._change_by_others(index) <= slack * scale))
-        return explained
-
-    def _change_by_others(self, index: Tensor) -> Tensor:
-        """Return how far samples' derivatives move when half of the others become other ones.
-
-        Those are smaller copies of samples: where func can be called, and unlike what was.
-        """
-        batch = n_samples(self.y)
-        change = torch.zeros_like(difference(self.answer, self.answer))
-        one, two = halves(batch, index.device)
-        for stay, leave in ((one, two), (two, one)):
-            order = torch.arange(batch, device=index.device)
-            order[leave] = stay[torch.arange(len(leave), device=index.device) % len(stay)]
-            change[stay] = self._change(scaled(take(self.y, order), leave, 0.5), stay)
-        return change[index]
-
-    def _change(self, y: State, index: Tensor) -> Tensor:
-        """Return how far samples' derivatives are from those at another state."""
-        return difference(take(self.answer, index), take(self.func(self.t, y), index))
-
-
 SECOND_TIME = 0.3819
 """Where in the span the second point lies: no round number, where much is zero."""
 MOST = 16
 """Samples to look at: func has one rule for batches of all sizes."""
 
+_probing: contextvars.ContextVar[bool] = contextvars.ContextVar("probing", default=False)
 
-@dataclass(frozen=True)
-class Coupling:
+
+def is_probing() -> bool:
+    """Return whether func is called for a comparison only, which those who count leave out."""
+    return _probing.get()
+
+
+@contextmanager
+def _probe() -> Iterator[None]:
+    """Call func inside the block for a comparison: uncounted, what it solves unrecorded."""
+    token = _probing.set(True)
+    try:
+        with recording.paused():
+            yield
+    finally:
+        _probing.reset(token)
+
+
+class Coupling(NamedTuple):
     """Where a sample's derivative was found to depend on the other samples.
 
     Attributes:
@@ -160,12 +92,7 @@ def check_independence(
 ) -> None:
     """Refuse a func whose samples depend on each other, before a solve that takes them apart.
 
-    Args:
-        func: the vector field of the batch.
-        y0: the state, its samples along dim 0.
-        t: the solve's times.
-        groups: see `find_coupling`.
-        alone: see `find_coupling`.
+    ``t`` are the solve's times; the rest is as in `find_coupling`.
 
     Raises:
         CoupledSamplesError: they do.
@@ -222,85 +149,26 @@ def find_coupling(
     batch = n_samples(y0)
     if batch < 2 or not _has_values(y0):
         return None
-    device = parts_of(y0)[0].device
     # Views: func may set requires_grad on what it is given.
-    y0 = like(y0, tuple(part.view_as(part) for part in parts_of(y0)))
-    looked_at = torch.linspace(0, batch - 1, min(batch, MOST), dtype=torch.float64).long()
-    comparison = _Comparison(func, y0, looked_at.to(device), groups, alone)
-    with probing():
-        return comparison.run(times)
-
-
-class _Comparison:
-    """func on some samples of a batch, together and apart; see `find_coupling`.
-
-    Args:
-        func: the vector field of the batch.
-        y0: the state.
-        looked_at: positions of the samples to look at.
-        groups: positions of those that are called together.
-        alone: calls func on some of the samples.
-    """
-
-    def __init__(
-        self,
-        func: VectorField,
-        y0: State,
-        looked_at: Tensor,
-        groups: Sequence[Tensor] | None,
-        alone: Alone | None,
-    ) -> None:
-        self._func = func
-        self._y0 = y0
-        self._looked_at = looked_at
-        self._restricted = by_restricting(func, y0)
-        self._alone = self._restricted if alone is None else alone
-        inside = [torch.isin(looked_at, group) for group in groups or ()]
-        parts = [flags.nonzero().squeeze(1) for flags in inside if bool(flags.any())]
-        self._halves = halves(len(looked_at), looked_at.device)
-        # All in one group of several: the others were not among those looked at.
-        is_one = len(groups or ()) > 1 and len(parts) == 1
-        self._parts = parts if parts and not is_one else self._halves
-
-    def run(self, times: Tensor) -> Coupling | None:
-        """Return a coupling at any of some times, None if there is none."""
-        y = take(self._y0, self._looked_at)
-        for position, t in enumerate(times):
-            probe = self._together(t, y)
-            if probe is None:
+    y0 = map_parts(lambda part: part.view_as(part), y0)
+    positions = torch.linspace(0, batch - 1, min(batch, MOST), dtype=torch.float64).long()
+    positions = positions.to(parts_of(y0)[0].device)
+    restricted = by_restricting(func, y0)
+    groups = _groups_among(positions, groups or ())
+    y = take(y0, positions)
+    with _probe():
+        for step, t in enumerate(times):
+            together = _Together.of(func if batch <= MOST else restrict(func, positions), t, y)
+            if together is None:
+                if batch > MOST and _Together.of(func, t, y0) is not None:
+                    restricted(t, y, positions)  # says what is wrong
                 return None
-            sample = self._first_coupled(probe)
+            sample = _first_coupled(together, positions, groups, alone or restricted, restricted)
             if sample is not None:
-                return Coupling(int(self._looked_at[sample]), float(t))
-            if position == 0 and len(times) > 1:
-                y = probe.moved(float(times[1] - times[0]))
-        return None
-
-    def _together(self, t: Tensor, y: State) -> Probe | None:
-        """Return func's answer for all that are looked at, None if it does not take the batch."""
-        if len(self._looked_at) == n_samples(self._y0):
-            return Probe.of(self._func, t, y)
-        probe = Probe.of(restrict(self._func, self._looked_at), t, y)
-        if probe is None and Probe.of(self._func, t, self._y0) is not None:
-            self._restricted(t, y, self._looked_at)  # says what is wrong
-        return probe
-
-    def _first_coupled(self, probe: Probe) -> int | None:
-        def local(alone: Alone) -> Alone:
-            return lambda t, y, index: alone(t, y, self._looked_at[index])
-
-        try:
-            return probe.first_coupled(local(self._alone), self._parts)
-        except CoupledSamplesError:
-            raise
-        except Exception:
-            # Batch norm in training mode fails on single samples, and a single sample's
-            # numbers cannot be told apart: halves say so.
-            with suppress(StateShapeError):
-                sample = probe.first_coupled(local(self._restricted), self._halves)
-                if sample is not None:
-                    return sample
-            raise
+                return Coupling(int(positions[sample]), float(t))
+            if step == 0 and len(times) > 1:
+                y = _moved(y, together.answer, float(times[1] - times[0]))
+    return None
 
 
 def _has_values(y: State) -> bool:
@@ -311,3 +179,170 @@ def _has_values(y: State) -> bool:
     except RuntimeError:  # no values to look at: vmap, fake and meta tensors
         return False
     return True
+
+
+def _groups_among(positions: Tensor, groups: Sequence[Tensor]) -> list[Tensor]:
+    """Return where in ``positions`` the samples of each group are; two halves without groups."""
+    inside = [torch.isin(positions, group) for group in groups]
+    found = [flags.nonzero().squeeze(1) for flags in inside if bool(flags.any())]
+    # All in one group of several: the others were not among those looked at.
+    is_one_of_several = len(groups) > 1 and len(found) == 1
+    return _halves(positions) if not found or is_one_of_several else found
+
+
+def _halves(positions: Tensor) -> list[Tensor]:
+    """Return where both halves of a batch are, drawn at random against symmetries."""
+    n = len(positions)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(n))
+    return [part.sort().values.to(positions.device) for part in order.tensor_split(2)]
+
+
+def _first_coupled(
+    together: _Together,
+    positions: Tensor,
+    groups: Sequence[Tensor],
+    alone: Alone,
+    restricted: Alone,
+) -> int | None:
+    """Return the first sample looked at whose derivative depends on others."""
+    try:
+        return together.first_coupled(alone, positions, groups)
+    except CoupledSamplesError:
+        raise
+    except Exception:
+        # Batch norm in training mode fails on single samples, and a single sample's
+        # numbers cannot be told apart: halves say so.
+        with suppress(StateShapeError):
+            sample = together.first_coupled(restricted, positions, _halves(positions))
+            if sample is not None:
+                return sample
+        raise
+
+
+@dataclass(frozen=True)
+class _Together:
+    """func's answer for a whole batch at one time and state."""
+
+    func: VectorField
+    t: Tensor
+    y: State
+    answer: State
+
+    @classmethod
+    def of(cls, func: VectorField, t: Tensor, y: State) -> _Together | None:
+        """Return it, or None where func does not take the batch as it is."""
+        first = parts_of(y)[0]
+        # As the host does: a func may concatenate its time with its state.
+        t = t.to(first.device, first.dtype.to_real() if first.dtype.is_complex else first.dtype)
+        try:
+            answer = func(t, y)
+        except Exception:  # noqa: BLE001 - the solve says so, if it matters there
+            return None
+        return cls(func, t, y, _own(answer)) if shapes_of(answer) == shapes_of(y) else None
+
+    def first_coupled(
+        self, alone: Alone, positions: Tensor, groups: Sequence[Tensor]
+    ) -> int | None:
+        """Return the first sample whose derivative depends on others, None if there is none.
+
+        ``alone`` takes ``positions`` in the whole batch; ``groups`` are called one by one.
+        """
+        slack = _relative_slack(self.y)
+        for index in groups:
+            among = take(self.answer, index)
+            apart = alone(self.t, take(self.y, index), positions[index])
+            off, scale = _difference(among, apart), torch.maximum(_largest(among), _largest(apart))
+            # What is not finite compares False: it says nothing about coupling.
+            suspects = off > slack * scale
+            if bool(suspects.any()):
+                suspects = suspects & ~self._is_explained(index, off, scale, slack)
+                if bool(suspects.any()):
+                    return int(index[suspects.any(dim=1).nonzero()[0, 0]])
+        return None
+
+    def _is_explained(self, index: Tensor, off: Tensor, scale: Tensor, slack: Tensor) -> Tensor:
+        """Return which differences noise or rounding explain, (samples, parts)."""
+        noise = self._change(self.y, index)
+        digits, factor = (2, 4) if is_half(parts_of(self.y)[0].dtype) else (4, 16)
+        rounding = self._change(_nudged(self.y, digits), index)
+        explained = (off <= 10 * noise) | (off <= factor * rounding)
+        # Fewer digits inside func than the state has: then it gives a sample the same answer
+        # whatever the others are, as long as they are as many.
+        coarse = off <= COARSE * scale
+        if bool((coarse & ~explained).any()):
+            explained = explained | (coarse & (4 * self._change_by_others(index) <= slack * scale))
+        return explained
+
+    def _change_by_others(self, index: Tensor) -> Tensor:
+        """Return how far samples' derivatives move when half of the others become other ones.
+
+        Those are smaller copies of samples: where func can be called, and unlike what was.
+        """
+        everyone = torch.arange(n_samples(self.y), device=index.device)
+        change = torch.zeros_like(_largest(self.answer))
+        one, two = _halves(everyone)
+        for stay, leave in ((one, two), (two, one)):
+            order = everyone.clone()
+            order[leave] = stay[torch.arange(len(leave), device=index.device) % len(stay)]
+            change[stay] = self._change(_halved(take(self.y, order), leave), stay)
+        return change[index]
+
+    def _change(self, y: State, index: Tensor) -> Tensor:
+        """Return how far samples' derivatives are from those at another state."""
+        return _difference(take(self.answer, index), take(self.func(self.t, y), index))
+
+
+def _own(k: State) -> State:
+    """Return a copy of an answer: func may write its next one to the same memory."""
+    return map_parts(lambda part: part.detach().clone(), k)
+
+
+def _difference(k: State, other: State) -> Tensor:
+    """Return each sample's largest difference in each part that has numbers, (samples, parts)."""
+    return _largest(map_parts(lambda a, b: _wide(a) - _wide(b), k, other))
+
+
+def _largest(k: State) -> Tensor:
+    """Return each sample's largest number in each part that has numbers, (samples, parts)."""
+    rows = [_wide(part).reshape(len(part), -1) for part in parts_of(k) if part.numel()]
+    return torch.stack([row.abs().amax(dim=1) for row in rows], dim=1)
+
+
+def _wide(part: Tensor) -> Tensor:
+    wide = torch.float32 if part.device.type == "mps" else torch.float64
+    return part.detach().to(torch.complex128 if part.dtype.is_complex else wide)
+
+
+def _relative_slack(y: State) -> Tensor:
+    """Return for each part with numbers what rounding explains."""
+    parts = [part for part in parts_of(y) if part.numel()]
+    slack = [4 * torch.finfo(p.dtype).eps if is_half(p.dtype) else SLACK for p in parts]
+    return torch.tensor(slack, device=parts[0].device)
+
+
+def _moved(y: State, k: State, span: float) -> State:
+    """Return the state a little along ``k``: a tenth of the span, or of its own size at most."""
+    largest, fastest = (
+        max(float(part.detach().abs().max()) for part in parts_of(s) if part.numel())
+        for s in (y, k)
+    )
+    h = 0.1 * span
+    if largest > 0 and abs(h) * fastest > 0.1 * largest:
+        h *= 0.1 * largest / (abs(h) * fastest)
+    return map_parts(lambda part, slope: part + (h * slope).to(part.dtype), y, k)
+
+
+def _nudged(y: State, digits: int) -> State:
+    """Return the state changed in its last digits, up and down at random."""
+    generator = torch.Generator().manual_seed(0)
+
+    def nudge(part: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, part.shape, generator=generator).to(part.device) * 2 - 1
+        return part * (1 + digits * torch.finfo(part.dtype).eps * signs.to(part.dtype))
+
+    return map_parts(nudge, y)
+
+
+def _halved(y: State, index: Tensor) -> State:
+    """Return the state with the samples at some positions halved."""
+    return map_parts(lambda part: part.index_copy(0, index, 0.5 * part[index]), y)

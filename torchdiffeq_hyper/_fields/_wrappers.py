@@ -1,15 +1,17 @@
-"""Wrappers around vector fields that are known, by their type, to change nothing.
+"""What is inside a vector field: wrappers that change nothing, and objects with attributes.
 
-Whoever has such a wrapper registers its type here. An attribute's name alone says nothing:
-a user's module may call what it holds as ``module`` or ``func`` and return something else.
+Wrappers are known by their type. Whoever has such a wrapper registers its type here. An
+attribute's name alone says nothing: a user's module may call what it holds as ``module`` or
+``func`` and return something else.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from types import FunctionType, MethodType, MethodWrapperType
+from types import FunctionType, MethodType, MethodWrapperType, ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
@@ -158,3 +160,40 @@ look_through(nn.DataParallel, "module")
 look_through(DistributedDataParallel, "module")
 look_through_by(_of_partial)
 look_through_by(_of_compiled)
+
+
+@contextmanager
+def attributes_as_found(func: object) -> Iterator[None]:
+    """Undo what calls of func assign to attributes, e.g. ``self.nfe += 1``.
+
+    Of func's modules, of the object of a bound method, and of func itself if it is a
+    function or another callable. All assignments are undone together, so that a cached value
+    and the size that it was made for stay a pair. What is changed in place stays changed.
+    """
+    before = [(owner, dict(vars(owner))) for owner in _with_attributes(func)]
+    try:
+        yield
+    finally:
+        for owner, attributes in before:
+            now: dict[str, Any] = vars(owner)
+            for name in now.keys() - attributes.keys():
+                del now[name]
+            now.update(attributes)
+
+
+def _with_attributes(func: object) -> Iterator[object]:
+    """Yield what calls of func may keep attributes on."""
+    if isinstance(func, nn.Module):
+        # torch's own modules count nothing, and some complete themselves at their first call.
+        own = (part for part in func.modules() if not type(part).__module__.startswith("torch."))
+        yield from own
+    elif isinstance(func, MethodType):
+        yield from _with_attributes(func.__self__)
+    elif isinstance(func, partial):
+        for part in (func.func, *func.args, *func.keywords.values()):
+            if callable(part):
+                yield from _with_attributes(part)
+    elif not isinstance(func, type | ModuleType) and isinstance(
+        getattr(func, "__dict__", None), dict
+    ):
+        yield func

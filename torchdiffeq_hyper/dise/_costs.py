@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._state import State, map_parts, parts_of, take_samples
+from torchdiffeq_hyper._state import State, map_parts, parts_of, take
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, explain
 
 
@@ -269,7 +269,7 @@ class RegressionCost:
             # One error a time would look like one a sample: ask with fewer samples.
             positions = torch.arange(len(index), device=index.device)
             gammas = [
-                self._gamma(take_samples(solution, part, dim=1), index[part])
+                self._gamma(take(solution, part, dim=1), index[part])
                 for part in positions.split(len(index) - 1)
             ]
             return torch.cat(gammas) if all(isinstance(g, Tensor) for g in gammas) else None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._state import State, VectorField, parts_of, take_samples
+from torchdiffeq_hyper._state import State, VectorField, parts_of, take
 from torchdiffeq_hyper.dise import _files
 from torchdiffeq_hyper.dise._candidates import Candidate, check_candidates
 from torchdiffeq_hyper.dise._costs import Cost
@@ -241,7 +241,7 @@ class Dise(nn.Module):
         _, held_out = split(y0, config)
         selector = fittable(self.selector, y0, n_candidates, config)
         with torch.no_grad():  # before the long part
-            predict(selector.eval(), take_samples(y0, held_out[:1]), n_candidates)
+            predict(selector.eval(), take(y0, held_out[:1]), n_candidates)
         how = {"rtol": rtol, "atol": atol, "progress": progress}
         labels = collect(self.candidates, func, y0, t, cost, known=labels, **how)
         costs = labels.costs(cost.alpha, cost.penalty)

@@ -10,20 +10,27 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._fields._checks import check_kind
-from torchdiffeq_hyper._fields._context import SHAPE_CLASHES, can_restrict, restrict
-from torchdiffeq_hyper._fields._independence import check_independence
-from torchdiffeq_hyper._fields._parts import cannot_take_part, is_probing, shapes
-from torchdiffeq_hyper._fields._reuse import own
-from torchdiffeq_hyper._fields._wrappers import look_through
+from torchdiffeq_hyper._fields import (
+    SHAPE_CLASHES,
+    can_restrict,
+    cannot_take_part,
+    check_independence,
+    check_kind,
+    is_probing,
+    look_through,
+    own,
+    restrict,
+)
 from torchdiffeq_hyper._state import (
     State,
     VectorField,
     batch_size,
+    cast,
     is_half,
     map_parts,
     parts_of,
-    take_samples,
+    shapes_of,
+    take,
 )
 from torchdiffeq_hyper.dise._candidates import Candidate
 from torchdiffeq_hyper.errors import (
@@ -39,7 +46,7 @@ from torchdiffeq_hyper.solvers._grid import check_times
 from torchdiffeq_hyper.solvers.per_sample._rows import RowLayout
 
 
-def n_samples(y0: State) -> int:
+def count_samples(y0: State) -> int:
     """Return the number of samples, after checking that they lie along dim 0 of every part."""
     RowLayout.of(y0)
     return batch_size(y0)
@@ -74,7 +81,7 @@ class GroupField:
         self.calls += not is_probing()
         state = y
         if self._half is not None:
-            t, state = t.to(self._half), _cast(y, self._half)
+            t, state = t.to(self._half), cast(y, self._half)
         try:
             k = self.base_func(t, state)
         except HyperError:
@@ -85,11 +92,11 @@ class GroupField:
                 raise clash from error
             raise
         check_kind(k, y)
-        if shapes(k) != shapes(y):
-            what = f"returned shapes {shapes(k)[1]} for {shapes(y)[1]}"
+        if shapes_of(k) != shapes_of(y):
+            what = f"returned shapes {shapes_of(k)[1]} for {shapes_of(y)[1]}"
             raise self._clash(what)
         if any(is_half(part.dtype) for part in parts_of(k)):
-            return _cast(k, parts_of(y)[0].dtype)
+            return cast(k, parts_of(y)[0].dtype)
         # The host keeps stages over later calls of func, which may write into the same buffer;
         # those of tuples it copies itself.
         return own(k) if isinstance(k, Tensor) else k
@@ -121,10 +128,6 @@ class GroupField:
 look_through(GroupField, "base_func", "_func")
 
 
-def _cast(y: State, dtype: torch.dtype) -> State:
-    return map_parts(lambda part: part.to(dtype), y)
-
-
 @dataclass(frozen=True)
 class Batch:
     """The problem of a batch, of which some samples can be solved without the others.
@@ -146,7 +149,7 @@ class Batch:
     @classmethod
     def of(cls, func: VectorField, y0: State, t: Tensor, *, rtol: Any, atol: Any) -> Batch:
         """Return the problem, after checking its state and times."""
-        n_samples(y0)
+        count_samples(y0)
         return cls(func, y0, check_times(t, parts_of(y0)[0]), rtol, atol)
 
     def __len__(self) -> int:
@@ -173,10 +176,10 @@ class Batch:
     def solve(self, candidate: Candidate, field: GroupField) -> State:
         """Return a candidate's solution for the samples of a field; half precision in float32."""
         y0, index, dtype = self.y0, field.index, parts_of(self.y0)[0].dtype
-        start = y0 if index is None else take_samples(y0, index)
+        start = y0 if index is None else take(y0, index)
         rtol, atol = (_restricted(tolerance, y0, index) for tolerance in (self.rtol, self.atol))
         if is_half(dtype):
-            start = _cast(start, torch.float32)
+            start = cast(start, torch.float32)
         solution = candidate.solve(field, start, self.t, rtol=rtol, atol=atol)
         if is_half(dtype):
             return map_parts(lambda part: cast_back(part, dtype), solution)
@@ -225,7 +228,7 @@ def dispatch(
         draft.nfe, draft.sample_nfe, draft.selection = calls, sample_nfe, selection
     if len(solutions) == 1:
         return solutions[0]
-    return take_samples(joined(solutions), order.argsort(), dim=1)
+    return take(joined(solutions), order.argsort(), dim=1)
 
 
 def raise_non_finite(

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdiffeq_hyper._fields._context import HOW_TO_RESTRICT
-from torchdiffeq_hyper._fields._independence import check_independence
-from torchdiffeq_hyper._state import State, VectorField, map_parts, parts_of, take_samples
+from torchdiffeq_hyper._fields import HOW_TO_RESTRICT, check_independence
+from torchdiffeq_hyper._state import State, VectorField, map_parts, parts_of, take
 from torchdiffeq_hyper.dise._candidates import Candidate
 from torchdiffeq_hyper.dise._costs import Cost
-from torchdiffeq_hyper.dise._dispatch import Batch, GroupField, joined, n_samples
+from torchdiffeq_hyper.dise._dispatch import Batch, GroupField, count_samples, joined
 from torchdiffeq_hyper.errors import (
     NoisyFieldError,
     NonFiniteError,
@@ -131,12 +130,12 @@ def collect(
         CoupledSamplesError: func makes samples depend on each other.
     """
     if known is not None:
-        return _checked(known, n_samples(y0), len(candidates))
-    if n_samples(y0) == 0:
+        return _checked(known, count_samples(y0), len(candidates))
+    if count_samples(y0) == 0:
         raise OptionError(
             explain("y0 is an empty batch.", "at least one sample.", "y0 = torch.randn(256, 2)")
         )
-    cost.check(n_samples(y0))
+    cost.check(count_samples(y0))
     field = bind(vector_field(func), Starts(y0))
     batch = Batch.of(field, y0, t, rtol=rtol, atol=atol)
     index = torch.arange(len(batch), device=batch.device)
@@ -210,7 +209,7 @@ def _solve_alone(
         solution, nfe = together
         some = _some_samples(batch)
         alone, calls = _one_by_one(candidate, batch, some)
-        if torch.equal(nfe[some], calls) and _are_close(take_samples(solution, some, 1), alone):
+        if torch.equal(nfe[some], calls) and _are_close(take(solution, some, 1), alone):
             tick(len(batch))
             return together
     return _one_by_one(candidate, batch, torch.arange(len(batch), device=batch.device), tick)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torchdiffeq_hyper._state import State, parts_of, take_samples
+from torchdiffeq_hyper._state import State, parts_of, take
 from torchdiffeq_hyper.dise._costs import check_settings
-from torchdiffeq_hyper.dise._dispatch import n_samples
+from torchdiffeq_hyper.dise._dispatch import count_samples
 from torchdiffeq_hyper.dise._labels import Labels
 from torchdiffeq_hyper.dise._report import TradeOff, TradeOffPoint, singles
 from torchdiffeq_hyper.dise.selectors import ReadySelector, ready
@@ -114,7 +114,7 @@ def split(y0: State, config: SelectorConfig) -> tuple[Tensor, Tensor]:
     Raises:
         OptionError: there are fewer than two samples.
     """
-    batch = n_samples(y0)
+    batch = count_samples(y0)
     if batch < 2:
         raise OptionError(
             explain(
@@ -159,7 +159,7 @@ def predict(selector: Callable[[State], Tensor] | None, y0: State, n_candidates:
                 "return self.head(features)",
             )
         )
-    wanted = (n_samples(y0), n_candidates)
+    wanted = (count_samples(y0), n_candidates)
     if out.shape != wanted:
         raise StateShapeError(
             explain(
@@ -221,7 +221,7 @@ def train(
     targets = (costs - unit.shift) / unit.scale
     with frozen_or_restored(selector), own_random_state(config.seed):
         if isinstance(selector, ReadySelector):
-            selector.calibrate(take_samples(y0, train))
+            selector.calibrate(take(y0, train))
         if not any(parameter.requires_grad for parameter in selector.parameters()):
             selector.requires_grad_(True)  # noqa: FBT003 - an earlier fit froze it
         losses = _descend(selector, y0, targets, (train, held_out), config, progress=progress)
@@ -246,7 +246,7 @@ def _descend(
     )
 
     def loss_on(index: Tensor) -> Tensor:
-        out = predict(selector, take_samples(y0, index), targets.shape[1])
+        out = predict(selector, take(y0, index), targets.shape[1])
         return (out.to(targets.dtype) - targets[index]).square().mean()
 
     every = max(1, config.iterations // VALIDATIONS)
@@ -319,7 +319,7 @@ def sweep(
         selector = copy.deepcopy(unfitted)
         train(selector, y0, costs, config, progress=progress)
         with torch.no_grad():
-            out = predict(selector, take_samples(y0, held_out), len(labels.names))
+            out = predict(selector, take(y0, held_out), len(labels.names))
         choice = out.argmin(dim=1)
         means = held.mean_nfe(choice), held.accuracy(choice), held.shares(choice)
         points.append(TradeOffPoint(alpha, penalty, *means))

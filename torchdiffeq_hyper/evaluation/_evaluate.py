@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdiffeq_hyper._fields._reuse import attributes_as_found
+from torchdiffeq_hyper._fields import attributes_as_found
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import OptionError, OutsideFitWarning, explain
 from torchdiffeq_hyper.evaluation._measure import (

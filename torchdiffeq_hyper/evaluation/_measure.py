@@ -15,10 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields._checks import check_answer
-from torchdiffeq_hyper._fields._context import can_restrict, restrict
-from torchdiffeq_hyper._fields._parts import is_probing
-from torchdiffeq_hyper._fields._wrappers import look_through
+from torchdiffeq_hyper._fields import can_restrict, check_answer, is_probing, look_through, restrict
 from torchdiffeq_hyper._state import State, VectorField, parts_of
 from torchdiffeq_hyper.evaluation._problem import Problem
 from torchdiffeq_hyper.recording._cost import FlopCounter, median_seconds

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from torchdiffeq_hyper._fields._reuse import own
+from torchdiffeq_hyper._fields import own
 from torchdiffeq_hyper._state import (
     State,
     StateLayout,

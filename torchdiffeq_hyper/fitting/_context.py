@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from torchdiffeq_hyper._fields._context import Conditioned
+from torchdiffeq_hyper._fields import Conditioned
 from torchdiffeq_hyper._state import State, StateLayout, VectorField
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, explain
 from torchdiffeq_hyper.fitting._neural_ode import NeuralODEField, check_call, vector_field

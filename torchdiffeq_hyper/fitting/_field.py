@@ -7,7 +7,7 @@ import contextvars
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._fields._checks import check_answer
+from torchdiffeq_hyper._fields import check_answer
 from torchdiffeq_hyper._state import State, StateLayout, VectorField, is_half
 from torchdiffeq_hyper.errors import NoisyFieldError, NonFiniteError, explain
 from torchdiffeq_hyper.fitting._budget import Budget, Deadline

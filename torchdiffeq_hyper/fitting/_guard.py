@@ -11,8 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields._context import Conditioned
-from torchdiffeq_hyper._fields._reuse import attributes_as_found
+from torchdiffeq_hyper._fields import Conditioned, attributes_as_found
 
 Module = TypeVar("Module", bound=nn.Module)
 

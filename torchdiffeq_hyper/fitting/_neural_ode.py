@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields._wrappers import look_through
+from torchdiffeq_hyper._fields import look_through
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import OptionError, StateTypeError, explain
 from torchdiffeq_hyper.fitting._guard import own_random_state

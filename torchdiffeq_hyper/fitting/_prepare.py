@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._fields._context import SHAPE_CLASHES
+from torchdiffeq_hyper._fields import SHAPE_CLASHES
 from torchdiffeq_hyper._state import StateLayout
 from torchdiffeq_hyper.errors import CoupledSamplesError, StateShapeError, explain, first_line
 from torchdiffeq_hyper.fitting._batches import Batches, n_samples, select

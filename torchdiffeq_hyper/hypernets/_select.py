@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._files import (
@@ -23,7 +22,7 @@ from torchdiffeq_hyper._files import (
     checked,
     refused,
 )
-from torchdiffeq_hyper._state import State, StateLayout, is_half
+from torchdiffeq_hyper._state import State, StateLayout, stepped_dtype
 from torchdiffeq_hyper.hypernets._concat import NAMES, check_real
 from torchdiffeq_hyper.hypernets._convolutional import Bottleneck, Conv
 from torchdiffeq_hyper.hypernets._ready import MLP, Linear, ReadyHypernet
@@ -114,7 +113,7 @@ def suited(net: ReadyHypernet, y: Tensor) -> ReadyHypernet:
     """
     StateLayout.of(y)
     check_real(y)
-    return net.to(y.device, torch.float32 if is_half(y.dtype) else y.dtype)
+    return net.to(y.device, stepped_dtype(y.dtype))
 
 
 def from_architecture(architecture: Mapping[str, Any]) -> ReadyHypernet:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn, optim
 
-from torchdiffeq_hyper._fields._context import Conditioned
+from torchdiffeq_hyper._fields import Conditioned
 from torchdiffeq_hyper._files import Anything, Default, Maybe, Record, Table, checked, record_of
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.fitting._batches import check_like, checked_batch, n_samples

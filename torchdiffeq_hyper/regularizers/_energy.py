@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields._context import restrict
-from torchdiffeq_hyper._fields._wrappers import look_through
+from torchdiffeq_hyper._fields import look_through, restrict
 from torchdiffeq_hyper._state import State, StateLayout, VectorField
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, explain
 

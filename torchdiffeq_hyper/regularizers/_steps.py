@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._fields._reuse import own
+from torchdiffeq_hyper._fields import own
 from torchdiffeq_hyper._state import StateLayout
 from torchdiffeq_hyper.errors import explain
 from torchdiffeq_hyper.recording import NothingRecordedError, Recorder, SampledStep, Solve

@@ -12,7 +12,7 @@ import threading
 import weakref
 from typing import Any, NamedTuple
 
-from torchdiffeq_hyper._fields._wrappers import Owner
+from torchdiffeq_hyper._fields import Owner
 
 _NAME = "_torchdiffeq_hyper_attached"
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._fields._wrappers import owner_of, owners_in
+from torchdiffeq_hyper._fields import owner_of, owners_in
 from torchdiffeq_hyper._state import VectorField
 from torchdiffeq_hyper.errors import OptionError, StateTypeError, explain
 from torchdiffeq_hyper.solvers import _attached

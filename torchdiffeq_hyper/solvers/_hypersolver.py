@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields._checks import check_hypernet
-from torchdiffeq_hyper._fields._context import context_of
+from torchdiffeq_hyper._fields import check_hypernet, context_of
 from torchdiffeq_hyper._files._container import read_metadata
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_half
 from torchdiffeq_hyper.errors import OutsideFitWarning

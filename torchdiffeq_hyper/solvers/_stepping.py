@@ -13,13 +13,14 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._fields._checks import (
+from torchdiffeq_hyper._fields import (
     check_answer,
     check_correction,
     check_derivative,
     check_hypernet_device,
+    owning,
+    share_memory,
 )
-from torchdiffeq_hyper._fields._reuse import owning, share_memory
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, StepInput, VectorField, is_half
 from torchdiffeq_hyper.tableaus import Edge, StageCall, Tableau
 

@@ -8,7 +8,7 @@ from contextlib import nullcontext, suppress
 import torch
 from torch import nn
 
-from torchdiffeq_hyper._fields._independence import find_coupling
+from torchdiffeq_hyper._fields import find_coupling
 from torchdiffeq_hyper._state import State, parts_of
 from torchdiffeq_hyper.fitting._auto import measuring_time_in
 from torchdiffeq_hyper.fitting._batches import Batches, n_samples, select

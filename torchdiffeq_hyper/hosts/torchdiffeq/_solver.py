@@ -8,9 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._fields._checks import check_answer, check_derivative
-from torchdiffeq_hyper._fields._context import context_of
-from torchdiffeq_hyper._fields._reuse import own
+from torchdiffeq_hyper._fields import check_answer, check_derivative, context_of, own
 from torchdiffeq_hyper._state import check_dtype, is_half
 from torchdiffeq_hyper.errors import OptionError, closest, explain
 from torchdiffeq_hyper.hosts.torchdiffeq import _bound

@@ -8,8 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields._context import can_restrict, restrict
-from torchdiffeq_hyper._fields._wrappers import look_through
+from torchdiffeq_hyper._fields import can_restrict, look_through, restrict
 from torchdiffeq_hyper._state import VectorField
 from torchdiffeq_hyper.hosts.torchdyn import _upstream
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._fields._reuse import own
+from torchdiffeq_hyper._fields import own
 from torchdiffeq_hyper._state import is_half
 from torchdiffeq_hyper.errors import (
     NonFiniteError,

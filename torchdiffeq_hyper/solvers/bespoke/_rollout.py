@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from torchdiffeq_hyper._fields._reuse import owning, share_memory
+from torchdiffeq_hyper._fields import owning, share_memory
 from torchdiffeq_hyper.solvers.bespoke._dense import stage_times
 from torchdiffeq_hyper.tableaus import StageCall
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields._context import context_of
+from torchdiffeq_hyper._fields import context_of
 from torchdiffeq_hyper._files._container import damage_reported
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_half
 from torchdiffeq_hyper.hypernets._files import load_weights

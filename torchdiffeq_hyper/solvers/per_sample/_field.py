@@ -9,10 +9,14 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._fields._checks import check_kind
-from torchdiffeq_hyper._fields._context import HOW_TO_RESTRICT, can_restrict, restrict
-from torchdiffeq_hyper._fields._independence import check_independence
-from torchdiffeq_hyper._fields._reuse import own
+from torchdiffeq_hyper._fields import (
+    HOW_TO_RESTRICT,
+    can_restrict,
+    check_independence,
+    check_kind,
+    own,
+    restrict,
+)
 from torchdiffeq_hyper._state import State, VectorField, is_half, parts_of
 from torchdiffeq_hyper.errors import HyperError, OptionError, StateShapeError, explain, first_line
 from torchdiffeq_hyper.solvers.per_sample._rows import RowLayout

@@ -1,22 +1,20 @@
-"""What a hypernet may be, and what func and it may return."""
+"""What func and a hypernet may return, and derivatives in memory that func writes into again."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._state import Hypernet, State
+from torchdiffeq_hyper._state import Hypernet, State, parts_of
 from torchdiffeq_hyper.errors import StateShapeError, StateTypeError, explain
+from torchdiffeq_hyper.tableaus import Edge, StageCall
 
 
 def check_hypernet(hypernet: object) -> None:
-    """Refuse a net that cannot be called.
-
-    Raises:
-        StateTypeError: it cannot.
-    """
+    """Refuse a net that cannot be called."""
     if not callable(hypernet):
         raise StateTypeError(
             explain(
@@ -28,14 +26,9 @@ def check_hypernet(hypernet: object) -> None:
 
 
 def check_hypernet_device(hypernet: Hypernet, y: Tensor) -> None:
-    """Refuse a net that lies on another device than the state.
-
-    Raises:
-        StateTypeError: it does.
-    """
-    if not isinstance(hypernet, nn.Module):
-        return
-    parameter = next(hypernet.parameters(), None)
+    """Refuse a net that lies on another device than the state."""
+    parameters = hypernet.parameters() if isinstance(hypernet, nn.Module) else iter(())
+    parameter = next(parameters, None)
     if parameter is not None and parameter.device != y.device:
         raise StateTypeError(
             explain(
@@ -47,12 +40,7 @@ def check_hypernet_device(hypernet: Hypernet, y: Tensor) -> None:
 
 
 def check_derivative(k: object, y: Tensor) -> None:
-    """Refuse a derivative that is none, or would broadcast against the state.
-
-    Raises:
-        StateTypeError: it is not a tensor.
-        StateShapeError: the shapes differ.
-    """
+    """Refuse a derivative that is no tensor, or would broadcast against the state."""
     if not isinstance(k, Tensor):
         raise StateTypeError(
             explain(
@@ -71,12 +59,20 @@ def check_derivative(k: object, y: Tensor) -> None:
         )
 
 
+def _how_to_answer(k: object) -> str:
+    if k is None:
+        return "return derivative   # func ends without a return"
+    if isinstance(k, int | float | complex):
+        return "return torch.full_like(y, value)"
+    if isinstance(k, tuple | list):
+        return "return torch.stack(components, dim=1)   # or y0 = (...), if the state has parts"
+    return "return torch.as_tensor(derivative)"
+
+
 def check_answer(k: object, state: State) -> None:
     """Refuse what func returned if it is not built as the state is.
 
-    Raises:
-        StateTypeError: not a tensor, or for a tuple state no tuple of as many.
-        StateShapeError: the shapes differ; for a part of a tuple, its number of elements.
+    Parts of a tuple need the right number of elements only: the host flattens them.
     """
     check_kind(k, state)
     if isinstance(state, Tensor):
@@ -96,11 +92,7 @@ def check_answer(k: object, state: State) -> None:
 
 
 def check_kind(k: object, state: State) -> None:
-    """Refuse what func returned if it is no tensor, or for a tuple state no tuple of as many.
-
-    Raises:
-        StateTypeError: it is not.
-    """
+    """Refuse what func returned if it is no tensor, or for a tuple state no tuple of as many."""
     if isinstance(state, Tensor):
         if not isinstance(k, Tensor):
             check_derivative(k, state)
@@ -120,40 +112,21 @@ def check_kind(k: object, state: State) -> None:
     )
 
 
-def _how_to_answer(k: object) -> str:
-    if k is None:
-        return "return derivative   # func ends without a return"
-    if isinstance(k, int | float | complex):
-        return "return torch.full_like(y, value)"
-    if isinstance(k, tuple | list):
-        return "return torch.stack(components, dim=1)   # or y0 = (...), if the state has parts"
-    return "return torch.as_tensor(derivative)"
-
-
 def check_correction(out: State, y: State, time_dtype: torch.dtype) -> None:
-    """Refuse a correction that does not fit the state; a lower dtype is promoted.
+    """Refuse a correction that does not fit the state ``y`` that g has seen.
 
-    Args:
-        out: what g returned.
-        y: the state, as g has seen it.
-        time_dtype: of dt: products of 0-d tensors, a 0-d state's, take the wider dtype.
-
-    Raises:
-        StateTypeError: another kind, device, or a dtype that does not promote to the state's.
-        StateShapeError: another shape.
+    A lower dtype is promoted. Products with dt, of dtype ``time_dtype``, take the wider of
+    the two where the state is 0-d.
     """
-    if isinstance(y, Tensor):
-        if not isinstance(out, Tensor):
-            _refuse_kind(out, y)
-        if out.shape != y.shape or out.dtype != y.dtype or out.device != y.device:
-            _check_part(out, y, time_dtype, "")
+    if isinstance(out, Tensor) and isinstance(y, Tensor):  # first: this runs at every step
+        _check_part(out, y, time_dtype, "")
         return
-    if not isinstance(out, tuple) or len(out) != len(y):
+    given, parts = parts_of(out), parts_of(y)
+    is_alike = isinstance(out, tuple) == isinstance(y, tuple) and len(given) == len(parts)
+    if not is_alike or not all(isinstance(part, Tensor) for part in given):
         _refuse_kind(out, y)
-    for index, (part, expected) in enumerate(zip(out, y, strict=True)):
-        if not isinstance(part, Tensor):
-            _refuse_kind(out, y)
-        _check_part(part, expected, time_dtype, f" for part {index}")
+    for index, (part, like) in enumerate(zip(given, parts, strict=True)):
+        _check_part(part, like, time_dtype, f" for part {index}")
 
 
 def _refuse_kind(out: object, y: State) -> NoReturn:
@@ -169,6 +142,8 @@ def _refuse_kind(out: object, y: State) -> NoReturn:
 
 
 def _check_part(out: Tensor, y: Tensor, time_dtype: torch.dtype, where: str) -> None:
+    if out.shape == y.shape and out.dtype == y.dtype and out.device == y.device:
+        return
     if out.shape != y.shape:
         raise StateShapeError(
             explain(
@@ -178,7 +153,7 @@ def _check_part(out: Tensor, y: Tensor, time_dtype: torch.dtype, where: str) -> 
             )
         )
     widest = y.dtype if y.dim() else torch.promote_types(y.dtype, time_dtype)
-    if out.dtype != widest and torch.promote_types(out.dtype, widest) != widest:
+    if torch.promote_types(out.dtype, widest) != widest:
         raise StateTypeError(
             explain(
                 f"the hypernet returned {out.dtype}{where}.",
@@ -194,3 +169,35 @@ def _check_part(out: Tensor, y: Tensor, time_dtype: torch.dtype, where: str) -> 
                 f'hypernet.to("{y.device}")',
             )
         )
+
+
+# func may answer in one buffer (``out=``). A method of several stages keeps a derivative over
+# later calls; if these write into the same memory, all stages are the last one.
+
+
+def share_memory(stages: Sequence[Tensor]) -> bool:
+    """Return whether two derivatives lie in the same memory, as far as can be told.
+
+    What autograd records and never changes in place needs no look: ``out=`` is refused there.
+    """
+    last = stages[-1]
+    if torch.compiler.is_compiling() or (last.requires_grad and last._version == 0):  # noqa: SLF001
+        return False
+    try:
+        return len({k.data_ptr() for k in stages}) < len(stages) and last.numel() > 0
+    except RuntimeError:  # no memory to look at: vmap, fake tensors
+        return False
+
+
+def own(k: Tensor) -> Tensor:
+    """Return a derivative in memory that func does not write into."""
+    return k if k.requires_grad else k.clone()
+
+
+def owning(call: StageCall) -> StageCall:
+    """Return ``call`` with answers of their own memory."""
+
+    def call_and_copy(t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
+        return call(t, y, edge).clone()
+
+    return call_and_copy

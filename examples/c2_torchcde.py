@@ -90,7 +90,7 @@ def train(coefficients: Tensor, labels: Tensor, epochs: int) -> Classifier:
     return model.eval().requires_grad_(requires_grad=False)
 
 
-def fit_solver(model: Classifier, coefficients: Tensor, iterations: int) -> tdh.HyperSolver:
+def fit_solver(model: Classifier, coefficients: Tensor, iterations: int) -> tdh.Solver:
     """Return Heun's method with a correction, a step a row."""
 
     def field(t: Tensor, z: Tensor, coefficients: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from torchdiffeq_hyper.solvers._binding import attach, detach, using
 from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 from torchdiffeq_hyper.solvers._report import FitReport
+from torchdiffeq_hyper.solvers._solver import Solver
 from torchdiffeq_hyper.solvers.bespoke import BespokeSolver
 
 __version__ = "0.1.0"
@@ -56,6 +57,7 @@ __all__ = [
     "MissingHypernetError",
     "RegressionCost",
     "SelectorConfig",
+    "Solver",
     "StepInput",
     "attach",
     "detach",

@@ -55,7 +55,7 @@ def classical(quick: bool = False) -> Iterator[Contestant]:
         yield Contestant("dopri5", partial(_adaptive, "dopri5", tolerance), tolerance=tolerance)
 
 
-def learned(solvers: Iterable[tdh.HyperSolver]) -> Iterator[Contestant]:
+def learned(solvers: Iterable[tdh.Solver]) -> Iterator[Contestant]:
     """Yield fitted solvers, each at its own number of steps."""
     for solver in solvers:
         solve = partial(_learned, solver)
@@ -74,7 +74,7 @@ def other_libraries(quick: bool = False) -> Iterator[Contestant]:
                 yield Contestant(f"torchode {method}", solve, tolerance=tolerance)
 
 
-def torchdyn_hypereuler(solver: tdh.HyperSolver) -> Iterator[Contestant]:
+def torchdyn_hypereuler(solver: tdh.Solver) -> Iterator[Contestant]:
     """Yield torchdyn's own HyperEuler with the net of ``solver``, which may use y and t only."""
     if find_spec("torchdyn"):
         solve = partial(_torchdyn_hypereuler, solver)
@@ -88,7 +88,7 @@ def _fixed_step(method: str, steps: int, problem: Problem) -> Tensor:
     return y[-1]
 
 
-def _learned(solver: tdh.HyperSolver, problem: Problem) -> Tensor:
+def _learned(solver: tdh.Solver, problem: Problem) -> Tensor:
     method, options = solver.method, {"solver": solver}
     y: Tensor = odeint(problem.func, problem.y0, problem.t, method=method, options=options)
     return y[-1]
@@ -111,15 +111,16 @@ def _torchdyn(method: str, tolerance: float, problem: Problem) -> Tensor:
     return end
 
 
-def _torchdyn_hypereuler(solver: tdh.HyperSolver, problem: Problem) -> Tensor:
+def _torchdyn_hypereuler(solver: tdh.Solver, problem: Problem) -> Tensor:
     from torchdyn.numerics import odeint as torchdyn_odeint  # noqa: TID251 - a contestant
     from torchdyn.numerics.solvers.hyper import HyperEuler  # noqa: TID251
 
-    t = equal_steps(problem.t, solver.n_steps)
+    t, net = equal_steps(problem.t, solver.n_steps), solver.hypernet
+    assert net is not None
 
     def g(time: Tensor, y: Tensor) -> Any:
         # torchdyn hands its nets no more than this.
-        return solver.hypernet(tdh.StepInput(t[1] - t[0], time, y, y, (), y))
+        return net(tdh.StepInput(t[1] - t[0], time, y, y, (), y))
 
     _, y = torchdyn_odeint(problem.func, problem.y0, t, solver=HyperEuler(g))
     end: Tensor = y[-1]

@@ -56,7 +56,7 @@ def of_state_and_time(benchmark: Benchmark) -> Recipe:
     return Recipe("hypereuler-y-t", "euler", 10, benchmark.hypernet)
 
 
-def fitted(benchmark: Benchmark, recipe: Recipe, folder: Path) -> tdh.HyperSolver:
+def fitted(benchmark: Benchmark, recipe: Recipe, folder: Path) -> tdh.Solver:
     """Return the solver of a recipe: from its file, or fitted and then saved there."""
     path = folder / f"{recipe.name}.safetensors"
     if path.is_file():

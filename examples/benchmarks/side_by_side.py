@@ -90,7 +90,7 @@ def sample(benchmark: Benchmark, folder: Path, quick: bool) -> str:
 
 
 def _end(
-    solver: tdh.HyperSolver, benchmark: Benchmark, t: torch.Tensor, noise: torch.Tensor
+    solver: tdh.Solver, benchmark: Benchmark, t: torch.Tensor, noise: torch.Tensor
 ) -> torch.Tensor:
     y = solver.solve(benchmark.func, noise, t)
     assert isinstance(y, torch.Tensor)

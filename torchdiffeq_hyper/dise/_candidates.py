@@ -23,7 +23,7 @@ from torchdiffeq_hyper.errors import (
     explain,
 )
 from torchdiffeq_hyper.methods import _registry
-from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
+from torchdiffeq_hyper.solvers._solver import Solver
 
 
 @contextmanager
@@ -54,16 +54,16 @@ class Candidate:
     """A method that a `Dise` can send samples to.
 
     Args:
-        method: name of any method that torchdiffeq knows, or a `HyperSolver`.
+        method: name of any method that torchdiffeq knows, or a fitted `Solver`.
         steps: steps between consecutive points of t, for methods that follow a time grid;
-            None takes one (a `HyperSolver` takes its own between two points).
+            None takes one (a fitted solver takes its own between two points).
         rtol: relative tolerance; None takes that of the call.
         atol: absolute tolerance; None takes that of the call.
         options: further options of the method.
 
     Raises:
         UnknownMethodError: no method has that name.
-        StateTypeError: ``method`` is neither a name nor a `HyperSolver`.
+        StateTypeError: ``method`` is neither a name nor a `Solver`.
         OptionError: a setting is impossible, or means nothing to the method.
 
     Example:
@@ -74,15 +74,15 @@ class Candidate:
 
     def __init__(
         self,
-        method: str | HyperSolver,
+        method: str | Solver,
         *,
         steps: int | None = None,
         rtol: float | None = None,
         atol: float | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.solver = method if isinstance(method, HyperSolver) else None
-        self.method = method.method if isinstance(method, HyperSolver) else method
+        self.solver = method if isinstance(method, Solver) else None
+        self.method = method.method if isinstance(method, Solver) else method
         self.steps = steps
         self.rtol = rtol
         self.atol = atol

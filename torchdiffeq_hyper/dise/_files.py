@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,20 +48,11 @@ from torchdiffeq_hyper.errors import (
 from torchdiffeq_hyper.hypernets._files import load_weights
 from torchdiffeq_hyper.solvers._files import (
     MOST_STEPS,
-    describe_bespoke,
-    describe_hypersolver,
-    rebuild_bespoke,
-    rebuild_hypersolver,
 )
-from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
-from torchdiffeq_hyper.solvers.bespoke import BespokeSolver
+from torchdiffeq_hyper.solvers._solver import Weights, class_described
 
 KIND = "dise"
 _SETTINGS = ("steps", "rtol", "atol", "options")
-
-Weights: TypeAlias = tuple[nn.Module, Mapping[str, Tensor], bool]
-"""A net, its weights, and whether it is an instance of the caller's."""
-
 _TOLERANCE = Maybe(Real(low=0.0))
 _CANDIDATE = Record(
     {
@@ -241,10 +232,7 @@ def _describe(candidate: Candidate, position: int) -> tuple[dict[str, Any], dict
         ) from error
     if candidate.solver is None:
         return {"method": candidate.method, **settings}, {}
-    if isinstance(candidate.solver, BespokeSolver):
-        tensors, solver = describe_bespoke(candidate.solver)
-    else:
-        tensors, solver = describe_hypersolver(candidate.solver)
+    tensors, solver = candidate.solver.describe()
     return {"method": candidate.method, **settings, "solver": solver}, tensors
 
 
@@ -272,22 +260,13 @@ def _rebuild(
             )
         )
     at = f"candidates[{position}].solver"
-    solver: HyperSolver
-    net: nn.Module | None
-    if described.get("base") == "bns":
-        arguments, net, own = rebuild_bespoke(described, weights, hypernet, path, at)
-        with damage_reported(path):
-            solver = BespokeSolver(hypernet=net, **arguments)
-    else:
-        own = dict(weights)
-        arguments, net = rebuild_hypersolver(described, own, hypernet, path, at)
-        solver = HyperSolver(hypernet=net, **arguments)
+    solver, loading = class_described(described).rebuild(described, weights, hypernet, path, at)
     with refused(described_in(path)):
         if settings["method"] != solver.method:
             place = f"candidates[{position}].method"
             raise mismatch(place, settings["method"], f'"{solver.method}", its solver\'s')
         candidate = Candidate(solver, **given)
-    return candidate, None if net is None else (net, own, hypernet is not None)
+    return candidate, loading
 
 
 def _describe_selector(selector: nn.Module) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from torchdiffeq_hyper.evaluation._table import EvaluationRow, EvaluationTable
 from torchdiffeq_hyper.evaluation._trials import Trial, expand
 from torchdiffeq_hyper.fitting._context import bound
 from torchdiffeq_hyper.fitting._neural_ode import attributes_kept
-from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
+from torchdiffeq_hyper.solvers._solver import Solver
 
 Metric: TypeAlias = Callable[[Any], Any]
 
@@ -39,7 +39,7 @@ def evaluate(
     func: VectorField,
     y0: State,
     t_span: tuple[float, float],
-    methods: Sequence[str | HyperSolver],
+    methods: Sequence[str | Solver],
     *,
     steps: int | Sequence[int] | None = None,
     tolerances: float | Sequence[float] = (1e-3,),
@@ -73,9 +73,9 @@ def evaluate(
         y0: tensor, or tuple of tensors; dimension 0 of each is the batch.
         t_span: start and end; the end may be the earlier one (reverse time).
         methods: names of torchdiffeq's, registered or published methods, and
-            `HyperSolver` objects. Learned methods given by name need a solver that is
+            fitted `Solver` objects. Learned methods given by name need a solver that is
             attached to func, in scope, or published.
-        steps: numbers of steps; None runs every `HyperSolver` at its own.
+        steps: numbers of steps; None runs every fitted one at its own.
         tolerances: rtol = atol of the adaptive methods.
         metric: ``metric(y_final) -> float``, e.g. an accuracy.
         metric_name: its heading.

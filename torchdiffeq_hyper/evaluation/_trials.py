@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +20,7 @@ from torchdiffeq_hyper.errors import (
 from torchdiffeq_hyper.evaluation._problem import Problem, state_at, without_start
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._grid import check_steps, equal_steps
-from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
-from torchdiffeq_hyper.solvers.bespoke import BespokeSolver
+from torchdiffeq_hyper.solvers._solver import Solver
 
 OWN_POINTS = 8
 """Points along the span at which a method that chooses its own steps is looked at."""
@@ -38,7 +36,7 @@ class Trial:
         label: how tables call the method.
         method: how the host calls it.
         follows_grid: whether it takes ``steps``, else a ``tolerance``.
-        is_learned: whether it is a fitted `HyperSolver`.
+        is_learned: whether it is a fitted `Solver`.
         solver: the fitted solver behind it, where it is known here.
         steps: equal steps to take; for "bns" its calls of func, where known.
         tolerance: rtol = atol.
@@ -50,7 +48,7 @@ class Trial:
     method: str
     follows_grid: bool
     is_learned: bool
-    solver: HyperSolver | None = None
+    solver: Solver | None = None
     steps: int | None = None
     tolerance: float | None = None
     steps_between_points: bool = False
@@ -87,7 +85,7 @@ class Trial:
 
 
 def expand(
-    methods: Sequence[str | HyperSolver],
+    methods: Sequence[str | Solver],
     steps: int | Sequence[int] | None,
     tolerances: float | Sequence[float],
 ) -> list[Trial]:
@@ -98,8 +96,8 @@ def expand(
         UnknownMethodError: no method has that name.
         StateTypeError: a method is neither a name nor a `HyperSolver`.
     """
-    if isinstance(methods, str | HyperSolver) or len(methods) == 0:
-        got = "empty" if not isinstance(methods, str | HyperSolver) else "a single method"
+    if isinstance(methods, str | Solver) or len(methods) == 0:
+        got = "empty" if not isinstance(methods, str | Solver) else "a single method"
         raise OptionError(
             explain(
                 f"methods is {got}.",
@@ -124,25 +122,17 @@ def expand(
     return trials
 
 
-def _first_trial(method: str | HyperSolver) -> Trial:
+def _first_trial(method: str | Solver) -> Trial:
     """Return a trial of a method, its settings still to be filled in."""
-    if isinstance(method, BespokeSolver):
+    if isinstance(method, Solver):
         return Trial(
-            label=method.method,
+            label=method.label,
             method=method.method,
-            follows_grid=False,
+            follows_grid=method.follows_grid,
             is_learned=True,
-            solver=method,
-            steps=method.n_steps,
-        )
-    if isinstance(method, HyperSolver):
-        alpha = "" if method.alpha is None else f" (alpha {method.alpha:.3g})"
-        return Trial(
-            label=method.method + alpha,
-            method=method.method,
-            follows_grid=True,
-            is_learned=True,
-            solver=_unwarned(method),
+            # So that its one warning is not used up here.
+            solver=method.without_warnings(),
+            steps=None if method.follows_grid else method.n_steps,
         )
     if not isinstance(method, str):
         raise StateTypeError(
@@ -154,11 +144,11 @@ def _first_trial(method: str | HyperSolver) -> Trial:
         )
     entry = _registry.methods().get(method)
     if entry is not None:
-        if isinstance(entry.fitted, HyperSolver):
+        if isinstance(entry.fitted, Solver):
             return replace(_first_trial(entry.fitted), label=method)
         follows_grid, is_learned, is_dise = entry.follows_grid, entry.is_learned, False
         if isinstance(entry.solver, _registry.WholeSolve):
-            is_learned = issubclass(entry.solver.kind, HyperSolver)
+            is_learned = issubclass(entry.solver.kind, Solver)
             is_dise = entry.solver.option is not None and not is_learned
     else:
         follows_grid, is_learned, is_dise = _host_follows_grid(method), False, False
@@ -183,15 +173,6 @@ def _host_follows_grid(method: str) -> bool:
             )
         )
     return hosts[method]
-
-
-def _unwarned(solver: HyperSolver) -> HyperSolver:
-    """Return the solver without its limits, so that its one warning is not used up here."""
-    if solver.domain is None:
-        return solver
-    twin = copy.copy(solver)
-    twin.domain = replace(solver.domain, dt_min=0.0, dt_max=math.inf, directions=(1, -1))
-    return twin
 
 
 def _own_steps(trial: Trial) -> int:

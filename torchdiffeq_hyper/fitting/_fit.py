@@ -21,7 +21,7 @@ from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._session import run
 from torchdiffeq_hyper.fitting.bespoke import BespokeProblem, run_bespoke
 from torchdiffeq_hyper.solvers._grid import Steps
-from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
+from torchdiffeq_hyper.solvers._solver import Solver
 
 
 def fit(
@@ -38,7 +38,7 @@ def fit(
     config: FitConfig | None = None,
     progress: bool = True,
     context: Tensor | tuple[Tensor, ...] | Literal["batch"] | None = None,
-) -> HyperSolver:
+) -> Solver:
     r"""Fit the correction g of a hypersolver to a vector field, in about two minutes.
 
     Reference solutions are computed once a batch, at tight tolerances and in float64, for

@@ -20,7 +20,7 @@ from torchdiffeq_hyper._state import VectorField
 from torchdiffeq_hyper.errors import OptionError, StateTypeError, explain
 from torchdiffeq_hyper.solvers import _attached
 from torchdiffeq_hyper.solvers._domain import FitDomain, Match
-from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
+from torchdiffeq_hyper.solvers._solver import Solver
 
 
 class Fitted(Protocol):
@@ -223,17 +223,17 @@ def _key(solver: Fitted) -> tuple[Any, ...]:
 
 
 def _serves_all(solver: Fitted) -> bool:
-    return not isinstance(solver, HyperSolver) or solver.domain is None
+    return not isinstance(solver, Solver) or solver.domain is None
 
 
 def _match(solver: Fitted, times: Times, start: float | None, end: float | None) -> Match:
-    if not isinstance(solver, HyperSolver):
+    if not isinstance(solver, Solver):
         return Match.SPAN
     return solver.match(times.direction, start, end)
 
 
 def _are_tied_to_span(solvers: Sequence[Fitted]) -> bool:
-    return any(isinstance(s, HyperSolver) and s.is_tied_to_span for s in solvers)
+    return any(isinstance(s, Solver) and s.is_tied_to_span for s in solvers)
 
 
 def _cannot_choose(method: str) -> str:

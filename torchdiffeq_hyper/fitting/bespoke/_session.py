@@ -102,7 +102,7 @@ class Session:
         self.batches = Batches(y0, with_large_batches(problem, y0), problem.context)
         self._progress = progress
         self.solver = self._new_solver("euler")
-        self.solver.hypernet = hypernet  # type: ignore[assignment]
+        self.solver.hypernet = hypernet
 
     def run(self) -> FitReport:
         """Leave the solver in its best state, and return what was measured."""
@@ -119,7 +119,7 @@ class Session:
         store, state = opened(problem, signature, self._budget)
         if state is not None and state.report is not None:
             if state.fallback:
-                self.solver.hypernet = None  # type: ignore[assignment]
+                self.solver.hypernet = None
             self.solver.load_state_dict(state.best, strict=not state.fallback)
             return FitReport.from_dict(state.report)
         try:
@@ -242,7 +242,7 @@ class Session:
         state.fallback = self._problem.team.from_first(lambda: self._fallback(name, state))
         if not state.fallback:
             return
-        self.solver.hypernet = None  # type: ignore[assignment]
+        self.solver.hypernet = None
         if state.fallback == "start":
             self.solver.set_weights(self._new_solver(name).weights)
         state.best_error = mean_error(self._held_out, self.solver.weights)

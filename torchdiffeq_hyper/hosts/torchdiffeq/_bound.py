@@ -22,6 +22,7 @@ from torchdiffeq_hyper.errors import (
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers import _binding
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
+from torchdiffeq_hyper.solvers._solver import Solver
 from torchdiffeq_hyper.tableaus import Tableau, second_order
 
 _warned: WeakSet[nn.Module] = WeakSet()
@@ -109,7 +110,7 @@ def find_part(
                 f'the part for method "{method.name}" is a {type(part).__name__}.',
                 f"a {whole.kind.__name__}.",
                 f'odeint(..., method="{part.method}")   # the method of this solver'
-                if isinstance(part, HyperSolver)
+                if isinstance(part, Solver)
                 else f'options={{"{whole.option}": {whole.example}}}',
             )
         )
@@ -117,7 +118,7 @@ def find_part(
 
 
 def _check_hypernet(net: Any, method: _registry.Method) -> Hypernet:
-    if isinstance(net, HyperSolver) or not callable(net):
+    if isinstance(net, Solver) or not callable(net):
         raise StateTypeError(
             explain(
                 f'options["hypernet"] is a {type(net).__name__}.',
@@ -130,7 +131,7 @@ def _check_hypernet(net: Any, method: _registry.Method) -> Hypernet:
 
 
 def _checked_solver(solver: Any, method: _registry.Method, tableau: Tableau) -> HyperSolver:
-    if not isinstance(solver, HyperSolver):
+    if not isinstance(solver, Solver):
         raise StateTypeError(
             explain(
                 f"the solver for {method.name!r} is a {type(solver).__name__}.",
@@ -148,6 +149,7 @@ def _checked_solver(solver: Any, method: _registry.Method, tableau: Tableau) -> 
                 f'odeint(..., method="{solver.method}")',
             )
         )
+    assert isinstance(solver, HyperSolver)
     return solver
 
 

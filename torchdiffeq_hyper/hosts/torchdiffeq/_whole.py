@@ -20,7 +20,7 @@ from torchdiffeq_hyper.hosts.torchdiffeq._patches import no_overrides
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import Dopri5Solver, is_default_norm, options_of
 from torchdiffeq_hyper.methods._registry import Method, WholeSolve
 from torchdiffeq_hyper.solvers._binding import Times
-from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
+from torchdiffeq_hyper.solvers._solver import Solver
 
 
 class WholeProblemSolver:
@@ -78,12 +78,12 @@ class WholeProblemSolver:
         layout, call = self._call.layout, self._call
         times = Times(t, is_negated=call.negated)
         part = _bound.find_part(self.entry, call.func, self._options, times)
-        if call.is_adjoint_forward and isinstance(part, HyperSolver):
+        if call.is_adjoint_forward and isinstance(part, Solver):
             _bound.warn_if_trained_through_adjoint(part, "solver")
         # A part may call the very method that it stands in for.
         with no_overrides(), recording.handed_over(part) as draft:
             func = call.func
-            if draft is not None and isinstance(part, HyperSolver):
+            if draft is not None and isinstance(part, Solver):
                 func = _Counted(func, draft)  # other parts tell the record themselves
             solution: State = part.solve(
                 func,

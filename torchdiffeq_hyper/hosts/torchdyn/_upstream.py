@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper.errors import AdjointWarning, HostWarning
-from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
+from torchdiffeq_hyper.solvers._solver import Solver
 
 _SOLVERS = "torchdyn.numerics.solvers.ode"
 _ODEINT = "torchdyn.numerics.odeint"
@@ -218,7 +218,7 @@ def warn(what: str, part: Any) -> None:
 def warn_if_trained_through_adjoint(part: Any) -> None:
     """Warn, once a solver, that torchdyn's adjoints give a hypernet no gradient."""
     known = _warned.setdefault(_key(part), set())
-    if "untrained" in known or not isinstance(part, HyperSolver):
+    if "untrained" in known or not isinstance(part, Solver):
         return
     if any(parameter.requires_grad for parameter in part.parameters()):
         known.add("untrained")

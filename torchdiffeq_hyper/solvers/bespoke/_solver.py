@@ -3,6 +3,7 @@ r"""A bespoke non-stationary solver: one explicit method over the whole span, al
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,13 +12,12 @@ from torch import Tensor, nn
 from torchdiffeq_hyper._fields import context_of
 from torchdiffeq_hyper._files._container import damage_reported
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_half
-from torchdiffeq_hyper.hypernets._files import load_weights
 from torchdiffeq_hyper.solvers._domain import FitDomain, Match
-from torchdiffeq_hyper.solvers._files import read_bespoke, write_bespoke
+from torchdiffeq_hyper.solvers._files import BNS, describe_bespoke, rebuild_bespoke
 from torchdiffeq_hyper.solvers._finite import cast_back, is_finite
 from torchdiffeq_hyper.solvers._grid import check_times
-from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 from torchdiffeq_hyper.solvers._report import FitReport
+from torchdiffeq_hyper.solvers._solver import Solver, Weights
 from torchdiffeq_hyper.solvers._stepping import Correction, stage_call
 from torchdiffeq_hyper.solvers.bespoke._checks import (
     check_knots,
@@ -45,23 +45,25 @@ from torchdiffeq_hyper.solvers.bespoke._rollout import (
     schedule,
 )
 from torchdiffeq_hyper.solvers.bespoke._weights import KeptWeights, classical, is_method
-from torchdiffeq_hyper.tableaus import StageCall, Tableau
+from torchdiffeq_hyper.tableaus import StageCall
 
 ORDER = 1
 """What weights that add up to the time passed guarantee, whatever they are."""
 
 
-class BespokeSolver(HyperSolver, kind="bns"):
-    r"""n calls of func over a fixed span, each sum and each time learned ([B]).
+class BespokeSolver(Solver, kind=BNS):
+    r"""n calls of func over a fixed span, each sum and each time learned; method "bns".
 
     .. math::
         k_i = f(t_0 + c_i T, x_i), \qquad x_{i+1} = y_0 + T \sum_{j \le i} w_{ij} k_j,
         \qquad c_{i+1} = \sum_{j \le i} w_{ij}
 
-    from x_0 = y_0 to the solution x_n at the end of the span T. Each w has the sum of
-    its time, so constant derivatives are integrated exactly; times never decrease, and
-    the last row adds up to 1. With a hypernet g the end is x_n + T^2 g(T, t_0, x_n,
-    k_0..k_{n-1}). A solve costs n calls of func, whatever the span, and one of g.
+    from x_0 = y_0 to the solution x_n at the end of the span T: a non-stationary solver of
+    Shaul et al., "Bespoke Non-Stationary Solvers for Fast Sampling of Diffusion and Flow
+    Models", 2024, https://arxiv.org/abs/2403.01329. Each w has the sum of its time, so
+    constant derivatives are integrated exactly; times never decrease, and the last row adds
+    up to 1. With a hypernet g the end is x_n + T^2 g(T, t_0, x_n, k_0..k_{n-1}). A solve costs
+    n calls of func, whatever the span, and one of g.
 
     The span belongs to the method: it starts where it was fitted to start and ends at
     most where it was fitted to end. Points between are read off by cubic Hermite from
@@ -69,7 +71,7 @@ class BespokeSolver(HyperSolver, kind="bns"):
     makes one.
 
     Args:
-        weights: (n, n) lower triangular; see `bespoke.classical`. Kept frozen;
+        weights: (n, n) lower triangular, floating; see `BespokeSolver.classical`. Kept frozen;
             ``solver.requires_grad_()`` thaws them. Whatever values an optimizer gives to
             the parameter, ``solver.weights`` are those of a method.
         hypernet: a correction at the end of the span, None for none.
@@ -80,9 +82,16 @@ class BespokeSolver(HyperSolver, kind="bns"):
         domain: what the solver was fitted for; without it any span will do.
         report: what the fit measured.
 
+    Attributes:
+        hypernet: as given.
+        steps: n, the calls of func over the span.
+        domain: as given.
+        report: as given.
+
     Raises:
+        StateTypeError: weights or knots are not floating-point tensors.
         StateShapeError: the weights are not square, or the knots do not match.
-        OptionError: not lower triangular, or the times decrease or leave the span.
+        OptionError: not finite or lower triangular, or the times decrease or leave the span.
 
     Example:
         >>> import torch
@@ -93,6 +102,8 @@ class BespokeSolver(HyperSolver, kind="bns"):
         tensor([0.3682])
     """
 
+    follows_grid = False
+
     def __init__(
         self,
         weights: Tensor,
@@ -102,45 +113,41 @@ class BespokeSolver(HyperSolver, kind="bns"):
         domain: FitDomain | None = None,
         report: FitReport | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # a hypersolver's base is a method of its own
         checked = check_weights(weights)
+        super().__init__(hypernet, len(checked), domain, report)
         # Not registered as usual: torch takes the name of a property for taken.
         self._parameters["weights"] = nn.Parameter(checked, requires_grad=False)
         values, slopes = default_knots(checked) if knots is None else check_knots(knots, checked)
         self.register_buffer("knot_values", values)
         self.register_buffer("knot_slopes", slopes)
-        self.hypernet = hypernet  # type: ignore[assignment]
-        self.steps = len(checked)
-        self.domain = domain
-        self.report = report
-        self._warned = set()
         self._kept = KeptSchedule()
         self._in_use = KeptWeights()
 
     @classmethod
     def classical(cls, method: str, calls: int) -> BespokeSolver:
-        """Return the solver that is some steps of a classical method; see `bespoke.classical`."""
+        """Return the solver that is some equal steps of a classical method.
+
+        Where they do not come out even, a shorter method takes the calls that are left, and
+        each step is as long as the calls it has.
+
+        Args:
+            method: "euler", "midpoint", "heun", "heun3" or "rk4", torchdiffeq's variants.
+            calls: calls of func over the span.
+
+        Raises:
+            OptionError: the method is unknown, or has more stages than there are calls.
+        """
         return cls(classical(method, calls))
 
     @property
     def base(self) -> str:
         """Always "bns"."""
-        return "bns"
+        return BNS
 
     @property
     def method(self) -> str:
         """Always "bns"."""
-        return "bns"
-
-    @property
-    def alpha(self) -> None:
-        """Always None."""
-        return
-
-    @property
-    def tableau(self) -> Tableau:  # type: ignore[override]
-        """One step over the whole span, without the correction."""
-        return Tableau("bns", ORDER, len(self._parameter), self._increment)
+        return BNS
 
     @property
     def _parameter(self) -> Tensor:
@@ -289,29 +296,24 @@ class BespokeSolver(HyperSolver, kind="bns"):
             return roll_out(call, schedule(weights.to(y.device), start, end, y.dtype), y)
         return roll_out(call, self._kept.of(weights, self.span, y), y)
 
-    def _increment(
-        self, call: StageCall, t0: Tensor, dt: Tensor, t1: Tensor, y: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        x, stages = self._roll_out(call, t0, t0 + dt, y)
-        return x - y, tuple(stages)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the solver to one safetensors file; an old one stays until it is complete.
-
-        Raises:
-            StateTypeError, FileWriteError: a plain function as net; nothing could be written.
-        """
-        write_bespoke(path, self)
+    def describe(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what a file holds: see `Solver.describe`."""
+        return describe_bespoke(self)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], hypernet: nn.Module | None = None) -> BespokeSolver:
-        """Read a solver that `save` wrote, as `HyperSolver.load` does, which reads it as well."""
-        arguments, net, weights = read_bespoke(path, hypernet)
+    def rebuild(
+        cls,
+        settings: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        hypernet: nn.Module | None,
+        path: str | os.PathLike[str],
+        at: str = "",
+    ) -> tuple[Solver, Weights | None]:
+        """Return the solver of a file: see `Solver.rebuild`."""
+        arguments, net, weights = rebuild_bespoke(settings, tensors, hypernet, path, at)
         with damage_reported(path):
             solver = cls(hypernet=net, **arguments)
-        if net is not None:
-            load_weights([(net, weights, hypernet is not None)], path)
-        return solver.eval().requires_grad_(requires_grad=False)
+        return solver, None if net is None else (net, weights, hypernet is not None)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """Load as any module does; weights may come from the middle of a training."""

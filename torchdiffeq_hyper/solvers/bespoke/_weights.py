@@ -163,7 +163,7 @@ def classical(method: str, calls: int) -> Tensor:
         OptionError: the method is unknown, or has more stages than there are calls.
 
     Example:
-        >>> from torchdiffeq_hyper.bespoke import classical
+        >>> from torchdiffeq_hyper.solvers.bespoke import classical
         >>> classical("midpoint", 4)
         tensor([[0.2500, 0.0000, 0.0000, 0.0000],
                 [0.0000, 0.5000, 0.0000, 0.0000],

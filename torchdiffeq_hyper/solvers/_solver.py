@@ -1,0 +1,283 @@
+"""The base class of all fitted solvers."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from torchdiffeq_hyper._files._container import read, read_metadata, write
+from torchdiffeq_hyper._state import Hypernet, State, VectorField
+from torchdiffeq_hyper.errors import OutsideFitWarning
+from torchdiffeq_hyper.hypernets._files import load_weights
+from torchdiffeq_hyper.solvers._domain import FitDomain, Match
+from torchdiffeq_hyper.solvers._export import export_solve
+from torchdiffeq_hyper.solvers._grid import Steps
+from torchdiffeq_hyper.solvers._report import FitReport
+
+Weights: TypeAlias = tuple[nn.Module, Mapping[str, Tensor], bool]
+"""A net, the weights to load into it, and whether it is the caller's instance."""
+
+_class_of: dict[str, type[Solver]] = {}
+
+
+class Solver(nn.Module, ABC):
+    """A fitted solver: what `HyperSolver` and `BespokeSolver` share.
+
+    It is an ``nn.Module``: its weights move with ``.to(...)`` and train with any optimizer.
+    ``odeint(func, y0, t, method=solver.method)`` uses it once it is attached to func
+    (`attach`), in scope (`using`), or given as ``options={"solver": solver}``. It cannot be
+    instantiated itself: `fit` and `Solver.load` return one of its subclasses.
+
+    Args:
+        hypernet: the learned correction g, None for none.
+        steps: how finely it solves; see the subclasses.
+        domain: what it was fitted for, None if it was not fitted.
+        report: what the fit measured.
+
+    Example:
+        >>> import torch, torchdiffeq_hyper as tdh
+        >>> solver = tdh.BespokeSolver.classical("rk4", 8)
+        >>> isinstance(solver, tdh.Solver), solver.method
+        (True, 'bns')
+    """
+
+    kind: ClassVar[str] = "solver"
+    """What files of this class call themselves."""
+    follows_grid: ClassVar[bool] = True
+    """Whether it steps along a time grid, so that a call may ask for another number of steps."""
+    _loads_all: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        hypernet: Hypernet | None,
+        steps: Steps,
+        domain: FitDomain | None,
+        report: FitReport | None,
+    ) -> None:
+        super().__init__()
+        self.hypernet = hypernet
+        self.steps = steps
+        self.domain = domain
+        self.report = report
+        self._warned: set[str] = set()
+
+    def __init_subclass__(
+        cls, *, kind: str | None = None, loads_all: bool = False, **kwargs: Any
+    ) -> None:
+        """Register the class that files of a kind are read into.
+
+        Args:
+            kind: what the class's files call themselves; None: as those of its base class.
+            loads_all: whether ``load`` of this class reads files of every kind.
+            kwargs: for other base classes.
+        """
+        super().__init_subclass__(**kwargs)
+        cls._loads_all = loads_all
+        if kind is not None:
+            cls.kind = kind
+            _class_of[kind] = cls
+
+    @property
+    @abstractmethod
+    def base(self) -> str:
+        """What `fit` calls ``base``."""
+
+    @property
+    @abstractmethod
+    def method(self) -> str:
+        """The method string this solver answers to, e.g. "hypereuler"."""
+
+    @property
+    def label(self) -> str:
+        """What tables call the solver."""
+        return self.method
+
+    @property
+    def n_steps(self) -> int | None:
+        """``steps`` as one number: the high end of a range."""
+        return self.steps[1] if isinstance(self.steps, tuple) else self.steps
+
+    @abstractmethod
+    def solve(self, func: VectorField, y0: State, t: Tensor) -> State:
+        """Solve dy/dt = func(t, y) from ``y0``, without a host.
+
+        Args:
+            func: called as ``func(t, y)`` with a 0-d ``t``; returns a state like ``y``.
+            y0: tensor of any shape, or tuple of tensors.
+            t: 1-D floating tensor of times, from that of ``y0`` on.
+
+        Returns:
+            The state at every point of ``t``: like ``y0`` with ``len(t)`` in front.
+        """
+
+    def forward(self, func: VectorField, y0: State, t: Tensor) -> State:
+        """Same as `solve`."""
+        return self.solve(func, y0, t)
+
+    @property
+    def is_tied_to_span(self) -> bool:
+        """Whether it serves no times but those of its span."""
+        return False
+
+    def match(self, direction: int, start: float | None = None, end: float | None = None) -> Match:
+        """Return how well the solver suits a solve: see `FitDomain.match`.
+
+        Without a domain it suits every solve.
+        """
+        return Match.SPAN if self.domain is None else self.domain.match(direction, start, end)
+
+    def warn_outside_fit(self, dt: Tensor, sign: int = 1, readable: str | None = None) -> None:
+        """Warn, once a kind, when signed step sizes lie outside the fit.
+
+        Args:
+            dt: 1-D tensor of step sizes.
+            sign: -1 where the host's time is negated.
+            readable: see `FitDomain.outside`.
+        """
+        if self.domain is None or torch.compiler.is_compiling():
+            return
+        if self._warned >= {"direction", "dt" if readable is None else "points"}:
+            return
+        for kind, text in self.domain.outside(dt, sign, readable).items():
+            if kind not in self._warned:
+                self._warned.add(kind)
+                warnings.warn(text, OutsideFitWarning, stacklevel=4)
+
+    def without_warnings(self) -> Solver:
+        """Return the solver, its weights shared, as one that warns of nothing outside its fit."""
+        twin = copy.copy(self)
+        twin._warned = {"direction", "dt", "points"}  # noqa: SLF001 - a copy of this very object
+        return twin
+
+    @abstractmethod
+    def describe(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors and the JSON-ready settings that a file holds.
+
+        Raises:
+            StateTypeError: the hypernet is a plain function, or holds more than tensors.
+        """
+
+    @classmethod
+    @abstractmethod
+    def rebuild(
+        cls,
+        settings: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        hypernet: nn.Module | None,
+        path: str | os.PathLike[str],
+        at: str = "",
+    ) -> tuple[Solver, Weights | None]:
+        """Return a solver from what `describe` gave, and weights that its net still lacks.
+
+        Args:
+            settings: as in the file.
+            tensors: as in the file.
+            hypernet: the caller's instance, if any.
+            path: the file, for messages.
+            at: the place of the settings in the file.
+
+        Raises:
+            FileFormatError: they cannot be used, or hold a net of one's own and ``hypernet``
+                is None.
+            BaseMismatchError, StateShapeError, StateTypeError: ``hypernet`` is another net.
+        """
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the solver to one safetensors file; an old one stays until it is complete.
+
+        Args:
+            path: the file; its folder must exist.
+
+        Raises:
+            StateTypeError: the hypernet is a plain function, or holds more than tensors.
+            FileWriteError: the file cannot be written; nothing half-written is left.
+        """
+        tensors, settings = self.describe()
+        write(path, tensors, self.kind, settings)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], hypernet: nn.Module | None = None) -> Solver:
+        """Read a solver that `save` wrote; runs no code from the file.
+
+        ``Solver.load`` and ``HyperSolver.load`` read files of every kind (a "bns" one gives a
+        `BespokeSolver`), other classes those of their own. The solver comes frozen
+        (``solver.requires_grad_()`` thaws it), in evaluation mode, in its original dtype and,
+        unless an instance is given, on the CPU.
+
+        Args:
+            path: the file.
+            hypernet: instance to load into, if not a ready net; untouched if loading fails.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            FileFormatError: it is truncated, of another kind, or of a newer format.
+            BaseMismatchError: the instance is another net, or the file holds none.
+            StateShapeError: the instance's weights have other shapes.
+            StateTypeError: the instance's weights have other dtypes.
+
+        Example:
+            >>> import tempfile, torchdiffeq_hyper as tdh
+            >>> solver = tdh.HyperSolver("euler", tdh.hypernets.MLP(2), steps=10)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     solver.save(f"{folder}/solver.safetensors")
+            ...     tdh.Solver.load(f"{folder}/solver.safetensors").method
+            'hypereuler'
+        """
+        kind = str(read_metadata(path)["kind"])
+        owner = _class_of.get(kind, cls) if cls._loads_all else cls
+        tensors, settings = read(path, owner.kind)
+        solver, weights = owner.rebuild(settings, tensors, hypernet, path)
+        load_weights([] if weights is None else [weights], path)
+        return solver.eval().requires_grad_(requires_grad=False)
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        func: VectorField,
+        y0: State,
+        t: Tensor,
+        *,
+        dynamic_batch: bool = True,
+    ) -> None:
+        """Write ``solve`` with func and weights to one file that runs without this package.
+
+        ``torch.export.load(path).module()(y0, t)`` gives the numbers of ``solve(func, y0, t)``
+        for every start and time of the shapes exported, in either direction ("bns": its span
+        alone, else nan), unchecked. func and net stay in train or eval mode as they are.
+
+        Args:
+            path: the file, by custom ``*.pt2``; an old one stays until it is complete.
+            func: called as ``func(t, y)``, of tensor operations alone, among them derivatives
+                by ``torch.autograd.grad`` or ``torch.func.vjp``.
+            y0: example of a state, for shapes, dtype and device.
+            t: example of times, for their number and dtype.
+            dynamic_batch: take any size of dim 0; of a tuple, in all parts that have the
+                first one's size there.
+
+        Raises:
+            ExportError: func or g branches on values, or fixes the batch size.
+            FileWriteError: the file cannot be written.
+
+        Example:
+            >>> import tempfile, torch, torchdiffeq_hyper as tdh
+            >>> solver = tdh.HyperSolver("euler", lambda step: step.y / 2, steps=2)
+            >>> t = torch.tensor([0.0, 1.0])
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     solver.export(f"{folder}/decay.pt2", lambda t, y: -y, torch.ones(3, 1), t)
+            ...     solve = torch.export.load(f"{folder}/decay.pt2").module()
+            >>> solve(torch.ones(8, 1), t).shape
+            torch.Size([2, 8, 1])
+        """
+        export_solve(path, self.solve, (func, self), (y0, t), dynamic_batch=dynamic_batch)
+
+
+def class_described(settings: Mapping[str, Any]) -> type[Solver]:
+    """Return the class of a solver described inside of another file, by its base."""
+    return _class_of.get(str(settings.get("base")), _class_of["hypersolver"])

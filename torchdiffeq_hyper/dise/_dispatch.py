@@ -231,13 +231,18 @@ def dispatch(
     return take(joined(solutions), order.argsort(), dim=1)
 
 
+def are_finite(solution: State) -> Tensor:
+    """Return for each sample of a solution whether it holds no inf and no nan."""
+    finite = [torch.isfinite(part).transpose(0, 1).flatten(1) for part in parts_of(solution)]
+    return torch.cat(finite, dim=1).all(dim=1)
+
+
 def raise_non_finite(
     solution: State, candidates: Sequence[Candidate], selection: Tensor
 ) -> NoReturn:
     """Name the first sample whose end is not finite, and its candidate."""
-    ends = [part[-1].reshape(len(selection), -1) for part in parts_of(solution)]
-    broken = ~torch.isfinite(torch.cat(ends, dim=1)).all(dim=1)
-    sample = int(broken.nonzero()[0])
+    end = map_parts(lambda part: part[-1:], solution)
+    sample = int((~are_finite(end)).nonzero()[0])
     label = candidates[int(selection[sample])].label
     raise NonFiniteError(
         explain(

@@ -46,9 +46,7 @@ from torchdiffeq_hyper.errors import (
     explain,
 )
 from torchdiffeq_hyper.hypernets._files import load_weights
-from torchdiffeq_hyper.solvers._files import (
-    MOST_STEPS,
-)
+from torchdiffeq_hyper.solvers._files import MOST_STEPS
 from torchdiffeq_hyper.solvers._solver import Weights, class_described
 
 KIND = "dise"
@@ -112,114 +110,32 @@ def write(
                 "class MySelector(torch.nn.Module):\n    def forward(self, y0): ...",
             )
         )
-    tensors = {f"selector.{name}": tensor for name, tensor in selector.state_dict().items()}
+    tensors = _under("selector", selector.state_dict())
     described = []
     for position, candidate in enumerate(candidates):
-        settings, weights = _describe(candidate, position)
+        weights, settings = _describe(candidate, position)
+        tensors |= _under(f"candidates.{position}", weights)
         described.append(settings)
-        tensors |= {f"candidates.{position}.{name}": tensor for name, tensor in weights.items()}
+    if report is not None:
+        tensors |= _under("report", report.to_tensors())
+    kind = type(selector)
+    custom = {"kind": "custom", "class": f"{kind.__module__}.{kind.__qualname__}"}
     metadata = {
         "candidates": described,
-        "selector": _describe_selector(selector),
+        "selector": selector.architecture if isinstance(selector, ReadySelector) else custom,
         "unit": [unit.shift, unit.scale],
         "report": None if report is None else report.to_dict(),
     }
-    if report is not None:
-        tensors |= {f"report.{name}": tensor for name, tensor in report.to_tensors().items()}
     write_file(path, tensors, KIND, metadata)
 
 
-def read(
-    path: str | os.PathLike[str],
-    selector: nn.Module | None,
-    hypernets: Mapping[int, nn.Module],
-) -> tuple[tuple[Candidate, ...], nn.Module, Scale, DiseReport | None]:
-    """Return what `write` wrote; see `Dise.load`. Weights are loaded once all of it is right."""
-    tensors, metadata = read_file(path, KIND)
-    what = described_in(path)
-    found = checked(DISE, metadata, what)
-    with refused(what):
-        _check_tensors(tensors, found)
-        report = None if found["report"] is None else _report(found, tensors)
-    candidates: list[Candidate] = []
-    weights: list[Weights] = []
-    for position, settings in enumerate(found["candidates"]):
-        own = tensors_under(f"candidates.{position}.", tensors)
-        candidate, loadable = _rebuild(settings, position, own, hypernets.get(position), path)
-        candidates.append(candidate)
-        weights += [] if loadable is None else [loadable]
-    n_predicted = found["selector"].get("n_candidates", len(candidates))
-    if n_predicted != len(candidates):
-        with refused(what):
-            place, expected = "selector.n_candidates", f"{len(candidates)}, one a candidate"
-            raise mismatch(place, n_predicted, expected)
-    own = tensors_under("selector.", tensors)
-    net = _rebuild_selector(found["selector"], own, selector, path)
-    weights.append((net, own, selector is not None))
-    with damage_reported(path):
-        check_candidates(candidates)
-    load_weights(weights, path)
-    return tuple(candidates), net, Scale(*map(float, found["unit"])), report
+def _under(owner: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{owner}.{name}": tensor for name, tensor in tensors.items()}
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], found: Mapping[str, Any]) -> None:
-    """Refuse tensors that belong to nothing in the description.
-
-    Raises:
-        Mismatch: there are some.
-    """
-    owners = {"selector"} | {
-        f"candidates.{position}"
-        for position, settings in enumerate(found["candidates"])
-        if settings.get("solver") is not None
-    }
-    owners |= set() if found["report"] is None else {"report"}
-    for name in tensors:
-        first, _, rest = name.partition(".")
-        owner = f"{first}.{rest.partition('.')[0]}" if first == "candidates" else first
-        if owner not in owners:
-            problem = f"the tensor {name!r} belongs to nothing described."
-            raise Mismatch(problem, f"tensors of {', '.join(sorted(owners)[:8])}")
-
-
-def _report(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> DiseReport:
-    """Return the report.
-
-    Raises:
-        Mismatch: it is none of these candidates' and samples'.
-        OptionError: its M is smaller than what a right answer costs.
-    """
-    n = len(found["candidates"])
-    names = Items(Text(), least=n, most=n)
-    names.check(found["report"]["names"], "report.names")
-    own = tensors_under("report.", tensors)
-    batch = own["nfe"].shape[0] if "nfe" in own and own["nfe"].dim() == 2 else None
-    integer, real = (torch.int64, torch.int32), FLOATS
-    rules = Record(
-        {
-            "nfe": TensorOf((*integer, *real), (batch, n), is_finite=True),
-            "is_right": TensorOf((torch.bool,), (batch, n)),
-            "weight": TensorOf((*integer, *real), (batch, n)),
-            "selection": _positions(n, batch),
-            "held_out": _positions(batch or 0, None),
-        }
-    )
-    report = DiseReport.from_parts(found["report"], rules.check(own, "report"))
-    _ = report.costs
-    return report
-
-
-def _positions(n: int, count: int | None) -> Such:
-    """Return the rule for a tensor of positions among ``n``."""
-    return Such(
-        TensorOf((torch.int64,), (count,)),
-        lambda index: index.numel() == 0 or 0 <= int(index.min()) <= int(index.max()) < n,
-        f"each from 0 to {n - 1}",
-    )
-
-
-def _describe(candidate: Candidate, position: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    settings = {name: getattr(candidate, name) for name in _SETTINGS}
+def _describe(candidate: Candidate, position: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a candidate's tensors and its JSON-ready description."""
+    settings = {name: getattr(candidate, name) for name in ("method", *_SETTINGS)}
     try:
         json.dumps(settings)
     except (TypeError, ValueError) as error:
@@ -231,9 +147,90 @@ def _describe(candidate: Candidate, position: int) -> tuple[dict[str, Any], dict
             )
         ) from error
     if candidate.solver is None:
-        return {"method": candidate.method, **settings}, {}
+        return {}, settings
     tensors, solver = candidate.solver.describe()
-    return {"method": candidate.method, **settings, "solver": solver}, tensors
+    return tensors, {**settings, "solver": solver}
+
+
+def read(
+    path: str | os.PathLike[str],
+    selector: nn.Module | None,
+    hypernets: Mapping[int, nn.Module],
+) -> tuple[tuple[Candidate, ...], nn.Module, Scale, DiseReport | None]:
+    """Return what `write` wrote; see `Dise.load`. Weights are loaded once all of it is right."""
+    tensors, metadata = read_file(path, KIND)
+    found = checked(DISE, metadata, described_in(path))
+    with refused(described_in(path)):
+        _check_owners(tensors, found)
+        n_candidates = len(found["candidates"])
+        n_predicted = found["selector"].get("n_candidates", n_candidates)
+        if n_predicted != n_candidates:
+            place, expected = "selector.n_candidates", f"{n_candidates}, one a candidate"
+            raise mismatch(place, n_predicted, expected)
+        report = None
+        if found["report"] is not None:
+            report = _report(found["report"], tensors_under("report.", tensors), n_candidates)
+    candidates, weights = [], []
+    for position, settings in enumerate(found["candidates"]):
+        own = tensors_under(f"candidates.{position}.", tensors)
+        candidate, missing = _rebuild(settings, position, own, hypernets.get(position), path)
+        candidates.append(candidate)
+        weights += [] if missing is None else [missing]
+    with damage_reported(path):
+        check_candidates(candidates)
+    own = tensors_under("selector.", tensors)
+    net = _rebuild_selector(found["selector"], own, selector, path)
+    load_weights([*weights, (net, own, selector is not None)], path)
+    return tuple(candidates), net, Scale(*map(float, found["unit"])), report
+
+
+def _check_owners(tensors: Mapping[str, Tensor], found: Mapping[str, Any]) -> None:
+    """Refuse tensors that belong to nothing in the description."""
+    owners = [
+        f"candidates.{position}"
+        for position, settings in enumerate(found["candidates"])
+        if settings["solver"] is not None
+    ]
+    owners += ["selector"] if found["report"] is None else ["report", "selector"]
+    for name in tensors:
+        if not name.startswith(tuple(f"{owner}." for owner in owners)):
+            problem = f"the tensor {name!r} belongs to nothing described."
+            raise Mismatch(problem, f"tensors of {', '.join(owners[-8:])}")
+
+
+def _report(described: dict[str, Any], own: Mapping[str, Tensor], n_candidates: int) -> DiseReport:
+    """Return the report, after checking that it is of these candidates.
+
+    Raises:
+        Mismatch: it is not.
+        OptionError: its M is smaller than what a right answer costs.
+    """
+    names = Items(Text(), least=n_candidates, most=n_candidates)
+    names.check(described["names"], "report.names")
+    batch = own["nfe"].shape[0] if "nfe" in own and own["nfe"].dim() == 2 else None
+    matrix = batch, n_candidates
+    numbers = (torch.int64, torch.int32, *FLOATS)
+    rules = Record(
+        {
+            "nfe": TensorOf(numbers, matrix, is_finite=True),
+            "is_right": TensorOf((torch.bool,), matrix),
+            "weight": TensorOf(numbers, matrix),
+            "selection": _positions(n_candidates, batch),
+            "held_out": _positions(batch or 0, None),
+        }
+    )
+    report = DiseReport.from_parts(described, rules.check(own, "report"))
+    _ = report.costs
+    return report
+
+
+def _positions(n: int, count: int | None) -> Such:
+    """Return the rule for a tensor of positions among ``n``."""
+    return Such(
+        TensorOf((torch.int64,), (count,)),
+        lambda index: bool(((index >= 0) & (index < n)).all()),
+        f"each from 0 to {n - 1}",
+    )
 
 
 def _rebuild(
@@ -243,8 +240,9 @@ def _rebuild(
     hypernet: nn.Module | None,
     path: str | os.PathLike[str],
 ) -> tuple[Candidate, Weights | None]:
+    """Return a candidate, and the weights that its hypernet still lacks."""
     given = {name: settings[name] for name in _SETTINGS}
-    described = settings.get("solver")
+    described = settings["solver"]
     if described is None:
         with damage_reported(path):
             return Candidate(settings["method"], **given), None
@@ -269,31 +267,29 @@ def _rebuild(
     return candidate, loading
 
 
-def _describe_selector(selector: nn.Module) -> dict[str, Any]:
-    if isinstance(selector, ReadySelector):
-        return selector.architecture
-    kind = type(selector)
-    return {"kind": "custom", "class": f"{kind.__module__}.{kind.__qualname__}"}
-
-
 def _rebuild_selector(
     description: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     selector: nn.Module | None,
     path: str | os.PathLike[str],
 ) -> nn.Module:
+    """Return the selector, its weights not yet loaded."""
     is_own = selector is not None
     if selector is None:
-        if description.get("kind") == "custom":
+        if description["kind"] == "custom":
             raise FileFormatError(
                 explain(
                     f"{os.fspath(path)!r} holds the weights of a selector of your own, a "
-                    f"{description.get('class')}, and no code.",
+                    f"{description['class']}, and no code.",
                     "an instance of that module to load them into.",
                     f"tdh.Dise.load({os.fspath(path)!r}, selector=MySelector())",
                 )
             )
-        _check_finite(tensors, path)
+        # What no ready selector can have: weights of several dtypes, or that are not finite.
+        dtypes = {tensor.dtype for tensor in tensors.values()} & {*FLOATS}
+        rule = TensorOf(tuple(dtypes)[:1] or FLOATS, is_finite=True)
+        for name, tensor in tensors.items():
+            checked(rule, tensor, repr(os.fspath(path)), f"the tensor 'selector.{name}'")
         with torch.device("meta"):
             what = described_in(path)
             selector = from_architecture(description, tensors, what=what, at="selector")
@@ -308,11 +304,3 @@ def _rebuild_selector(
             )
         )
     return selector
-
-
-def _check_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Refuse weights that no ready selector can have: all of one dtype, and finite."""
-    dtypes = {tensor.dtype for tensor in tensors.values()} & {*FLOATS}
-    rule = TensorOf(tuple(dtypes)[:1] or FLOATS, is_finite=True)
-    for name, tensor in tensors.items():
-        checked(rule, tensor, repr(os.fspath(path)), f"the tensor 'selector.{name}'")

@@ -14,7 +14,7 @@ from torchdiffeq_hyper._fields import HOW_TO_RESTRICT, check_independence
 from torchdiffeq_hyper._state import State, VectorField, map_parts, parts_of, take
 from torchdiffeq_hyper.dise._candidates import Candidate
 from torchdiffeq_hyper.dise._costs import Cost
-from torchdiffeq_hyper.dise._dispatch import Batch, GroupField, count_samples, joined
+from torchdiffeq_hyper.dise._dispatch import Batch, GroupField, are_finite, count_samples, joined
 from torchdiffeq_hyper.errors import (
     NoisyFieldError,
     NonFiniteError,
@@ -151,7 +151,7 @@ def collect(
         for candidate in candidates:
             solution, nfe = _solve_alone(candidate, batch, bar.update)
             is_right, weight = cost.judge(solution, index)
-            columns.append((nfe, is_right & _are_finite(solution), weight))
+            columns.append((nfe, is_right & are_finite(solution), weight))
     nfe, right, weight = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
     return Labels(_distinct([candidate.label for candidate in candidates]), nfe, right, weight)
 
@@ -279,13 +279,8 @@ def _are_close(solution: State, other: State) -> bool:
     """Return whether states differ by no more than other kernels' rounding would explain."""
     for part, alone in zip(parts_of(solution), parts_of(other), strict=True):
         slack = min(0.1, 10 * torch.finfo(part.dtype).eps ** 0.5)
-        size = alone[torch.isfinite(alone)].abs().amax().item() if alone.isfinite().any() else 0.0
-        if not torch.allclose(part, alone, rtol=slack, atol=slack * size, equal_nan=True):
+        sizes = torch.where(torch.isfinite(alone), alone, 0).abs()
+        atol = slack * float(sizes.max()) if sizes.numel() else 0.0
+        if not torch.allclose(part, alone, rtol=slack, atol=atol, equal_nan=True):
             return False
     return True
-
-
-def _are_finite(solution: State) -> Tensor:
-    """Return for each sample of a solution whether it holds no inf and no nan."""
-    finite = [torch.isfinite(part).transpose(0, 1).flatten(1) for part in parts_of(solution)]
-    return torch.cat(finite, dim=1).all(dim=1)

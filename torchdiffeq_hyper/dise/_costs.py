@@ -55,9 +55,10 @@ def _check_positive(name: str, value: Any, fix: str) -> float:
     return float(value)
 
 
-def _check_callable(name: str, value: Any, fix: str) -> None:
+def check_callable(name: str, value: Any, expected: str, fix: str) -> None:
+    """Refuse what cannot be called."""
     if not callable(value):
-        raise StateTypeError(explain(f"{name} is a {type(value).__name__}.", "a callable.", fix))
+        raise StateTypeError(explain(f"{name} is a {type(value).__name__}.", expected, fix))
 
 
 def _end(solution: State) -> State:
@@ -104,7 +105,7 @@ class ClassificationCost:
         alpha: float,
         penalty: float,
     ) -> None:
-        _check_callable("predict", predict, "predict=model.classifier")
+        check_callable("predict", predict, "a callable.", "predict=model.classifier")
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
             got = labels.dtype if isinstance(labels, Tensor) else "no tensor"
             raise StateTypeError(
@@ -223,7 +224,8 @@ class RegressionCost:
         *,
         at: Literal["end", "all"] | None = None,
     ) -> None:
-        _check_callable("error", error, "error=lambda y, index: (y - x[index]).norm(dim=1)")
+        fix = "error=lambda y, index: (y - x[index]).norm(dim=1)"
+        check_callable("error", error, "a callable.", fix)
         if at not in ("end", "all", None):
             raise OptionError(explain(f"at is {at!r}.", '"end", "all" or None.', 'at="end"'))
         self.error = error

@@ -15,7 +15,7 @@ from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._state import State, VectorField, parts_of, take
 from torchdiffeq_hyper.dise import _files
 from torchdiffeq_hyper.dise._candidates import Candidate, check_candidates
-from torchdiffeq_hyper.dise._costs import Cost
+from torchdiffeq_hyper.dise._costs import Cost, check_callable
 from torchdiffeq_hyper.dise._dispatch import Batch, dispatch, raise_non_finite
 from torchdiffeq_hyper.dise._labels import Labels, collect
 from torchdiffeq_hyper.dise._report import DiseReport, Oracle, TradeOff, one_candidate
@@ -26,9 +26,9 @@ from torchdiffeq_hyper.dise._training import (
     predict,
     split,
     sweep,
-    train,
+    train_selector,
 )
-from torchdiffeq_hyper.errors import OneCandidateWarning, StateTypeError, explain
+from torchdiffeq_hyper.errors import OneCandidateWarning
 from torchdiffeq_hyper.solvers._finite import is_finite
 
 
@@ -84,18 +84,14 @@ class Dise(nn.Module):
         self.candidates = check_candidates(candidates)
         # Moved, saved and frozen with the rest.
         self.solvers = nn.ModuleList([c.solver for c in self.candidates if c.solver is not None])
-        if selector is not None and not callable(selector):
-            raise StateTypeError(
-                explain(
-                    f"selector is a {type(selector).__name__}.",
-                    "a module that maps y0 to predicted costs (batch, candidates).",
-                    "selector=tdh.dise.selectors.MLP(n_inputs=2, n_candidates=3)",
-                )
-            )
+        if selector is not None:
+            expected = "a module that maps y0 to predicted costs (batch, candidates)."
+            fix = "selector=tdh.dise.selectors.MLP(n_inputs=2, n_candidates=3)"
+            check_callable("selector", selector, expected, fix)
         self.selector = selector
         self.unit = Scale(0.0, 1.0)
         self.report: DiseReport | None = None
-        self.train(self.training)
+        self.train()
 
     def extra_repr(self) -> str:
         """Return the candidates, for printing."""
@@ -141,7 +137,7 @@ class Dise(nn.Module):
         """
         draft = recording.take_over(self)
         batch = Batch.of(func, y0, t, rtol=rtol, atol=atol)
-        if not batch.has_numbers:
+        if batch.is_empty:
             return batch.unchanged()
         selection = self.select(y0)
         solution = dispatch(self.candidates, batch, selection, draft)
@@ -168,8 +164,6 @@ class Dise(nn.Module):
             OptionError: ``selection`` is no choice of candidates for this batch.
         """
         batch = Batch.of(func, y0, t, rtol=rtol, atol=atol)
-        if not batch.has_numbers:
-            return batch.unchanged()
         return dispatch(self.candidates, batch, selection)
 
     @torch.no_grad()
@@ -206,7 +200,7 @@ class Dise(nn.Module):
         atol: Any = 1e-9,
         progress: bool = True,
     ) -> Dise:
-        """Fit v to the costs of every candidate on every sample.
+        """Fit v to the costs of every candidate on every sample; return the object itself.
 
         Each sample is solved alone by each candidate, so that no other sample changes its
         answer or its calls of func; v is trained by regression on all costs at once. func
@@ -224,9 +218,6 @@ class Dise(nn.Module):
             rtol: relative tolerance of candidates without their own.
             atol: absolute tolerance of candidates without their own.
             progress: whether to show bars.
-
-        Returns:
-            The object itself.
 
         Raises:
             OptionError: fewer than two samples, or an M smaller than a right answer costs.
@@ -246,7 +237,7 @@ class Dise(nn.Module):
         labels = collect(self.candidates, func, y0, t, cost, known=labels, **how)
         costs = labels.costs(cost.alpha, cost.penalty)
         label_seconds = time.perf_counter() - start
-        self.unit, losses = train(selector, y0, costs, config, progress=progress)
+        self.unit, losses = train_selector(selector, y0, costs, config, progress=progress)
         self.selector = selector
         selection = self.select(y0)
         self.report = DiseReport(

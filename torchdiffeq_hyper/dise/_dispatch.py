@@ -161,12 +161,12 @@ class Batch:
         return parts_of(self.y0)[0].device
 
     @property
-    def has_numbers(self) -> bool:
-        """Whether there is anything to solve."""
-        return any(part.numel() > 0 for part in parts_of(self.y0))
+    def is_empty(self) -> bool:
+        """Whether there are no numbers to solve for."""
+        return not any(part.numel() for part in parts_of(self.y0))
 
     def unchanged(self) -> State:
-        """Return a solution that stays at y0: that of a batch without numbers."""
+        """Return the solution that stays at y0: that of an empty batch."""
         return map_parts(lambda part: part.expand(len(self.t), *part.shape).clone(), self.y0)
 
     def field(self, index: Tensor | None) -> GroupField:
@@ -209,6 +209,8 @@ def dispatch(
         CoupledSamplesError: there are several groups, and samples that depend on each other.
         StateShapeError: func cannot take part of the batch.
     """
+    if batch.is_empty:
+        return batch.unchanged()
     selection = _check_selection(selection, len(batch), len(candidates)).to(batch.device)
     order = selection.argsort(stable=True)
     groups = order.split(torch.bincount(selection, minlength=len(candidates)).tolist())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from torchdiffeq_hyper.dise._labels import Labels, chosen
@@ -259,26 +258,25 @@ def _table(head: tuple[str, ...], *rows: tuple[str, ...]) -> str:
     return "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]])
 
 
-def one_candidate(labels: Labels, chosen: int, alpha: float, penalty: float) -> str:
-    """Return a warning's text: what happened, and which of alpha and M to move where.
+def one_candidate(labels: Labels, position: int, alpha: float, penalty: float) -> str:
+    """Return the warning that a selector always takes one candidate, and how to change that.
 
     Args:
         labels: what every candidate takes and achieves.
-        chosen: the candidate that every sample goes to.
+        position: the candidate's position.
         alpha: of the cost.
         penalty: M of the cost.
     """
-    name = labels.names[chosen]
+    name = labels.names[position]
     text = f"the selector sends every sample to {name!r}. "
     costs = labels.costs(alpha, penalty)
-    if bool((costs.argmin(dim=1) == chosen).all()):
+    if bool((costs.argmin(dim=1) == position).all()):
         return text + (
             "It is the cheapest right one for each of them, at any alpha and M: there is nothing "
             "to select. Use that method by itself, or add cheaper candidates."
         )
-    everyone = torch.full((len(labels),), chosen, device=labels.nfe.device)
-    is_most_accurate = labels.accuracy(everyone) >= float(labels.is_right.double().mean(0).max())
-    is_cheapest = labels.mean_nfe(everyone) <= float(labels.nfe.double().mean(0).min())
+    _, nfe, right = zip(*singles(labels), strict=True)
+    is_most_accurate, is_cheapest = right[position] == max(right), nfe[position] == min(nfe)
     fewer_calls = (
         f"to save calls of func, make wrong answers weigh less: penalty M down from {penalty:g} "
         f"(towards the largest NFE, {int(labels.nfe.max())}) or alpha down from {alpha:g}"

@@ -199,7 +199,7 @@ def fittable(selector: object, y0: State, n_candidates: int, config: SelectorCon
     )
 
 
-def train(
+def train_selector(
     selector: nn.Module,
     y0: State,
     costs: Tensor,
@@ -317,7 +317,7 @@ def sweep(
     points = []
     for (alpha, penalty), costs in zip(settings, matrices, strict=True):
         selector = copy.deepcopy(unfitted)
-        train(selector, y0, costs, config, progress=progress)
+        train_selector(selector, y0, costs, config, progress=progress)
         with torch.no_grad():
             out = predict(selector, take(y0, held_out), len(labels.names))
         choice = out.argmin(dim=1)

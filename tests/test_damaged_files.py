@@ -21,7 +21,7 @@ from mutations import mutated, mutated_tensors
 from stubs import damped_wave, spiral
 from torchdiffeq_hyper.__main__ import _describe as describe
 from torchdiffeq_hyper.__main__ import main
-from torchdiffeq_hyper._files._container import read
+from torchdiffeq_hyper._files import read
 from torchdiffeq_hyper.errors import BaseMismatchError, FileFormatError, HyperError
 from torchdiffeq_hyper.hypernets import MLP, ConcatHypernet, Linear, from_architecture
 

@@ -14,7 +14,7 @@ from torch import nn
 import torchdiffeq_hyper as tdh
 from exact import zero
 from torchdiffeq_hyper.__main__ import main
-from torchdiffeq_hyper._files._container import write
+from torchdiffeq_hyper._files import write
 from torchdiffeq_hyper.hypernets import MLP
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._report import LossPoint

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import torchdiffeq_hyper as tdh
 from stubs import coupled, coupled_start, damped_wave
-from torchdiffeq_hyper._files._container import FORMAT_VERSION, read, read_metadata, write
+from torchdiffeq_hyper._files import FORMAT_VERSION, read, read_metadata, write
 from torchdiffeq_hyper.errors import (
     BaseMismatchError,
     FileFormatError,

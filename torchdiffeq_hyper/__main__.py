@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchdiffeq_hyper._files._container import damage_reported, read, read_metadata
+from torchdiffeq_hyper._files import damage_reported, read, read_metadata
 from torchdiffeq_hyper.errors import HyperError
 from torchdiffeq_hyper.hypernets._files import UNSEEN
 from torchdiffeq_hyper.methods import _registry

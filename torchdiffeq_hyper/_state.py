@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, explain
+from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError
 
 State: TypeAlias = Tensor | tuple[Tensor, ...]
 """A state: one tensor of any shape, or a tuple of tensors."""
@@ -121,11 +121,9 @@ def check_dtype(dtype: torch.dtype, *, is_tuple: bool = False) -> None:
     """Refuse states of integers, the dtype being a state's or that of a part of a tuple."""
     if not (dtype.is_floating_point or dtype.is_complex):
         raise StateTypeError(
-            explain(
-                f"y0 has dtype {dtype}: derivatives would be rounded to integers.",
-                "a floating-point (or complex) state.",
-                "y0 = tuple(part.float() for part in y0)" if is_tuple else "y0 = y0.float()",
-            )
+            problem=f"y0 has dtype {dtype}: derivatives would be rounded to integers.",
+            expected="a floating-point (or complex) state.",
+            fix="y0 = tuple(part.float() for part in y0)" if is_tuple else "y0 = y0.float()",
         )
 
 
@@ -161,11 +159,9 @@ class StateLayout:
             return _TENSOR
         if not isinstance(y, tuple) or not y or not all(isinstance(part, Tensor) for part in y):
             raise StateTypeError(
-                explain(
-                    f"y0 is a {type(y).__name__}.",
-                    "a tensor, or a tuple of tensors.",
-                    "y0 = torch.as_tensor(y0)" if not isinstance(y, list) else "y0 = tuple(y0)",
-                )
+                problem=f"y0 is a {type(y).__name__}.",
+                expected="a tensor, or a tuple of tensors.",
+                fix="y0 = torch.as_tensor(y0)" if not isinstance(y, list) else "y0 = tuple(y0)",
             )
         for part in y:
             check_dtype(part.dtype, is_tuple=True)
@@ -254,11 +250,9 @@ def select(norms: Sequence[Tensor], layout: StateLayout, part: int | None) -> Te
     with_batch = [n for n, shape in zip(norms, layout.shapes, strict=True) if shape] or list(norms)
     if len({n.shape for n in with_batch}) > 1:
         raise StateShapeError(
-            explain(
-                f"the state's parts have shapes {list(layout.shapes)}: they share no batch.",
-                "parts with one leading batch dimension, or the choice of one part.",
-                "rec.error_penalty(part=0)   # or solve.steps.error_of(0)",
-            )
+            problem=f"the state's parts have shapes {list(layout.shapes)}: they share no batch.",
+            expected="parts with one leading batch dimension, or the choice of one part.",
+            fix="rec.error_penalty(part=0)   # or solve.steps.error_of(0)",
         )
     joint: Tensor = torch.linalg.vector_norm(torch.stack(with_batch, -1), dim=-1)
     return joint
@@ -268,12 +262,10 @@ def _check_part(part: int, layout: StateLayout) -> int:
     n_parts = 0 if layout.shapes is None else len(layout.shapes)
     if isinstance(part, bool) or not isinstance(part, int) or not 0 <= part < n_parts:
         raise OptionError(
-            explain(
-                f"part is {part!r}.",
-                f"None, or an index of one of the state's {n_parts} parts."
-                if n_parts
-                else "None: the state is one tensor.",
-                "part=0" if n_parts else "part=None",
-            )
+            problem=f"part is {part!r}.",
+            expected=f"None, or an index of one of the state's {n_parts} parts."
+            if n_parts
+            else "None: the state is one tensor.",
+            fix="part=0" if n_parts else "part=None",
         )
     return part

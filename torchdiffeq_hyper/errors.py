@@ -2,18 +2,34 @@
 
 Every error derives from `HyperError` and from the builtin a caller would expect.
 A message says what was wrong with the value got, what was expected, and a fix to
-paste; `explain` lays the three out.
+paste: the three arguments of each error.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
 class HyperError(Exception):
-    """Base of every error raised by this package."""
+    """Base of every error raised by this package.
+
+    Args:
+        problem: what was wrong, a sentence; or the whole text.
+        expected: what was expected.
+        fix: lines to paste.
+
+    >>> print(OptionError(problem="steps is 0.", expected="an int of at least 1.", fix="steps=10"))
+    steps is 0.
+      expected: an int of at least 1.
+      fix:      steps=10
+    """
+
+    def __init__(self, problem: str, expected: str = "", fix: str = "") -> None:
+        super().__init__(explain(problem, expected, fix) if expected else problem)
 
 
 class MissingHypernetError(HyperError, ValueError):
@@ -148,3 +164,25 @@ def closest(name: object, known: Iterable[str]) -> str:
     """
     names = list(known)
     return next(iter(difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)), names[0])
+
+
+def unknown_method(name: object, known: Iterable[str], fix: str) -> UnknownMethodError:
+    """Return the error for a method that does not exist.
+
+    ``fix`` is what to write, with "{}" where the nearest known name belongs.
+    """
+    names = list(known)
+    listed = "one of " + ", ".join(f'"{other}"' for other in names) + "."
+    nearest = closest(name, names or ["hypereuler"])
+    return UnknownMethodError(
+        problem=f"no method is called {name!r}.", expected=listed, fix=fix.format(nearest)
+    )
+
+
+def unwritable(path: str | os.PathLike[str], error: OSError) -> FileWriteError:
+    """Return the error for a file that the system refuses to write."""
+    return FileWriteError(
+        problem=f"{os.fspath(path)!r} cannot be written: {error.strerror or error}.",
+        expected="a file name in an existing folder that you may write to.",
+        fix=f"os.makedirs({str(Path(path).parent)!r}, exist_ok=True)",
+    )

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper.errors import OptionError
 
 
 class Edge(Enum):
@@ -130,11 +130,9 @@ def second_order(alpha: float = 0.5) -> Tableau:
         or not (math.isfinite(alpha) and alpha > 0)
     ):
         raise OptionError(
-            explain(
-                f"alpha is {alpha!r}: the second stage would lie outside the step's future.",
-                "a finite number above 0 (0.5 midpoint, 2/3 Ralston, 1 Heun).",
-                "alpha=0.5",
-            )
+            problem=f"alpha is {alpha!r}: the second stage would lie outside the step's future.",
+            expected="a finite number above 0 (0.5 midpoint, 2/3 Ralston, 1 Heun).",
+            fix="alpha=0.5",
         )
     return Tableau("alpha", 2, 2, _second_order(float(alpha)), float(alpha))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._state import Hypernet, State, parts_of
-from torchdiffeq_hyper.errors import StateShapeError, StateTypeError, explain
+from torchdiffeq_hyper.errors import StateShapeError, StateTypeError
 from torchdiffeq_hyper.tableaus import Edge, StageCall
 
 
@@ -17,11 +17,9 @@ def check_hypernet(hypernet: object) -> None:
     """Refuse a net that cannot be called."""
     if not callable(hypernet):
         raise StateTypeError(
-            explain(
-                f"hypernet is a {type(hypernet).__name__}.",
-                "a callable g(step) -> correction like step.y.",
-                "hypernet=tdh.ConcatHypernet(net)",
-            )
+            problem=f"hypernet is a {type(hypernet).__name__}.",
+            expected="a callable g(step) -> correction like step.y.",
+            fix="hypernet=tdh.ConcatHypernet(net)",
         )
 
 
@@ -31,11 +29,9 @@ def check_hypernet_device(hypernet: Hypernet, y: Tensor) -> None:
     parameter = next(parameters, None)
     if parameter is not None and parameter.device != y.device:
         raise StateTypeError(
-            explain(
-                f"the hypernet is on {parameter.device}, y0 is on {y.device}.",
-                "both on one device.",
-                f'hypernet.to("{y.device}")   # or solver.to("{y.device}")',
-            )
+            problem=f"the hypernet is on {parameter.device}, y0 is on {y.device}.",
+            expected="both on one device.",
+            fix=f'hypernet.to("{y.device}")   # or solver.to("{y.device}")',
         )
 
 
@@ -43,19 +39,15 @@ def check_derivative(k: object, y: Tensor) -> None:
     """Refuse a derivative that is no tensor, or would broadcast against the state."""
     if not isinstance(k, Tensor):
         raise StateTypeError(
-            explain(
-                f"func returned a {type(k).__name__}.",
-                "a tensor of the state's shape.",
-                _how_to_answer(k),
-            )
+            problem=f"func returned a {type(k).__name__}.",
+            expected="a tensor of the state's shape.",
+            fix=_how_to_answer(k),
         )
     if k.shape != y.shape:
         raise StateShapeError(
-            explain(
-                f"func returned shape {tuple(k.shape)} for a state of shape {tuple(y.shape)}.",
-                "a derivative of the state's own shape.",
-                "check func(t[0], y0).shape == y0.shape",
-            )
+            problem=f"func returned shape {tuple(k.shape)} for a state of shape {tuple(y.shape)}.",
+            expected="a derivative of the state's own shape.",
+            fix="check func(t[0], y0).shape == y0.shape",
         )
 
 
@@ -82,12 +74,10 @@ def check_answer(k: object, state: State) -> None:
     for index, (part, like) in enumerate(zip(k, state, strict=True)):
         if part.numel() != like.numel():
             raise StateShapeError(
-                explain(
-                    f"func returned shape {tuple(part.shape)} for part {index} of the state, of "
-                    f"shape {tuple(like.shape)}.",
-                    "derivatives of the parts' own shapes, in their order.",
-                    f"check func(t[0], y0)[{index}].shape == y0[{index}].shape",
-                )
+                problem=f"func returned shape {tuple(part.shape)} for part {index} of the state, "
+                f"of shape {tuple(like.shape)}.",
+                expected="derivatives of the parts' own shapes, in their order.",
+                fix=f"check func(t[0], y0)[{index}].shape == y0[{index}].shape",
             )
 
 
@@ -104,11 +94,9 @@ def check_kind(k: object, state: State) -> None:
     if parts:
         got += " of " + ", ".join(type(part).__name__ for part in parts)
     raise StateTypeError(
-        explain(
-            f"func returned {got} for a state that is a tuple of {len(state)} tensors.",
-            "a tuple of as many tensors, one derivative for each part.",
-            "return " + ", ".join(f"derivative_{i}" for i in range(len(state))),
-        )
+        problem=f"func returned {got} for a state that is a tuple of {len(state)} tensors.",
+        expected="a tuple of as many tensors, one derivative for each part.",
+        fix="return " + ", ".join(f"derivative_{i}" for i in range(len(state))),
     )
 
 
@@ -133,11 +121,9 @@ def _refuse_kind(out: object, y: State) -> NoReturn:
     expected = "a tensor" if isinstance(y, Tensor) else f"a tuple of {len(y)} tensors"
     got = f"a tuple of {len(out)}" if isinstance(out, tuple) else f"a {type(out).__name__}"
     raise StateTypeError(
-        explain(
-            f"the hypernet returned {got}.",
-            f"{expected}, like the state.",
-            "return a correction shaped like step.y",
-        )
+        problem=f"the hypernet returned {got}.",
+        expected=f"{expected}, like the state.",
+        fix="return a correction shaped like step.y",
     )
 
 
@@ -146,28 +132,22 @@ def _check_part(out: Tensor, y: Tensor, time_dtype: torch.dtype, where: str) -> 
         return
     if out.shape != y.shape:
         raise StateShapeError(
-            explain(
-                f"the hypernet returned shape {tuple(out.shape)}{where}.",
-                f"{tuple(y.shape)}, the shape of step.y.",
-                "return a correction shaped like step.y; check the net's output channels",
-            )
+            problem=f"the hypernet returned shape {tuple(out.shape)}{where}.",
+            expected=f"{tuple(y.shape)}, the shape of step.y.",
+            fix="return a correction shaped like step.y; check the net's output channels",
         )
     widest = y.dtype if y.dim() else torch.promote_types(y.dtype, time_dtype)
     if torch.promote_types(out.dtype, widest) != widest:
         raise StateTypeError(
-            explain(
-                f"the hypernet returned {out.dtype}{where}.",
-                f"a dtype that promotes to the state's {y.dtype}.",
-                f"hypernet.to({y.dtype})   # or return out.to(step.y.dtype)",
-            )
+            problem=f"the hypernet returned {out.dtype}{where}.",
+            expected=f"a dtype that promotes to the state's {y.dtype}.",
+            fix=f"hypernet.to({y.dtype})   # or return out.to(step.y.dtype)",
         )
     if out.device != y.device:
         raise StateTypeError(
-            explain(
-                f"the hypernet returned a tensor on {out.device}{where}.",
-                f"one on the state's device, {y.device}.",
-                f'hypernet.to("{y.device}")',
-            )
+            problem=f"the hypernet returned a tensor on {out.device}{where}.",
+            expected=f"one on the state's device, {y.device}.",
+            fix=f'hypernet.to("{y.device}")',
         )
 
 

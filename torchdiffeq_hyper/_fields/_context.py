@@ -51,20 +51,16 @@ class Conditioned(nn.Module):
         if not callable(func) or not all(isinstance(item, Tensor) for item in inputs):
             kinds = ", ".join(type(item).__name__ for item in (func, *inputs))
             raise StateTypeError(
-                explain(
-                    f"Conditioned got {kinds}.",
-                    "a callable func(t, y, *inputs) and its tensors.",
-                    "tdh.Conditioned(func, noise)",
-                )
+                problem=f"Conditioned got {kinds}.",
+                expected="a callable func(t, y, *inputs) and its tensors.",
+                fix="tdh.Conditioned(func, noise)",
             )
         sizes = {item.shape[:1] for item in inputs}
         if len(sizes) != 1 or not sizes.pop():
             raise StateShapeError(
-                explain(
-                    f"the inputs have shapes {[tuple(item.shape) for item in inputs]}.",
-                    "at least one input; the samples along dim 0, as many in each.",
-                    "tdh.Conditioned(func, noise)   # noise of shape (batch, ...)",
-                )
+                problem=f"the inputs have shapes {[tuple(item.shape) for item in inputs]}.",
+                expected="at least one input; the samples along dim 0, as many in each.",
+                fix="tdh.Conditioned(func, noise)   # noise of shape (batch, ...)",
             )
         self.func = func
         self.inputs = inputs

@@ -38,7 +38,6 @@ from torchdiffeq_hyper._state import (
 from torchdiffeq_hyper.errors import (
     CoupledSamplesError,
     StateShapeError,
-    explain,
 )
 
 SLACK = 1e-5
@@ -104,15 +103,13 @@ def check_independence(
     if found is None:
         return
     raise CoupledSamplesError(
-        explain(
-            f"sample {found.sample} of y0 has another derivative in the batch than alone (at "
-            f"t = {found.time:.6g}): func makes the samples along dim 0 depend on each other, and "
-            "they are solved apart here.",
-            "a func of each sample by itself.",
-            ways_of_one_sample(y0)
-            + "func.eval()   # if batch norm in training mode couples the samples\n"
-            + HOW_TO_RESTRICT.splitlines()[0],
-        )
+        problem=f"sample {found.sample} of y0 has another derivative in the batch than alone (at "
+        f"t = {found.time:.6g}): func makes the samples along dim 0 depend on each other, and "
+        "they are solved apart here.",
+        expected="a func of each sample by itself.",
+        fix=ways_of_one_sample(y0)
+        + "func.eval()   # if batch norm in training mode couples the samples\n"
+        + HOW_TO_RESTRICT.splitlines()[0],
     )
 
 

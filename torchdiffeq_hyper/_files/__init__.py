@@ -1,4 +1,4 @@
-"""What the fields of a file may hold, declared as rules; checked here for every kind of file.
+"""Files: how they are read and written, and rules for what their fields may hold.
 
 A rule is a small object with ``expected``, for people, and ``check(value, name)``, which
 returns the value or raises `Mismatch` with the name of the field that is wrong. `Record`
@@ -8,7 +8,17 @@ write and earlier ones did not is a `Default`::
     Record({"steps": Whole(1, MOST_STEPS), "unit": Default(Real(above=0.0), 1.0)})
 """
 
-from torchdiffeq_hyper._files._nets import built, check_sizes
+from torchdiffeq_hyper._files._container import (
+    FORMAT_VERSION,
+    HEADER,
+    damage_reported,
+    described_in,
+    read,
+    read_metadata,
+    tensors_under,
+    write,
+    write_bytes,
+)
 from torchdiffeq_hyper._files._records import (
     Default,
     Either,
@@ -16,12 +26,13 @@ from torchdiffeq_hyper._files._records import (
     Maybe,
     Record,
     Row,
-    Such,
     Table,
     Tagged,
+    built,
+    check_sizes,
     record_of,
 )
-from torchdiffeq_hyper._files._schema import (
+from torchdiffeq_hyper._files._rules import (
     FLAG,
     FLOATS,
     Anything,
@@ -29,6 +40,7 @@ from torchdiffeq_hyper._files._schema import (
     Mismatch,
     Real,
     Rule,
+    Such,
     TensorOf,
     Text,
     Whole,
@@ -37,11 +49,14 @@ from torchdiffeq_hyper._files._schema import (
     missing,
     refused,
     shown,
+    under,
 )
 
 __all__ = [
     "FLAG",
     "FLOATS",
+    "FORMAT_VERSION",
+    "HEADER",
     "Anything",
     "Choice",
     "Default",
@@ -62,9 +77,17 @@ __all__ = [
     "built",
     "check_sizes",
     "checked",
+    "damage_reported",
+    "described_in",
     "mismatch",
     "missing",
+    "read",
+    "read_metadata",
     "record_of",
     "refused",
     "shown",
+    "tensors_under",
+    "under",
+    "write",
+    "write_bytes",
 ]

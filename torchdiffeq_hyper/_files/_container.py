@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from torchdiffeq_hyper._files import (
-    Anything,
-    Default,
-    Mismatch,
-    Record,
-    Rule,
-    Table,
-    Text,
-    Whole,
-    checked,
-    refused,
-)
-from torchdiffeq_hyper.errors import FileFormatError, FileWriteError, explain
+from torchdiffeq_hyper._files._records import Default, Record, Table
+from torchdiffeq_hyper._files._rules import Anything, Mismatch, Rule, Text, Whole, refused
+from torchdiffeq_hyper.errors import FileFormatError, unwritable
 
 FORMAT_VERSION = 1
 HEADER: dict[str, Rule | Default] = {"format_version": Whole(1), "kind": Text(100)}
@@ -54,16 +44,10 @@ def write(
     kind: str,
     metadata: Mapping[str, Any],
 ) -> None:
-    """Write tensors and their description to ``path``, replacing what is there.
+    """Write tensors and their JSON-ready description to ``path``, replacing what is there.
 
-    The file appears complete or not at all; an old file stays until then. Tensors may
-    share memory, have any strides and lie on any device.
-
-    Args:
-        path: the file; its folder must exist.
-        tensors: by name.
-        kind: what the file holds, e.g. "hypersolver"; `read` asks for it.
-        metadata: JSON-ready values.
+    Tensors may share memory, have any strides and lie on any device. ``kind`` is what the
+    file holds, e.g. "hypersolver"; `read` asks for it.
 
     Raises:
         FileWriteError: the file cannot be written; nothing half-written is left.
@@ -78,24 +62,14 @@ def write(
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write ``data`` to ``path``, replacing what is there in one step or not at all.
+    """Write ``data`` to ``path``, in a folder that exists.
+
+    The file appears complete or not at all; an old file stays until then.
 
     Raises:
         FileWriteError: the file cannot be written; nothing half-written is left.
     """
-    try:
-        _replace(Path(os.path.realpath(path)), data)
-    except OSError as error:
-        raise FileWriteError(
-            explain(
-                f"{os.fspath(path)!r} cannot be written: {error.strerror or error}.",
-                "a file name in an existing folder that you may write to.",
-                f"os.makedirs({str(Path(path).parent)!r}, exist_ok=True)",
-            )
-        ) from error
-
-
-def _replace(target: Path, data: bytes) -> None:
+    target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -103,8 +77,11 @@ def _replace(target: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise unwritable(path, error) from error
         raise
 
 
@@ -118,11 +95,9 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
     metadata = read_metadata(path)
     if metadata["kind"] != kind:
         raise FileFormatError(
-            explain(
-                f"{os.fspath(path)!r} holds a {metadata['kind']!r}.",
-                f"a file of kind {kind!r}.",
-                "the loader that belongs to the file's kind",
-            )
+            problem=f"{os.fspath(path)!r} holds a {metadata['kind']!r}.",
+            expected=f"a file of kind {kind!r}.",
+            fix="the loader that belongs to the file's kind",
         )
     with _open(path) as file:
         tensors = {name: _tensor(file, name, path) for name in file.keys()}  # noqa: SIM118
@@ -152,11 +127,9 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         text = (file.metadata() or {}).get(_KEY)
     if text is None:
         raise FileFormatError(
-            explain(
-                f"{os.fspath(path)!r} is a safetensors file of another program.",
-                "a file that `save` of this package wrote.",
-                "solver.save(path)   # weights alone: safetensors.torch.load_file(path)",
-            )
+            problem=f"{os.fspath(path)!r} is a safetensors file of another program.",
+            expected="a file that `save` of this package wrote.",
+            fix="solver.save(path)   # weights alone: safetensors.torch.load_file(path)",
         )
     with damage_reported(path):
         try:
@@ -164,16 +137,14 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         except (ValueError, RecursionError) as error:
             problem = f"it is no JSON: {error}"
             raise Mismatch(problem, "what `save` writes") from error
-    checked(Table(Anything()), metadata, described_in(path))
-    header = {name: metadata[name] for name in HEADER if name in metadata}
-    version = checked(Record(HEADER), header, described_in(path))["format_version"]
+        Table(Anything()).check(metadata, "")
+        header = {name: metadata[name] for name in HEADER if name in metadata}
+        version = Record(HEADER).check(header, "")["format_version"]
     if version > FORMAT_VERSION:
         raise FileFormatError(
-            explain(
-                f"{os.fspath(path)!r} has format {version}.",
-                f"a format up to {FORMAT_VERSION}, which is what this version knows.",
-                "pip install -U torchdiffeq_hyper",
-            )
+            problem=f"{os.fspath(path)!r} has format {version}.",
+            expected=f"a format up to {FORMAT_VERSION}, which is what this version knows.",
+            fix="pip install -U torchdiffeq_hyper",
         )
     return dict(metadata)
 
@@ -195,9 +166,9 @@ def damage_reported(path: str | os.PathLike[str]) -> Iterator[None]:
 def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
     if Path(path).is_dir():
         raise FileFormatError(
-            explain(
-                f"{os.fspath(path)!r} is a folder.", "a file that `save` wrote.", "name the file"
-            )
+            problem=f"{os.fspath(path)!r} is a folder.",
+            expected="a file that `save` wrote.",
+            fix="name the file",
         )
     try:
         with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
@@ -211,5 +182,7 @@ def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
         else:
             problem = f"{os.fspath(path)!r} is not a safetensors file."
         raise FileFormatError(
-            explain(problem, "a complete file that `save` wrote.", "copy or save it again")
+            problem=problem,
+            expected="a complete file that `save` wrote.",
+            fix="copy or save it again",
         ) from error

@@ -1,17 +1,17 @@
-"""Rules made of rules: lists, dictionaries, records with known fields."""
+"""Rules made of rules: lists, dictionaries, records with known fields; nets of records."""
 
 from __future__ import annotations
 
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from torchdiffeq_hyper._files._schema import (
+from torchdiffeq_hyper._files._rules import (
     FLAG,
     UPGRADE,
     Anything,
@@ -29,44 +29,37 @@ from torchdiffeq_hyper._files._schema import (
 MOST_ITEMS = 1_000_000
 _LEFT_OUT = object()
 
+NetT = TypeVar("NetT", bound=nn.Module)
+Condition: TypeAlias = tuple[Callable[[dict[str, Any]], bool], str]
 
-@dataclass(frozen=True)
-class Maybe:
+
+class Maybe(Rule):
     """None, or what a rule says."""
 
-    rule: Rule
-
-    @property
-    def expected(self) -> str:
-        """What it may be, for people."""
-        return f"None, or {self.rule.expected}"
+    def __init__(self, rule: Rule) -> None:
+        self._rule = rule
+        self.expected = f"None, or {rule.expected}"
 
     def check(self, value: Any, name: str) -> Any:
-        """Return the value."""
         if value is None:
             return None
         try:
-            return self.rule.check(value, name)
+            return self._rule.check(value, name)
         except Mismatch as error:
-            if error.expected == self.rule.expected:
+            if error.expected == self._rule.expected:
                 error.expected = self.expected
             raise
 
 
-@dataclass(frozen=True)
-class Either:
-    """What one of some rules says."""
+class Either(Rule):
+    """What one of some rules says; as the first that takes the value returns it."""
 
-    rules: tuple[Rule, ...]
-
-    @property
-    def expected(self) -> str:
-        """What it may be, for people."""
-        return "; or ".join(rule.expected for rule in self.rules)
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self._rules = rules
+        self.expected = "; or ".join(rule.expected for rule in rules)
 
     def check(self, value: Any, name: str) -> Any:
-        """Return the value as the first rule that takes it returns it."""
-        for rule in self.rules:
+        for rule in self._rules:
             try:
                 return rule.check(value, name)
             except Mismatch:
@@ -74,87 +67,52 @@ class Either:
         raise mismatch(name, value, self.expected)
 
 
-@dataclass(frozen=True)
-class Items:
+class Items(Rule):
     """A list of what a rule says."""
 
-    rule: Rule
-    least: int = 0
-    most: int = MOST_ITEMS
-
-    @property
-    def expected(self) -> str:
-        """What it may be, for people."""
-        return f"a list of {self.least:,} to {self.most:,}, each {self.rule.expected}"
+    def __init__(self, rule: Rule, least: int = 0, most: int = MOST_ITEMS) -> None:
+        self._rule, self._least, self._most = rule, least, most
+        self.expected = f"a list of {least:,} to {most:,}, each {rule.expected}"
 
     def check(self, value: Any, name: str) -> list[Any]:
-        """Return the list."""
-        if not isinstance(value, list | tuple) or not self.least <= len(value) <= self.most:
+        if not isinstance(value, list | tuple) or not self._least <= len(value) <= self._most:
             raise mismatch(name, value, self.expected)
-        return [self.rule.check(item, f"{name}[{i}]") for i, item in enumerate(value)]
+        return [self._rule.check(item, f"{name}[{i}]") for i, item in enumerate(value)]
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(Rule):
     """A list of known length, a rule for each entry."""
 
-    rules: tuple[Rule, ...]
-
-    @property
-    def expected(self) -> str:
-        """What it may be, for people."""
-        return "[" + ", ".join(rule.expected for rule in self.rules) + "]"
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self._rules = rules
+        self.expected = "[" + ", ".join(rule.expected for rule in rules) + "]"
 
     def check(self, value: Any, name: str) -> list[Any]:
-        """Return the list."""
-        if not isinstance(value, list | tuple) or len(value) != len(self.rules):
+        if not isinstance(value, list | tuple) or len(value) != len(self._rules):
             raise mismatch(name, value, self.expected)
-        pairs = enumerate(zip(self.rules, value, strict=True))
+        pairs = enumerate(zip(self._rules, value, strict=True))
         return [rule.check(item, f"{name}[{i}]") for i, (rule, item) in pairs]
 
 
-@dataclass(frozen=True)
-class Table:
-    """A dictionary of strings to what a rule says, in which some keys have to be."""
+class Table(Rule):
+    """A dictionary of strings (or ints) to what a rule says, in which some keys have to be."""
 
-    rule: Rule
-    required: tuple[str, ...] = ()
+    def __init__(self, rule: Rule, required: Sequence[str] = (), keys: type = str) -> None:
+        self._rule, self._required, self._keys = rule, required, keys
+        kind = "dictionary" if keys is str else f"dictionary of {keys.__name__}s"
+        needed = f" with {', '.join(map(repr, required))}" if required else ""
+        self.expected = f"a {kind}{needed} of values that are each {rule.expected}"
 
-    @property
-    def expected(self) -> str:
-        """What it may be, for people."""
-        keys = f" with {', '.join(map(repr, self.required))}" if self.required else ""
-        return f"a dictionary{keys} of values that are each {self.rule.expected}"
-
-    def check(self, value: Any, name: str) -> dict[str, Any]:
-        """Return the dictionary."""
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+    def check(self, value: Any, name: str) -> dict[Any, Any]:
+        if not isinstance(value, Mapping) or any(type(key) is not self._keys for key in value):
             raise mismatch(name, value, self.expected)
-        for key in self.required:
+        for key in self._required:
             if key not in value:
                 raise missing(under(name, key), self.expected)
-        return {key: self.rule.check(item, under(name, key)) for key, item in value.items()}
+        return {key: self._rule.check(item, self._place(name, key)) for key, item in value.items()}
 
-
-@dataclass(frozen=True)
-class Such:
-    """What a rule says, on a further condition."""
-
-    rule: Rule
-    holds: Callable[[Any], bool]
-    words: str
-
-    @property
-    def expected(self) -> str:
-        """What it may be, for people."""
-        return f"{self.rule.expected}, {self.words}"
-
-    def check(self, value: Any, name: str) -> Any:
-        """Return the value."""
-        found = self.rule.check(value, name)
-        if not self.holds(found):
-            raise mismatch(name, value, self.expected)
-        return found
+    def _place(self, name: str, key: Any) -> str:
+        return under(name, key) if self._keys is str else f"{name}[{key}]"
 
 
 @dataclass(frozen=True)
@@ -165,76 +123,67 @@ class Default:
     value: Any = _LEFT_OUT
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(Rule):
     """A dictionary of known fields.
 
-    Attributes:
+    Args:
         fields: a rule for each; `Default` where it may be missing.
         ignored: fields that are somebody else's to check.
         conditions: what the fields have to be together, with the words for it.
     """
 
-    fields: Mapping[str, Rule | Default]
-    ignored: tuple[str, ...] = ()
-    conditions: tuple[tuple[Callable[[dict[str, Any]], bool], str], ...] = ()
+    def __init__(
+        self,
+        fields: Mapping[str, Rule | Default],
+        ignored: Sequence[str] = (),
+        conditions: Sequence[Condition] = (),
+    ) -> None:
+        self.fields, self._ignored, self._conditions = fields, ignored, conditions
+        self.expected = "a dictionary of " + ", ".join(fields)
 
-    def on_condition(self, *conditions: tuple[Callable[[dict[str, Any]], bool], str]) -> Record:
+    def on_condition(self, *conditions: Condition) -> Record:
         """Return the same with conditions."""
-        return dataclasses.replace(self, conditions=conditions)
-
-    @property
-    def expected(self) -> str:
-        """What it may be, for people."""
-        return "a dictionary of " + ", ".join(self.fields)
+        return Record(self.fields, self._ignored, conditions)
 
     def check(self, value: Any, name: str) -> dict[str, Any]:
-        """Return the dictionary, what may be missing filled in."""
         if not isinstance(value, Mapping):
             raise mismatch(name, value, self.expected)
         for key in value:
-            if key not in self.fields and key not in self.ignored:
+            if key not in self.fields and key not in self._ignored:
                 problem = f"{under(name, str(key))} is a field that this version does not know."
                 raise Mismatch(problem, self.expected, UPGRADE)
         found: dict[str, Any] = {}
-        for key, rule in self.fields.items():
+        for key, field in self.fields.items():
             place = under(name, key)
             if key in value:
-                plain = rule.rule if isinstance(rule, Default) else rule
-                found[key] = plain.check(value[key], place)
-            elif not isinstance(rule, Default):
-                raise missing(place, rule.expected)
-            elif rule.value is not _LEFT_OUT:
-                found[key] = rule.value
-        for holds, words in self.conditions:
+                rule = field.rule if isinstance(field, Default) else field
+                found[key] = rule.check(value[key], place)
+            elif not isinstance(field, Default):
+                raise missing(place, field.expected)
+            elif field.value is not _LEFT_OUT:
+                found[key] = field.value
+        for holds, words in self._conditions:
             if not holds(found):
                 raise mismatch(name, {key: found[key] for key in list(found)[:6]}, words)
         return found
 
 
-@dataclass(frozen=True)
-class Tagged:
+class Tagged(Rule):
     """A dictionary whose fields depend on one of them."""
 
-    tag: str
-    kinds: Mapping[str, Record]
-
-    @property
-    def expected(self) -> str:
-        """What it may be, for people."""
-        known = ", ".join(f'"{kind}"' for kind in self.kinds)
-        return f"a dictionary of {self.tag}, one of {known}, and its own fields"
+    def __init__(self, tag: str, kinds: Mapping[str, Record]) -> None:
+        self._tag, self._kinds = tag, kinds
+        self._known = "one of " + ", ".join(f'"{kind}"' for kind in kinds)
+        self.expected = f"a dictionary of {tag}, {self._known}, and its own fields"
 
     def check(self, value: Any, name: str) -> dict[str, Any]:
-        """Return the dictionary, what may be missing filled in."""
         if not isinstance(value, Mapping):
             raise mismatch(name, value, self.expected)
-        kind = value.get(self.tag)
-        if not isinstance(kind, str) or kind not in self.kinds:
-            known = ", ".join(f'"{kind}"' for kind in self.kinds)
-            raise mismatch(under(name, self.tag), kind, f"one of {known}", UPGRADE)
-        others = {key: item for key, item in value.items() if key != self.tag}
-        return {self.tag: kind, **self.kinds[kind].check(others, name)}
+        kind = value.get(self._tag)
+        if not isinstance(kind, str) or kind not in self._kinds:
+            raise mismatch(under(name, self._tag), kind, self._known, UPGRADE)
+        others = {key: item for key, item in value.items() if key != self._tag}
+        return {self._tag: kind, **self._kinds[kind].check(others, name)}
 
 
 def record_of(cls: type, *, is_complete: bool = False, **own: Rule) -> Record:
@@ -256,28 +205,83 @@ def record_of(cls: type, *, is_complete: bool = False, **own: Rule) -> Record:
     return Record(fields)
 
 
+_PLAIN: dict[Any, Rule] = {
+    int: Whole(),
+    float: Real(low=0.0, is_finite=False),
+    str: Text(),
+    bool: FLAG,
+    Any: Anything(),
+    Tensor: TensorOf(),
+}
+
+
 def _rule_of(hint: Any) -> Rule:
-    plain: dict[Any, Rule] = {
-        int: Whole(),
-        float: Real(low=0.0, is_finite=False),
-        str: Text(),
-        bool: FLAG,
-        Any: Anything(),
-        Tensor: TensorOf(),
-    }
-    if hint in plain:
-        return plain[hint]
+    if hint in _PLAIN:
+        return _PLAIN[hint]
     if dataclasses.is_dataclass(hint):
         assert isinstance(hint, type)
         return record_of(hint)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        rules = tuple(_rule_of(kind) for kind in arguments if kind is not types.NoneType)
+        rules = [_rule_of(kind) for kind in arguments if kind is not types.NoneType]
         rule = rules[0] if len(rules) == 1 else Either(rules)
         return Maybe(rule) if types.NoneType in arguments else rule
     if origin is list or (origin is tuple and arguments[-1] is Ellipsis):
         return Items(_rule_of(arguments[0]))
     if origin is tuple:
-        return Row(tuple(map(_rule_of, arguments)))
+        return Row([_rule_of(kind) for kind in arguments])
     assert origin is dict, f"no rule for {hint}"
     return Table(_rule_of(arguments[1]))
+
+
+def check_sizes(
+    description: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    at: str,
+    but: Sequence[str] = (),
+) -> None:
+    """Refuse a net described as larger than its tensors are, before it is built.
+
+    Args:
+        description: the net's; its ints are sizes, lists of ints one size a layer.
+        tensors: its weights.
+        at: the place of the description, for the message.
+        but: ints that are no sizes.
+
+    Raises:
+        Mismatch: a size is above all numbers in the tensors, or there are more layers.
+    """
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    for name, value in description.items():
+        sizes = value if isinstance(value, list) else [value]
+        is_size = name not in but and all(type(size) is int for size in sizes)
+        if is_size and (max(sizes, default=0) > numbers or len(sizes) > len(tensors)):
+            expected = f"sizes that fit the {numbers:,} numbers in {len(tensors)} tensors"
+            raise mismatch(under(at, name), value, expected)
+
+
+def built(
+    kinds: Mapping[str, type[NetT]],
+    arguments: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None,
+    at: str,
+    *,
+    but: Sequence[str] = (),
+) -> NetT:
+    """Return the net of a checked description: its "kind" out of ``kinds``, and arguments.
+
+    A net larger than its ``weights`` is refused before it is built; None for any size. For
+    ``at`` and ``but`` see `check_sizes`.
+
+    Raises:
+        Mismatch: its sizes do not fit the weights, or are impossible.
+    """
+    own = {name: value for name, value in arguments.items() if name != "kind"}
+    if weights is not None:
+        check_sizes(own, weights, at, but)
+    kind = arguments["kind"]
+    try:
+        return kinds[kind](**own)
+    except RuntimeError as error:  # tensors of more numbers than can be counted
+        problem = f"a net of kind {kind!r} cannot be built: {error}"
+        raise Mismatch(problem, "sizes that fit its weights") from error

@@ -18,9 +18,8 @@ from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import (
     OptionError,
     StateTypeError,
-    UnknownMethodError,
-    closest,
     explain,
+    unknown_method,
 )
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._solver import Solver
@@ -243,13 +242,7 @@ def _check_method(name: object) -> bool:
     if entry is None:
         known = [*_registry.methods(), *hosts]
         if name not in hosts:
-            raise UnknownMethodError(
-                explain(
-                    f"no method is called {name!r}.",
-                    "one of " + ", ".join(f'"{method}"' for method in known) + ".",
-                    f'tdh.Candidate("{closest(name, known)}")',
-                )
-            )
+            raise unknown_method(name, known, 'tdh.Candidate("{}")')
         return hosts[name]
     if getattr(entry.solver, "option", None) == "dise":
         raise OptionError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torchdiffeq_hyper._files import (
     FLOATS,
+    HEADER,
     Anything,
     Default,
     Items,
@@ -27,13 +28,15 @@ from torchdiffeq_hyper._files import (
     Text,
     Whole,
     checked,
+    damage_reported,
+    described_in,
     mismatch,
     refused,
     shown,
+    tensors_under,
 )
-from torchdiffeq_hyper._files._container import HEADER, damage_reported, described_in, tensors_under
-from torchdiffeq_hyper._files._container import read as read_file
-from torchdiffeq_hyper._files._container import write as write_file
+from torchdiffeq_hyper._files import read as read_file
+from torchdiffeq_hyper._files import write as write_file
 from torchdiffeq_hyper.dise._candidates import Candidate, check_candidates
 from torchdiffeq_hyper.dise._report import DiseReport
 from torchdiffeq_hyper.dise._training import Scale

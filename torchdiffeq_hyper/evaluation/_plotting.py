@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torchdiffeq_hyper.errors import FileWriteError, MissingExtraError, OptionError, explain
+from torchdiffeq_hyper.errors import MissingExtraError, OptionError, explain, unwritable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,13 +88,7 @@ def pareto(points: Sequence[Point], path: str | os.PathLike[str], *, caption: st
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
-        raise FileWriteError(
-            explain(
-                f"{os.fspath(path)!r} cannot be written: {error.strerror or error}.",
-                "a path in a folder that exists and may be written to.",
-                "Path(path).parent.mkdir(parents=True, exist_ok=True)",
-            )
-        ) from error
+        raise unwritable(path, error) from error
 
 
 def _check_format(path: str | os.PathLike[str]) -> None:

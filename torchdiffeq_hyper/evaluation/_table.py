@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchdiffeq_hyper.errors import FileWriteError, explain
+from torchdiffeq_hyper.errors import unwritable
 from torchdiffeq_hyper.evaluation import _plotting
 
 
@@ -149,17 +149,6 @@ def write_csv(
 
 def _csv_cell(value: object) -> object:
     return "" if value is None or value != value else value  # noqa: PLR0124 - nan
-
-
-def unwritable(path: str | os.PathLike[str], error: OSError) -> FileWriteError:
-    """Return the error for a file that the system refuses to write."""
-    return FileWriteError(
-        explain(
-            f"{os.fspath(path)!r} cannot be written: {error.strerror or error}.",
-            "a path in a folder that exists and may be written to.",
-            "Path(path).parent.mkdir(parents=True, exist_ok=True)",
-        )
-    )
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from torchdiffeq_hyper._state import State
 from torchdiffeq_hyper.errors import (
     OptionError,
     StateTypeError,
-    UnknownMethodError,
-    closest,
     explain,
+    unknown_method,
 )
 from torchdiffeq_hyper.evaluation._problem import Problem, state_at, without_start
 from torchdiffeq_hyper.methods import _registry
@@ -165,13 +164,7 @@ def _host_follows_grid(method: str) -> bool:
     hosts = _registry.host_methods()
     if method not in hosts:
         known = [*_registry.methods(), *hosts]
-        raise UnknownMethodError(
-            explain(
-                f"no method is called {method!r}.",
-                "one of " + ", ".join(f'"{name}"' for name in known) + ".",
-                f'methods=["{closest(method, known)}"]',
-            )
-        )
+        raise unknown_method(method, known, 'methods=["{}"]')
     return hosts[method]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,32 +32,15 @@ from torchdiffeq_hyper._files import (
     missing,
     refused,
 )
-from torchdiffeq_hyper.hypernets._select import ARCHITECTURES
+from torchdiffeq_hyper.hypernets._files import ARCHITECTURES
 from torchdiffeq_hyper.solvers._files import REPORT
-
-
-@dataclass(frozen=True)
-class _OfInts:
-    """A dictionary of ints to what a rule says."""
-
-    rule: Rule
-
-    @property
-    def expected(self) -> str:
-        """What it may be, for people."""
-        return f"a dictionary of ints to {self.rule.expected}"
-
-    def check(self, value: Any, name: str) -> dict[int, Any]:
-        """Return the dictionary."""
-        if not isinstance(value, Mapping) or not all(type(key) is int for key in value):
-            raise mismatch(name, value, self.expected)
-        return {key: self.rule.check(item, f"{name}[{key}]") for key, item in value.items()}
-
 
 _MOMENT = TensorOf(FLOATS, is_finite=True)
 ADAMW = Record(
     {
-        "state": _OfInts(Record({"step": _MOMENT, "exp_avg": _MOMENT, "exp_avg_sq": _MOMENT})),
+        "state": Table(
+            Record({"step": _MOMENT, "exp_avg": _MOMENT, "exp_avg_sq": _MOMENT}), keys=int
+        ),
         "param_groups": Items(Table(Anything())),
     }
 )

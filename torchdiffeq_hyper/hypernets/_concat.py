@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._state import State, StepInput, how_to_batch
-from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, closest, explain
-from torchdiffeq_hyper.hypernets._scaled import join_channels, split_channels
+from torchdiffeq_hyper._state import State, StepInput, how_to_batch, parts_of
+from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, closest
 
 SCALARS = ("dt", "t")
 NAMES = ("y", "f0", "stages", "y0", "context", *SCALARS)
@@ -19,7 +18,7 @@ NAMES = ("y", "f0", "stages", "y0", "context", *SCALARS)
 class ConcatHypernet(nn.Module):
     r"""Feed any net the concatenation of a step's inputs along dim 1.
 
-    g(step) = net(cat(inputs)), the layout of [H] appendix B: state, derivative and step
+    g(step) = net(cat(inputs)), the layout of the hypersolver paper: state, derivative and step
     size as channels. Works on states (batch, channels, \*spatial) with any number of
     spatial dimensions; (batch,) and 0-d states become one channel and come back in
     their shape. The parts of a tuple state are concatenated along dim 1 and the output
@@ -65,11 +64,9 @@ class ConcatHypernet(nn.Module):
         self.inputs = check_inputs(inputs)
         if not callable(net):
             raise StateTypeError(
-                explain(
-                    f"net is a {type(net).__name__}.",
-                    "a module or function of one tensor (batch, channels, *spatial).",
-                    "tdh.ConcatHypernet(torch.nn.Sequential(...))",
-                )
+                problem=f"net is a {type(net).__name__}.",
+                expected="a module or function of one tensor (batch, channels, *spatial).",
+                fix="tdh.ConcatHypernet(torch.nn.Sequential(...))",
             )
         self.net = net
 
@@ -107,21 +104,21 @@ class ConcatHypernet(nn.Module):
             >>> tdh.ConcatHypernet(torch.nn.Linear(5, 2)).concat(step)[0]
             tensor([ 1.0000,  1.0000, -1.0000, -1.0000,  0.1000])
         """
-        y = join_channels(step.y)
+        # Then `join_channels` would return states as they are: this runs at every step.
+        is_joined = isinstance(step.y, Tensor) and step.y.dim() > 1
+        y: Any = step.y if is_joined else join_channels(step.y)
         check_real(y)
         scalar = (y.shape[0], 1, *y.shape[2:])
         columns: list[Tensor] = []
         for name in self.inputs:
-            if name == "y":
-                columns.append(y)
-            elif name == "stages":
-                columns.extend(join_channels(stage) for stage in step.stages)
-            elif name in SCALARS:
-                columns.append(getattr(step, name).expand(scalar))
+            value: Any = getattr(step, name)
+            if name in SCALARS:
+                columns.append(value.expand(scalar))
             elif name == "context":
-                columns.extend(_context_columns(step.context, y))
+                columns.extend(_context_columns(value, y))
             else:
-                columns.append(join_channels(getattr(step, name)))
+                states = value if name == "stages" else (value,)
+                columns.extend(states if is_joined else map(join_channels, states))
         joined = torch.cat(columns, dim=1)
         return joined.to(_dtype_of(self.net) or y.dtype)
 
@@ -138,29 +135,24 @@ class ConcatHypernet(nn.Module):
         if self._is_without_batch(step.y, wanted, sizes):
             shape = tuple(step.y.shape) if isinstance(step.y, Tensor) else "a tuple"
             raise StateShapeError(
-                explain(
-                    f"the state ({shape}) has no batch dimension: dim 0 was taken for the samples, "
-                    f"and the net's first layer, a {type(layer).__name__}, got {joined.shape[1]} "
-                    f"channels in place of {wanted}.",
-                    "the samples along dim 0, the channels along dim 1.",
-                    how_to_batch(step.y),
-                )
+                problem=f"the state ({shape}) has no batch dimension: dim 0 was taken for the "
+                f"samples, and the net's first layer, a {type(layer).__name__}, got "
+                f"{joined.shape[1]} channels in place of {wanted}.",
+                expected="the samples along dim 0, the channels along dim 1.",
+                fix=how_to_batch(step.y),
             ) from error
         given = ", ".join(f'"{name}" {sizes.get(name, per_state)}' for name in self.inputs)
         raise StateShapeError(
-            explain(
-                f"the net's first layer, a {type(layer).__name__}, takes {wanted} channels; "
-                f"the inputs have {joined.shape[1]} along dim 1: {given}.",
-                "as many input channels as the inputs have together.",
-                f"a first layer with {joined.shape[1]} input channels, or other inputs than "
-                f"{self.inputs}",
-            )
+            problem=f"the net's first layer, a {type(layer).__name__}, takes {wanted} channels; "
+            f"the inputs have {joined.shape[1]} along dim 1: {given}.",
+            expected="as many input channels as the inputs have together.",
+            fix=f"a first layer with {joined.shape[1]} input channels, or other inputs than "
+            f"{self.inputs}",
         ) from error
 
     def _is_without_batch(self, y: State, wanted: int, sizes: dict[str, int]) -> bool:
         """Return whether the net would fit if the first dimension were the channels'."""
-        parts = (y,) if isinstance(y, Tensor) else y
-        channels = sum(part.shape[0] if part.dim() else 1 for part in parts)
+        channels = sum(part.shape[0] if part.dim() else 1 for part in parts_of(y))
         per_state = join_channels(y).shape[1]
         sizes = {
             name: size * channels // per_state if name == "stages" else size
@@ -170,19 +162,12 @@ class ConcatHypernet(nn.Module):
 
 
 def _context_columns(context: tuple[Tensor, ...], y: Tensor) -> list[Tensor]:
-    """Return the context's tensors as channels beside a joined state.
-
-    Raises:
-        StateTypeError: there is none, or it is complex.
-        StateShapeError: a tensor of it is of another batch or of other spatial dimensions.
-    """
+    """Return the context's tensors as channels beside a joined state."""
     if not context:
         raise StateTypeError(
-            explain(
-                'the hypernet asks for "context", and func has none.',
-                "a func that says what belongs to each sample, as the one it was fitted on.",
-                "func = tdh.Conditioned(func, labels)   # calls func(t, y, labels)",
-            )
+            problem='the hypernet asks for "context", and func has none.',
+            expected="a func that says what belongs to each sample, as the one it was fitted on.",
+            fix="func = tdh.Conditioned(func, labels)   # calls func(t, y, labels)",
         )
     return [_as_channels(part, y) for part in context]
 
@@ -192,12 +177,11 @@ def _as_channels(part: Tensor, y: Tensor) -> Tensor:
     spatial = y.shape[2:]
     if part.shape[:1] != y.shape[:1] or part.shape[2:] not in (spatial, ()):
         raise StateShapeError(
-            explain(
-                f"a tensor of the context has shape {tuple(part.shape)}, the state's channels "
-                f"{tuple(y.shape)}: they cannot be concatenated along dim 1.",
-                "the same samples along dim 0; after the channels, the state's dimensions or none.",
-                "a hypernet of your own that reads step.context",
-            )
+            problem=f"a tensor of the context has shape {tuple(part.shape)}, the state's channels "
+            f"{tuple(y.shape)}: they cannot be concatenated along dim 1.",
+            expected="the same samples along dim 0; after the channels, the state's dimensions or "
+            "none.",
+            fix="a hypernet of your own that reads step.context",
         )
     channels = part.reshape(len(y), _n_channels(part), *(part.shape[2:] or [1] * len(spatial)))
     return channels.to(y.dtype).expand(-1, -1, *spatial)
@@ -208,11 +192,20 @@ def _n_channels(part: Tensor) -> int:
 
 
 def _dtype_of(net: object) -> torch.dtype | None:
-    # Looked up at every call: the net may be cast or its weights replaced behind our back.
-    if isinstance(net, nn.Module):
-        for parameter in net.parameters():
-            if parameter.is_floating_point():
+    """Return the dtype of a net's first parameter of floating-point numbers.
+
+    Looked up at every call: the net may be cast or its weights replaced behind our back. And
+    by hand: the generators of `nn.Module.parameters` take longer than a small net.
+    """
+    pending: list[nn.Module | None] = [net] if isinstance(net, nn.Module) else []
+    while pending:
+        module = pending.pop()
+        if module is None:
+            continue
+        for parameter in module._parameters.values():  # noqa: SLF001
+            if parameter is not None and parameter.is_floating_point():
                 return parameter.dtype
+        pending += reversed(module._modules.values())  # noqa: SLF001
     return None
 
 
@@ -223,36 +216,113 @@ def _channels_taken(layer: nn.Module) -> int:
 
 
 def check_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of a hypernet's inputs as a tuple.
-
-    Raises:
-        OptionError: none, a bare string, or an unknown name.
-    """
+    """Return the names of a hypernet's inputs as a tuple."""
     names = [inputs] if isinstance(inputs, str) else list(inputs)
     unknown = [name for name in names if name not in NAMES]
     if isinstance(inputs, str) or unknown or not names:
         likely = [closest(name, NAMES) if name in unknown else name for name in names] or ["y"]
         raise OptionError(
-            explain(
-                f"inputs is {inputs!r}" + (f": {unknown[0]!r} is unknown." if unknown else "."),
-                "a tuple of names out of " + ", ".join(f'"{name}"' for name in NAMES) + ".",
-                f"inputs={tuple(likely)!r}",
-            )
+            problem=f"inputs is {inputs!r}" + (f": {unknown[0]!r} is unknown." if unknown else "."),
+            expected="a tuple of names out of " + ", ".join(f'"{name}"' for name in NAMES) + ".",
+            fix=f"inputs={tuple(likely)!r}",
         )
     return tuple(names)
 
 
 def check_real(y: Tensor) -> None:
-    """Refuse a complex state.
-
-    Raises:
-        StateTypeError: it is complex.
-    """
+    """Refuse a complex state."""
     if y.is_complex():
         raise StateTypeError(
-            explain(
-                f"the state is complex ({y.dtype}), nets take real channels.",
-                "a real state, or a hypernet of your own that handles complex numbers.",
-                "a func on torch.view_as_real(y), real and imaginary parts being channels",
-            )
+            problem=f"the state is complex ({y.dtype}), nets take real channels.",
+            expected="a real state, or a hypernet of your own that handles complex numbers.",
+            fix="a func on torch.view_as_real(y), real and imaginary parts being channels",
         )
+
+
+def join_channels(state: State) -> Tensor:
+    r"""Return a state as one tensor of shape (batch, channels, \*spatial).
+
+    A tensor of two or more dimensions is returned as it is; (batch,) becomes one
+    channel, a 0-d tensor one sample of one channel. The parts of a tuple state are
+    concatenated along dim 1, after repeating a part over the dimensions that only the
+    others have. Keeps dtype and device. Costs at most one copy of the state.
+
+    Raises:
+        StateShapeError: parts of different batch or spatial sizes.
+
+    Example:
+        >>> import torch
+        >>> from torchdiffeq_hyper.hypernets import join_channels
+        >>> image, log_density = torch.zeros(8, 3, 28, 28), torch.zeros(8)
+        >>> join_channels((image, log_density)).shape
+        torch.Size([8, 4, 28, 28])
+    """
+    if isinstance(state, Tensor):
+        return state if state.dim() > 1 else state.reshape(-1, 1)
+    dims = [part.dim() for part in state]
+    widest = join_channels(state[dims.index(max(dims))])
+    batch, spatial = widest.shape[0], widest.shape[2:]
+    columns = []
+    for part in state:
+        has_batch, has_spatial = part.dim() > 0, part.dim() > 2
+        if (has_batch and part.shape[0] != batch) or (has_spatial and part.shape[2:] != spatial):
+            raise StateShapeError(
+                problem="the parts of the tuple state cannot be concatenated along dim 1: their "
+                f"shapes are {[tuple(part.shape) for part in state]}.",
+                expected="parts of one batch size and one spatial shape (or none).",
+                fix="a hypernet of your own, called as g(step) and returning a tuple like step.y",
+            )
+        channels = part.shape[1] if part.dim() > 1 else 1
+        column = part.reshape(*part.shape, *(1,) * (widest.dim() - part.dim()))
+        columns.append(column.expand(batch, channels, *spatial))
+    return torch.cat(columns, dim=1)
+
+
+def split_channels(joined: Tensor, like: State) -> State:
+    r"""Return what lies in ``joined`` as a state shaped like ``like``.
+
+    The inverse of `join_channels`, except that a part gets the mean over the dimensions
+    that only the others have.
+
+    Args:
+        joined: (batch, channels, \*spatial), as a net returns it.
+        like: the state whose structure is wanted.
+
+    Raises:
+        StateShapeError: the number of channels is not that of the parts together.
+
+    Example:
+        >>> import torch
+        >>> from torchdiffeq_hyper.hypernets import split_channels
+        >>> like = torch.zeros(8, 3, 28, 28), torch.zeros(8)
+        >>> [part.shape for part in split_channels(torch.zeros(8, 4, 28, 28), like)]
+        [torch.Size([8, 3, 28, 28]), torch.Size([8])]
+    """
+    if isinstance(like, Tensor):
+        return joined if like.dim() > 1 else _drop_channel(joined, like)
+    channels = [part.shape[1] if part.dim() > 1 else 1 for part in like]
+    if joined.dim() < 2 or joined.shape[1] != sum(channels):
+        raise StateShapeError(
+            problem=f"the net returned shape {tuple(joined.shape)} for a tuple state of "
+            f"{sum(channels)} channels ({' + '.join(map(str, channels))}).",
+            expected=f"{sum(channels)} channels along dim 1, which are split back into the parts.",
+            fix=f"a net whose last layer has {sum(channels)} output channels",
+        )
+    return tuple(
+        _average(part, wanted)
+        for part, wanted in zip(torch.split(joined, channels, dim=1), like, strict=True)
+    )
+
+
+def _average(joined: Tensor, like: Tensor) -> Tensor:
+    """Return a part with the mean over the dimensions that it was repeated over."""
+    if like.dim() < 3 <= joined.dim():
+        joined = joined.flatten(2).mean(2)
+    return joined.mean() if like.dim() == 0 else _drop_channel(joined, like)
+
+
+def _drop_channel(joined: Tensor, like: Tensor) -> Tensor:
+    """Return (n, 1) as the 1-D or 0-d tensor it stands for; other shapes as they are."""
+    if like.dim() < 2 and joined.shape == (like.numel(), 1):
+        return joined.reshape(like.shape)
+    return joined

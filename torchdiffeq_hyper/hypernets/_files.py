@@ -1,4 +1,4 @@
-"""A hypernet as tensors and a JSON-ready description, and back."""
+"""A hypernet as tensors and a JSON-ready description, and back; what descriptions may hold."""
 
 from __future__ import annotations
 
@@ -10,23 +10,103 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from torchdiffeq_hyper._files import FLOATS, Such, TensorOf, checked
-from torchdiffeq_hyper._files._container import described_in
+from torchdiffeq_hyper._files import (
+    FLOATS,
+    Choice,
+    Default,
+    Items,
+    Real,
+    Record,
+    Rule,
+    Such,
+    Tagged,
+    TensorOf,
+    Whole,
+    built,
+    checked,
+    described_in,
+    refused,
+)
 from torchdiffeq_hyper._state import Hypernet
 from torchdiffeq_hyper.errors import (
     BaseMismatchError,
     FileFormatError,
     StateShapeError,
     StateTypeError,
-    explain,
     first_line,
 )
-from torchdiffeq_hyper.hypernets import ConcatHypernet
-from torchdiffeq_hyper.hypernets._ready import TIME_UNIT, ReadyHypernet
-from torchdiffeq_hyper.hypernets._select import KINDS, from_architecture, rebuilt
+from torchdiffeq_hyper.hypernets._concat import NAMES, ConcatHypernet
+from torchdiffeq_hyper.hypernets._kinds import MLP, Bottleneck, Conv, Linear
+from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS, TIME_UNIT, ReadyHypernet
+
+KINDS: dict[str, type[ReadyHypernet]] = {net.kind: net for net in (Linear, MLP, Conv, Bottleneck)}
+
+MOST_LAYERS = 1000
+MOST_STAGES = 1000
+
+NAMES_OF_INPUTS = Items(Choice(NAMES), least=1, most=1000)
+_COUNT = Whole(1)
+_COMMON: dict[str, Rule | Default] = {
+    "channels": _COUNT,
+    "inputs": Default(NAMES_OF_INPUTS),
+    "n_stages": Default(Whole(1, MOST_STAGES)),
+    "n_context": Default(Whole()),
+    "time_unit": Default(Real(above=0.0)),
+    "order": Default(Whole(0, MOST_STAGES)),
+}
+_CONVOLUTION: dict[str, Rule | Default] = {
+    **_COMMON,
+    "hidden": Default(_COUNT),
+    "kernel_size": Default(Such(_COUNT, lambda k: k % 2 == 1, "odd")),
+    "n_spatial": Default(Whole(min(CONVOLUTIONS), max(CONVOLUTIONS))),
+}
+ARCHITECTURES: dict[str, Record] = {
+    Linear.kind: Record(_COMMON),
+    MLP.kind: Record({**_COMMON, "hidden": Default(Items(_COUNT, most=MOST_LAYERS))}),
+    Conv.kind: Record(_CONVOLUTION),
+    Bottleneck.kind: Record(_CONVOLUTION),
+}
+"""What describes a ready net of each kind in a file. A field that a later version adds is a
+`Default` with the value that nets of older files have."""
 
 UNSEEN: nn.Module = nn.Identity()
 """Stands for a net of the user's own whose class is not at hand, to look at a file without it."""
+
+
+def from_architecture(architecture: Mapping[str, Any]) -> ReadyHypernet:
+    """Rebuild a ready net, with new weights, from its ``architecture``.
+
+    Args:
+        architecture: the net's `ReadyHypernet.architecture`, also after a round trip
+            through JSON.
+
+    Raises:
+        FileFormatError: the kind is unknown, or an argument is impossible.
+
+    Example:
+        >>> from torchdiffeq_hyper.hypernets import Linear, from_architecture
+        >>> from_architecture(Linear(channels=2).architecture).channels
+        2
+    """
+    return rebuilt(architecture, None, "the description of a hypernet", "")
+
+
+def rebuilt(
+    architecture: Mapping[str, Any], weights: Mapping[str, Tensor] | None, what: str, at: str
+) -> ReadyHypernet:
+    """Return the same as `from_architecture` for a net with these weights (None: of any size).
+
+    It is read from ``what``, at the place ``at``; one larger than its weights is refused before
+    it is built.
+    """
+    arguments = checked(Tagged("kind", ARCHITECTURES), architecture, what, at)
+    # Files of before time units have none.
+    time_unit, order = arguments.pop("time_unit", 1.0), arguments.pop("order", 0)
+    with refused(what):
+        # n_stages is no size unless the stages are among the inputs: it has its own limit.
+        net = built(KINDS, arguments, weights, at, but=("n_stages", "n_context"))
+    net.measure_time_in(time_unit, order)
+    return net
 
 
 def pack(hypernet: Hypernet) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -37,22 +117,18 @@ def pack(hypernet: Hypernet) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if not isinstance(hypernet, nn.Module):
         raise StateTypeError(
-            explain(
-                f"the hypernet is a {type(hypernet).__name__}, which has no weights to write.",
-                "an nn.Module.",
-                "class MyNet(torch.nn.Module):\n    def forward(self, step): ...",
-            )
+            problem=f"the hypernet is a {type(hypernet).__name__}, which has no weights to write.",
+            expected="an nn.Module.",
+            fix="class MyNet(torch.nn.Module):\n    def forward(self, step): ...",
         )
     module: nn.Module = getattr(hypernet, "_orig_mod", hypernet)  # in torch.compile's wrapper
     tensors = module.state_dict()
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or is_lazy(tensor):
             raise StateTypeError(
-                explain(
-                    f"{name!r} in the hypernet's state_dict() is a {type(tensor).__name__}.",
-                    "tensors only: a file holds nothing else.",
-                    "keep the value in a buffer; run a net with lazy layers once before saving",
-                )
+                problem=f"{name!r} in the hypernet's state_dict() is a {type(tensor).__name__}.",
+                expected="tensors only: a file holds nothing else.",
+                fix="keep the value in a buffer; run a net with lazy layers once before saving",
             )
     return tensors, _describe(module)
 
@@ -80,20 +156,13 @@ def match(
 ) -> nn.Module:
     """Return the module that ``tensors`` can be loaded into, without loading them.
 
-    A ready net is rebuilt on the "meta" device: load with ``assign=True``.
-
     Args:
         description: as `pack` returned it.
         tensors: as `pack` returned them.
-        hypernet: the instance to use, None for a ready net, or `UNSEEN` for any net.
+        hypernet: the instance to use, `UNSEEN` for any, or None for a ready net, which is
+            rebuilt on the "meta" device: load with ``assign=True``.
         path: the file, for messages.
         at: the place of the description in it.
-
-    Raises:
-        FileFormatError: a custom net without an instance, or a damaged description.
-        BaseMismatchError: the instance has other inputs or other weights.
-        StateShapeError: its weights have other shapes.
-        StateTypeError: its weights have other dtypes.
     """
     if description["kind"] != "custom":
         _check_numbers(tensors, path)
@@ -109,11 +178,10 @@ def match(
             _check_names_and_shapes(net, tensors, path)
         except (BaseMismatchError, StateShapeError) as error:
             raise FileFormatError(
-                explain(
-                    f"the weights in {path!r} do not fit its own description: {first_line(error)}",
-                    "a file as `save` wrote it.",
-                    "fit and save again",
-                )
+                problem=f"the weights in {path!r} do not fit its own description: "
+                f"{first_line(error)}",
+                expected="a file as `save` wrote it.",
+                fix="fit and save again",
             ) from error
         return net
     _check_description(description, hypernet, path)
@@ -167,12 +235,10 @@ def load_weights(
             raise
         reasons = str(error).splitlines()
         raise BaseMismatchError(
-            explain(
-                f"the instance given cannot take the weights in {os.fspath(path)!r}: "
-                f"{reasons[-1].strip()}",
-                "an instance whose tensors can be written to.",
-                "buffers that own their memory: buffer.clone() in place of buffer.expand(...)",
-            )
+            problem=f"the instance given cannot take the weights in {os.fspath(path)!r}: "
+            f"{reasons[-1].strip()}",
+            expected="an instance whose tensors can be written to.",
+            fix="buffers that own their memory: buffer.clone() in place of buffer.expand(...)",
         ) from error
 
 
@@ -182,11 +248,9 @@ def _raise_custom(description: Mapping[str, Any], path: str) -> None:
     if "inputs" in description:
         instance = f"tdh.ConcatHypernet(net, inputs={tuple(description['inputs'])!r})"
     raise FileFormatError(
-        explain(
-            f"{path!r} holds the weights of a net of your own, a {name}, and no code.",
-            "an instance of that net to load them into.",
-            f"HyperSolver.load({path!r}, hypernet={instance})",
-        )
+        problem=f"{path!r} holds the weights of a net of your own, a {name}, and no code.",
+        expected="an instance of that net to load them into.",
+        fix=f"HyperSolver.load({path!r}, hypernet={instance})",
     )
 
 
@@ -197,14 +261,12 @@ def _check_description(description: Mapping[str, Any], hypernet: nn.Module, path
     for key in ("kind", *sorted(others)):
         if own.get(key) != description.get(key):
             raise BaseMismatchError(
-                explain(
-                    f"the net in {path!r} has {key} {description.get(key)!r}, the instance given "
-                    f"has {own.get(key)!r}.",
-                    "an instance built as the saved net was.",
-                    f"HyperSolver.load({path!r})"
-                    if description.get("kind") != "custom"
-                    else f"an instance with {key}={description.get(key)!r}",
-                )
+                problem=f"the net in {path!r} has {key} {description.get(key)!r}, the instance "
+                f"given has {own.get(key)!r}.",
+                expected="an instance built as the saved net was.",
+                fix=f"HyperSolver.load({path!r})"
+                if description.get("kind") != "custom"
+                else f"an instance with {key}={description.get(key)!r}",
             )
 
 
@@ -214,27 +276,23 @@ def _check_names_and_shapes(hypernet: nn.Module, tensors: Mapping[str, Tensor], 
     missing, extra = sorted(own.keys() - given), sorted(given - own.keys())
     if missing or extra:
         raise BaseMismatchError(
-            explain(
-                f"the weights in {path!r} are another net's: "
-                + "; ".join(
-                    f"{len(names)} {what}, e.g. {names[0]!r}"
-                    for names, what in ((extra, "only in the file"), (missing, "only in the net"))
-                    if names
-                )
-                + ".",
-                "an instance of the class that was saved, built with the same arguments.",
-                "print(hypernet.state_dict().keys())",
+            problem=f"the weights in {path!r} are another net's: "
+            + "; ".join(
+                f"{len(names)} {what}, e.g. {names[0]!r}"
+                for names, what in ((extra, "only in the file"), (missing, "only in the net"))
+                if names
             )
+            + ".",
+            expected="an instance of the class that was saved, built with the same arguments.",
+            fix="print(hypernet.state_dict().keys())",
         )
     for name, tensor in own.items():
         if not is_lazy(tensor) and tensor.shape != tensors[name].shape:
             raise StateShapeError(
-                explain(
-                    f"{name!r} has shape {tuple(tensors[name].shape)} in {path!r}, "
-                    f"{tuple(tensor.shape)} in the net given.",
-                    "an instance built with the arguments of the saved one.",
-                    "the same numbers of channels, stages and hidden units",
-                )
+                problem=f"{name!r} has shape {tuple(tensors[name].shape)} in {path!r}, "
+                f"{tuple(tensor.shape)} in the net given.",
+                expected="an instance built with the arguments of the saved one.",
+                fix="the same numbers of channels, stages and hidden units",
             )
 
 
@@ -245,9 +303,7 @@ def _check_dtypes(hypernet: nn.Module, tensors: Mapping[str, Tensor], path: str)
         saved = tensors[name].dtype
         if tensor.dtype != saved:
             raise StateTypeError(
-                explain(
-                    f"{name!r} is {saved} in {path!r}, {tensor.dtype} in the net given.",
-                    "the dtype that was saved: loading would round, or seem to add digits.",
-                    f"hypernet.to({saved})",
-                )
+                problem=f"{name!r} is {saved} in {path!r}, {tensor.dtype} in the net given.",
+                expected="the dtype that was saved: loading would round, or seem to add digits.",
+                fix=f"hypernet.to({saved})",
             )

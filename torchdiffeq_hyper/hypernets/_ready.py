@@ -1,17 +1,154 @@
-r"""Ready hypernets: zero until fitted, conditioned by `calibrate`, described by JSON."""
+"""The base of the ready hypernets: zero until fitted, normalised, described by JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
 
-from torchdiffeq_hyper._state import State, StepInput
-from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper._state import State, StepInput, map_parts
+from torchdiffeq_hyper.errors import OptionError, StateShapeError
 from torchdiffeq_hyper.hypernets._concat import SCALARS, ConcatHypernet, check_inputs
-from torchdiffeq_hyper.hypernets._scaled import Scaled
+
+CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
+    1: nn.Conv1d,
+    2: nn.Conv2d,
+    3: nn.Conv3d,
+}
+
+_FUNCTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
+
+
+class Scaled(nn.Module):
+    r"""``output_scale * layers(input_scale * x + input_shift)``, channel by channel.
+
+    The last layer starts at zero. The scales start as the identity; `calibrate` sets them.
+
+    Args:
+        layers: what lies between.
+        n_in: input channels.
+        n_out: output channels.
+        n_spatial: number of spatial dimensions that ``layers`` convolve over; None if
+            they act on the last dimension, which then is the channels' at every point.
+    """
+
+    input_scale: Tensor
+    input_shift: Tensor
+    output_scale: Tensor
+
+    def __init__(
+        self, layers: nn.Sequential, n_in: int, n_out: int, n_spatial: int | None = None
+    ) -> None:
+        super().__init__()
+        self.layers = layers
+        self.n_spatial = n_spatial
+        trailing = (1,) * (n_spatial or 0)
+        self.register_buffer("input_scale", torch.ones(n_in, *trailing))
+        self.register_buffer("input_shift", torch.zeros(n_in, *trailing))
+        self.register_buffer("output_scale", torch.ones(n_out, *trailing))
+        for parameter in layers[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        r"""Map (batch, n_in, \*spatial) to (batch, n_out, \*spatial)."""
+        if self.n_spatial is None:
+            if x.dim() == 2:
+                return self._evaluate(x)
+            return self._evaluate(x.movedim(1, -1)).movedim(-1, 1)
+        if x.dim() != self.n_spatial + 2:
+            raise self._wrong_dimensions(x.dim() - 2, self.n_spatial)
+        first, last = self.layers[0], self.layers[-1]
+        if _is_pointwise(first) and first is not last and isinstance(last, _ConvNd):
+            return self._evaluate_folded(x, first, last)
+        return self._evaluate(x)
+
+    def _wrong_dimensions(self, found: int, wanted: int) -> StateShapeError:
+        if found in CONVOLUTIONS:
+            fix = f"tdh.hypernets.Conv(..., n_spatial={found})"
+        else:
+            fix = "tdh.hypernets.MLP(...), which takes any number of dimensions"
+        if found == wanted - 1:  # torch would take a missing dimension for an unbatched input
+            fix = f"y0 = y0.unsqueeze(0)   # if the batch dimension is missing\n{fix}"
+        return StateShapeError(
+            problem=f"the hypernet convolves over n_spatial={wanted} dimensions, the "
+            f"state has {found} after (batch, channels).",
+            expected=f"a state of {wanted + 2} dimensions.",
+            fix=fix,
+        )
+
+    def _evaluate(self, x: Tensor) -> Tensor:
+        # One fused kernel in place of a subtraction and a division.
+        normalised = torch.addcmul(self.input_shift, x, self.input_scale)
+        out: Tensor = self.layers(normalised)
+        return out * self.output_scale
+
+    def _evaluate_folded(self, x: Tensor, first: _ConvNd, last: _ConvNd) -> Tensor:
+        """Evaluate with the scales multiplied into the weights: these are small, x is not.
+
+        Where the first convolution pads, its border would see another shift than the rest.
+        """
+        assert first.bias is not None
+        assert last.bias is not None
+        convolve = _FUNCTIONS[x.dim() - 3]
+        weight = first.weight * self.input_scale
+        bias = torch.addmv(first.bias, first.weight.flatten(1), self.input_shift.flatten())
+        x = convolve(x, weight, bias)
+        for layer in list(self.layers)[1:-1]:
+            x = layer(x)
+        weight = last.weight * self.output_scale.unsqueeze(1)
+        return convolve(x, weight, last.bias * self.output_scale.flatten(), padding=last.padding)
+
+    @torch.no_grad()
+    def calibrate(
+        self, inputs: Tensor, residual: Tensor, steady: Sequence[float], unit: float = 1.0
+    ) -> None:
+        """Set the scales from samples of the input, (N, n_in, ...), and of the wanted output.
+
+        ``steady`` has for each input channel the standard deviation relative to the mean
+        below which it counts as constant; ``unit`` is that of the wanted output.
+        """
+        _check_samples("inputs", inputs, self.input_scale)
+        _check_samples("residual", residual, self.output_scale)
+        inputs, residual = _wide(inputs), _wide(residual)
+        variance, mean = torch.var_mean(inputs, _all_but_channels(inputs), correction=0)
+        size = mean.abs()
+        spread = variance.sqrt()
+        spread = torch.where(spread > mean.new_tensor(steady) * size, spread, size)
+        scale = torch.where(spread > 0, spread, 1.0).reciprocal()
+        self.input_scale.copy_(scale.view_as(self.input_scale))
+        self.input_shift.copy_((-mean * scale).view_as(self.input_shift))
+        size = residual.square().mean(_all_but_channels(residual)).sqrt()
+        # A channel that happens to be exact in these samples keeps some room in others.
+        size = torch.maximum(size, 1e-3 * size.max())
+        size = torch.where(size > 0, size, 1.0) * unit
+        self.output_scale.copy_(size.view_as(self.output_scale))
+
+
+def _is_pointwise(layer: nn.Module) -> TypeGuard[_ConvNd]:
+    return isinstance(layer, _ConvNd) and all(size == 1 for size in layer.kernel_size)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return samples in float64, where squares of large or small ones stay in range."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
+def _all_but_channels(x: Tensor) -> list[int]:
+    return [dim for dim in range(x.dim()) if dim != 1]
+
+
+def _check_samples(name: str, given: Tensor, scale: Tensor) -> None:
+    if given.dim() < 2 or given.shape[1] != len(scale) or given.numel() == 0:
+        raise StateShapeError(
+            problem=f"{name} has shape {tuple(given.shape)}.",
+            expected=f"at least one sample, and {len(scale)} channels along dim 1.",
+            fix="hypernet.calibrate(hypernet.concat(step), join_channels(residual))",
+        )
+
 
 TIME_UNIT = "time_unit"
 """Name of the time unit and the order in a ready net's ``state_dict()``, where it is not 1."""
@@ -24,6 +161,17 @@ class ReadyHypernet(ConcatHypernet):
     input is normalised and the output scaled per channel by buffers that `calibrate`
     sets; they start as the identity and are part of ``state_dict()``.
 
+    Args:
+        layers: makes the layers, given the number of input channels.
+        channels: channels of the state, all parts of a tuple state together.
+        inputs: see `ConcatHypernet`.
+        n_stages: stages of the base method; matters if ``inputs`` has "stages".
+        n_context: channels of the context, all its tensors together; if ``inputs`` has
+            "context".
+        arguments: what the subclass was given besides, JSON-ready.
+
+    Raises:
+        OptionError: an argument is impossible.
     """
 
     kind: ClassVar[str]
@@ -31,15 +179,16 @@ class ReadyHypernet(ConcatHypernet):
 
     def __init__(
         self,
-        layers: nn.Sequential,
+        layers: Callable[[int], nn.Sequential],
         channels: int,
         inputs: Sequence[str],
         n_stages: int,
         n_context: int,
         **arguments: Any,
     ) -> None:
-        n_in = sum(channel_counts(channels, inputs, n_stages, n_context))
-        super().__init__(Scaled(layers, n_in, channels, arguments.get("n_spatial")), inputs)
+        n_in = sum(_channel_counts(channels, inputs, n_stages, n_context))
+        net = Scaled(layers(n_in), n_in, channels, arguments.get("n_spatial"))
+        super().__init__(net, inputs)
         self.channels = channels
         self.n_stages = n_stages
         self.time_unit = 1.0
@@ -100,9 +249,9 @@ class ReadyHypernet(ConcatHypernet):
 
     def forward(self, step: StepInput) -> State:
         """Return g, like ``step.y``."""
-        out = self.scaled(step)
+        out = super().forward(step)
         for _ in range(self.order + 1 if self.time_unit != 1 else 0):
-            out = _divided(out, self.time_unit)
+            out = map_parts(lambda part: part / self.time_unit, out)
         return out
 
     def scaled(self, step: StepInput) -> State:
@@ -134,7 +283,7 @@ class ReadyHypernet(ConcatHypernet):
             >>> g.net.output_scale
             tensor([30., 30.])
         """
-        counts = channel_counts(self.channels, self.inputs, self.n_stages, self.n_context)
+        counts = _channel_counts(self.channels, self.inputs, self.n_stages, self.n_context)
         steady: list[float] = []
         for name, count in zip(self.inputs, counts, strict=True):
             # Steps cut from one float32 grid differ in their last digits, yet are one size.
@@ -142,103 +291,10 @@ class ReadyHypernet(ConcatHypernet):
         self.net.calibrate(inputs, residual, steady, unit)
 
 
-def _divided(state: State, divisor: float) -> State:
-    if isinstance(state, Tensor):
-        return state / divisor
-    return tuple(part / divisor for part in state)
-
-
-class Linear(ReadyHypernet):
-    r"""One linear map of the input channels, the same at every point of space.
-
-    Costs channels_in * channels multiply-adds a point.
-
-    Args:
-        channels: channels of the state, all parts of a tuple state together.
-        inputs: see `ConcatHypernet`.
-        n_stages: stages of the base method; matters if ``inputs`` has "stages".
-        n_context: channels of the context, all its tensors together; if ``inputs`` has
-            "context".
-
-    Raises:
-        OptionError: an argument is impossible.
-
-    Example:
-        >>> import torch
-        >>> import torchdiffeq_hyper as tdh
-        >>> solver = tdh.HyperSolver("euler", tdh.hypernets.Linear(channels=2), steps=2)
-        >>> y = solver.solve(lambda t, y: -y, torch.ones(1, 2), torch.tensor([0.0, 1.0]))
-        >>> y[-1].detach()  # unfitted: the base method
-        tensor([[0.2500, 0.2500]])
-    """
-
-    kind = "linear"
-
-    def __init__(
-        self,
-        channels: int,
-        *,
-        inputs: Sequence[str] = ("y", "f0", "dt"),
-        n_stages: int = 1,
-        n_context: int = 0,
-    ) -> None:
-        n_in = sum(channel_counts(channels, inputs, n_stages, n_context))
-        layers = nn.Sequential(nn.Linear(n_in, channels))
-        super().__init__(layers, channels, inputs, n_stages, n_context)
-
-
-class MLP(ReadyHypernet):
-    r"""A perceptron with SiLU activations on the channels, the same at every point of space.
-
-    For states without spatial dimensions; where there are some, no points are coupled.
-
-    Args:
-        channels: channels of the state, all parts of a tuple state together.
-        hidden: widths of the hidden layers.
-        inputs: see `ConcatHypernet`.
-        n_stages: stages of the base method; matters if ``inputs`` has "stages".
-        n_context: channels of the context, all its tensors together; if ``inputs`` has
-            "context".
-
-    Raises:
-        OptionError: an argument is impossible.
-
-    Example:
-        >>> from torchdiffeq_hyper.hypernets import MLP
-        >>> MLP(channels=2, hidden=(32,)).architecture["hidden"]
-        [32]
-    """
-
-    kind = "mlp"
-
-    def __init__(
-        self,
-        channels: int,
-        hidden: Sequence[int] = (64, 64),
-        *,
-        inputs: Sequence[str] = ("y", "f0", "dt"),
-        n_stages: int = 1,
-        n_context: int = 0,
-    ) -> None:
-        widths = [sum(channel_counts(channels, inputs, n_stages, n_context))]
-        layers: list[nn.Module] = []
-        for width in check_widths(hidden):
-            # SiLU is smooth, and several times cheaper than tanh on CPUs.
-            layers += [nn.Linear(widths[-1], width), nn.SiLU()]
-            widths.append(width)
-        layers.append(nn.Linear(widths[-1], channels))
-        net, hidden = nn.Sequential(*layers), widths[1:]
-        super().__init__(net, channels, inputs, n_stages, n_context, hidden=hidden)
-
-
-def channel_counts(
+def _channel_counts(
     channels: int, inputs: Sequence[str], n_stages: int, n_context: int = 0
 ) -> list[int]:
-    """Return the number of channels of each input.
-
-    Raises:
-        OptionError: an argument is impossible.
-    """
+    """Return the number of channels of each input."""
     check_count("channels", channels)
     check_count("n_stages", n_stages)
     names = check_inputs(inputs)
@@ -246,38 +302,19 @@ def channel_counts(
         check_count("n_context", n_context)
     elif n_context != 0:
         raise OptionError(
-            explain(
-                f'n_context is {n_context!r}, and the inputs are {names!r}, without "context".',
-                "both or neither.",
-                f"inputs={(*names, 'context')!r}",
-            )
+            problem=f'n_context is {n_context!r}, and the inputs are {names!r}, without "context".',
+            expected="both or neither.",
+            fix=f"inputs={(*names, 'context')!r}",
         )
     sizes = {"stages": n_stages * channels, "context": n_context, **dict.fromkeys(SCALARS, 1)}
     return [sizes.get(name, channels) for name in names]
 
 
 def check_count(name: str, value: object) -> None:
-    """Refuse what is not an int of at least 1.
-
-    Raises:
-        OptionError: it is not.
-    """
+    """Refuse what is not an int of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise OptionError(
-            explain(f"{name} is {value!r}.", "an int of at least 1.", "1, or a larger int")
+            problem=f"{name} is {value!r}.",
+            expected="an int of at least 1.",
+            fix="1, or a larger int",
         )
-
-
-def check_widths(hidden: object) -> Sequence[int]:
-    """Return the widths of hidden layers.
-
-    Raises:
-        OptionError: not a sequence of ints of at least 1.
-    """
-    if not isinstance(hidden, Sequence) or isinstance(hidden, str):
-        raise OptionError(
-            explain(f"hidden is {hidden!r}.", "a sequence of ints.", f"hidden=({hidden},)")
-        )
-    for width in hidden:
-        check_count("a width in hidden", width)
-    return hidden

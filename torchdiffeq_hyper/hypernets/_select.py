@@ -1,63 +1,17 @@
-"""Choosing a ready hypernet: for a state and a base method, or from its description."""
+"""Choosing a ready hypernet for a state and a base method."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from torchdiffeq_hyper._files import (
-    Choice,
-    Default,
-    Items,
-    Real,
-    Record,
-    Rule,
-    Such,
-    Tagged,
-    Whole,
-    built,
-    checked,
-    refused,
-)
 from torchdiffeq_hyper._state import State, StateLayout, stepped_dtype
-from torchdiffeq_hyper.hypernets._concat import NAMES, check_real
-from torchdiffeq_hyper.hypernets._convolutional import Bottleneck, Conv
-from torchdiffeq_hyper.hypernets._ready import MLP, Linear, ReadyHypernet
-from torchdiffeq_hyper.hypernets._scaled import CONVOLUTIONS, join_channels
+from torchdiffeq_hyper.hypernets._concat import check_real, join_channels
+from torchdiffeq_hyper.hypernets._kinds import MLP, Bottleneck, Conv, Linear
+from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS, ReadyHypernet
 from torchdiffeq_hyper.tableaus import Tableau
-
-KINDS: dict[str, type[ReadyHypernet]] = {net.kind: net for net in (Linear, MLP, Conv, Bottleneck)}
-
-MOST_LAYERS = 1000
-MOST_STAGES = 1000
-
-NAMES_OF_INPUTS = Items(Choice(NAMES), least=1, most=1000)
-_COUNT = Whole(1)
-_COMMON: dict[str, Rule | Default] = {
-    "channels": _COUNT,
-    "inputs": Default(NAMES_OF_INPUTS),
-    "n_stages": Default(Whole(1, MOST_STAGES)),
-    "n_context": Default(Whole()),
-    "time_unit": Default(Real(above=0.0)),
-    "order": Default(Whole(0, MOST_STAGES)),
-}
-_CONVOLUTION: dict[str, Rule | Default] = {
-    **_COMMON,
-    "hidden": Default(_COUNT),
-    "kernel_size": Default(Such(_COUNT, lambda k: k % 2 == 1, "odd")),
-    "n_spatial": Default(Whole(min(CONVOLUTIONS), max(CONVOLUTIONS))),
-}
-ARCHITECTURES: dict[str, Record] = {
-    Linear.kind: Record(_COMMON),
-    MLP.kind: Record({**_COMMON, "hidden": Default(Items(_COUNT, most=MOST_LAYERS))}),
-    Conv.kind: Record(_CONVOLUTION),
-    Bottleneck.kind: Record(_CONVOLUTION),
-}
-"""What describes a ready net of each kind in a file. A field that a later version adds is a
-`Default` with the value that nets of older files have."""
 
 INPUTS = ("y", "stages", "dt", "t")
 """What ready nets are given: all that a step knows, but for the start."""
@@ -116,49 +70,6 @@ def suited(net: ReadyHypernet, y: Tensor) -> ReadyHypernet:
     return net.to(y.device, stepped_dtype(y.dtype))
 
 
-def from_architecture(architecture: Mapping[str, Any]) -> ReadyHypernet:
-    """Rebuild a ready net, with new weights, from its ``architecture``.
-
-    Args:
-        architecture: the net's `ReadyHypernet.architecture`, also after a round trip
-            through JSON.
-
-    Raises:
-        FileFormatError: the kind is unknown, or an argument is impossible.
-
-    Example:
-        >>> from torchdiffeq_hyper.hypernets import Linear, from_architecture
-        >>> from_architecture(Linear(channels=2).architecture).channels
-        2
-    """
-    return rebuilt(architecture, None, "the description of a hypernet", "")
-
-
-def rebuilt(
-    architecture: Mapping[str, Any], weights: Mapping[str, Tensor] | None, what: str, at: str
-) -> ReadyHypernet:
-    """Return the same as `from_architecture`, for a net whose weights are known.
-
-    Args:
-        architecture: the net's.
-        weights: its ``state_dict()``: a larger net is refused before it is built. None for
-            any size.
-        what: what the description was read from, for messages.
-        at: its place in there.
-
-    Raises:
-        FileFormatError: as above, or the net is larger than its weights.
-    """
-    arguments = checked(Tagged("kind", ARCHITECTURES), architecture, what, at)
-    # Files of before time units have none.
-    time_unit, order = arguments.pop("time_unit", 1.0), arguments.pop("order", 0)
-    with refused(what):
-        # n_stages is no size unless the stages are among the inputs: it has its own limit.
-        net = built(KINDS, arguments, weights, at, but=("n_stages", "n_context"))
-    net.measure_time_in(time_unit, order)
-    return net
-
-
 WIDTHS = (4, 8, 16, 32, 64)
 
 
@@ -188,23 +99,14 @@ def families(y0: State, tableau: Tableau, *, time_unit: float = 1.0) -> list[lis
     joined = join_channels(y0)
     channels, n_spatial = joined.shape[1], joined.dim() - 2
     given: dict[str, Any] = {"inputs": INPUTS, "n_stages": tableau.calls}
-    kinds: Sequence[Callable[[int], ReadyHypernet]]
+    found: list[list[ReadyHypernet]] = [[Linear(channels, **given)]]
     if n_spatial in CONVOLUTIONS:
-        spatial = {**given, "n_spatial": n_spatial}
-        kinds = (
-            partial(Conv, channels, kernel_size=1, **spatial),
-            partial(Conv, channels, kernel_size=3, **spatial),
-            partial(Bottleneck, channels, kernel_size=3, **spatial),
-            partial(Bottleneck, channels, kernel_size=5, **spatial),
-        )
+        given["n_spatial"] = n_spatial
+        kinds: tuple[tuple[type[Conv | Bottleneck], int], ...]
+        kinds = ((Conv, 1), (Conv, 3), (Bottleneck, 3), (Bottleneck, 5))
+        found += [[kind(channels, width, k, **given) for width in WIDTHS] for kind, k in kinds]
     else:
-        kinds = (
-            lambda width: MLP(channels, (width,), **given),
-            lambda width: MLP(channels, (width, width), **given),
-        )
-    linear = Linear(channels, **given)
-    found: list[list[ReadyHypernet]] = [[linear]]
-    found += [[kind(width) for width in WIDTHS] for kind in kinds]
+        found += [[MLP(channels, (width,) * n, **given) for width in WIDTHS] for n in (1, 2)]
     for net in (net for family in found for net in family):
         net.measure_time_in(time_unit, tableau.order)
         suited(net, joined)

@@ -16,9 +16,9 @@ from typing import Any
 from torchdiffeq_hyper.errors import (
     DuplicateMethodError,
     OptionError,
-    UnknownMethodError,
     closest,
     explain,
+    unknown_method,
 )
 from torchdiffeq_hyper.tableaus import Tableau, second_order
 
@@ -175,13 +175,7 @@ def find(name: str) -> Method:
     """
     known = _methods
     if name not in known:
-        raise UnknownMethodError(
-            explain(
-                f"no method is called {name!r}.",
-                "one of " + ", ".join(f'"{other}"' for other in known) + ".",
-                f'method="{closest(name, known or ["hypereuler"])}"',
-            )
-        )
+        raise unknown_method(name, known, 'method="{}"')
     return known[name]
 
 

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torchdiffeq_hyper._fields import attributes_as_found
-from torchdiffeq_hyper._files._container import write_bytes
+from torchdiffeq_hyper._files import write_bytes
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import ExportError, HyperError, explain
 

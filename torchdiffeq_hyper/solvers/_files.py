@@ -1,11 +1,11 @@
-"""What a file of kind "hypersolver" holds."""
+"""What files of the kinds "hypersolver" and "bns" hold."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchdiffeq_hyper._files import (
     FLAG,
     FLOATS,
+    HEADER,
     Choice,
     Default,
     Either,
@@ -21,7 +22,6 @@ from torchdiffeq_hyper._files import (
     Real,
     Record,
     Row,
-    Rule,
     Such,
     Table,
     Tagged,
@@ -29,25 +29,24 @@ from torchdiffeq_hyper._files import (
     Text,
     Whole,
     checked,
-    record_of,
-)
-from torchdiffeq_hyper._files._container import (
-    HEADER,
     damage_reported,
     described_in,
     read,
+    record_of,
     tensors_under,
+    under,
     write,
 )
-from torchdiffeq_hyper._state import Hypernet
-from torchdiffeq_hyper.errors import BaseMismatchError, explain
-from torchdiffeq_hyper.hypernets._files import UNSEEN, match, pack
-from torchdiffeq_hyper.hypernets._select import ARCHITECTURES, NAMES_OF_INPUTS
+from torchdiffeq_hyper.errors import BaseMismatchError
+from torchdiffeq_hyper.hypernets._files import ARCHITECTURES, NAMES_OF_INPUTS, UNSEEN, match, pack
 from torchdiffeq_hyper.methods._registry import find_tableau
 from torchdiffeq_hyper.solvers._domain import FitDomain
-from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers._report import BreakEven, FitReport
-from torchdiffeq_hyper.tableaus import Tableau
+
+if TYPE_CHECKING:
+    from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
+    from torchdiffeq_hyper.solvers._solver import Solver
+    from torchdiffeq_hyper.solvers.bespoke import BespokeSolver
 
 MOST_STEPS = 1_000_000
 """Steps that a solver can be meant to take between two points."""
@@ -109,11 +108,10 @@ REPORT = record_of(
 CUSTOM = Record({"class": Default(Text(1000)), "inputs": Default(NAMES_OF_INPUTS)})
 NET = Tagged("kind", {**ARCHITECTURES, "custom": CUSTOM})
 
-_COMMON: dict[str, Rule | Default] = {"domain": Maybe(DOMAIN), "report": Maybe(REPORT)}
-
 HYPERSOLVER = Record(
     {
-        **_COMMON,
+        "domain": Maybe(DOMAIN),
+        "report": Maybe(REPORT),
         "base": Text(100),
         "alpha": Maybe(Real(1e-6, 1e6)),
         "steps": Maybe(STEPS),
@@ -123,7 +121,8 @@ HYPERSOLVER = Record(
 )
 BESPOKE = Record(
     {
-        **_COMMON,
+        "domain": Maybe(DOMAIN),
+        "report": Maybe(REPORT),
         "base": Choice(("bns",)),
         "alpha": Choice((None,)),
         "steps": _STEPS,
@@ -133,72 +132,65 @@ BESPOKE = Record(
 )
 
 
-def fitted(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the domain and report of a checked description."""
-    domain, report = settings["domain"], settings["report"]
-    return {
-        "domain": None if domain is None else FitDomain.from_dict(domain),
-        "report": None if report is None else FitReport.from_dict(report),
-    }
-
-
 KIND = "hypersolver"
+BNS = "bns"
+_NET = "hypernet."
+"""What the names of a net's tensors begin with in the file of a bespoke solver."""
 
 
-class Saveable(Protocol):
-    """What is saved of a hypersolver."""
-
-    @property
-    def tableau(self) -> Tableau:
-        """The base method."""
-        ...
-
-    @property
-    def hypernet(self) -> Hypernet:
-        """The correction g."""
-        ...
-
-    @property
-    def steps(self) -> Steps:
-        """Equal steps between two time points."""
-        ...
-
-    @property
-    def domain(self) -> FitDomain | None:
-        """What it was fitted for."""
-        ...
-
-    @property
-    def report(self) -> FitReport | None:
-        """What the fit measured."""
-        ...
-
-
-def write_hypersolver(path: str | os.PathLike[str], solver: Saveable) -> None:
-    """Write a hypersolver to ``path``.
-
-    Raises:
-        StateTypeError: the hypernet is a plain function, or holds more than tensors.
-        FileWriteError: the file cannot be written; nothing half-written is left.
-    """
+def write_hypersolver(path: str | os.PathLike[str], solver: HyperSolver) -> None:
+    """Write a hypersolver to ``path``."""
     tensors, settings = describe_hypersolver(solver)
     write(path, tensors, KIND, settings)
 
 
-def describe_hypersolver(solver: Saveable) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return a hypersolver's tensors and JSON-ready settings.
+def write_bespoke(path: str | os.PathLike[str], solver: BespokeSolver) -> None:
+    """Write a bespoke solver to ``path``."""
+    tensors, settings = describe_bespoke(solver)
+    write(path, tensors, BNS, settings)
 
-    Raises:
-        StateTypeError: the hypernet is a plain function, or holds more than tensors.
-    """
+
+def describe_hypersolver(solver: HyperSolver) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a hypersolver's tensors and JSON-ready settings."""
     tensors, description = pack(solver.hypernet)
     return tensors, {
         "base": solver.tableau.name,
         "alpha": solver.tableau.alpha,
         "steps": solver.steps,
+        "hypernet": description,
+        **_describe_fit(solver),
+    }
+
+
+def describe_bespoke(solver: BespokeSolver) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a bespoke solver's tensors and JSON-ready settings."""
+    knots = {name: solver.get_buffer(name) for name in ("knot_values", "knot_slopes")}
+    tensors = {"weights": solver.weights.detach(), **knots}
+    description = None
+    if solver.hypernet is not None:
+        packed, description = pack(solver.hypernet)
+        tensors |= {_NET + name: tensor for name, tensor in packed.items()}
+    return tensors, {
+        "base": BNS,
+        "alpha": None,
+        "steps": len(solver.weights),
+        "hypernet": description,
+        **_describe_fit(solver),
+    }
+
+
+def _describe_fit(solver: Solver) -> dict[str, Any]:
+    return {
         "domain": None if solver.domain is None else solver.domain.to_dict(),
         "report": None if solver.report is None else solver.report.to_dict(),
-        "hypernet": description,
+    }
+
+
+def _rebuild_fit(settings: Mapping[str, Any]) -> dict[str, Any]:
+    domain, report = settings["domain"], settings["report"]
+    return {
+        "domain": None if domain is None else FitDomain.from_dict(domain),
+        "report": None if report is None else FitReport.from_dict(report),
     }
 
 
@@ -216,8 +208,19 @@ def read_hypersolver(
         StateTypeError: its weights have other dtypes.
     """
     tensors, metadata = read(path, KIND)
-    arguments, net = rebuild_hypersolver(metadata, tensors, hypernet, path)
-    return arguments, net, tensors
+    return rebuild_hypersolver(metadata, tensors, hypernet, path)
+
+
+def read_bespoke(
+    path: str | os.PathLike[str], hypernet: nn.Module | None
+) -> tuple[dict[str, Any], nn.Module | None, dict[str, Tensor]]:
+    """Return a bespoke solver's arguments, its net and the net's weights, not yet loaded.
+
+    Raises as `read_hypersolver` does, and a `BaseMismatchError` where ``hypernet`` is given
+    and the file has none.
+    """
+    tensors, metadata = read(path, BNS)
+    return rebuild_bespoke(metadata, tensors, hypernet, path)
 
 
 def rebuild_hypersolver(
@@ -226,109 +229,20 @@ def rebuild_hypersolver(
     hypernet: nn.Module | None,
     path: str | os.PathLike[str],
     at: str = "",
-) -> tuple[dict[str, Any], nn.Module]:
-    """Return a hypersolver's arguments and its net from what `describe_hypersolver` gave.
-
-    The weights are not loaded yet; ``at`` is the place in the file. Raises what
-    `read_hypersolver` raises of the contents.
-    """
+) -> tuple[dict[str, Any], nn.Module, dict[str, Tensor]]:
+    """Return what `read_hypersolver` does from the settings at a place in a file."""
     settings = checked(HYPERSOLVER, metadata, described_in(path), at)
     steps = settings["steps"]
     arguments: dict[str, Any] = {
         "base": settings["base"],
         "alpha": settings["alpha"],
         "steps": tuple(steps) if isinstance(steps, list) else steps,
-        **fitted(settings),
+        **_rebuild_fit(settings),
     }
     with damage_reported(path):
         find_tableau(settings["base"], settings["alpha"])
-    place = f"{at}.hypernet" if at else "hypernet"
-    return arguments, match(settings["hypernet"], tensors, hypernet, os.fspath(path), place)
-
-
-BNS = "bns"
-_OWN = ("weights", "knot_values", "knot_slopes")
-_NET = "hypernet."
-
-
-class SaveableBespoke(Protocol):
-    """What is saved of a bespoke solver."""
-
-    @property
-    def weights(self) -> Tensor:
-        """The weights, (n, n)."""
-        ...
-
-    @property
-    def hypernet(self) -> Hypernet | None:
-        """The correction at the end, if there is one."""
-        ...
-
-    @property
-    def domain(self) -> FitDomain | None:
-        """What it was fitted for."""
-        ...
-
-    @property
-    def report(self) -> FitReport | None:
-        """What the fit measured."""
-        ...
-
-    def get_buffer(self, target: str, /) -> Tensor:
-        """Return one of the knots' tensors."""
-        ...
-
-
-def write_bespoke(path: str | os.PathLike[str], solver: SaveableBespoke) -> None:
-    """Write a bespoke solver to ``path``.
-
-    Raises:
-        StateTypeError: the hypernet is a plain function, or holds more than tensors.
-        FileWriteError: the file cannot be written; nothing half-written is left.
-    """
-    tensors, settings = describe_bespoke(solver)
-    write(path, tensors, BNS, settings)
-
-
-def describe_bespoke(solver: SaveableBespoke) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return a bespoke solver's tensors and JSON-ready settings.
-
-    Raises:
-        StateTypeError: the hypernet is a plain function, or holds more than tensors.
-    """
-    tensors = {
-        "weights": solver.weights.detach(),
-        **{name: solver.get_buffer(name) for name in _OWN[1:]},
-    }
-    description = None
-    if solver.hypernet is not None:
-        packed, description = pack(solver.hypernet)
-        tensors |= {_NET + name: tensor for name, tensor in packed.items()}
-    return tensors, {
-        "base": BNS,
-        "alpha": None,
-        "steps": len(solver.weights),
-        "domain": None if solver.domain is None else solver.domain.to_dict(),
-        "report": None if solver.report is None else solver.report.to_dict(),
-        "hypernet": description,
-    }
-
-
-def read_bespoke(
-    path: str | os.PathLike[str], hypernet: nn.Module | None
-) -> tuple[dict[str, Any], nn.Module | None, dict[str, Tensor]]:
-    """Return a bespoke solver's arguments, its net and the net's weights, not yet loaded.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        FileFormatError: it cannot be used, or holds a net of one's own and ``hypernet``
-            is None.
-        BaseMismatchError: ``hypernet`` is given and the file has none, or it is another net.
-        StateShapeError: its weights have other shapes.
-        StateTypeError: its weights have other dtypes.
-    """
-    tensors, metadata = read(path, BNS)
-    return rebuild_bespoke(metadata, tensors, hypernet, path)
+    net = match(settings["hypernet"], tensors, hypernet, os.fspath(path), under(at, "hypernet"))
+    return arguments, net, dict(tensors)
 
 
 def rebuild_bespoke(
@@ -338,29 +252,27 @@ def rebuild_bespoke(
     path: str | os.PathLike[str],
     at: str = "",
 ) -> tuple[dict[str, Any], nn.Module | None, dict[str, Tensor]]:
-    """Return the same as `read_bespoke` from what `describe_bespoke` gave, at a place in a file."""
-    settings = checked(BESPOKE, metadata, described_in(path), at)
+    """Return what `read_bespoke` does from the settings at a place in a file."""
+    what = described_in(path)
+    settings = checked(BESPOKE, metadata, what, at)
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith(_NET)}
-    description = settings["hypernet"]
     weights = tensors_under(_NET, tensors)
     checked(_tensors(settings["steps"], own), own, f"a solver in {os.fspath(path)!r}")
     arguments: dict[str, Any] = {
         "weights": own["weights"],
         "knots": (own["knot_values"], own["knot_slopes"]),
-        **fitted(settings),
+        **_rebuild_fit(settings),
     }
-    if description is not None:
-        place = f"{at}.hypernet" if at else "hypernet"
-        net = match(description, weights, hypernet, os.fspath(path), place)
+    if settings["hypernet"] is not None:
+        place = under(at, "hypernet")
+        net = match(settings["hypernet"], weights, hypernet, os.fspath(path), place)
         return arguments, net, weights
-    checked(Record({}), weights, f"the description in {os.fspath(path)!r}", "hypernet")
+    checked(Record({}), weights, what, "hypernet")
     if hypernet is not None and hypernet is not UNSEEN:
         raise BaseMismatchError(
-            explain(
-                f"{os.fspath(path)!r} holds a solver without a hypernet.",
-                "no instance to load one into.",
-                f"tdh.HyperSolver.load({os.fspath(path)!r})",
-            )
+            problem=f"{os.fspath(path)!r} holds a solver without a hypernet.",
+            expected="no instance to load one into.",
+            fix=f"tdh.HyperSolver.load({os.fspath(path)!r})",
         )
     return arguments, None, {}
 

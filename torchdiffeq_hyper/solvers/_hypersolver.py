@@ -176,8 +176,8 @@ class HyperSolver(Solver, kind=KIND, loads_all=True):
         at: str = "",
     ) -> tuple[Solver, Weights | None]:
         """Return the solver of a file: see `Solver.rebuild`."""
-        arguments, net = rebuild_hypersolver(settings, tensors, hypernet, path, at)
-        return cls(hypernet=net, **arguments), (net, tensors, hypernet is not None)
+        arguments, net, weights = rebuild_hypersolver(settings, tensors, hypernet, path, at)
+        return cls(hypernet=net, **arguments), (net, weights, hypernet is not None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the tableau's closures."""

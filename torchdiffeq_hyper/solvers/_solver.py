@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._files._container import read, read_metadata, write
+from torchdiffeq_hyper._files import read, read_metadata, write
 from torchdiffeq_hyper._state import Hypernet, State, VectorField
 from torchdiffeq_hyper.errors import OutsideFitWarning
 from torchdiffeq_hyper.hypernets._files import load_weights

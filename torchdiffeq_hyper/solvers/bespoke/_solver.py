@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._fields import context_of
-from torchdiffeq_hyper._files._container import damage_reported
+from torchdiffeq_hyper._files import damage_reported
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_half
 from torchdiffeq_hyper.solvers._domain import FitDomain, Match
 from torchdiffeq_hyper.solvers._files import BNS, describe_bespoke, rebuild_bespoke

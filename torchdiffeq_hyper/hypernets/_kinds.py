@@ -1,0 +1,215 @@
+r"""The kinds of ready hypernets: linear maps, perceptrons, and two kinds of convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from torchdiffeq_hyper.errors import OptionError
+from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS, ReadyHypernet, check_count
+
+
+class Linear(ReadyHypernet):
+    r"""One linear map of the input channels, the same at every point of space.
+
+    Costs channels_in * channels multiply-adds a point.
+
+    Args:
+        channels: channels of the state, all parts of a tuple state together.
+        inputs, n_stages, n_context: see `ReadyHypernet`.
+
+    Raises:
+        OptionError: an argument is impossible.
+
+    Example:
+        >>> import torch
+        >>> import torchdiffeq_hyper as tdh
+        >>> solver = tdh.HyperSolver("euler", tdh.hypernets.Linear(channels=2), steps=2)
+        >>> y = solver.solve(lambda t, y: -y, torch.ones(1, 2), torch.tensor([0.0, 1.0]))
+        >>> y[-1].detach()  # unfitted: the base method
+        tensor([[0.2500, 0.2500]])
+    """
+
+    kind = "linear"
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        inputs: Sequence[str] = ("y", "f0", "dt"),
+        n_stages: int = 1,
+        n_context: int = 0,
+    ) -> None:
+        def layers(n_in: int) -> nn.Sequential:
+            return nn.Sequential(nn.Linear(n_in, channels))
+
+        super().__init__(layers, channels, inputs, n_stages, n_context)
+
+
+class MLP(ReadyHypernet):
+    r"""A perceptron with SiLU activations on the channels, the same at every point of space.
+
+    For states without spatial dimensions; where there are some, no points are coupled.
+
+    Args:
+        channels: channels of the state, all parts of a tuple state together.
+        hidden: widths of the hidden layers.
+        inputs, n_stages, n_context: see `ReadyHypernet`.
+
+    Raises:
+        OptionError: an argument is impossible.
+
+    Example:
+        >>> from torchdiffeq_hyper.hypernets import MLP
+        >>> MLP(channels=2, hidden=(32,)).architecture["hidden"]
+        [32]
+    """
+
+    kind = "mlp"
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: Sequence[int] = (64, 64),
+        *,
+        inputs: Sequence[str] = ("y", "f0", "dt"),
+        n_stages: int = 1,
+        n_context: int = 0,
+    ) -> None:
+        widths = list(_check_widths(hidden))
+
+        def layers(n_in: int) -> nn.Sequential:
+            sizes = [n_in, *widths]
+            stack: list[nn.Module] = []
+            for before, after in zip(sizes, widths, strict=False):
+                # SiLU is smooth, and several times cheaper than tanh on CPUs.
+                stack += [nn.Linear(before, after), nn.SiLU()]
+            return nn.Sequential(*stack, nn.Linear(sizes[-1], channels))
+
+        super().__init__(layers, channels, inputs, n_stages, n_context, hidden=widths)
+
+
+class Conv(ReadyHypernet):
+    r"""Two convolutions, k x k and 1 x 1, with a SiLU between.
+
+    For states (batch, channels, \*spatial) with 1 to 3 spatial dimensions; zero padding
+    keeps their size. Costs hidden * (k^n_spatial * channels_in + channels)
+    multiply-adds a point.
+
+    Args:
+        channels: channels of the state, all parts of a tuple state together.
+        hidden: channels between the two convolutions.
+        kernel_size: k, odd.
+        n_spatial: spatial dimensions of the state: 1, 2 or 3.
+        inputs, n_stages, n_context: see `ReadyHypernet`.
+
+    Raises:
+        OptionError: an argument is impossible.
+        StateShapeError: (when called) the state has other spatial dimensions.
+
+    Example:
+        >>> from torchdiffeq_hyper.hypernets import Conv
+        >>> sorted(Conv(channels=12).architecture)
+        ['channels', 'hidden', 'inputs', 'kernel_size', 'kind', 'n_spatial', 'n_stages']
+    """
+
+    kind = "conv"
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: int = 32,
+        kernel_size: int = 3,
+        n_spatial: int = 2,
+        *,
+        inputs: Sequence[str] = ("y", "f0", "dt"),
+        n_stages: int = 1,
+        n_context: int = 0,
+    ) -> None:
+        layers = _convolutions(hidden, channels, n_spatial, kernel_size, (kernel_size, 1))
+        own = {"hidden": hidden, "kernel_size": kernel_size, "n_spatial": n_spatial}
+        super().__init__(layers, channels, inputs, n_stages, n_context, **own)
+
+
+class Bottleneck(ReadyHypernet):
+    r"""Two convolutions, 1 x 1 to a few channels and k x k back, with a SiLU between.
+
+    The cheap net for states with 1 to 3 spatial dimensions: the wide convolution runs over
+    ``hidden`` channels in place of all inputs, of which there are many. Zero padding keeps
+    the state's size. Costs hidden * (channels_in + k^n_spatial * channels) multiply-adds a
+    point.
+
+    Args:
+        channels: channels of the state, all parts of a tuple state together.
+        hidden: channels between the two convolutions.
+        kernel_size: k, odd.
+        n_spatial: spatial dimensions of the state: 1, 2 or 3.
+        inputs, n_stages, n_context: see `ReadyHypernet`.
+
+    Raises:
+        OptionError: an argument is impossible.
+        StateShapeError: (when called) the state has other spatial dimensions.
+
+    Example:
+        >>> from torchdiffeq_hyper.hypernets import Bottleneck, Conv
+        >>> sizes = [sum(p.numel() for p in net(channels=12).parameters())
+        ...          for net in (Bottleneck, Conv)]
+        >>> sizes
+        [1084, 7628]
+    """
+
+    kind = "bottleneck"
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: int = 8,
+        kernel_size: int = 3,
+        n_spatial: int = 2,
+        *,
+        inputs: Sequence[str] = ("y", "f0", "dt"),
+        n_stages: int = 1,
+        n_context: int = 0,
+    ) -> None:
+        layers = _convolutions(hidden, channels, n_spatial, kernel_size, (1, kernel_size))
+        own = {"hidden": hidden, "kernel_size": kernel_size, "n_spatial": n_spatial}
+        super().__init__(layers, channels, inputs, n_stages, n_context, **own)
+
+
+def _convolutions(
+    hidden: int, channels: int, n_spatial: int, kernel_size: int, kernels: tuple[int, int]
+) -> Callable[[int], nn.Sequential]:
+    """Return what makes two convolutions of these kernel sizes, given the input channels."""
+    check_count("hidden", hidden)
+    check_count("kernel_size", kernel_size)
+    if n_spatial not in CONVOLUTIONS or kernel_size % 2 == 0:
+        raise OptionError(
+            problem=f"kernel_size is {kernel_size!r} and n_spatial is {n_spatial!r}.",
+            expected="an odd kernel_size (the state's size is kept) and 1, 2 or 3 for n_spatial.",
+            fix="kernel_size=3, n_spatial=2",
+        )
+    convolution = CONVOLUTIONS[n_spatial]
+    first, last = kernels
+
+    def layers(n_in: int) -> nn.Sequential:
+        return nn.Sequential(
+            convolution(n_in, hidden, first, padding=first // 2),
+            nn.SiLU(),
+            convolution(hidden, channels, last, padding=last // 2),
+        )
+
+    return layers
+
+
+def _check_widths(hidden: object) -> Sequence[int]:
+    """Return the widths of hidden layers."""
+    if not isinstance(hidden, Sequence) or isinstance(hidden, str):
+        raise OptionError(
+            problem=f"hidden is {hidden!r}.",
+            expected="a sequence of ints.",
+            fix=f"hidden=({hidden},)",
+        )
+    for width in hidden:
+        check_count("a width in hidden", width)
+    return hidden

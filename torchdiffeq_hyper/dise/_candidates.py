@@ -18,7 +18,6 @@ from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import (
     OptionError,
     StateTypeError,
-    explain,
     unknown_method,
 )
 from torchdiffeq_hyper.methods import _registry
@@ -37,11 +36,9 @@ def _unknown_options_refused(candidate: str, method: str) -> Iterator[None]:
             if not re.match(ignored, str(warning)):
                 raise
             raise OptionError(
-                explain(
-                    f"{candidate} has an option that torchdiffeq does not know ({warning}).",
-                    f'options of method "{method}".',
-                    f'tdh.Candidate("{method}")   # check the spelling of its options',
-                )
+                problem=f"{candidate} has an option that torchdiffeq does not know ({warning}).",
+                expected=f'options of method "{method}".',
+                fix=f'tdh.Candidate("{method}")   # check the spelling of its options',
             ) from warning
 
 
@@ -174,7 +171,9 @@ class Candidate:
         else:
             return
         raise OptionError(
-            explain(problem, "an int of at least 1, for methods that follow a time grid.", fix)
+            problem=problem,
+            expected="an int of at least 1, for methods that follow a time grid.",
+            fix=fix,
         )
 
     def _check_tolerances(self) -> None:
@@ -192,7 +191,9 @@ class Candidate:
             else:
                 continue
             raise OptionError(
-                explain(problem, "a finite number of at least 0, for adaptive methods.", fix)
+                problem=problem,
+                expected="a finite number of at least 0, for adaptive methods.",
+                fix=fix,
             )
 
     def _fix(self, settings: str) -> str:
@@ -213,17 +214,15 @@ def check_candidates(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
     others = [c for c in candidates if not isinstance(c, Candidate)] if is_list else [candidates]
     if others:
         problem = f"a candidate is a {type(others[0]).__name__}."
-        raise StateTypeError(explain(problem, "a list of tdh.Candidate.", example))
+        raise StateTypeError(problem=problem, expected="a list of tdh.Candidate.", fix=example)
     if not candidates:
-        raise OptionError(explain("there are no candidates.", "at least one.", example))
+        raise OptionError(problem="there are no candidates.", expected="at least one.", fix=example)
     for (first, one), (second, other) in combinations(enumerate(candidates), 2):
         if one.is_same(other):
             raise OptionError(
-                explain(
-                    f"candidates {first} and {second} are the same: {other!r}.",
-                    "candidates that differ.",
-                    f"drop candidate {second}, or change its settings",
-                )
+                problem=f"candidates {first} and {second} are the same: {other!r}.",
+                expected="candidates that differ.",
+                fix=f"drop candidate {second}, or change its settings",
             )
     return tuple(candidates)
 
@@ -232,11 +231,9 @@ def _check_method(name: object) -> bool:
     """Return whether a method follows a time grid, after checking that it exists."""
     if not isinstance(name, str):
         raise StateTypeError(
-            explain(
-                f"a candidate's method is a {type(name).__name__}.",
-                "a method's name or a HyperSolver.",
-                'tdh.Candidate("euler", steps=2)',
-            )
+            problem=f"a candidate's method is a {type(name).__name__}.",
+            expected="a method's name or a HyperSolver.",
+            fix='tdh.Candidate("euler", steps=2)',
         )
     entry, hosts = _registry.methods().get(name), _registry.host_methods()
     if entry is None:
@@ -246,11 +243,9 @@ def _check_method(name: object) -> bool:
         return hosts[name]
     if getattr(entry.solver, "option", None) == "dise":
         raise OptionError(
-            explain(
-                f'"{name}" is a Dise, which cannot be a candidate of another.',
-                "a method that solves by itself.",
-                "one Dise with the candidates of both",
-            )
+            problem=f'"{name}" is a Dise, which cannot be a candidate of another.',
+            expected="a method that solves by itself.",
+            fix="one Dise with the candidates of both",
         )
     return entry.follows_grid
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._state import State, map_parts, parts_of, take
-from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, explain
+from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError
 
 
 class Verdict(NamedTuple):
@@ -51,14 +51,18 @@ def check_settings(alpha: float, penalty: float) -> tuple[float, float]:
 def _check_positive(name: str, value: Any, fix: str) -> float:
     is_number = isinstance(value, float | int) and not isinstance(value, bool)
     if not is_number or not (math.isfinite(value) and value > 0):
-        raise OptionError(explain(f"{name} is {value!r}.", "a finite number above 0.", fix))
+        raise OptionError(
+            problem=f"{name} is {value!r}.", expected="a finite number above 0.", fix=fix
+        )
     return float(value)
 
 
 def check_callable(name: str, value: Any, expected: str, fix: str) -> None:
     """Refuse what cannot be called."""
     if not callable(value):
-        raise StateTypeError(explain(f"{name} is a {type(value).__name__}.", expected, fix))
+        raise StateTypeError(
+            problem=f"{name} is a {type(value).__name__}.", expected=expected, fix=fix
+        )
 
 
 def _end(solution: State) -> State:
@@ -109,19 +113,15 @@ class ClassificationCost:
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
             got = labels.dtype if isinstance(labels, Tensor) else "no tensor"
             raise StateTypeError(
-                explain(
-                    f"labels are {got}.",
-                    "a tensor of integers: each sample's class.",
-                    "labels = torch.as_tensor(labels).long()",
-                )
+                problem=f"labels are {got}.",
+                expected="a tensor of integers: each sample's class.",
+                fix="labels = torch.as_tensor(labels).long()",
             )
         if labels.dim() != 1:
             raise StateShapeError(
-                explain(
-                    f"labels have shape {tuple(labels.shape)}.",
-                    "one class a sample, (batch,).",
-                    "labels = labels.argmax(dim=1)   # from one-hot rows",
-                )
+                problem=f"labels have shape {tuple(labels.shape)}.",
+                expected="one class a sample, (batch,).",
+                fix="labels = labels.argmax(dim=1)   # from one-hot rows",
             )
         self.predict = predict
         self.labels = labels
@@ -135,11 +135,9 @@ class ClassificationCost:
         """
         if len(self.labels) != batch:
             raise StateShapeError(
-                explain(
-                    f"there are {len(self.labels)} labels and {batch} samples in y0.",
-                    "a label for each sample, in the same order.",
-                    "labels=labels[: len(y0)]",
-                )
+                problem=f"there are {len(self.labels)} labels and {batch} samples in y0.",
+                expected="a label for each sample, in the same order.",
+                fix="labels=labels[: len(y0)]",
             )
 
     def judge(self, solution: State, index: Tensor) -> Verdict:
@@ -153,29 +151,23 @@ class ClassificationCost:
         logits = self.predict(_end(solution))
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(index):
             raise StateShapeError(
-                explain(
-                    f"predict returned {_shape(logits)} for {len(index)} samples.",
-                    "logits of shape (batch, classes).",
-                    "predict=lambda y: classifier(y.flatten(1))",
-                )
+                problem=f"predict returned {_shape(logits)} for {len(index)} samples.",
+                expected="logits of shape (batch, classes).",
+                fix="predict=lambda y: classifier(y.flatten(1))",
             )
         classes, labels = logits.shape[1], self.labels.to(logits.device)[index]
         if classes < 2:
             raise StateShapeError(
-                explain(
-                    f"predict returned {classes} class: every answer would be the same.",
-                    "logits of at least two classes.",
-                    "predict=lambda y: torch.cat([-score(y), score(y)], dim=1)",
-                )
+                problem=f"predict returned {classes} class: every answer would be the same.",
+                expected="logits of at least two classes.",
+                fix="predict=lambda y: torch.cat([-score(y), score(y)], dim=1)",
             )
         if bool(((labels < 0) | (labels >= classes)).any()):
             raise OptionError(
-                explain(
-                    f"labels lie in {int(labels.min())} to {int(labels.max())}, and predict "
-                    f"knows {classes} classes.",
-                    f"labels in 0 to {classes - 1}.",
-                    "labels = labels - labels.min()   # if they are counted from 1",
-                )
+                problem=f"labels lie in {int(labels.min())} to {int(labels.max())}, and predict "
+                f"knows {classes} classes.",
+                expected=f"labels in 0 to {classes - 1}.",
+                fix="labels = labels - labels.min()   # if they are counted from 1",
             )
         is_right = logits.argmax(dim=1) == labels
         return Verdict(is_right, torch.ones(len(index), device=logits.device))
@@ -227,7 +219,9 @@ class RegressionCost:
         fix = "error=lambda y, index: (y - x[index]).norm(dim=1)"
         check_callable("error", error, "a callable.", fix)
         if at not in ("end", "all", None):
-            raise OptionError(explain(f"at is {at!r}.", '"end", "all" or None.', 'at="end"'))
+            raise OptionError(
+                problem=f"at is {at!r}.", expected='"end", "all" or None.', fix='at="end"'
+            )
         self.error = error
         self.at = at
         self.threshold = _check_positive("threshold", threshold, "threshold=0.1")
@@ -245,20 +239,17 @@ class RegressionCost:
         gamma = self._gamma(solution, index)
         if not isinstance(gamma, Tensor) or gamma.shape != index.shape:
             raise StateShapeError(
-                explain(
-                    f"error returned {_shape(gamma)} for {len(index)} samples (at={self.at!r}).",
-                    "Gamma of shape (batch,).",
-                    "error=lambda y, index: (y - x[index]).flatten(1).norm(dim=1)   # y(t[-1])\n"
-                    'at="all"   # if error takes y at all points of t, (len(t), batch, ...)',
-                )
+                problem=f"error returned {_shape(gamma)} for {len(index)} samples "
+                f"(at={self.at!r}).",
+                expected="Gamma of shape (batch,).",
+                fix="error=lambda y, index: (y - x[index]).flatten(1).norm(dim=1)   # y(t[-1])\n"
+                'at="all"   # if error takes y at all points of t, (len(t), batch, ...)',
             )
         if bool((gamma < 0).any()):
             raise OptionError(
-                explain(
-                    f"error returned {float(gamma.min()):.3g}.",
-                    "errors of at least 0.",
-                    "error=lambda y, index: (y - x[index]).abs().flatten(1).mean(dim=1)",
-                )
+                problem=f"error returned {float(gamma.min()):.3g}.",
+                expected="errors of at least 0.",
+                fix="error=lambda y, index: (y - x[index]).abs().flatten(1).mean(dim=1)",
             )
         is_right = gamma <= self.threshold
         return Verdict(is_right, torch.where(is_right, gamma, 0.0))

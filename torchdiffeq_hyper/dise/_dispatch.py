@@ -38,7 +38,6 @@ from torchdiffeq_hyper.errors import (
     NonFiniteError,
     OptionError,
     StateShapeError,
-    explain,
     first_line,
 )
 from torchdiffeq_hyper.solvers._finite import cast_back
@@ -116,11 +115,9 @@ class GroupField:
         if self.index is not None:
             return cannot_take_part(what, self.y0)
         return StateShapeError(
-            explain(
-                f"func {what}.",
-                "a derivative of the state's own shape.",
-                "check func(t[0], y0).shape == y0.shape",
-            )
+            problem=f"func {what}.",
+            expected="a derivative of the state's own shape.",
+            fix="check func(t[0], y0).shape == y0.shape",
         )
 
 
@@ -247,11 +244,9 @@ def raise_non_finite(
     sample = int((~are_finite(end)).nonzero()[0])
     label = candidates[int(selection[sample])].label
     raise NonFiniteError(
-        explain(
-            f"the solution of sample {sample} by {label} ended in inf or nan.",
-            "a candidate that stays finite on the samples that are sent to it.",
-            'more steps for that candidate, or tdh.Candidate("dopri5_per_sample")',
-        )
+        problem=f"the solution of sample {sample} by {label} ended in inf or nan.",
+        expected="a candidate that stays finite on the samples that are sent to it.",
+        fix='more steps for that candidate, or tdh.Candidate("dopri5_per_sample")',
     )
 
 
@@ -264,12 +259,10 @@ def _check_selection(selection: Tensor, batch: int, n_candidates: int) -> Tensor
         if is_tensor:
             got = f"a {selection.dtype} tensor of shape {tuple(selection.shape)}."
         raise OptionError(
-            explain(
-                f"selection is {got}",
-                f"for each of the {batch} samples, the position of its candidate, 0 to "
-                f"{n_candidates - 1}.",
-                "dise.dispatch(func, y0, t, dise.select(y0))",
-            )
+            problem=f"selection is {got}",
+            expected=f"for each of the {batch} samples, the position of its candidate, 0 to "
+            f"{n_candidates - 1}.",
+            fix="dise.dispatch(func, y0, t, dise.select(y0))",
         )
     return selection.long()
 
@@ -280,13 +273,13 @@ def _restricted(tolerance: Any, y0: State, index: Tensor | None) -> Any:
         n_parts = len(y0) if isinstance(y0, tuple) else 0
         if len(tolerance) != n_parts:
             raise OptionError(
-                explain(
-                    f"rtol or atol has {len(tolerance)} entries.",
+                problem=f"rtol or atol has {len(tolerance)} entries.",
+                expected=(
                     f"a number, or one a part: {n_parts}."
                     if n_parts
-                    else "a number or a tensor: the state is one tensor.",
-                    "rtol=1e-3, atol=1e-3",
-                )
+                    else "a number or a tensor: the state is one tensor."
+                ),
+                fix="rtol=1e-3, atol=1e-3",
             )
         pairs = zip(tolerance, parts_of(y0), strict=True)
         parts = (_restricted(part, y, index) for part, y in pairs)

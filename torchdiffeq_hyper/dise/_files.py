@@ -46,9 +46,8 @@ from torchdiffeq_hyper.errors import (
     FileFormatError,
     MissingHypernetError,
     StateTypeError,
-    explain,
 )
-from torchdiffeq_hyper.hypernets._files import load_weights
+from torchdiffeq_hyper.hypernets._files import check_numbers, load_weights
 from torchdiffeq_hyper.solvers._files import MOST_STEPS
 from torchdiffeq_hyper.solvers._solver import Weights, class_described
 
@@ -99,19 +98,15 @@ def write(
     """Write a Dise's contents; see `Dise.save`."""
     if selector is None:
         raise MissingHypernetError(
-            explain(
-                "this Dise has no selector to save.",
-                "a fitted one.",
-                "dise.fit(func, y0, t, cost=cost)",
-            )
+            problem="this Dise has no selector to save.",
+            expected="a fitted one.",
+            fix="dise.fit(func, y0, t, cost=cost)",
         )
     if not isinstance(selector, nn.Module):
         raise StateTypeError(
-            explain(
-                f"the selector is a {type(selector).__name__}, which has no weights to write.",
-                "an nn.Module.",
-                "class MySelector(torch.nn.Module):\n    def forward(self, y0): ...",
-            )
+            problem=f"the selector is a {type(selector).__name__}, which has no weights to write.",
+            expected="an nn.Module.",
+            fix="class MySelector(torch.nn.Module):\n    def forward(self, y0): ...",
         )
     tensors = _under("selector", selector.state_dict())
     described = []
@@ -143,11 +138,9 @@ def _describe(candidate: Candidate, position: int) -> tuple[dict[str, Tensor], d
         json.dumps(settings)
     except (TypeError, ValueError) as error:
         raise StateTypeError(
-            explain(
-                f"candidate {position} has options that a file cannot hold: {candidate!r}.",
-                "options that are numbers, strings, or lists of them.",
-                f'tdh.Candidate("{candidate.method}", rtol=1e-3, atol=1e-3)',
-            )
+            problem=f"candidate {position} has options that a file cannot hold: {candidate!r}.",
+            expected="options that are numbers, strings, or lists of them.",
+            fix=f'tdh.Candidate("{candidate.method}", rtol=1e-3, atol=1e-3)',
         ) from error
     if candidate.solver is None:
         return {}, settings
@@ -253,12 +246,10 @@ def _rebuild(
     kind = net_described.get("kind") if isinstance(net_described, dict) else None
     if kind == "custom" and hypernet is None:
         raise FileFormatError(
-            explain(
-                f"candidate {position} in {os.fspath(path)!r} has a hypernet of your own, a "
-                f"{shown(net_described.get('class'))}; the file holds weights and no code.",
-                "an instance of that net to load them into.",
-                f"tdh.Dise.load({os.fspath(path)!r}, hypernets={{{position}: net}})",
-            )
+            problem=f"candidate {position} in {os.fspath(path)!r} has a hypernet of your own, a "
+            f"{shown(net_described.get('class'))}; the file holds weights and no code.",
+            expected="an instance of that net to load them into.",
+            fix=f"tdh.Dise.load({os.fspath(path)!r}, hypernets={{{position}: net}})",
         )
     at = f"candidates[{position}].solver"
     solver, loading = class_described(described).rebuild(described, weights, hypernet, path, at)
@@ -281,29 +272,23 @@ def _rebuild_selector(
     if selector is None:
         if description["kind"] == "custom":
             raise FileFormatError(
-                explain(
-                    f"{os.fspath(path)!r} holds the weights of a selector of your own, a "
-                    f"{description['class']}, and no code.",
-                    "an instance of that module to load them into.",
-                    f"tdh.Dise.load({os.fspath(path)!r}, selector=MySelector())",
-                )
+                problem=f"{os.fspath(path)!r} holds the weights of a selector of your own, a "
+                f"{description['class']}, and no code.",
+                expected="an instance of that module to load them into.",
+                fix=f"tdh.Dise.load({os.fspath(path)!r}, selector=MySelector())",
             )
-        # What no ready selector can have: weights of several dtypes, or that are not finite.
-        dtypes = {tensor.dtype for tensor in tensors.values()} & {*FLOATS}
-        rule = TensorOf(tuple(dtypes)[:1] or FLOATS, is_finite=True)
-        for name, tensor in tensors.items():
-            checked(rule, tensor, repr(os.fspath(path)), f"the tensor 'selector.{name}'")
+        check_numbers(_under("selector", tensors), os.fspath(path))
         with torch.device("meta"):
             what = described_in(path)
             selector = from_architecture(description, tensors, what=what, at="selector")
     expected = {name: tensor.shape for name, tensor in selector.state_dict().items()}
     if expected != {name: tensor.shape for name, tensor in tensors.items()}:
         raise (BaseMismatchError if is_own else FileFormatError)(
-            explain(
+            problem=(
                 f"the selector's weights in {os.fspath(path)!r} are not those of "
-                + ("the instance given." if is_own else "its own description."),
-                "a module built with the arguments of the one saved.",
-                "print({name: w.shape for name, w in selector.state_dict().items()})",
-            )
+                + ("the instance given." if is_own else "its own description.")
+            ),
+            expected="a module built with the arguments of the one saved.",
+            fix="print({name: w.shape for name, w in selector.state_dict().items()})",
         )
     return selector

@@ -20,7 +20,6 @@ from torchdiffeq_hyper.errors import (
     NonFiniteError,
     OptionError,
     UnfinishedSolveError,
-    explain,
 )
 from torchdiffeq_hyper.fitting._context import Starts, bind
 from torchdiffeq_hyper.fitting._guard import left_as_found
@@ -59,12 +58,10 @@ class Labels:
         if len(calls) and penalty < float(calls.max()):
             most, dearest = calls.amax(dim=0).max(dim=0)
             raise OptionError(
-                explain(
-                    f"penalty M is {penalty:g}, and {self.names[int(dearest)]} costs "
-                    f"{float(most):g}: a wrong answer would be cheaper than a right one.",
-                    "a penalty larger than what any right answer costs.",
-                    f"penalty={10 * float(most):.3g}",
-                )
+                problem=f"penalty M is {penalty:g}, and {self.names[int(dearest)]} costs "
+                f"{float(most):g}: a wrong answer would be cheaper than a right one.",
+                expected="a penalty larger than what any right answer costs.",
+                fix=f"penalty={10 * float(most):.3g}",
             )
         return torch.where(self.is_right, calls, penalty) ** alpha
 
@@ -133,7 +130,9 @@ def collect(
         return _checked(known, count_samples(y0), len(candidates))
     if count_samples(y0) == 0:
         raise OptionError(
-            explain("y0 is an empty batch.", "at least one sample.", "y0 = torch.randn(256, 2)")
+            problem="y0 is an empty batch.",
+            expected="at least one sample.",
+            fix="y0 = torch.randn(256, 2)",
         )
     cost.check(count_samples(y0))
     field = bind(vector_field(func), Starts(y0))
@@ -161,11 +160,9 @@ def _checked(labels: Labels, batch: int, n_candidates: int) -> Labels:
         return labels
     of_samples, of_candidates = labels.nfe.shape
     raise OptionError(
-        explain(
-            f"labels are of {of_samples} samples and {of_candidates} candidates.",
-            f"those of these {batch} samples and {n_candidates} candidates.",
-            "labels=dise.suggest(func, y0, t, cost=cost).labels",
-        )
+        problem=f"labels are of {of_samples} samples and {of_candidates} candidates.",
+        expected=f"those of these {batch} samples and {n_candidates} candidates.",
+        fix="labels=dise.suggest(func, y0, t, cost=cost).labels",
     )
 
 
@@ -183,12 +180,10 @@ def _check_field(batch: Batch) -> None:
     field = batch.field(None)
     if not _are_close(field(t0, batch.y0), field(t0, batch.y0)):
         raise NoisyFieldError(
-            explain(
-                f"func answers differently twice at t = {float(t0):.6g} and the same y: it draws "
-                "fresh noise (or changes) at each call.",
-                "the same answer at each call, so that an answer can be right or wrong.",
-                f"draw the noise once, before the solve, and keep it:\n{HOW_TO_RESTRICT}",
-            )
+            problem=f"func answers differently twice at t = {float(t0):.6g} and the same y: it "
+            "draws fresh noise (or changes) at each call.",
+            expected="the same answer at each call, so that an answer can be right or wrong.",
+            fix=f"draw the noise once, before the solve, and keep it:\n{HOW_TO_RESTRICT}",
         )
     check_independence(batch.func, batch.y0, batch.t, groups=_some_samples(batch).split(1))
 

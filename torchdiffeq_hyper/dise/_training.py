@@ -24,7 +24,6 @@ from torchdiffeq_hyper.errors import (
     OptionError,
     StateShapeError,
     StateTypeError,
-    explain,
 )
 from torchdiffeq_hyper.fitting._guard import frozen_or_restored, own_random_state
 
@@ -75,11 +74,9 @@ class SelectorConfig:
     def _require(self, name: str, is_valid: object, expected: str, example: float) -> None:
         if not is_valid:
             raise OptionError(
-                explain(
-                    f"{name} is {getattr(self, name)!r}.",
-                    f"{expected}.",
-                    f"tdh.SelectorConfig({name}={example})",
-                )
+                problem=f"{name} is {getattr(self, name)!r}.",
+                expected=f"{expected}.",
+                fix=f"tdh.SelectorConfig({name}={example})",
             )
 
 
@@ -117,12 +114,10 @@ def split(y0: State, config: SelectorConfig) -> tuple[Tensor, Tensor]:
     batch = count_samples(y0)
     if batch < 2:
         raise OptionError(
-            explain(
-                f"y0 has {batch} sample{'s' * (batch != 1)}: none would be left to measure "
-                "the fit on.",
-                "at least two samples along dim 0, better hundreds.",
-                "y0 = torch.randn(256, 2)   # starts like those the selector will meet",
-            )
+            problem=f"y0 has {batch} sample{'s' * (batch != 1)}: none would be left to measure "
+            "the fit on.",
+            expected="at least two samples along dim 0, better hundreds.",
+            fix="y0 = torch.randn(256, 2)   # starts like those the selector will meet",
         )
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.randperm(batch, generator=generator).to(parts_of(y0)[0].device)
@@ -141,40 +136,32 @@ def predict(selector: Callable[[State], Tensor] | None, y0: State, n_candidates:
     """
     if selector is None:
         raise MissingHypernetError(
-            explain(
-                "this Dise has no selector.",
-                "a fitted one, or one of your own.",
-                "dise.fit(func, y0, t, cost=cost)   # see tdh.ClassificationCost\n"
-                "tdh.Dise(candidates, selector=v)\n"
-                "dise.dispatch(func, y0, t, selection)   # with choices of your own",
-            )
+            problem="this Dise has no selector.",
+            expected="a fitted one, or one of your own.",
+            fix="dise.fit(func, y0, t, cost=cost)   # see tdh.ClassificationCost\n"
+            "tdh.Dise(candidates, selector=v)\n"
+            "dise.dispatch(func, y0, t, selection)   # with choices of your own",
         )
     out = selector(y0)
     if not isinstance(out, Tensor) or not out.is_floating_point():
         got = out.dtype if isinstance(out, Tensor) else type(out).__name__
         raise StateTypeError(
-            explain(
-                f"the selector returned {got}.",
-                "a floating-point tensor of predicted costs.",
-                "return self.head(features)",
-            )
+            problem=f"the selector returned {got}.",
+            expected="a floating-point tensor of predicted costs.",
+            fix="return self.head(features)",
         )
     wanted = (count_samples(y0), n_candidates)
     if out.shape != wanted:
         raise StateShapeError(
-            explain(
-                f"the selector returned shape {tuple(out.shape)}.",
-                f"{wanted}: for every sample, the predicted cost of every candidate.",
-                f"a last layer with {n_candidates} outputs",
-            )
+            problem=f"the selector returned shape {tuple(out.shape)}.",
+            expected=f"{wanted}: for every sample, the predicted cost of every candidate.",
+            fix=f"a last layer with {n_candidates} outputs",
         )
     if not bool(torch.isfinite(out).all()):
         raise NonFiniteError(
-            explain(
-                "the selector predicted inf or nan costs.",
-                "finite costs.",
-                "torch.isfinite(y0).all()   # or fit the selector again with a lower lr",
-            )
+            problem="the selector predicted inf or nan costs.",
+            expected="finite costs.",
+            fix="torch.isfinite(y0).all()   # or fit the selector again with a lower lr",
         )
     return out
 
@@ -191,11 +178,9 @@ def fittable(selector: object, y0: State, n_candidates: int, config: SelectorCon
     if isinstance(selector, nn.Module) and any(True for _ in selector.parameters()):
         return selector
     raise StateTypeError(
-        explain(
-            f"the selector is a {type(selector).__name__}, which has nothing to fit.",
-            "an nn.Module with parameters.",
-            "tdh.Dise(candidates)   # fit makes a ready selector",
-        )
+        problem=f"the selector is a {type(selector).__name__}, which has nothing to fit.",
+        expected="an nn.Module with parameters.",
+        fix="tdh.Dise(candidates)   # fit makes a ready selector",
     )
 
 
@@ -288,11 +273,9 @@ def _checked(loss: Tensor, iteration: int) -> float:
     if math.isfinite(loss.item()):
         return loss.item()
     raise FitDivergedError(
-        explain(
-            f"the selector's loss is {loss.item()} at iteration {iteration}.",
-            "a finite loss.",
-            "tdh.SelectorConfig(lr=3e-4)",
-        )
+        problem=f"the selector's loss is {loss.item()} at iteration {iteration}.",
+        expected="a finite loss.",
+        fix="tdh.SelectorConfig(lr=3e-4)",
     )
 
 

@@ -29,13 +29,9 @@ from torchdiffeq_hyper._files import (
     refused,
 )
 from torchdiffeq_hyper._state import State, is_half, parts_of
-from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper.errors import OptionError
+from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS
 
-CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
-    1: nn.Conv1d,
-    2: nn.Conv2d,
-    3: nn.Conv3d,
-}
 _POOLS = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
 _COUNT = Whole(1)
 
@@ -63,7 +59,9 @@ class ReadySelector(nn.Module):
                 rule.check(value, name)
             except Mismatch as error:
                 raise OptionError(
-                    explain(f"{name} is {value!r}.", f"{rule.expected}.", f"{name}=...")
+                    problem=f"{name} is {value!r}.",
+                    expected=f"{rule.expected}.",
+                    fix=f"{name}=...",
                 ) from error
         self.architecture: dict[str, Any] = {"kind": self.kind, **architecture}
         self.register_buffer("shift", torch.zeros(*shape))
@@ -146,7 +144,7 @@ class MLP(ReadySelector):
         dropout: float = 0.1,
     ) -> None:
         own = {"n_inputs": n_inputs, "n_candidates": n_candidates, "hidden": list(hidden)}
-        super().__init__({**own, "dropout": dropout}, (n_inputs,))
+        super().__init__({**own, "dropout": float(dropout)}, (n_inputs,))
         between = (nn.ReLU(), nn.Dropout(dropout))
         self.layers = _perceptron([n_inputs, *hidden, n_candidates], between)
 

@@ -165,7 +165,7 @@ def match(
         at: the place of the description in it.
     """
     if description["kind"] != "custom":
-        _check_numbers(tensors, path)
+        check_numbers(tensors, path)
         hypernet = None if hypernet is UNSEEN else hypernet
     elif hypernet is UNSEEN:
         return hypernet
@@ -190,7 +190,7 @@ def match(
     return hypernet
 
 
-def _check_numbers(tensors: Mapping[str, Tensor], path: str) -> None:
+def check_numbers(tensors: Mapping[str, Tensor], path: str) -> None:
     """Refuse weights that no ready net can have: all of one dtype, and finite."""
     if TIME_UNIT in tensors:
         unit = TensorOf((torch.float64,), (2,), is_finite=True)

@@ -26,7 +26,12 @@ class Verdict(NamedTuple):
 
 
 class Cost(Protocol):
-    """A rule for costs; `ClassificationCost` and `RegressionCost` are two."""
+    """A rule for what answers cost: `ClassificationCost`, `RegressionCost`, or one of your own.
+
+    Attributes:
+        alpha: the exponent of costs, above 0.
+        penalty: M, what a wrong answer costs at alpha = 1.
+    """
 
     alpha: float
     penalty: float
@@ -36,7 +41,12 @@ class Cost(Protocol):
         ...
 
     def judge(self, solution: State, index: Tensor) -> Verdict:
-        """Judge a solution at all times for the samples ``index``."""
+        """Return which answers are right, and what a call of func counts for in them.
+
+        Args:
+            solution: the states at all points of t, (times, batch, ...), or a tuple of such.
+            index: the samples' positions in y0 (batch,).
+        """
         ...
 
 

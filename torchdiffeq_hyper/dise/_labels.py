@@ -1,4 +1,4 @@
-"""What every candidate takes and achieves on every sample, solved alone."""
+"""The calls of func and the right answers of every candidate on every sample, solved alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from torchdiffeq_hyper.solvers.per_sample import PerSampleDopri5
 
 @dataclass(frozen=True)
 class Labels:
-    """What was found out about every sample and candidate; all matrices (batch, candidates).
+    """What each candidate takes and achieves on each sample; matrices are (batch, candidates).
 
     Attributes:
         names: the candidates, as tables call them.
@@ -115,7 +115,7 @@ def collect(
     atol: Any,
     progress: bool,
 ) -> Labels:
-    """Solve every sample with every candidate, alone, and judge the answers.
+    """Solve every sample with every candidate, alone, and return calls and right answers.
 
     Modules in func are put in evaluation mode meanwhile, and come back as found. What is
     ``known`` from an earlier call is returned if it belongs to so many samples and candidates.

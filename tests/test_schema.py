@@ -53,6 +53,7 @@ from torchdiffeq_hyper.errors import FileFormatError, OptionError, explain
         (Items(Whole(1), 1, 2), [[1], [1, 2]], [[], [1, 2, 3], [0], 1, "1"]),
         (Row((Whole(1), Text())), [[1, "a"]], [[1], ["a", 1], 3]),
         (Table(Whole(1), ("a",)), [{"a": 1}, {"a": 1, "b": 2}], [{}, {"a": 0}, {1: 1}, []]),
+        (Table(Whole(1), keys=int), [{}, {3: 1}], [{"a": 1}, {True: 1}, {3: 0}]),
         (Such(Whole(1), lambda n: n % 2 == 1, "odd"), [1, 3], [2, 0]),
         (Anything(is_json=True), [1, "a", [None, {"b": math.inf}]], [math.nan, {"a": {1, 2}}]),
         (TensorOf((torch.float32,), (2, None)), [torch.ones(2, 5)], [torch.ones(2), None, 3]),

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -33,7 +33,10 @@ class StageCall(Protocol):
         ...
 
 
-Increment = Callable[[StageCall, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, tuple[Tensor, ...]]]
+Stepped: TypeAlias = tuple[Tensor, tuple[Tensor, ...]]
+"""``(dt * psi, stages)``: the base's increment of a step, and its stage derivatives."""
+
+Increment: TypeAlias = Callable[[StageCall, Tensor, Tensor, Tensor, Tensor], Stepped]
 """``(call, t0, dt, t1, y) -> (dt * psi, stages)``."""
 
 
@@ -64,25 +67,19 @@ class Tableau:
     alpha: float | None = None
 
 
-def _euler(
-    call: StageCall, t0: Tensor, dt: Tensor, t1: Tensor, y: Tensor
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _euler(call: StageCall, t0: Tensor, dt: Tensor, t1: Tensor, y: Tensor) -> Stepped:
     k1 = call(t0, y, Edge.START)
     return dt * k1, (k1,)
 
 
-def _midpoint(
-    call: StageCall, t0: Tensor, dt: Tensor, t1: Tensor, y: Tensor
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _midpoint(call: StageCall, t0: Tensor, dt: Tensor, t1: Tensor, y: Tensor) -> Stepped:
     half = 0.5 * dt
     k1 = call(t0, y, Edge.START)
     k2 = call(t0 + half, y + k1 * half)
     return dt * k2, (k1, k2)
 
 
-def _rk4(
-    call: StageCall, t0: Tensor, dt: Tensor, t1: Tensor, y: Tensor
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _rk4(call: StageCall, t0: Tensor, dt: Tensor, t1: Tensor, y: Tensor) -> Stepped:
     third = 1 / 3
     k1 = call(t0, y, Edge.START)
     k2 = call(t0 + dt * third, y + dt * k1 * third)
@@ -97,9 +94,7 @@ def _second_order(alpha: float) -> Increment:
     # Only a stage at the step's very end may be moved off a discontinuity there.
     edge = Edge.END if alpha == 1.0 else Edge.INSIDE
 
-    def increment(
-        call: StageCall, t0: Tensor, dt: Tensor, t1: Tensor, y: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def increment(call: StageCall, t0: Tensor, dt: Tensor, t1: Tensor, y: Tensor) -> Stepped:
         k1 = call(t0, y, Edge.START)
         k2 = call(t0 + dt * alpha, y + dt * k1 * alpha, edge)
         return dt * (k1 * b1 + k2 * b2), (k1, k2)
@@ -111,7 +106,8 @@ def second_order(alpha: float = 0.5) -> Tableau:
     r"""Return the second-order method with c = (0, a), b = (1 - 1/(2a), 1/(2a)).
 
     a = 0.5 is the midpoint method, a = 1 Heun's, a = 2/3 Ralston's. Order 2, two
-    calls of func a step ([H], the poster's alpha family).
+    calls of func a step. The family of Poli et al., "Hypersolvers: Toward Fast
+    Continuous-Depth Models", NeurIPS 2020, https://arxiv.org/abs/2007.09601.
 
     Args:
         alpha: position of the second stage within the step; finite, above 0.

@@ -30,6 +30,7 @@ from torchdiffeq_hyper._files._records import (
     Tagged,
     built,
     check_sizes,
+    check_weights,
     record_of,
 )
 from torchdiffeq_hyper._files._rules import (
@@ -76,6 +77,7 @@ __all__ = [
     "Whole",
     "built",
     "check_sizes",
+    "check_weights",
     "checked",
     "damage_reported",
     "described_in",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchdiffeq_hyper._files._rules import (
     FLAG,
+    FLOATS,
     UPGRADE,
     Anything,
     Mismatch,
@@ -21,6 +22,7 @@ from torchdiffeq_hyper._files._rules import (
     TensorOf,
     Text,
     Whole,
+    checked,
     mismatch,
     missing,
     under,
@@ -285,3 +287,15 @@ def built(
     except RuntimeError as error:  # tensors of more numbers than can be counted
         problem = f"a net of kind {kind!r} cannot be built: {error}"
         raise Mismatch(problem, "sizes that fit its weights") from error
+
+
+def check_weights(tensors: Mapping[str, Tensor], what: str, prefix: str = "") -> None:
+    """Refuse weights that no ready net can have: all of one dtype, and finite.
+
+    Raises:
+        FileFormatError: they are not; ``what`` they were read from, as ``prefix`` + name.
+    """
+    dtypes = {tensor.dtype for tensor in tensors.values()} & {*FLOATS}
+    rule = TensorOf(tuple(dtypes)[:1] or FLOATS, is_finite=True)
+    for name, tensor in tensors.items():
+        checked(rule, tensor, what, f"the tensor {prefix + name!r}")

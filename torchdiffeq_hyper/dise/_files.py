@@ -27,6 +27,7 @@ from torchdiffeq_hyper._files import (
     TensorOf,
     Text,
     Whole,
+    check_weights,
     checked,
     damage_reported,
     described_in,
@@ -47,7 +48,7 @@ from torchdiffeq_hyper.errors import (
     MissingHypernetError,
     StateTypeError,
 )
-from torchdiffeq_hyper.hypernets._files import check_numbers, load_weights
+from torchdiffeq_hyper.hypernets._files import load_weights
 from torchdiffeq_hyper.solvers._files import MOST_STEPS
 from torchdiffeq_hyper.solvers._solver import Weights, class_described
 
@@ -277,7 +278,7 @@ def _rebuild_selector(
                 expected="an instance of that module to load them into.",
                 fix=f"tdh.Dise.load({os.fspath(path)!r}, selector=MySelector())",
             )
-        check_numbers(_under("selector", tensors), os.fspath(path))
+        check_weights(tensors, repr(os.fspath(path)), "selector.")
         with torch.device("meta"):
             what = described_in(path)
             selector = from_architecture(description, tensors, what=what, at="selector")

@@ -2,9 +2,16 @@
 
 from torchdiffeq_hyper.hypernets._concat import ConcatHypernet, join_channels, split_channels
 from torchdiffeq_hyper.hypernets._files import from_architecture
-from torchdiffeq_hyper.hypernets._kinds import MLP, Bottleneck, Conv, Linear
+from torchdiffeq_hyper.hypernets._kinds import (
+    MLP,
+    Bottleneck,
+    Conv,
+    Linear,
+    families,
+    ready,
+    suited,
+)
 from torchdiffeq_hyper.hypernets._ready import ReadyHypernet
-from torchdiffeq_hyper.hypernets._select import families, ready, suited
 
 __all__ = [
     "MLP",

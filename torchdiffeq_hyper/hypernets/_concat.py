@@ -18,11 +18,14 @@ NAMES = ("y", "f0", "stages", "y0", "context", *SCALARS)
 class ConcatHypernet(nn.Module):
     r"""Feed any net the concatenation of a step's inputs along dim 1.
 
-    g(step) = net(cat(inputs)), the layout of the hypersolver paper: state, derivative and step
-    size as channels. Works on states (batch, channels, \*spatial) with any number of
-    spatial dimensions; (batch,) and 0-d states become one channel and come back in
-    their shape. The parts of a tuple state are concatenated along dim 1 and the output
-    is split back (see `join_channels`, `split_channels`).
+    g(step) = net(cat(inputs)): state, derivative and step size as channels, the layout of
+    Poli et al., "Hypersolvers: Toward Fast Continuous-Depth Models", NeurIPS 2020, appendix
+    B, https://arxiv.org/abs/2007.09601.
+
+    Works on states (batch, channels, \*spatial) with any number of spatial dimensions;
+    (batch,) and 0-d states become one channel and come back in their shape. The parts of a
+    tuple state are concatenated along dim 1 and the output is split back (see
+    `join_channels`, `split_channels`).
 
     The concatenation is cast to the dtype of the net's parameters, so that a float32 net
     serves a float64 state; its output then promotes. Costs one concatenation and one call
@@ -194,7 +197,7 @@ def _n_channels(part: Tensor) -> int:
 def _dtype_of(net: object) -> torch.dtype | None:
     """Return the dtype of a net's first parameter of floating-point numbers.
 
-    Looked up at every call: the net may be cast or its weights replaced behind our back. And
+    Looked up at every call: the net may be cast or its weights replaced between two. And
     by hand: the generators of `nn.Module.parameters` take longer than a small net.
     """
     pending: list[nn.Module | None] = [net] if isinstance(net, nn.Module) else []

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from torchdiffeq_hyper._files import (
-    FLOATS,
     Choice,
     Default,
     Items,
@@ -23,6 +22,7 @@ from torchdiffeq_hyper._files import (
     TensorOf,
     Whole,
     built,
+    check_weights,
     checked,
     described_in,
     refused,
@@ -165,7 +165,7 @@ def match(
         at: the place of the description in it.
     """
     if description["kind"] != "custom":
-        check_numbers(tensors, path)
+        _check_numbers(tensors, path)
         hypernet = None if hypernet is UNSEEN else hypernet
     elif hypernet is UNSEEN:
         return hypernet
@@ -190,17 +190,14 @@ def match(
     return hypernet
 
 
-def check_numbers(tensors: Mapping[str, Tensor], path: str) -> None:
+def _check_numbers(tensors: Mapping[str, Tensor], path: str) -> None:
     """Refuse weights that no ready net can have: all of one dtype, and finite."""
     if TIME_UNIT in tensors:
         unit = TensorOf((torch.float64,), (2,), is_finite=True)
         positive = Such(unit, lambda unit: float(unit[0]) > 0 and float(unit[1]) >= 0, "above 0")
         checked(positive, tensors[TIME_UNIT], repr(path), f"the tensor {TIME_UNIT!r}")
-    tensors = {name: tensor for name, tensor in tensors.items() if name != TIME_UNIT}
-    dtypes = {tensor.dtype for tensor in tensors.values()} & {*FLOATS}
-    rule = TensorOf(tuple(dtypes)[:1] or FLOATS, is_finite=True)
-    for name, tensor in tensors.items():
-        checked(rule, tensor, repr(path), f"the tensor {name!r}")
+    others = {name: tensor for name, tensor in tensors.items() if name != TIME_UNIT}
+    check_weights(others, repr(path))
 
 
 def load_weights(

@@ -50,7 +50,6 @@ class Dise(nn.Module):
             candidates share; see `selectors`. None: `fit` makes a ready one.
 
     Attributes:
-        candidates: the candidates.
         selector: v, kept in evaluation mode; None before `fit`.
         unit: shift and scale from v's outputs to costs.
         report: what `fit` measured, else None.
@@ -314,8 +313,8 @@ class Dise(nn.Module):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write candidates, selector and report to one safetensors file.
 
-        Hypersolvers among the candidates are stored inside. An old file stays until the
-        new one is complete.
+        Solvers among the candidates are stored inside. An old file stays until the new one is
+        complete.
 
         Raises:
             MissingHypernetError: there is no selector.
@@ -338,8 +337,7 @@ class Dise(nn.Module):
 
         Args:
             path: the file.
-            selector: for a selector that is none of the ready ones, an instance to load the
-                weights into.
+            selector: instance to load into, if the selector saved is not a ready one.
             hypernets: the same for hypernets of candidates, by the candidate's position.
 
         Raises:

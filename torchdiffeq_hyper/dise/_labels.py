@@ -24,6 +24,7 @@ from torchdiffeq_hyper.errors import (
 from torchdiffeq_hyper.fitting._context import Starts, bind
 from torchdiffeq_hyper.fitting._guard import left_as_found
 from torchdiffeq_hyper.fitting._neural_ode import attributes_kept, vector_field
+from torchdiffeq_hyper.fitting._reference import BROKEN_DOWN
 from torchdiffeq_hyper.solvers.per_sample import PerSampleDopri5
 
 
@@ -56,9 +57,9 @@ class Labels:
         """
         calls = self.weighted_nfe
         if len(calls) and penalty < float(calls.max()):
-            most, dearest = calls.amax(dim=0).max(dim=0)
+            most, costliest = calls.amax(dim=0).max(dim=0)
             raise OptionError(
-                problem=f"penalty M is {penalty:g}, and {self.names[int(dearest)]} costs "
+                problem=f"penalty M is {penalty:g}, and {self.names[int(costliest)]} costs "
                 f"{float(most):g}: a wrong answer would be cheaper than a right one.",
                 expected="a penalty larger than what any right answer costs.",
                 fix=f"penalty={10 * float(most):.3g}",
@@ -247,17 +248,13 @@ def _one_by_one(
     return joined(solutions), torch.tensor(nfe, device=batch.device)
 
 
-# How torchdiffeq's adaptive methods say that they cannot go on.
-_BROKEN = ("underflow in dt", "non-finite values in state", "max_num_steps exceeded")
-
-
 def _solve_or_nan(candidate: Candidate, batch: Batch, field: GroupField) -> State:
     try:
         return batch.solve(candidate, field)
     except (NonFiniteError, UnfinishedSolveError):
         pass
     except AssertionError as error:
-        if not str(error).startswith(_BROKEN):
+        if not str(error).startswith(BROKEN_DOWN):
             raise
     shape = (len(batch.t), 1)
     return map_parts(lambda part: part.new_full((*shape, *part.shape[1:]), torch.nan), batch.y0)

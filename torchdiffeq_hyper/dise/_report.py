@@ -101,6 +101,9 @@ class TradeOff:
         return _table(("setting", "mean NFE", "right", "selected"), *rows)
 
 
+_MATRICES = ("nfe", "is_right", "weight")
+
+
 @dataclass(frozen=True)
 class DiseReport:
     """What a fit of a selector measured; all means are over held-out samples.
@@ -206,14 +209,8 @@ class DiseReport:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the matrices and vectors, by name."""
-        labels = self.labels
-        return {
-            "nfe": labels.nfe,
-            "is_right": labels.is_right,
-            "weight": labels.weight,
-            "selection": self.selection,
-            "held_out": self.held_out,
-        }
+        matrices = {name: getattr(self.labels, name) for name in _MATRICES}
+        return {**matrices, "selection": self.selection, "held_out": self.held_out}
 
     def to_dict(self) -> dict[str, Any]:
         """Return all other fields as JSON-ready values."""
@@ -229,16 +226,13 @@ class DiseReport:
     @classmethod
     def from_parts(cls, data: dict[str, Any], tensors: dict[str, Tensor]) -> DiseReport:
         """Rebuild from what `to_dict` and `to_tensors` returned."""
-        matrices = (tensors[name] for name in ("nfe", "is_right", "weight"))
+        numbers = ("alpha", "penalty", "label_seconds", "seconds")
         return cls(
-            labels=Labels(tuple(map(str, data["names"])), *matrices),
-            alpha=float(data["alpha"]),
-            penalty=float(data["penalty"]),
+            labels=Labels(tuple(data["names"]), *(tensors[name] for name in _MATRICES)),
             selection=tensors["selection"],
             held_out=tensors["held_out"],
-            losses=tuple((int(n), float(a), float(b)) for n, a, b in data["losses"]),
-            label_seconds=float(data["label_seconds"]),
-            seconds=float(data["seconds"]),
+            losses=tuple((n, float(a), float(b)) for n, a, b in data["losses"]),
+            **{name: float(data[name]) for name in numbers},
         )
 
 

@@ -75,9 +75,9 @@ def map_parts(f: Callable[..., Tensor], *states: State) -> State:
     return f(*states)
 
 
-def take(y: State, index: Tensor) -> State:
-    """Return the samples at some positions along dim 0."""
-    return map_parts(lambda part: part[index.to(part.device)], y)
+def take(y: State, index: Tensor, dim: int = 0) -> State:
+    """Return the samples at some positions; those of a solution lie along dim 1."""
+    return map_parts(lambda part: part.index_select(dim, index.to(part.device)), y)
 
 
 def cast(y: State, dtype: torch.dtype) -> State:

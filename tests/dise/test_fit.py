@@ -20,7 +20,7 @@ from torchdiffeq_hyper.dise import (
     SelectorConfig,
     selectors,
 )
-from torchdiffeq_hyper.dise._tradeoff import one_candidate
+from torchdiffeq_hyper.dise._report import one_candidate
 from torchdiffeq_hyper.errors import (
     FitDivergedError,
     NonFiniteError,

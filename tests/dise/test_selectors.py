@@ -74,6 +74,8 @@ def test_inputs_are_normalised_channel_by_channel(y0: Tensor) -> None:
         (lambda: selectors.MLP(2, 0), "n_candidates is 0"),
         (lambda: selectors.MLP(2, 2, hidden=(3, 0)), "hidden is"),
         (lambda: selectors.MLP(2, 2, dropout=1.0), "dropout is 1.0"),
+        (lambda: selectors.MLP(2, 2, dropout=-0.5), "dropout is -0.5"),
+        (lambda: selectors.MLP(2, 2, dropout=1.5), "dropout is 1.5"),
         (lambda: selectors.TanhMLP(2, 2, hidden=(True,)), "hidden is"),
         (lambda: selectors.ResidualConv(2, 2, n_spatial=4), "n_spatial is 4"),
         (lambda: selectors.ResidualConv(2, 2, blocks=0), "blocks is 0"),

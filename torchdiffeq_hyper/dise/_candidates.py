@@ -7,7 +7,8 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NoReturn
+from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import (
     OptionError,
     StateTypeError,
-    explain,
     unknown_method,
 )
 from torchdiffeq_hyper.methods import _registry
@@ -25,7 +25,7 @@ from torchdiffeq_hyper.solvers._solver import Solver
 
 
 @contextmanager
-def unknown_options_refused(candidate: str, method: str) -> Iterator[None]:
+def _unknown_options_refused(candidate: str, method: str) -> Iterator[None]:
     """Turn the host's warning about options that it ignores into an error."""
     ignored = ".*Unexpected arguments"
     with warnings.catch_warnings():
@@ -36,11 +36,9 @@ def unknown_options_refused(candidate: str, method: str) -> Iterator[None]:
             if not re.match(ignored, str(warning)):
                 raise
             raise OptionError(
-                explain(
-                    f"{candidate} has an option that torchdiffeq does not know ({warning}).",
-                    f'options of method "{method}".',
-                    f'tdh.Candidate("{method}")   # check the spelling of its options',
-                )
+                problem=f"{candidate} has an option that torchdiffeq does not know ({warning}).",
+                expected=f'options of method "{method}".',
+                fix=f'tdh.Candidate("{method}")   # check the spelling of its options',
             ) from warning
 
 
@@ -90,21 +88,21 @@ class Candidate:
         self._check_tolerances()
 
     def __repr__(self) -> str:
-        given = [repr(self.method)]
-        for name in ("steps", "rtol", "atol"):
-            value = getattr(self, name)
-            given += [] if value is None else [f"{name}={value!r}"]
-        given += [f"options={self.options!r}"] if self.options else []
-        return f"Candidate({', '.join(given)})"
+        settings = {name: getattr(self, name) for name in ("steps", "rtol", "atol")}
+        settings["options"] = self.options or None
+        given = [f"{name}={value!r}" for name, value in settings.items() if value is not None]
+        return f"Candidate({', '.join([repr(self.method), *given])})"
 
     @property
     def label(self) -> str:
         """The candidate as tables call it, e.g. "rk4, 2 steps"."""
         given = [self.method]
-        given += [] if self.steps is None else [f"{self.steps} step" + "s" * (self.steps > 1)]
-        for name in ("rtol", "atol"):
-            value = getattr(self, name)
-            given += [] if value is None else [f"{name} {value:g}"]
+        if self.steps is not None:
+            given.append(f"{self.steps} step" + "s" * (self.steps > 1))
+        if self.rtol is not None:
+            given.append(f"rtol {self.rtol:g}")
+        if self.atol is not None:
+            given.append(f"atol {self.atol:g}")
         return ", ".join(given + [f"{name} {value}" for name, value in self.options.items()])
 
     @property
@@ -128,6 +126,10 @@ class Candidate:
         # Tensors and callables have no equality to speak of: only the same object counts.
         return all(a is b or (isinstance(a, float | int | str) and a == b) for a, b in pairs)
 
+    def tolerances(self, rtol: Any, atol: Any) -> tuple[Any, Any]:
+        """Return its own tolerances, and the call's where it has none."""
+        return rtol if self.rtol is None else self.rtol, atol if self.atol is None else self.atol
+
     def solve(self, func: VectorField, y0: State, t: Tensor, *, rtol: Any, atol: Any) -> State:
         """Return ``odeint`` of this method with these settings.
 
@@ -147,60 +149,57 @@ class Candidate:
             options["grid_constructor"] = lambda func, y0, t: _refined(t, self.steps or 1)
         if self.solver is not None:
             options["solver"] = self.solver
-        with unknown_options_refused(repr(self), self.method) if self.options else nullcontext():
+        rtol, atol = self.tolerances(rtol, atol)
+        with _unknown_options_refused(repr(self), self.method) if self.options else nullcontext():
             solution: State = odeint(
-                func,
-                y0,
-                t,
-                rtol=rtol if self.rtol is None else self.rtol,
-                atol=atol if self.atol is None else self.atol,
-                method=self.method,
-                options=options,
+                func, y0, t, rtol=rtol, atol=atol, method=self.method, options=options
             )
         return solution
 
     def _check_steps(self) -> None:
         steps = self.steps
-        taken = self._own_grid
         if steps is None:
             return
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             problem, fix = f"steps is {steps!r}.", "steps=4"
         elif not self.follows_grid:
             problem = f'"{self.method}" chooses its own steps, and steps is {steps}.'
-            fix = f'tdh.Candidate("{self.method}", rtol=1e-3, atol=1e-3)'
-            if self.solver is not None:
-                fix = "tdh.Candidate(solver)"
-        elif taken:
-            problem = f"both steps and the option {taken.pop()!r} are given."
+            fix = self._fix("rtol=1e-3, atol=1e-3")
+        elif self._own_grid:
+            problem = f"both steps and the option {self._own_grid.pop()!r} are given."
             fix = f'tdh.Candidate("{self.method}", steps={steps})'
         else:
             return
         raise OptionError(
-            explain(problem, "an int of at least 1, for methods that follow a time grid.", fix)
+            problem=problem,
+            expected="an int of at least 1, for methods that follow a time grid.",
+            fix=fix,
         )
 
     def _check_tolerances(self) -> None:
         entry = _registry.methods().get(self.method)
-        ignores = self.method in _EXPLICIT or (entry is not None and entry.is_learned)
-        ignores |= self.solver is not None
-        for name in ("rtol", "atol"):
-            value = getattr(self, name)
+        is_learned = self.solver is not None or (entry is not None and entry.is_learned)
+        for name, value in (("rtol", self.rtol), ("atol", self.atol)):
             if value is None:
                 continue
             is_number = isinstance(value, float | int) and not isinstance(value, bool)
             if not is_number or not (math.isfinite(value) and value >= 0):
                 problem, fix = f"{name} is {value!r}.", f"{name}=1e-3"
-            elif ignores:
+            elif is_learned or self.method in _EXPLICIT:
                 problem = f'"{self.method}" has no error estimate to hold against {name}.'
-                fix = f'tdh.Candidate("{self.method}", steps=4)'
-                if self.solver is not None:
-                    fix = "tdh.Candidate(solver)"
+                fix = self._fix("steps=4")
             else:
                 continue
             raise OptionError(
-                explain(problem, "a finite number of at least 0, for adaptive methods.", fix)
+                problem=problem,
+                expected="a finite number of at least 0, for adaptive methods.",
+                fix=fix,
             )
+
+    def _fix(self, settings: str) -> str:
+        if self.solver is not None:
+            return "tdh.Candidate(solver)"
+        return f'tdh.Candidate("{self.method}", {settings})'
 
 
 def check_candidates(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
@@ -211,41 +210,30 @@ def check_candidates(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
         StateTypeError: one is not a `Candidate`.
     """
     example = 'tdh.Dise([tdh.Candidate("euler", steps=2), tdh.Candidate("dopri5", rtol=1e-3)])'
-    if not isinstance(candidates, Sequence) or isinstance(candidates, str):
-        _refuse_kind(candidates, example)
-    for candidate in candidates:
-        if not isinstance(candidate, Candidate):
-            _refuse_kind(candidate, example)
+    is_list = isinstance(candidates, Sequence) and not isinstance(candidates, str)
+    others = [c for c in candidates if not isinstance(c, Candidate)] if is_list else [candidates]
+    if others:
+        problem = f"a candidate is a {type(others[0]).__name__}."
+        raise StateTypeError(problem=problem, expected="a list of tdh.Candidate.", fix=example)
     if not candidates:
-        raise OptionError(explain("there are no candidates.", "at least one.", example))
-    for position, candidate in enumerate(candidates):
-        for first, other in enumerate(candidates[:position]):
-            if candidate.is_same(other):
-                raise OptionError(
-                    explain(
-                        f"candidates {first} and {position} are the same: {candidate!r}.",
-                        "candidates that differ.",
-                        f"drop candidate {position}, or change its settings",
-                    )
-                )
+        raise OptionError(problem="there are no candidates.", expected="at least one.", fix=example)
+    for (first, one), (second, other) in combinations(enumerate(candidates), 2):
+        if one.is_same(other):
+            raise OptionError(
+                problem=f"candidates {first} and {second} are the same: {other!r}.",
+                expected="candidates that differ.",
+                fix=f"drop candidate {second}, or change its settings",
+            )
     return tuple(candidates)
-
-
-def _refuse_kind(value: object, example: str) -> NoReturn:
-    raise StateTypeError(
-        explain(f"a candidate is a {type(value).__name__}.", "a list of tdh.Candidate.", example)
-    )
 
 
 def _check_method(name: object) -> bool:
     """Return whether a method follows a time grid, after checking that it exists."""
     if not isinstance(name, str):
         raise StateTypeError(
-            explain(
-                f"a candidate's method is a {type(name).__name__}.",
-                "a method's name or a HyperSolver.",
-                'tdh.Candidate("euler", steps=2)',
-            )
+            problem=f"a candidate's method is a {type(name).__name__}.",
+            expected="a method's name or a HyperSolver.",
+            fix='tdh.Candidate("euler", steps=2)',
         )
     entry, hosts = _registry.methods().get(name), _registry.host_methods()
     if entry is None:
@@ -255,11 +243,9 @@ def _check_method(name: object) -> bool:
         return hosts[name]
     if entry.option == "dise":
         raise OptionError(
-            explain(
-                f'"{name}" is a Dise, which cannot be a candidate of another.',
-                "a method that solves by itself.",
-                "one Dise with the candidates of both",
-            )
+            problem=f'"{name}" is a Dise, which cannot be a candidate of another.',
+            expected="a method that solves by itself.",
+            fix="one Dise with the candidates of both",
         )
     return entry.follows_grid
 

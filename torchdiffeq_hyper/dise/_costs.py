@@ -9,9 +9,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._state import State
-from torchdiffeq_hyper.dise._dispatch import last
-from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, explain
+from torchdiffeq_hyper._state import State, map_parts, parts_of, take
+from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError
 
 
 class Verdict(NamedTuple):
@@ -27,7 +26,12 @@ class Verdict(NamedTuple):
 
 
 class Cost(Protocol):
-    """A rule for costs; `ClassificationCost` and `RegressionCost` are two."""
+    """A rule for what answers cost: `ClassificationCost`, `RegressionCost`, or one of your own.
+
+    Attributes:
+        alpha: the exponent of costs, above 0.
+        penalty: M, what a wrong answer costs at alpha = 1.
+    """
 
     alpha: float
     penalty: float
@@ -37,40 +41,47 @@ class Cost(Protocol):
         ...
 
     def judge(self, solution: State, index: Tensor) -> Verdict:
-        """Judge a solution at all times for the samples ``index``."""
+        """Return which answers are right, and what a call of func counts for in them.
+
+        Args:
+            solution: the states at all points of t, (times, batch, ...), or a tuple of such.
+            index: the samples' positions in y0 (batch,).
+        """
         ...
 
 
 def check_settings(alpha: float, penalty: float) -> tuple[float, float]:
-    """Return alpha and M.
-
-    Raises:
-        OptionError: one is not a finite number above 0.
-    """
-    check_positive("alpha", alpha, "alpha=0.3")
-    check_positive("penalty", penalty, "penalty=1000.0")
-    return float(alpha), float(penalty)
+    """Return alpha and M, after checking that both are finite numbers above 0."""
+    return (
+        _check_positive("alpha", alpha, "alpha=0.3"),
+        _check_positive("penalty", penalty, "penalty=1000.0"),
+    )
 
 
-def check_positive(name: str, value: Any, fix: str) -> None:
-    """Refuse what is not a finite number above 0.
-
-    Raises:
-        OptionError: it is not.
-    """
+def _check_positive(name: str, value: Any, fix: str) -> float:
     is_number = isinstance(value, float | int) and not isinstance(value, bool)
     if not is_number or not (math.isfinite(value) and value > 0):
-        raise OptionError(explain(f"{name} is {value!r}.", "a finite number above 0.", fix))
+        raise OptionError(
+            problem=f"{name} is {value!r}.", expected="a finite number above 0.", fix=fix
+        )
+    return float(value)
 
 
-def check_callable(name: str, value: Any, fix: str) -> None:
-    """Refuse what cannot be called.
-
-    Raises:
-        StateTypeError: it cannot.
-    """
+def check_callable(name: str, value: Any, expected: str, fix: str) -> None:
+    """Refuse what cannot be called."""
     if not callable(value):
-        raise StateTypeError(explain(f"{name} is a {type(value).__name__}.", "a callable.", fix))
+        raise StateTypeError(
+            problem=f"{name} is a {type(value).__name__}.", expected=expected, fix=fix
+        )
+
+
+def _end(solution: State) -> State:
+    return map_parts(lambda part: part[-1], solution)
+
+
+def _shape(answer: Any) -> Any:
+    """Return what a message says of an answer of the wrong shape."""
+    return tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
 
 
 class ClassificationCost:
@@ -78,7 +89,9 @@ class ClassificationCost:
 
     .. math:: c = \Delta^\alpha \text{ if the prediction is right, else } M^\alpha
 
-    with :math:`\Delta` the calls of func for the sample, solved alone ([D] eq. 4).
+    with :math:`\Delta` the calls of func for the sample, solved alone: equation 4 of "DISE:
+    Dynamic Integrator Selection to Minimize Forward-pass Time in Neural ODEs", ICLR 2021
+    submission.
 
     Args:
         predict: maps the state at t[-1] to logits (batch, classes).
@@ -106,23 +119,19 @@ class ClassificationCost:
         alpha: float,
         penalty: float,
     ) -> None:
-        check_callable("predict", predict, "predict=model.classifier")
+        check_callable("predict", predict, "a callable.", "predict=model.classifier")
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+            got = labels.dtype if isinstance(labels, Tensor) else "no tensor"
             raise StateTypeError(
-                explain(
-                    "labels are "
-                    + (f"{labels.dtype}." if isinstance(labels, Tensor) else "no tensor."),
-                    "a tensor of integers: each sample's class.",
-                    "labels = torch.as_tensor(labels).long()",
-                )
+                problem=f"labels are {got}.",
+                expected="a tensor of integers: each sample's class.",
+                fix="labels = torch.as_tensor(labels).long()",
             )
         if labels.dim() != 1:
             raise StateShapeError(
-                explain(
-                    f"labels have shape {tuple(labels.shape)}.",
-                    "one class a sample, (batch,).",
-                    "labels = labels.argmax(dim=1)   # from one-hot rows",
-                )
+                problem=f"labels have shape {tuple(labels.shape)}.",
+                expected="one class a sample, (batch,).",
+                fix="labels = labels.argmax(dim=1)   # from one-hot rows",
             )
         self.predict = predict
         self.labels = labels
@@ -136,11 +145,9 @@ class ClassificationCost:
         """
         if len(self.labels) != batch:
             raise StateShapeError(
-                explain(
-                    f"there are {len(self.labels)} labels and {batch} samples in y0.",
-                    "a label for each sample, in the same order.",
-                    "labels=labels[: len(y0)]",
-                )
+                problem=f"there are {len(self.labels)} labels and {batch} samples in y0.",
+                expected="a label for each sample, in the same order.",
+                fix="labels=labels[: len(y0)]",
             )
 
     def judge(self, solution: State, index: Tensor) -> Verdict:
@@ -151,33 +158,26 @@ class ClassificationCost:
                 fewer than two classes.
             OptionError: a label is none of the classes.
         """
-        logits = self.predict(last(solution))
+        logits = self.predict(_end(solution))
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(index):
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise StateShapeError(
-                explain(
-                    f"predict returned {got} for {len(index)} samples.",
-                    "logits of shape (batch, classes).",
-                    "predict=lambda y: classifier(y.flatten(1))",
-                )
+                problem=f"predict returned {_shape(logits)} for {len(index)} samples.",
+                expected="logits of shape (batch, classes).",
+                fix="predict=lambda y: classifier(y.flatten(1))",
             )
         classes, labels = logits.shape[1], self.labels.to(logits.device)[index]
         if classes < 2:
             raise StateShapeError(
-                explain(
-                    f"predict returned {classes} class: every answer would be the same.",
-                    "logits of at least two classes.",
-                    "predict=lambda y: torch.cat([-score(y), score(y)], dim=1)",
-                )
+                problem=f"predict returned {classes} class: every answer would be the same.",
+                expected="logits of at least two classes.",
+                fix="predict=lambda y: torch.cat([-score(y), score(y)], dim=1)",
             )
         if bool(((labels < 0) | (labels >= classes)).any()):
             raise OptionError(
-                explain(
-                    f"labels lie in {int(labels.min())} to {int(labels.max())}, and predict "
-                    f"knows {classes} classes.",
-                    f"labels in 0 to {classes - 1}.",
-                    "labels = labels - labels.min()   # if they are counted from 1",
-                )
+                problem=f"labels lie in {int(labels.min())} to {int(labels.max())}, and predict "
+                f"knows {classes} classes.",
+                expected=f"labels in 0 to {classes - 1}.",
+                fix="labels = labels - labels.min()   # if they are counted from 1",
             )
         is_right = logits.argmax(dim=1) == labels
         return Verdict(is_right, torch.ones(len(index), device=logits.device))
@@ -188,7 +188,9 @@ class RegressionCost:
 
     .. math:: c = (\Delta\,\Gamma)^\alpha \text{ if } \Gamma \le \beta, \text{ else } M^\alpha
 
-    with :math:`\Delta` the calls of func for the sample, solved alone ([D] eq. 5).
+    with :math:`\Delta` the calls of func for the sample, solved alone: equation 5 of "DISE:
+    Dynamic Integrator Selection to Minimize Forward-pass Time in Neural ODEs", ICLR 2021
+    submission.
 
     Args:
         error: called as ``error(y, index)`` with the solution and the samples' positions
@@ -224,13 +226,15 @@ class RegressionCost:
         *,
         at: Literal["end", "all"] | None = None,
     ) -> None:
-        check_callable("error", error, "error=lambda y, index: (y - x[index]).norm(dim=1)")
+        fix = "error=lambda y, index: (y - x[index]).norm(dim=1)"
+        check_callable("error", error, "a callable.", fix)
         if at not in ("end", "all", None):
-            raise OptionError(explain(f"at is {at!r}.", '"end", "all" or None.', 'at="end"'))
-        check_positive("threshold", threshold, "threshold=0.1")
+            raise OptionError(
+                problem=f"at is {at!r}.", expected='"end", "all" or None.', fix='at="end"'
+            )
         self.error = error
         self.at = at
-        self.threshold = float(threshold)
+        self.threshold = _check_positive("threshold", threshold, "threshold=0.1")
         self.alpha, self.penalty = check_settings(alpha, penalty)
 
     def check(self, batch: int) -> None:
@@ -244,22 +248,18 @@ class RegressionCost:
         """
         gamma = self._gamma(solution, index)
         if not isinstance(gamma, Tensor) or gamma.shape != index.shape:
-            got = tuple(gamma.shape) if isinstance(gamma, Tensor) else type(gamma).__name__
             raise StateShapeError(
-                explain(
-                    f"error returned {got} for {len(index)} samples (at={self.at!r}).",
-                    "Gamma of shape (batch,).",
-                    "error=lambda y, index: (y - x[index]).flatten(1).norm(dim=1)   # y(t[-1])\n"
-                    'at="all"   # if error takes y at all points of t, (len(t), batch, ...)',
-                )
+                problem=f"error returned {_shape(gamma)} for {len(index)} samples "
+                f"(at={self.at!r}).",
+                expected="Gamma of shape (batch,).",
+                fix="error=lambda y, index: (y - x[index]).flatten(1).norm(dim=1)   # y(t[-1])\n"
+                'at="all"   # if error takes y at all points of t, (len(t), batch, ...)',
             )
         if bool((gamma < 0).any()):
             raise OptionError(
-                explain(
-                    f"error returned {float(gamma.min()):.3g}.",
-                    "errors of at least 0.",
-                    "error=lambda y, index: (y - x[index]).abs().flatten(1).mean(dim=1)",
-                )
+                problem=f"error returned {float(gamma.min()):.3g}.",
+                expected="errors of at least 0.",
+                fix="error=lambda y, index: (y - x[index]).abs().flatten(1).mean(dim=1)",
             )
         is_right = gamma <= self.threshold
         return Verdict(is_right, torch.where(is_right, gamma, 0.0))
@@ -267,12 +267,14 @@ class RegressionCost:
     def _gamma(self, solution: State, index: Tensor) -> Any:
         """Return what ``error`` answers, given what it takes."""
         if self.at is not None:
-            return self.error(last(solution) if self.at == "end" else solution, index)
-        n_times = (solution if isinstance(solution, Tensor) else solution[0]).shape[0]
-        if n_times == len(index) > 1:
+            return self.error(_end(solution) if self.at == "end" else solution, index)
+        if len(parts_of(solution)[0]) == len(index) > 1:
             # One error a time would look like one a sample: ask with fewer samples.
-            parts = (slice(0, -1), slice(-1, None))
-            gammas = [self._gamma(_samples(solution, part), index[part]) for part in parts]
+            positions = torch.arange(len(index), device=index.device)
+            gammas = [
+                self._gamma(take(solution, part, dim=1), index[part])
+                for part in positions.split(len(index) - 1)
+            ]
             return torch.cat(gammas) if all(isinstance(g, Tensor) for g in gammas) else None
         try:
             gamma = self.error(solution, index)
@@ -280,10 +282,4 @@ class RegressionCost:
             gamma = None  # it may take the final state only, and says what is wrong below
         if isinstance(gamma, Tensor) and gamma.shape == index.shape:
             return gamma
-        return self.error(last(solution), index)
-
-
-def _samples(solution: State, part: slice) -> State:
-    if isinstance(solution, Tensor):
-        return solution[:, part]
-    return tuple(values[:, part] for values in solution)
+        return self.error(_end(solution), index)

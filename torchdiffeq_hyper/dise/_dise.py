@@ -1,8 +1,7 @@
-"""Per-sample integrator selection: what is fitted, measured and saved."""
+"""Per-sample integrator selection: the candidates, the selector, and what both are used for."""
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 import warnings
@@ -12,147 +11,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._files import damage_reported
-from torchdiffeq_hyper._state import State, VectorField, parts_of
+from torchdiffeq_hyper import recording
+from torchdiffeq_hyper._state import State, VectorField, parts_of, take
 from torchdiffeq_hyper.dise import _files
 from torchdiffeq_hyper.dise._candidates import Candidate, check_candidates
-from torchdiffeq_hyper.dise._costs import Cost
-from torchdiffeq_hyper.dise._dispatch import count, take
-from torchdiffeq_hyper.dise._dispatcher import Dispatcher
+from torchdiffeq_hyper.dise._costs import Cost, check_callable
+from torchdiffeq_hyper.dise._dispatch import Batch, dispatch, raise_non_finite
 from torchdiffeq_hyper.dise._labels import Labels, collect
-from torchdiffeq_hyper.dise._report import DiseReport
-from torchdiffeq_hyper.dise._tradeoff import Oracle, TradeOff, one_candidate, sweep
-from torchdiffeq_hyper.dise._training import SelectorConfig, Split, check_fittable, predict, train
-from torchdiffeq_hyper.dise.selectors import ready
-from torchdiffeq_hyper.errors import OneCandidateWarning, OptionError, explain
-from torchdiffeq_hyper.fitting._guard import own_random_state
-from torchdiffeq_hyper.hypernets._files import load_weights
+from torchdiffeq_hyper.dise._report import DiseReport, Oracle, TradeOff, one_candidate
+from torchdiffeq_hyper.dise._training import (
+    Scale,
+    SelectorConfig,
+    fittable,
+    predict,
+    split,
+    sweep,
+    train_selector,
+)
+from torchdiffeq_hyper.errors import OneCandidateWarning
+from torchdiffeq_hyper.solvers._finite import is_finite
 
 
-class Analysed(Dispatcher):
-    """Tells what can be gained with its candidates, without being changed; see `Dise`."""
-
-    def suggest(
-        self,
-        func: VectorField,
-        y0: State,
-        t: Tensor,
-        *,
-        cost: Cost,
-        alphas: Iterable[float] = (0.1, 0.3, 1.0),
-        penalties: Iterable[float] | None = None,
-        config: SelectorConfig | None = None,
-        labels: Labels | None = None,
-        rtol: Any = 1e-7,
-        atol: Any = 1e-9,
-        progress: bool = True,
-    ) -> TradeOff:
-        """Fit a selector at every alpha and M; return right answers against calls of func.
-
-        Samples are solved once for all settings. The object itself is not changed.
-
-        Args:
-            func: see `Dise.fit`.
-            y0: see `Dise.fit`.
-            t: see `Dise.fit`.
-            cost: see `Dise.fit`; its own alpha and M do not matter.
-            alphas: values of alpha.
-            penalties: values of M; None takes 1.5, 10 and 100 times the dearest right answer.
-            config: see `Dise.fit`.
-            labels: see `Dise.fit`.
-            rtol: see `Dise.fit`.
-            atol: see `Dise.fit`.
-            progress: whether to show bars.
-
-        Raises:
-            OptionError: a value is not above 0, or an M is too small.
-            StateTypeError: the selector is a module without parameters.
-        """
-        config = config or SelectorConfig()
-        Split.of(count(y0), config, parts_of(y0)[0].device)
-        if isinstance(self.selector, nn.Module):
-            check_fittable(self.selector)
-        labels = self._labels(func, y0, t, cost, labels, rtol=rtol, atol=atol, progress=progress)
-
-        def new_selector() -> nn.Module:
-            if isinstance(self.selector, nn.Module):
-                return copy.deepcopy(self.selector)
-            return self._new_selector(y0, config)
-
-        return sweep(
-            labels,
-            y0,
-            new_selector,
-            config,
-            alphas=alphas,
-            penalties=penalties,
-            progress=progress,
-        )
-
-    def oracle(
-        self,
-        func: VectorField,
-        y0: State,
-        t: Tensor,
-        *,
-        cost: Cost,
-        rtol: Any = 1e-7,
-        atol: Any = 1e-9,
-        progress: bool = False,
-    ) -> Oracle:
-        """Return for each sample the right candidate with the fewest calls of func.
-
-        What a perfect selector would do with these candidates; needs no selector.
-
-        Args:
-            func: see `Dise.fit`.
-            y0: see `Dise.fit`; one sample is enough.
-            t: see `Dise.fit`.
-            cost: see `Dise.fit`.
-            rtol: see `Dise.fit`.
-            atol: see `Dise.fit`.
-            progress: whether to show a bar.
-        """
-        labels = self._labels(func, y0, t, cost, None, rtol=rtol, atol=atol, progress=progress)
-        return Oracle(labels, labels.oracle())
-
-    def _labels(
-        self,
-        func: VectorField,
-        y0: State,
-        t: Tensor,
-        cost: Cost,
-        labels: Labels | None,
-        **how: Any,
-    ) -> Labels:
-        """Return ``labels`` if they belong to these samples, or measure them if None."""
-        if labels is None:
-            return collect(self.candidates, func, y0, t, cost, **how)
-        if labels.nfe.shape != (count(y0), len(self.candidates)):
-            raise OptionError(
-                explain(
-                    f"labels are of {labels.nfe.shape[0]} samples and {labels.nfe.shape[1]} "
-                    "candidates.",
-                    f"those of these {count(y0)} samples and {len(self.candidates)} candidates.",
-                    "labels=dise.suggest(func, y0, t, cost=cost).labels",
-                )
-            )
-        return labels
-
-    def _new_selector(self, y0: State, config: SelectorConfig) -> nn.Module:
-        with own_random_state(config.seed):
-            return ready(y0, len(self.candidates))
-
-
-class Dise(Analysed):
+class Dise(nn.Module):
     r"""Sends every sample to the candidate that a selector net predicts to be cheapest.
 
     .. math:: j(x) = \arg\min_j v_j(y_0(x))
 
-    with v the predicted costs of [D] eq. 4 or 5. A call costs one call of v, and for each
-    group of samples what its candidate costs on the compacted sub-batch. Fixed-step and
-    ``dopri5_per_sample`` candidates answer as for each sample alone; a ``dopri5`` group
-    shares one step size, as `odeint` on that sub-batch does.
+    with v the predicted costs of `ClassificationCost` or `RegressionCost`: "DISE: Dynamic
+    Integrator Selection to Minimize Forward-pass Time in Neural ODEs", ICLR 2021 submission,
+    equations 4 and 5. A call costs one call of v, and for each group of samples what its
+    candidate costs on the compacted sub-batch. Fixed-step and ``dopri5_per_sample`` candidates
+    answer as for each sample alone; a ``dopri5`` group shares one step size, as `odeint` on
+    that sub-batch does.
 
     Args:
         candidates: at least one `Candidate`, no two the same.
@@ -160,7 +50,6 @@ class Dise(Analysed):
             candidates share; see `selectors`. None: `fit` makes a ready one.
 
     Attributes:
-        candidates: the candidates.
         selector: v, kept in evaluation mode; None before `fit`.
         unit: shift and scale from v's outputs to costs.
         report: what `fit` measured, else None.
@@ -190,8 +79,112 @@ class Dise(Analysed):
         candidates: Sequence[Candidate],
         selector: Callable[[State], Tensor] | None = None,
     ) -> None:
-        super().__init__(candidates, selector)
+        super().__init__()
+        self.candidates = check_candidates(candidates)
+        # Moved, saved and frozen with the rest.
+        self.solvers = nn.ModuleList([c.solver for c in self.candidates if c.solver is not None])
+        if selector is not None:
+            expected = "a module that maps y0 to predicted costs (batch, candidates)."
+            fix = "selector=tdh.dise.selectors.MLP(n_inputs=2, n_candidates=3)"
+            check_callable("selector", selector, expected, fix)
+        self.selector = selector
+        self.unit = Scale(0.0, 1.0)
         self.report: DiseReport | None = None
+        self.train()
+
+    def extra_repr(self) -> str:
+        """Return the candidates, for printing."""
+        return ",\n".join(map(repr, self.candidates))
+
+    def train(self, mode: bool = True) -> Dise:  # noqa: FBT001, FBT002 - torch's signature
+        """Set the mode of the candidates; v stays in evaluation mode: it must not be noisy."""
+        super().train(mode)
+        if isinstance(self.selector, nn.Module):
+            self.selector.eval()
+        return self
+
+    def forward(self, func: VectorField, y0: State, t: Tensor) -> State:
+        """Same as `solve` at its default tolerances."""
+        return self.solve(func, y0, t)
+
+    def solve(
+        self, func: VectorField, y0: State, t: Tensor, *, rtol: Any = 1e-7, atol: Any = 1e-9
+    ) -> State:
+        """Solve dy/dt = func(t, y), each sample by the candidate that v chooses.
+
+        Gives what ``odeint(func, y0, t, method="dise", options={"dise": dise})`` gives.
+
+        Args:
+            func: called as ``func(t, y)`` on parts of the batch. If it holds something of
+                every sample (noise, controls, conditioning), it needs a method
+                ``restrict(index)``, see `Conditioned`.
+            y0: tensor or tuple of tensors, the samples along dim 0. Half precision is
+                integrated in float32 and cast for each call.
+            t: 1-D floating tensor, strictly increasing or decreasing.
+            rtol: relative tolerance of candidates without their own.
+            atol: absolute tolerance of candidates without their own.
+
+        Returns:
+            The state at every point of ``t``: like ``y0`` with ``len(t)`` in front.
+
+        Raises:
+            MissingHypernetError: there is no selector.
+            StateShapeError: v or func returned another shape, or func cannot take a part
+                of the batch.
+            CoupledSamplesError: samples that depend on each other go to several candidates.
+            NonFiniteError: v predicted inf or nan, or a solution ended so.
+        """
+        draft = recording.take_over(self)
+        batch = Batch.of(func, y0, t, rtol=rtol, atol=atol)
+        if batch.is_empty:
+            return batch.unchanged()
+        selection = self.select(y0)
+        solution = dispatch(self.candidates, batch, selection, draft)
+        # Candidates of the host do not look at what they return.
+        if not all(is_finite(part[-1]) for part in parts_of(solution)):
+            raise_non_finite(solution, self.candidates, selection)
+        return solution
+
+    def dispatch(
+        self,
+        func: VectorField,
+        y0: State,
+        t: Tensor,
+        selection: Tensor,
+        *,
+        rtol: Any = 1e-7,
+        atol: Any = 1e-9,
+    ) -> State:
+        """Solve each sample by a given candidate; otherwise as `solve`, of the same arguments.
+
+        ``selection`` holds the position of each sample's candidate (batch,), integers.
+
+        Raises:
+            OptionError: ``selection`` is no choice of candidates for this batch.
+        """
+        batch = Batch.of(func, y0, t, rtol=rtol, atol=atol)
+        return dispatch(self.candidates, batch, selection)
+
+    @torch.no_grad()
+    def select(self, y0: State) -> Tensor:
+        """Return the position of the candidate chosen for each sample, (batch,) int64.
+
+        Raises:
+            MissingHypernetError: there is no selector.
+            StateShapeError: v returned another shape than (batch, candidates).
+            NonFiniteError: v predicted inf or nan.
+        """
+        return predict(self.selector, y0, len(self.candidates)).argmin(dim=1)
+
+    @torch.no_grad()
+    def predicted_costs(self, y0: State) -> Tensor:
+        """Return the predicted cost of every candidate, (batch, candidates).
+
+        Raises:
+            MissingHypernetError: there is no selector.
+        """
+        predicted = predict(self.selector, y0, len(self.candidates))
+        return predicted * self.unit.scale + self.unit.shift
 
     def fit(
         self,
@@ -206,7 +199,7 @@ class Dise(Analysed):
         atol: Any = 1e-9,
         progress: bool = True,
     ) -> Dise:
-        """Fit v to the costs of every candidate on every sample ([D] eq. 4 and 5).
+        """Fit v to the costs of every candidate on every sample; return the object itself.
 
         Each sample is solved alone by each candidate, so that no other sample changes its
         answer or its calls of func; v is trained by regression on all costs at once. func
@@ -225,9 +218,6 @@ class Dise(Analysed):
             atol: absolute tolerance of candidates without their own.
             progress: whether to show bars.
 
-        Returns:
-            The object itself.
-
         Raises:
             OptionError: fewer than two samples, or an M smaller than a right answer costs.
             StateShapeError: labels of another length, or a wrong shape.
@@ -237,15 +227,16 @@ class Dise(Analysed):
         """
         start = time.perf_counter()
         config = config or SelectorConfig()
-        split = Split.of(count(y0), config, parts_of(y0)[0].device)
-        selector = self._new_selector(y0, config) if self.selector is None else self.selector
-        selector = check_fittable(selector)
+        n_candidates = len(self.candidates)
+        _, held_out = split(y0, config)
+        selector = fittable(self.selector, y0, n_candidates, config)
         with torch.no_grad():  # before the long part
-            predict(selector.eval(), take(y0, split.held_out[:1]), len(self.candidates))
-        labels = self._labels(func, y0, t, cost, labels, rtol=rtol, atol=atol, progress=progress)
+            predict(selector.eval(), take(y0, held_out[:1]), n_candidates)
+        how = {"rtol": rtol, "atol": atol, "progress": progress}
+        labels = collect(self.candidates, func, y0, t, cost, known=labels, **how)
         costs = labels.costs(cost.alpha, cost.penalty)
         label_seconds = time.perf_counter() - start
-        self.unit, losses = train(selector, y0, costs, split, config, progress=progress)
+        self.unit, losses = train_selector(selector, y0, costs, config, progress=progress)
         self.selector = selector
         selection = self.select(y0)
         self.report = DiseReport(
@@ -253,21 +244,77 @@ class Dise(Analysed):
             alpha=cost.alpha,
             penalty=cost.penalty,
             selection=selection,
-            held_out=split.held_out,
+            held_out=held_out,
             losses=tuple(losses),
             label_seconds=label_seconds,
             seconds=time.perf_counter() - start,
         )
-        if len(self.candidates) > 1 and len(selection.unique()) == 1:
+        if n_candidates > 1 and len(selection.unique()) == 1:
             text = one_candidate(labels, int(selection[0]), cost.alpha, cost.penalty)
             warnings.warn(text, OneCandidateWarning, stacklevel=2)
         return self
 
+    def suggest(
+        self,
+        func: VectorField,
+        y0: State,
+        t: Tensor,
+        *,
+        cost: Cost,
+        alphas: Iterable[float] = (0.1, 0.3, 1.0),
+        penalties: Iterable[float] | None = None,
+        config: SelectorConfig | None = None,
+        labels: Labels | None = None,
+        rtol: Any = 1e-7,
+        atol: Any = 1e-9,
+        progress: bool = True,
+    ) -> TradeOff:
+        """Fit a selector at every alpha and M; return right answers against calls of func.
+
+        Samples are solved once for all settings. The object itself is not changed. The
+        arguments are those of `fit`, and values of alpha and M in place of those in ``cost``:
+        ``penalties=None`` takes 1.5, 10 and 100 times the dearest right answer.
+
+        Raises:
+            OptionError: a value is not above 0, or an M is too small.
+            StateTypeError: the selector is a module without parameters.
+        """
+        config = config or SelectorConfig()
+        split(y0, config)
+        own = self.selector if isinstance(self.selector, nn.Module) else None
+        selector = fittable(own, y0, len(self.candidates), config)
+        how = {"rtol": rtol, "atol": atol, "progress": progress}
+        labels = collect(self.candidates, func, y0, t, cost, known=labels, **how)
+        return sweep(
+            labels, y0, selector, config, alphas=alphas, penalties=penalties, progress=progress
+        )
+
+    def oracle(
+        self,
+        func: VectorField,
+        y0: State,
+        t: Tensor,
+        *,
+        cost: Cost,
+        rtol: Any = 1e-7,
+        atol: Any = 1e-9,
+        progress: bool = False,
+    ) -> Oracle:
+        """Return for each sample the right candidate with the fewest calls of func.
+
+        What a perfect selector would do with these candidates; needs no selector. The
+        arguments are those of `fit`; one sample is enough.
+        """
+        labels = collect(
+            self.candidates, func, y0, t, cost, rtol=rtol, atol=atol, progress=progress
+        )
+        return Oracle(labels, labels.oracle())
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write candidates, selector and report to one safetensors file.
 
-        Hypersolvers among the candidates are stored inside. An old file stays until the
-        new one is complete.
+        Solvers among the candidates are stored inside. An old file stays until the new one is
+        complete.
 
         Raises:
             MissingHypernetError: there is no selector.
@@ -290,8 +337,7 @@ class Dise(Analysed):
 
         Args:
             path: the file.
-            selector: for a selector that is none of the ready ones, an instance to load the
-                weights into.
+            selector: instance to load into, if the selector saved is not a ready one.
             hypernets: the same for hypernets of candidates, by the candidate's position.
 
         Raises:
@@ -299,11 +345,7 @@ class Dise(Analysed):
             FileFormatError: truncated, of another kind, or of a newer format.
             BaseMismatchError: an instance's weights are not those saved.
         """
-        contents = _files.read(path, selector, hypernets or {})
-        candidates, selector, unit, report, weights = contents
-        with damage_reported(path):
-            check_candidates(candidates)
-        load_weights(weights, path)
+        candidates, selector, unit, report = _files.read(path, selector, hypernets or {})
         loaded = cls(candidates, selector)
         loaded.unit, loaded.report = unit, report
         return loaded.eval().requires_grad_(requires_grad=False)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,53 +21,34 @@ from torchdiffeq_hyper._fields import (
     own,
     restrict,
 )
-from torchdiffeq_hyper._state import RowLayout, State, VectorField, is_half, parts_of
+from torchdiffeq_hyper._state import (
+    RowLayout,
+    State,
+    VectorField,
+    batch_size,
+    cast,
+    is_half,
+    map_parts,
+    parts_of,
+    shapes_of,
+    take,
+)
 from torchdiffeq_hyper.dise._candidates import Candidate
-from torchdiffeq_hyper.errors import HyperError, OptionError, StateShapeError, explain, first_line
+from torchdiffeq_hyper.errors import (
+    HyperError,
+    NonFiniteError,
+    OptionError,
+    StateShapeError,
+    first_line,
+)
 from torchdiffeq_hyper.solvers._finite import cast_back
+from torchdiffeq_hyper.solvers._grid import check_times
 
 
-def count(y0: State) -> int:
-    """Return the number of samples in a state.
-
-    Raises:
-        StateTypeError: not a state.
-        StateShapeError: no batch dimension, or parts with different numbers of samples.
-    """
+def count_samples(y0: State) -> int:
+    """Return the number of samples, after checking that they lie along dim 0 of every part."""
     RowLayout.of(y0)
-    return len(parts_of(y0)[0])
-
-
-def take(y: State, index: Tensor, dim: int = 0) -> State:
-    """Return the samples at some positions."""
-    if isinstance(y, Tensor):
-        return y.index_select(dim, index)
-    return tuple(part.index_select(dim, index) for part in y)
-
-
-def concatenate(solutions: Sequence[State]) -> State:
-    """Return solutions (times, samples, ...) as one, samples behind each other."""
-    if isinstance(solutions[0], Tensor):
-        return torch.cat([parts_of(solution)[0] for solution in solutions], dim=1)
-    return tuple(torch.cat(group, dim=1) for group in zip(*map(parts_of, solutions), strict=True))
-
-
-def cast(y: State, dtype: torch.dtype) -> State:
-    """Return a state in another dtype."""
-    return y.to(dtype) if isinstance(y, Tensor) else tuple(part.to(dtype) for part in y)
-
-
-def last(solution: State) -> State:
-    """Return the state at the last point of a solution."""
-    return solution[-1] if isinstance(solution, Tensor) else tuple(part[-1] for part in solution)
-
-
-def are_finite(solution: State) -> Tensor:
-    """Return for each sample of a solution whether it holds no inf and no nan."""
-    flags = [
-        torch.isfinite(part).transpose(0, 1).flatten(1).all(dim=1) for part in parts_of(solution)
-    ]
-    return torch.stack(flags).all(dim=0)
+    return batch_size(y0)
 
 
 class GroupField:
@@ -79,8 +61,6 @@ class GroupField:
 
     Attributes:
         base_func: the field of these samples; what is attached to it is found.
-        y0: the state of the whole batch.
-        index: the samples' positions; None for all.
         calls: calls so far, but for those that only compare.
     """
 
@@ -96,11 +76,7 @@ class GroupField:
             self.restrict = lambda index: GroupField(self.base_func, y0, index)
 
     def __call__(self, t: Tensor, y: State) -> State:
-        """Return the derivatives; those of half-precision states come and go in float32.
-
-        Raises:
-            StateShapeError: func returned another shape, or cannot take part of the batch.
-        """
+        """Return the derivatives; those of half-precision states come and go in float32."""
         self.calls += not is_probing()
         state = y
         if self._half is not None:
@@ -111,19 +87,15 @@ class GroupField:
             raise
         except SHAPE_CLASHES as error:
             if self._takes_the_whole(t):
-                reason = first_line(error)
-                clash = self._clash(f"fails ({reason})")
+                clash = self._clash(f"fails ({first_line(error)})")
                 raise clash from error
             raise
         check_kind(k, y)
-        expected = [tuple(part.shape) for part in parts_of(y)]
-        got = [tuple(getattr(part, "shape", ())) for part in parts_of(k)]
-        if got != expected or isinstance(k, tuple) != isinstance(y, tuple):
-            what = f"returned shapes {got} for {expected}"
+        if shapes_of(k) != shapes_of(y):
+            what = f"returned shapes {shapes_of(k)[1]} for {shapes_of(y)[1]}"
             raise self._clash(what)
-        wide = parts_of(y)[0].dtype
         if any(is_half(part.dtype) for part in parts_of(k)):
-            return cast(k, wide)
+            return cast(k, parts_of(y)[0].dtype)
         # The host keeps stages over later calls of func, which may write into the same buffer;
         # those of tuples it copies itself.
         return own(k) if isinstance(k, Tensor) else k
@@ -143,11 +115,9 @@ class GroupField:
         if self.index is not None:
             return cannot_take_part(what, self.y0)
         return StateShapeError(
-            explain(
-                f"func {what}.",
-                "a derivative of the state's own shape.",
-                "check func(t[0], y0).shape == y0.shape",
-            )
+            problem=f"func {what}.",
+            expected="a derivative of the state's own shape.",
+            fix="check func(t[0], y0).shape == y0.shape",
         )
 
 
@@ -155,70 +125,100 @@ class GroupField:
 look_through(GroupField, "base_func", "_func")
 
 
-def solve_group(
-    candidate: Candidate, field: GroupField, t: Tensor, *, rtol: Any, atol: Any
-) -> State:
-    """Return a candidate's solution for the samples of a field.
+@dataclass(frozen=True)
+class Batch:
+    """The problem of a batch, of which some samples can be solved without the others.
 
-    Args:
-        candidate: the method.
-        field: the samples' field.
+    Attributes:
+        func: the vector field of all samples.
+        y0: their states, samples along dim 0.
         t: times.
-        rtol: relative tolerance where the candidate has none; see `Dise.solve`.
-        atol: absolute tolerance, the same way.
+        rtol: relative tolerance of candidates that have none.
+        atol: absolute tolerance of candidates that have none.
     """
-    y0, index = field.y0, field.index
-    start = y0 if index is None else take(y0, index)
-    rtol, atol = (_restricted(tolerance, y0, index) for tolerance in (rtol, atol))
-    dtype, t = parts_of(y0)[0].dtype, t.to(torch.promote_types(t.dtype, torch.float32))
-    if not is_half(dtype):
-        return candidate.solve(field, start, t, rtol=rtol, atol=atol)
-    start = cast(start, torch.float32)
-    solution = candidate.solve(field, start, t, rtol=rtol, atol=atol)
-    if isinstance(solution, Tensor):
-        return cast_back(solution, dtype)
-    return tuple(cast_back(part, dtype) for part in solution)
+
+    func: VectorField
+    y0: State
+    t: Tensor
+    rtol: Any
+    atol: Any
+
+    @classmethod
+    def of(cls, func: VectorField, y0: State, t: Tensor, *, rtol: Any, atol: Any) -> Batch:
+        """Return the problem, after checking its state and times."""
+        count_samples(y0)
+        return cls(func, y0, check_times(t, parts_of(y0)[0]), rtol, atol)
+
+    def __len__(self) -> int:
+        return batch_size(self.y0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state lies."""
+        return parts_of(self.y0)[0].device
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no numbers to solve for."""
+        return not any(part.numel() for part in parts_of(self.y0))
+
+    def unchanged(self) -> State:
+        """Return the solution that stays at y0: that of an empty batch."""
+        return map_parts(lambda part: part.expand(len(self.t), *part.shape).clone(), self.y0)
+
+    def field(self, index: Tensor | None) -> GroupField:
+        """Return the field of the samples at ``index``; of all for None."""
+        return GroupField(self.func, self.y0, index)
+
+    def solve(self, candidate: Candidate, field: GroupField) -> State:
+        """Return a candidate's solution for the samples of a field; half precision in float32."""
+        y0, index, dtype = self.y0, field.index, parts_of(self.y0)[0].dtype
+        start = y0 if index is None else take(y0, index)
+        rtol, atol = (_restricted(tolerance, y0, index) for tolerance in (self.rtol, self.atol))
+        if is_half(dtype):
+            start = cast(start, torch.float32)
+        solution = candidate.solve(field, start, self.t, rtol=rtol, atol=atol)
+        if is_half(dtype):
+            return map_parts(lambda part: cast_back(part, dtype), solution)
+        return solution
+
+
+def joined(solutions: Sequence[State]) -> State:
+    """Return solutions (times, samples, ...) as one, samples behind each other."""
+    return map_parts(lambda *parts: torch.cat(parts, dim=1), *solutions)
 
 
 def dispatch(
     candidates: Sequence[Candidate],
-    func: VectorField,
-    y0: State,
-    t: Tensor,
+    batch: Batch,
     selection: Tensor,
-    *,
-    rtol: Any,
-    atol: Any,
     draft: recording.Draft | None = None,
 ) -> State:
-    """Return the solution.
+    """Return the solution of each sample by its candidate.
 
     Args:
         candidates: the methods.
-        func: the field of the whole batch.
-        y0: the state; its samples lie along dim 0.
-        t: times.
+        batch: the problem.
         selection: for each sample, the position of its candidate.
-        rtol: relative tolerance where a candidate has none.
-        atol: absolute tolerance where a candidate has none.
         draft: the record of this solve, which learns of the groups; None if none is kept.
 
     Raises:
         CoupledSamplesError: there are several groups, and samples that depend on each other.
         StateShapeError: func cannot take part of the batch.
     """
-    batch = count(y0)
-    selection = _check_selection(selection, batch, len(candidates)).to(parts_of(y0)[0].device)
+    if batch.is_empty:
+        return batch.unchanged()
+    selection = _check_selection(selection, len(batch), len(candidates)).to(batch.device)
     order = selection.argsort(stable=True)
     groups = order.split(torch.bincount(selection, minlength=len(candidates)).tolist())
-    if max(map(len, groups)) < batch:
-        check_independence(func, y0, t, groups=groups)
+    if max(map(len, groups)) < len(batch):
+        check_independence(batch.func, batch.y0, batch.t, groups=groups)
     solutions, calls, sample_nfe = [], 0, torch.zeros_like(selection)
     for candidate, group in zip(candidates, groups, strict=True):
         if len(group) == 0:
             continue
-        field = GroupField(func, y0, None if len(group) == batch else group)
-        solutions.append(solve_group(candidate, field, t, rtol=rtol, atol=atol))
+        field = batch.field(None if len(group) == len(batch) else group)
+        solutions.append(batch.solve(candidate, field))
         calls += field.calls
         if draft is not None and draft.recorders:
             # The group's own record tells its samples apart where they step on their own.
@@ -227,29 +227,42 @@ def dispatch(
         draft.nfe, draft.sample_nfe, draft.selection = calls, sample_nfe, selection
     if len(solutions) == 1:
         return solutions[0]
-    return take(concatenate(solutions), order.argsort(), dim=1)
+    return take(joined(solutions), order.argsort(), dim=1)
+
+
+def are_finite(solution: State) -> Tensor:
+    """Return for each sample of a solution whether it holds no inf and no nan."""
+    finite = [torch.isfinite(part).transpose(0, 1).flatten(1) for part in parts_of(solution)]
+    return torch.cat(finite, dim=1).all(dim=1)
+
+
+def raise_non_finite(
+    solution: State, candidates: Sequence[Candidate], selection: Tensor
+) -> NoReturn:
+    """Name the first sample whose end is not finite, and its candidate."""
+    end = map_parts(lambda part: part[-1:], solution)
+    sample = int((~are_finite(end)).nonzero()[0])
+    label = candidates[int(selection[sample])].label
+    raise NonFiniteError(
+        problem=f"the solution of sample {sample} by {label} ended in inf or nan.",
+        expected="a candidate that stays finite on the samples that are sent to it.",
+        fix='more steps for that candidate, or tdh.Candidate("dopri5_per_sample")',
+    )
 
 
 def _check_selection(selection: Tensor, batch: int, n_candidates: int) -> Tensor:
-    is_fitting = (
-        isinstance(selection, Tensor)
-        and selection.shape == (batch,)
-        and not selection.is_floating_point()
-        and not selection.is_complex()
-    )
+    is_tensor = isinstance(selection, Tensor)
+    is_index = is_tensor and not selection.is_floating_point() and not selection.is_complex()
+    is_fitting = is_index and selection.shape == (batch,)
     if not is_fitting or bool(((selection < 0) | (selection >= n_candidates)).any()):
+        got = f"a {type(selection).__name__}."
+        if is_tensor:
+            got = f"a {selection.dtype} tensor of shape {tuple(selection.shape)}."
         raise OptionError(
-            explain(
-                "selection is "
-                + (
-                    f"a {selection.dtype} tensor of shape {tuple(selection.shape)}."
-                    if isinstance(selection, Tensor)
-                    else f"a {type(selection).__name__}."
-                ),
-                f"for each of the {batch} samples, the position of its candidate, 0 to "
-                f"{n_candidates - 1}.",
-                "dise.dispatch(func, y0, t, dise.select(y0))",
-            )
+            problem=f"selection is {got}",
+            expected=f"for each of the {batch} samples, the position of its candidate, 0 to "
+            f"{n_candidates - 1}.",
+            fix="dise.dispatch(func, y0, t, dise.select(y0))",
         )
     return selection.long()
 
@@ -260,13 +273,13 @@ def _restricted(tolerance: Any, y0: State, index: Tensor | None) -> Any:
         n_parts = len(y0) if isinstance(y0, tuple) else 0
         if len(tolerance) != n_parts:
             raise OptionError(
-                explain(
-                    f"rtol or atol has {len(tolerance)} entries.",
+                problem=f"rtol or atol has {len(tolerance)} entries.",
+                expected=(
                     f"a number, or one a part: {n_parts}."
                     if n_parts
-                    else "a number or a tensor: the state is one tensor.",
-                    "rtol=1e-3, atol=1e-3",
-                )
+                    else "a number or a tensor: the state is one tensor."
+                ),
+                fix="rtol=1e-3, atol=1e-3",
             )
         pairs = zip(tolerance, parts_of(y0), strict=True)
         parts = (_restricted(part, y, index) for part, y in pairs)

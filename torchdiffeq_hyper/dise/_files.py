@@ -38,7 +38,7 @@ from torchdiffeq_hyper._files import (
 )
 from torchdiffeq_hyper._files import read as read_file
 from torchdiffeq_hyper._files import write as write_file
-from torchdiffeq_hyper.dise._candidates import Candidate
+from torchdiffeq_hyper.dise._candidates import Candidate, check_candidates
 from torchdiffeq_hyper.dise._report import DiseReport
 from torchdiffeq_hyper.dise._training import Scale
 from torchdiffeq_hyper.dise.selectors import ARCHITECTURES, ReadySelector, from_architecture
@@ -47,11 +47,9 @@ from torchdiffeq_hyper.errors import (
     FileFormatError,
     MissingHypernetError,
     StateTypeError,
-    explain,
 )
-from torchdiffeq_hyper.solvers._files import (
-    MOST_STEPS,
-)
+from torchdiffeq_hyper.hypernets._files import load_weights
+from torchdiffeq_hyper.solvers._files import MOST_STEPS
 from torchdiffeq_hyper.solvers._solver import Weights, solver_class
 
 KIND = "dise"
@@ -101,113 +99,124 @@ def write(
     """Write a Dise's contents; see `Dise.save`."""
     if selector is None:
         raise MissingHypernetError(
-            explain(
-                "this Dise has no selector to save.",
-                "a fitted one.",
-                "dise.fit(func, y0, t, cost=cost)",
-            )
+            problem="this Dise has no selector to save.",
+            expected="a fitted one.",
+            fix="dise.fit(func, y0, t, cost=cost)",
         )
     if not isinstance(selector, nn.Module):
         raise StateTypeError(
-            explain(
-                f"the selector is a {type(selector).__name__}, which has no weights to write.",
-                "an nn.Module.",
-                "class MySelector(torch.nn.Module):\n    def forward(self, y0): ...",
-            )
+            problem=f"the selector is a {type(selector).__name__}, which has no weights to write.",
+            expected="an nn.Module.",
+            fix="class MySelector(torch.nn.Module):\n    def forward(self, y0): ...",
         )
-    tensors = {f"selector.{name}": tensor for name, tensor in selector.state_dict().items()}
+    tensors = _under("selector", selector.state_dict())
     described = []
     for position, candidate in enumerate(candidates):
-        settings, weights = _describe(candidate, position)
+        weights, settings = _describe(candidate, position)
+        tensors |= _under(f"candidates.{position}", weights)
         described.append(settings)
-        tensors |= {f"candidates.{position}.{name}": tensor for name, tensor in weights.items()}
+    if report is not None:
+        tensors |= _under("report", report.to_tensors())
+    kind = type(selector)
+    custom = {"kind": "custom", "class": f"{kind.__module__}.{kind.__qualname__}"}
     metadata = {
         "candidates": described,
-        "selector": _describe_selector(selector),
+        "selector": selector.architecture if isinstance(selector, ReadySelector) else custom,
         "unit": [unit.shift, unit.scale],
         "report": None if report is None else report.to_dict(),
     }
-    if report is not None:
-        tensors |= {f"report.{name}": tensor for name, tensor in report.to_tensors().items()}
     write_file(path, tensors, KIND, metadata)
+
+
+def _under(owner: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{owner}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _describe(candidate: Candidate, position: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a candidate's tensors and its JSON-ready description."""
+    settings = {name: getattr(candidate, name) for name in ("method", *_SETTINGS)}
+    try:
+        json.dumps(settings)
+    except (TypeError, ValueError) as error:
+        raise StateTypeError(
+            problem=f"candidate {position} has options that a file cannot hold: {candidate!r}.",
+            expected="options that are numbers, strings, or lists of them.",
+            fix=f'tdh.Candidate("{candidate.method}", rtol=1e-3, atol=1e-3)',
+        ) from error
+    if candidate.solver is None:
+        return {}, settings
+    tensors, solver = candidate.solver.describe()
+    return tensors, {**settings, "solver": solver}
 
 
 def read(
     path: str | os.PathLike[str],
     selector: nn.Module | None,
     hypernets: Mapping[int, nn.Module],
-) -> tuple[list[Candidate], nn.Module, Scale, DiseReport | None, list[Weights]]:
-    """Return the contents of a file, and the weights to load once all of it is known to be right.
-
-    See `Dise.load`.
-    """
+) -> tuple[tuple[Candidate, ...], nn.Module, Scale, DiseReport | None]:
+    """Return what `write` wrote; see `Dise.load`. Weights are loaded once all of it is right."""
     tensors, metadata = read_file(path, KIND)
-    what = described_in(path)
-    found = checked(DISE, metadata, what)
-    with refused(what):
-        _check_tensors(tensors, found)
-        report = None if found["report"] is None else _report(found, tensors)
-    candidates: list[Candidate] = []
-    weights: list[Weights] = []
+    found = checked(DISE, metadata, described_in(path))
+    with refused(described_in(path)):
+        _check_owners(tensors, found)
+        n_candidates = len(found["candidates"])
+        n_predicted = found["selector"].get("n_candidates", n_candidates)
+        if n_predicted != n_candidates:
+            place, expected = "selector.n_candidates", f"{n_candidates}, one a candidate"
+            raise mismatch(place, n_predicted, expected)
+        report = None
+        if found["report"] is not None:
+            report = _report(found["report"], tensors_under("report.", tensors), n_candidates)
+    candidates, weights = [], []
     for position, settings in enumerate(found["candidates"]):
         own = tensors_under(f"candidates.{position}.", tensors)
-        candidate, loadable = _rebuild(settings, position, own, hypernets.get(position), path)
+        candidate, missing = _rebuild(settings, position, own, hypernets.get(position), path)
         candidates.append(candidate)
-        weights += [] if loadable is None else [loadable]
-    n_predicted = found["selector"].get("n_candidates", len(candidates))
-    if n_predicted != len(candidates):
-        with refused(what):
-            place, expected = "selector.n_candidates", f"{len(candidates)}, one a candidate"
-            raise mismatch(place, n_predicted, expected)
+        weights += [] if missing is None else [missing]
+    with damage_reported(path):
+        check_candidates(candidates)
     own = tensors_under("selector.", tensors)
     net = _rebuild_selector(found["selector"], own, selector, path)
-    weights.append((net, own, selector is not None))
-    return candidates, net, Scale(*map(float, found["unit"])), report, weights
+    load_weights([*weights, (net, own, selector is not None)], path)
+    return tuple(candidates), net, Scale(*map(float, found["unit"])), report
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], found: Mapping[str, Any]) -> None:
-    """Refuse tensors that belong to nothing in the description.
-
-    Raises:
-        Mismatch: there are some.
-    """
-    owners = {"selector"} | {
+def _check_owners(tensors: Mapping[str, Tensor], found: Mapping[str, Any]) -> None:
+    """Refuse tensors that belong to nothing in the description."""
+    owners = [
         f"candidates.{position}"
         for position, settings in enumerate(found["candidates"])
-        if settings.get("solver") is not None
-    }
-    owners |= set() if found["report"] is None else {"report"}
+        if settings["solver"] is not None
+    ]
+    owners += ["selector"] if found["report"] is None else ["report", "selector"]
     for name in tensors:
-        first, _, rest = name.partition(".")
-        owner = f"{first}.{rest.partition('.')[0]}" if first == "candidates" else first
-        if owner not in owners:
+        if not name.startswith(tuple(f"{owner}." for owner in owners)):
             problem = f"the tensor {name!r} belongs to nothing described."
-            raise Mismatch(problem, f"tensors of {', '.join(sorted(owners)[:8])}")
+            raise Mismatch(problem, f"tensors of {', '.join(owners[-8:])}")
 
 
-def _report(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> DiseReport:
-    """Return the report.
+def _report(described: dict[str, Any], own: Mapping[str, Tensor], n_candidates: int) -> DiseReport:
+    """Return the report, after checking that it is of these candidates.
 
     Raises:
-        Mismatch: it is none of these candidates' and samples'.
+        Mismatch: it is not.
         OptionError: its M is smaller than what a right answer costs.
     """
-    n = len(found["candidates"])
-    names = Items(Text(), least=n, most=n)
-    names.check(found["report"]["names"], "report.names")
-    own = tensors_under("report.", tensors)
+    names = Items(Text(), least=n_candidates, most=n_candidates)
+    names.check(described["names"], "report.names")
     batch = own["nfe"].shape[0] if "nfe" in own and own["nfe"].dim() == 2 else None
-    integer, real = (torch.int64, torch.int32), FLOATS
+    matrix = batch, n_candidates
+    numbers = (torch.int64, torch.int32, *FLOATS)
     rules = Record(
         {
-            "nfe": TensorOf((*integer, *real), (batch, n), is_finite=True),
-            "is_right": TensorOf((torch.bool,), (batch, n)),
-            "weight": TensorOf((*integer, *real), (batch, n)),
-            "selection": _positions(n, batch),
+            "nfe": TensorOf(numbers, matrix, is_finite=True),
+            "is_right": TensorOf((torch.bool,), matrix),
+            "weight": TensorOf(numbers, matrix),
+            "selection": _positions(n_candidates, batch),
             "held_out": _positions(batch or 0, None),
         }
     )
-    report = DiseReport.from_parts(found["report"], rules.check(own, "report"))
+    report = DiseReport.from_parts(described, rules.check(own, "report"))
     _ = report.costs
     return report
 
@@ -216,27 +225,9 @@ def _positions(n: int, count: int | None) -> Such:
     """Return the rule for a tensor of positions among ``n``."""
     return Such(
         TensorOf((torch.int64,), (count,)),
-        lambda index: index.numel() == 0 or 0 <= int(index.min()) <= int(index.max()) < n,
+        lambda index: bool(((index >= 0) & (index < n)).all()),
         f"each from 0 to {n - 1}",
     )
-
-
-def _describe(candidate: Candidate, position: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    settings = {name: getattr(candidate, name) for name in _SETTINGS}
-    try:
-        json.dumps(settings)
-    except (TypeError, ValueError) as error:
-        raise StateTypeError(
-            explain(
-                f"candidate {position} has options that a file cannot hold: {candidate!r}.",
-                "options that are numbers, strings, or lists of them.",
-                f'tdh.Candidate("{candidate.method}", rtol=1e-3, atol=1e-3)',
-            )
-        ) from error
-    if candidate.solver is None:
-        return {"method": candidate.method, **settings}, {}
-    tensors, solver = candidate.solver.describe()
-    return {"method": candidate.method, **settings, "solver": solver}, tensors
 
 
 def _rebuild(
@@ -246,8 +237,9 @@ def _rebuild(
     hypernet: nn.Module | None,
     path: str | os.PathLike[str],
 ) -> tuple[Candidate, Weights | None]:
+    """Return a candidate, and the weights that its hypernet still lacks."""
     given = {name: settings[name] for name in _SETTINGS}
-    described = settings.get("solver")
+    described = settings["solver"]
     if described is None:
         with damage_reported(path):
             return Candidate(settings["method"], **given), None
@@ -255,12 +247,10 @@ def _rebuild(
     kind = net_described.get("kind") if isinstance(net_described, dict) else None
     if kind == "custom" and hypernet is None:
         raise FileFormatError(
-            explain(
-                f"candidate {position} in {os.fspath(path)!r} has a hypernet of your own, a "
-                f"{shown(net_described.get('class'))}; the file holds weights and no code.",
-                "an instance of that net to load them into.",
-                f"tdh.Dise.load({os.fspath(path)!r}, hypernets={{{position}: net}})",
-            )
+            problem=f"candidate {position} in {os.fspath(path)!r} has a hypernet of your own, a "
+            f"{shown(net_described.get('class'))}; the file holds weights and no code.",
+            expected="an instance of that net to load them into.",
+            fix=f"tdh.Dise.load({os.fspath(path)!r}, hypernets={{{position}: net}})",
         )
     at = f"candidates[{position}].solver"
     owner = solver_class(described.get("base"))
@@ -273,29 +263,21 @@ def _rebuild(
     return candidate, loading
 
 
-def _describe_selector(selector: nn.Module) -> dict[str, Any]:
-    if isinstance(selector, ReadySelector):
-        return selector.architecture
-    kind = type(selector)
-    return {"kind": "custom", "class": f"{kind.__module__}.{kind.__qualname__}"}
-
-
 def _rebuild_selector(
     description: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     selector: nn.Module | None,
     path: str | os.PathLike[str],
 ) -> nn.Module:
+    """Return the selector, its weights not yet loaded."""
     is_own = selector is not None
     if selector is None:
-        if description.get("kind") == "custom":
+        if description["kind"] == "custom":
             raise FileFormatError(
-                explain(
-                    f"{os.fspath(path)!r} holds the weights of a selector of your own, a "
-                    f"{description.get('class')}, and no code.",
-                    "an instance of that module to load them into.",
-                    f"tdh.Dise.load({os.fspath(path)!r}, selector=MySelector())",
-                )
+                problem=f"{os.fspath(path)!r} holds the weights of a selector of your own, a "
+                f"{description['class']}, and no code.",
+                expected="an instance of that module to load them into.",
+                fix=f"tdh.Dise.load({os.fspath(path)!r}, selector=MySelector())",
             )
         check_weights(tensors, repr(os.fspath(path)), "selector.")
         with torch.device("meta"):
@@ -304,11 +286,11 @@ def _rebuild_selector(
     expected = {name: tensor.shape for name, tensor in selector.state_dict().items()}
     if expected != {name: tensor.shape for name, tensor in tensors.items()}:
         raise (BaseMismatchError if is_own else FileFormatError)(
-            explain(
+            problem=(
                 f"the selector's weights in {os.fspath(path)!r} are not those of "
-                + ("the instance given." if is_own else "its own description."),
-                "a module built with the arguments of the one saved.",
-                "print({name: w.shape for name, w in selector.state_dict().items()})",
-            )
+                + ("the instance given." if is_own else "its own description.")
+            ),
+            expected="a module built with the arguments of the one saved.",
+            fix="print({name: w.shape for name, w in selector.state_dict().items()})",
         )
     return selector

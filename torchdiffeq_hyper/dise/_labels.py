@@ -1,8 +1,8 @@
-"""What every candidate takes and achieves on every sample."""
+"""The calls of func and the right answers of every candidate on every sample, solved alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,180 +16,25 @@ from torchdiffeq_hyper._fields import (
     model_as_found,
     vector_field,
 )
-from torchdiffeq_hyper._state import State, VectorField, parts_of
+from torchdiffeq_hyper._state import State, VectorField, map_parts, parts_of, take
 from torchdiffeq_hyper.dise._candidates import Candidate
 from torchdiffeq_hyper.dise._costs import Cost
-from torchdiffeq_hyper.dise._dispatch import (
-    GroupField,
-    are_finite,
-    concatenate,
-    count,
-    solve_group,
-    take,
-)
+from torchdiffeq_hyper.dise._dispatch import Batch, GroupField, are_finite, count_samples, joined
 from torchdiffeq_hyper.errors import (
     NoisyFieldError,
     NonFiniteError,
     OptionError,
     UnfinishedSolveError,
-    explain,
 )
 from torchdiffeq_hyper.fitting._context import Starts, bind
 from torchdiffeq_hyper.fitting._guard import left_as_found
-from torchdiffeq_hyper.solvers._grid import check_times
+from torchdiffeq_hyper.fitting._reference import BROKEN_DOWN
 from torchdiffeq_hyper.solvers.per_sample import PerSampleDopri5
-
-PROBES = 4
-"""Samples on which a solve of all samples together is held against solves alone."""
-
-_CONTROLS = {field.name for field in fields(PerSampleDopri5)}
-# How torchdiffeq's adaptive methods say that they cannot go on.
-_BROKEN = ("underflow in dt", "non-finite values in state", "max_num_steps exceeded")
-
-
-@dataclass(frozen=True)
-class Alone:
-    """A batch whose samples are solved one by one.
-
-    Methods on a grid take the whole batch at once and ``dopri5`` goes by
-    ``dopri5_per_sample``; both are held against solves of a few samples alone, which
-    decide. All other methods, and those that fail or differ, go sample by sample.
-
-    Attributes:
-        func: the vector field of the batch.
-        y0: the states, samples along dim 0.
-        t: times.
-        rtol: relative tolerance of candidates that have none.
-        atol: absolute tolerance of candidates that have none.
-        bar: counts solved samples.
-    """
-
-    func: VectorField
-    y0: State
-    t: Tensor
-    rtol: Any
-    atol: Any
-    bar: tqdm[Any]
-
-    def solve(self, candidate: Candidate) -> tuple[State, Tensor]:
-        """Return a candidate's solution of every sample, and its calls of func (batch,).
-
-        A sample that the candidate cannot solve is nan, at the calls made until then.
-        """
-        batch = count(self.y0)
-        together = self._together(candidate)
-        if together is not None:
-            solution, nfe = together
-            probes = _probes(batch)
-            alone, calls = self._one_by_one(candidate, probes)
-            index = torch.tensor(probes, device=nfe.device)
-            if torch.equal(nfe[index], calls) and _are_close(take(solution, index, 1), alone):
-                self.bar.update(batch)
-                return together
-        return self._one_by_one(candidate, list(range(batch)), self.bar)
-
-    def _together(self, candidate: Candidate) -> tuple[State, Tensor] | None:
-        """Return the solution of all samples in one go, or None where that cannot be."""
-        func, y0, rtol, atol = self.func, self.y0, self.rtol, self.atol
-        known = _CONTROLS - ({"time"} if candidate.method == "dopri5" else set())
-        try:
-            if candidate.follows_grid or candidate.solver is not None:
-                field = GroupField(func, y0, None)
-                solution = solve_group(candidate, field, self.t, rtol=rtol, atol=atol)
-                nfe = torch.full((count(y0),), field.calls, device=parts_of(y0)[0].device)
-                return solution, nfe
-            if candidate.method in _BY_SAMPLE and candidate.options.keys() <= known:
-                rtol = rtol if candidate.rtol is None else candidate.rtol
-                atol = atol if candidate.atol is None else candidate.atol
-                solver = PerSampleDopri5(**candidate.options)
-                return solver.run(func, y0, self.t, rtol=rtol, atol=atol)
-        except (NonFiniteError, UnfinishedSolveError, OptionError):
-            pass  # sample by sample it shows which one fails, or whether func minds vmap only
-        return None
-
-    def _one_by_one(
-        self, candidate: Candidate, samples: list[int], bar: tqdm[Any] | None = None
-    ) -> tuple[State, Tensor]:
-        device = parts_of(self.y0)[0].device
-        solutions, nfe = [], []
-        for sample in samples:
-            field = GroupField(self.func, self.y0, torch.tensor([sample], device=device))
-            solutions.append(self._one(candidate, field))
-            nfe.append(field.calls)
-            if bar is not None:
-                bar.update()
-        return concatenate(solutions), torch.tensor(nfe, device=device)
-
-    def _one(self, candidate: Candidate, field: GroupField) -> State:
-        try:
-            return solve_group(candidate, field, self.t, rtol=self.rtol, atol=self.atol)
-        except (NonFiniteError, UnfinishedSolveError):
-            pass
-        except AssertionError as error:
-            if not str(error).startswith(_BROKEN):
-                raise
-        nothing = tuple(
-            part.new_full((len(self.t), 1, *part.shape[1:]), torch.nan)
-            for part in parts_of(self.y0)
-        )
-        return nothing if isinstance(self.y0, tuple) else nothing[0]
-
-
-_BY_SAMPLE = ("dopri5", "dopri5_per_sample")
-
-
-def check_field(func: VectorField, y0: State, t: Tensor) -> None:
-    """Refuse a field whose samples cannot be solved alone.
-
-    Raises:
-        NoisyFieldError: func answers differently the second time.
-        StateShapeError: func returned another shape, or cannot take a sample alone.
-        CoupledSamplesError: a sample alone has another derivative than in the batch.
-    """
-    first = parts_of(y0)[0]
-    # As the host does: a func may concatenate its time with its state.
-    t0 = t[0].to(first.abs().dtype)
-    whole = GroupField(func, y0, None)
-    together = _as_solution(whole(t0, y0))
-    if not _are_close(together, _as_solution(whole(t0, y0))):
-        raise NoisyFieldError(
-            explain(
-                f"func answers differently twice at t = {float(t0):.6g} and the same y: it draws "
-                "fresh noise (or changes) at each call.",
-                "the same answer at each call, so that an answer can be right or wrong.",
-                f"draw the noise once, before the solve, and keep it:\n{HOW_TO_RESTRICT}",
-            )
-        )
-    samples = torch.tensor(_probes(count(y0)), device=first.device)
-    check_independence(func, y0, t, groups=samples.split(1))
-
-
-def _as_solution(k: State) -> State:
-    return k.unsqueeze(0) if isinstance(k, Tensor) else tuple(part.unsqueeze(0) for part in k)
-
-
-def _probes(batch: int) -> list[int]:
-    probes: list[int] = torch.linspace(0, batch - 1, min(PROBES, batch)).long().unique().tolist()
-    return probes
-
-
-def _are_close(solution: State, other: State) -> bool:
-    """Return whether solutions differ by no more than other kernels' rounding would explain."""
-    for part, alone in zip(parts_of(solution), parts_of(other), strict=True):
-        slack = min(0.1, 10 * torch.finfo(part.dtype).eps ** 0.5)
-        if not torch.allclose(part, alone, rtol=slack, atol=slack * _size(alone), equal_nan=True):
-            return False
-    return True
-
-
-def _size(y: Tensor) -> float:
-    finite = y[torch.isfinite(y)].abs()
-    return float(finite.max()) if finite.numel() else 0.0
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What was found out about every sample and candidate; all matrices (batch, candidates).
+    """What each candidate takes and achieves on each sample; matrices are (batch, candidates).
 
     Attributes:
         names: the candidates, as tables call them.
@@ -214,15 +59,14 @@ class Labels:
         Raises:
             OptionError: ``penalty`` is smaller than what a right answer costs.
         """
-        calls = self.nfe.double() * self.weight.double()
+        calls = self.weighted_nfe
         if len(calls) and penalty < float(calls.max()):
+            most, costliest = calls.amax(dim=0).max(dim=0)
             raise OptionError(
-                explain(
-                    f"penalty M is {penalty:g}, and {self._dearest(calls)} costs "
-                    f"{float(calls.max()):g}: a wrong answer would be cheaper than a right one.",
-                    "a penalty larger than what any right answer costs.",
-                    f"penalty={10 * float(calls.max()):.3g}",
-                )
+                problem=f"penalty M is {penalty:g}, and {self.names[int(costliest)]} costs "
+                f"{float(most):g}: a wrong answer would be cheaper than a right one.",
+                expected="a penalty larger than what any right answer costs.",
+                fix=f"penalty={10 * float(most):.3g}",
             )
         return torch.where(self.is_right, calls, penalty) ** alpha
 
@@ -236,11 +80,11 @@ class Labels:
 
     def mean_nfe(self, selection: Tensor) -> float:
         """Return the mean calls of func of a choice of candidates (batch,)."""
-        return float(self._chosen(self.nfe, selection).double().mean())
+        return float(chosen(self.nfe, selection).double().mean())
 
     def accuracy(self, selection: Tensor) -> float:
         """Return the share of right answers of a choice of candidates (batch,)."""
-        return float(self._chosen(self.is_right, selection).double().mean())
+        return float(chosen(self.is_right, selection).double().mean())
 
     def shares(self, selection: Tensor) -> dict[str, float]:
         """Return for each candidate the share of samples that a choice sends to it."""
@@ -253,12 +97,15 @@ class Labels:
         """Return the labels of some samples."""
         return Labels(self.names, self.nfe[index], self.is_right[index], self.weight[index])
 
-    @staticmethod
-    def _chosen(matrix: Tensor, selection: Tensor) -> Tensor:
-        return matrix.gather(1, selection.unsqueeze(1)).squeeze(1)
+    @property
+    def weighted_nfe(self) -> Tensor:
+        r"""What right answers cost at alpha = 1, :math:`\Delta \Gamma` (batch, candidates)."""
+        return self.nfe.double() * self.weight.double()
 
-    def _dearest(self, calls: Tensor) -> str:
-        return self.names[int(calls.amax(dim=0).argmax())]
+
+def chosen(matrix: Tensor, selection: Tensor) -> Tensor:
+    """Return the entry of each sample's candidate, (batch,), from (batch, candidates)."""
+    return matrix.gather(1, selection.unsqueeze(1)).squeeze(1)
 
 
 def collect(
@@ -268,31 +115,35 @@ def collect(
     t: Tensor,
     cost: Cost,
     *,
+    known: Labels | None = None,
     rtol: Any,
     atol: Any,
     progress: bool,
 ) -> Labels:
-    """Solve every sample with every candidate, alone, and judge the answers.
+    """Solve every sample with every candidate, alone, and return calls and right answers.
 
-    Modules in func are put in evaluation mode meanwhile, and come back as found.
+    Modules in func are put in evaluation mode meanwhile, and come back as found. What is
+    ``known`` from an earlier call is returned if it belongs to so many samples and candidates.
 
     Raises:
-        OptionError: y0 is empty.
+        OptionError: y0 is empty, or what is known belongs to others.
         StateShapeError: ``cost`` is for another number of samples, or func has a wrong shape.
         NoisyFieldError: func draws fresh noise at each call.
         CoupledSamplesError: func makes samples depend on each other.
     """
-    batch = count(y0)
-    if batch == 0:
+    if known is not None:
+        return _checked(known, count_samples(y0), len(candidates))
+    if count_samples(y0) == 0:
         raise OptionError(
-            explain("y0 is an empty batch.", "at least one sample.", "y0 = torch.randn(256, 2)")
+            problem="y0 is an empty batch.",
+            expected="at least one sample.",
+            fix="y0 = torch.randn(256, 2)",
         )
-    cost.check(batch)
-    t = check_times(t, parts_of(y0)[0])
-    index = torch.arange(batch, device=t.device)
+    cost.check(count_samples(y0))
     field = bind(vector_field(func), Starts(y0))
-    columns = []
-    total = batch * len(candidates)
+    batch = Batch.of(field, y0, t, rtol=rtol, atol=atol)
+    index = torch.arange(len(batch), device=batch.device)
+    total, columns = len(batch) * len(candidates), []
     with (
         left_as_found(func),
         model_as_found(field),
@@ -300,21 +151,132 @@ def collect(
         torch.no_grad(),
         tqdm(total=total, disable=not progress, unit="solve", desc="solving alone") as bar,
     ):
-        check_field(field, y0, t)
-        alone = Alone(field, y0, t, rtol, atol, bar)
+        _check_field(batch)
         for candidate in candidates:
-            solution, nfe = alone.solve(candidate)
+            solution, nfe = _solve_alone(candidate, batch, bar.update)
             is_right, weight = cost.judge(solution, index)
-            is_right = is_right & are_finite(solution)
-            columns.append((nfe, is_right, weight))
+            columns.append((nfe, is_right & are_finite(solution), weight))
     nfe, right, weight = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
-    return Labels(tuple(_distinct(candidates)), nfe, right, weight)
+    return Labels(_distinct([candidate.label for candidate in candidates]), nfe, right, weight)
 
 
-def _distinct(candidates: Sequence[Candidate]) -> list[str]:
-    """Return the candidates' labels, numbered where they are the same."""
-    names: list[str] = []
-    for candidate in candidates:
-        taken = sum(name.split(" #")[0] == candidate.label for name in names)
-        names.append(candidate.label + (f" #{taken + 1}" if taken else ""))
-    return names
+def _checked(labels: Labels, batch: int, n_candidates: int) -> Labels:
+    if labels.nfe.shape == (batch, n_candidates):
+        return labels
+    of_samples, of_candidates = labels.nfe.shape
+    raise OptionError(
+        problem=f"labels are of {of_samples} samples and {of_candidates} candidates.",
+        expected=f"those of these {batch} samples and {n_candidates} candidates.",
+        fix="labels=dise.suggest(func, y0, t, cost=cost).labels",
+    )
+
+
+def _distinct(labels: list[str]) -> tuple[str, ...]:
+    """Return labels, numbered where they are the same."""
+    earlier = [labels[:position].count(label) for position, label in enumerate(labels)]
+    pairs = zip(labels, earlier, strict=True)
+    return tuple(f"{label} #{count + 1}" if count else label for label, count in pairs)
+
+
+def _check_field(batch: Batch) -> None:
+    """Refuse a field that draws fresh noise, or whose samples cannot be solved alone."""
+    # As the host does: a func may concatenate its time with its state.
+    t0 = batch.t[0].to(parts_of(batch.y0)[0].abs().dtype)
+    field = batch.field(None)
+    if not _are_close(field(t0, batch.y0), field(t0, batch.y0)):
+        raise NoisyFieldError(
+            problem=f"func answers differently twice at t = {float(t0):.6g} and the same y: it "
+            "draws fresh noise (or changes) at each call.",
+            expected="the same answer at each call, so that an answer can be right or wrong.",
+            fix=f"draw the noise once, before the solve, and keep it:\n{HOW_TO_RESTRICT}",
+        )
+    check_independence(batch.func, batch.y0, batch.t, groups=_some_samples(batch).split(1))
+
+
+def _solve_alone(
+    candidate: Candidate, batch: Batch, tick: Callable[[int], object]
+) -> tuple[State, Tensor]:
+    """Return a candidate's solution of every sample alone, and its calls of func (batch,).
+
+    Methods on a grid take the whole batch at once and ``dopri5`` goes by
+    ``dopri5_per_sample``; both are held against solves of a few samples alone, which
+    decide. All other methods, and those that fail or differ, go sample by sample. A sample
+    that the candidate cannot solve is nan, at the calls made until then. ``tick`` is told the
+    number of samples solved.
+    """
+    together = _together(candidate, batch)
+    if together is not None:
+        solution, nfe = together
+        some = _some_samples(batch)
+        alone, calls = _one_by_one(candidate, batch, some)
+        if torch.equal(nfe[some], calls) and _are_close(take(solution, some, 1), alone):
+            tick(len(batch))
+            return together
+    return _one_by_one(candidate, batch, torch.arange(len(batch), device=batch.device), tick)
+
+
+_BY_SAMPLE = ("dopri5", "dopri5_per_sample")
+_CONTROLS = {field.name for field in fields(PerSampleDopri5)}
+
+
+def _together(candidate: Candidate, batch: Batch) -> tuple[State, Tensor] | None:
+    """Return the solution of all samples in one go, or None where that cannot be."""
+    known = _CONTROLS - ({"time"} if candidate.method == "dopri5" else set())
+    try:
+        if candidate.follows_grid or candidate.solver is not None:
+            field = batch.field(None)
+            solution = batch.solve(candidate, field)
+            return solution, torch.full((len(batch),), field.calls, device=batch.device)
+        if candidate.method in _BY_SAMPLE and candidate.options.keys() <= known:
+            rtol, atol = candidate.tolerances(batch.rtol, batch.atol)
+            solver = PerSampleDopri5(**candidate.options)
+            return solver.run(batch.func, batch.y0, batch.t, rtol=rtol, atol=atol)
+    except (NonFiniteError, UnfinishedSolveError, OptionError):
+        pass  # sample by sample it shows which one fails, or whether func minds vmap only
+    return None
+
+
+def _one_by_one(
+    candidate: Candidate,
+    batch: Batch,
+    samples: Tensor,
+    tick: Callable[[int], object] | None = None,
+) -> tuple[State, Tensor]:
+    solutions, nfe = [], []
+    for index in samples.split(1):
+        field = batch.field(index)
+        solutions.append(_solve_or_nan(candidate, batch, field))
+        nfe.append(field.calls)
+        if tick is not None:
+            tick(1)
+    return joined(solutions), torch.tensor(nfe, device=batch.device)
+
+
+def _solve_or_nan(candidate: Candidate, batch: Batch, field: GroupField) -> State:
+    try:
+        return batch.solve(candidate, field)
+    except (NonFiniteError, UnfinishedSolveError):
+        pass
+    except AssertionError as error:
+        if not str(error).startswith(BROKEN_DOWN):
+            raise
+    shape = (len(batch.t), 1)
+    return map_parts(lambda part: part.new_full((*shape, *part.shape[1:]), torch.nan), batch.y0)
+
+
+def _some_samples(batch: Batch) -> Tensor:
+    """Return the positions of up to four samples, on which shortcuts are held against solves."""
+    n = len(batch)
+    positions: Tensor = torch.linspace(0, n - 1, min(4, n)).long().unique()
+    return positions.to(batch.device)
+
+
+def _are_close(solution: State, other: State) -> bool:
+    """Return whether states differ by no more than other kernels' rounding would explain."""
+    for part, alone in zip(parts_of(solution), parts_of(other), strict=True):
+        slack = min(0.1, 10 * torch.finfo(part.dtype).eps ** 0.5)
+        sizes = torch.where(torch.isfinite(alone), alone, 0).abs()
+        atol = slack * float(sizes.max()) if sizes.numel() else 0.0
+        if not torch.allclose(part, alone, rtol=slack, atol=atol, equal_nan=True):
+            return False
+    return True

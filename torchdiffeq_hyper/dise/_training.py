@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torchdiffeq_hyper._state import State
-from torchdiffeq_hyper.dise._dispatch import count, take
-from torchdiffeq_hyper.dise.selectors import ReadySelector
+from torchdiffeq_hyper._state import State, parts_of, take
+from torchdiffeq_hyper.dise._costs import check_settings
+from torchdiffeq_hyper.dise._dispatch import count_samples
+from torchdiffeq_hyper.dise._labels import Labels
+from torchdiffeq_hyper.dise._report import TradeOff, TradeOffPoint, singles
+from torchdiffeq_hyper.dise.selectors import ReadySelector, ready
 from torchdiffeq_hyper.errors import (
     FitDivergedError,
+    MissingHypernetError,
     NonFiniteError,
     OptionError,
     StateShapeError,
     StateTypeError,
-    explain,
 )
 from torchdiffeq_hyper.fitting._guard import frozen_or_restored, own_random_state
 
@@ -71,11 +74,9 @@ class SelectorConfig:
     def _require(self, name: str, is_valid: object, expected: str, example: float) -> None:
         if not is_valid:
             raise OptionError(
-                explain(
-                    f"{name} is {getattr(self, name)!r}.",
-                    f"{expected}.",
-                    f"tdh.SelectorConfig({name}={example})",
-                )
+                problem=f"{name} is {getattr(self, name)!r}.",
+                expected=f"{expected}.",
+                fix=f"tdh.SelectorConfig({name}={example})",
             )
 
 
@@ -104,126 +105,111 @@ class Scale:
         return cls(float(costs.mean()), deviation if deviation > 0 else 1.0)
 
 
-@dataclass(frozen=True)
-class Split:
-    """Positions of the samples to train on and of those held out."""
-
-    train: Tensor
-    held_out: Tensor
-
-    @classmethod
-    def of(cls, batch: int, config: SelectorConfig, device: torch.device) -> Split:
-        """Return a random split.
-
-        Raises:
-            OptionError: there are fewer than two samples.
-        """
-        if batch < 2:
-            raise OptionError(
-                explain(
-                    f"y0 has {batch} sample{'s' * (batch != 1)}: none would be left to measure "
-                    "the fit on.",
-                    "at least two samples along dim 0, better hundreds.",
-                    "y0 = torch.randn(256, 2)   # starts like those the selector will meet",
-                )
-            )
-        generator = torch.Generator().manual_seed(config.seed)
-        order = torch.randperm(batch, generator=generator).to(device)
-        held = min(max(1, round(config.validation * batch)), batch - 1)
-        return cls(order[held:], order[:held])
-
-
-def predict(selector: Callable[[State], Tensor], y0: State, n_candidates: int) -> Tensor:
-    """Return a selector's output, checked.
+def split(y0: State, config: SelectorConfig) -> tuple[Tensor, Tensor]:
+    """Return the positions of the samples to train on and of those held out, at random.
 
     Raises:
-        StateTypeError: it is not a real tensor.
-        StateShapeError: its shape is not (batch, candidates).
-        NonFiniteError: it holds inf or nan.
+        OptionError: there are fewer than two samples.
     """
+    batch = count_samples(y0)
+    if batch < 2:
+        raise OptionError(
+            problem=f"y0 has {batch} sample{'s' * (batch != 1)}: none would be left to measure "
+            "the fit on.",
+            expected="at least two samples along dim 0, better hundreds.",
+            fix="y0 = torch.randn(256, 2)   # starts like those the selector will meet",
+        )
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.randperm(batch, generator=generator).to(parts_of(y0)[0].device)
+    held = min(max(1, round(config.validation * batch)), batch - 1)
+    return order[held:], order[:held]
+
+
+def predict(selector: Callable[[State], Tensor] | None, y0: State, n_candidates: int) -> Tensor:
+    """Return a selector's predictions (batch, candidates), in its own unit.
+
+    Raises:
+        MissingHypernetError: there is no selector.
+        StateTypeError: it returned no real tensor.
+        StateShapeError: it returned another shape.
+        NonFiniteError: it returned inf or nan.
+    """
+    if selector is None:
+        raise MissingHypernetError(
+            problem="this Dise has no selector.",
+            expected="a fitted one, or one of your own.",
+            fix="dise.fit(func, y0, t, cost=cost)   # see tdh.ClassificationCost\n"
+            "tdh.Dise(candidates, selector=v)\n"
+            "dise.dispatch(func, y0, t, selection)   # with choices of your own",
+        )
     out = selector(y0)
     if not isinstance(out, Tensor) or not out.is_floating_point():
         got = out.dtype if isinstance(out, Tensor) else type(out).__name__
         raise StateTypeError(
-            explain(
-                f"the selector returned {got}.",
-                "a floating-point tensor of predicted costs.",
-                "return self.head(features)",
-            )
+            problem=f"the selector returned {got}.",
+            expected="a floating-point tensor of predicted costs.",
+            fix="return self.head(features)",
         )
-    wanted = (count(y0), n_candidates)
+    wanted = (count_samples(y0), n_candidates)
     if out.shape != wanted:
         raise StateShapeError(
-            explain(
-                f"the selector returned shape {tuple(out.shape)}.",
-                f"{wanted}: for every sample, the predicted cost of every candidate.",
-                f"a last layer with {n_candidates} outputs",
-            )
+            problem=f"the selector returned shape {tuple(out.shape)}.",
+            expected=f"{wanted}: for every sample, the predicted cost of every candidate.",
+            fix=f"a last layer with {n_candidates} outputs",
         )
     if not bool(torch.isfinite(out).all()):
         raise NonFiniteError(
-            explain(
-                "the selector predicted inf or nan costs.",
-                "finite costs.",
-                "torch.isfinite(y0).all()   # or fit the selector again with a lower lr",
-            )
+            problem="the selector predicted inf or nan costs.",
+            expected="finite costs.",
+            fix="torch.isfinite(y0).all()   # or fit the selector again with a lower lr",
         )
     return out
 
 
-def check_fittable(selector: object) -> nn.Module:
-    """Return a selector that has something to fit.
+def fittable(selector: object, y0: State, n_candidates: int, config: SelectorConfig) -> nn.Module:
+    """Return a selector that has something to fit; a new ready one for None.
 
     Raises:
         StateTypeError: it is no module, or has no parameters.
     """
+    if selector is None:
+        with own_random_state(config.seed):
+            return ready(y0, n_candidates)
     if isinstance(selector, nn.Module) and any(True for _ in selector.parameters()):
         return selector
     raise StateTypeError(
-        explain(
-            f"the selector is a {type(selector).__name__}, which has nothing to fit.",
-            "an nn.Module with parameters.",
-            "tdh.Dise(candidates)   # fit makes a ready selector",
-        )
+        problem=f"the selector is a {type(selector).__name__}, which has nothing to fit.",
+        expected="an nn.Module with parameters.",
+        fix="tdh.Dise(candidates)   # fit makes a ready selector",
     )
 
 
-def train(
+def train_selector(
     selector: nn.Module,
     y0: State,
     costs: Tensor,
-    split: Split,
     config: SelectorConfig,
     *,
     progress: bool,
 ) -> tuple[Scale, list[tuple[int, float, float]]]:
-    """Train a selector in place; return its unit and the losses.
+    """Train a selector in place on costs (batch, candidates); return its unit and the losses.
 
-    It ends in its best state on held-out data, in evaluation mode and frozen; on an error
-    it is as it was before.
-
-    Args:
-        selector: v.
-        y0: the starts.
-        costs: (batch, candidates).
-        split: which samples to train on.
-        config: how.
-        progress: whether to show a bar.
-
-    Returns:
-        The unit, and (iteration, training loss, held-out loss), in units squared.
+    It ends in the state that was best on held-out samples, in evaluation mode and frozen; on an
+    error it is as it was before. The losses are (iteration, training loss, held-out loss), in
+    units squared.
 
     Raises:
         FitDivergedError: a loss is not finite.
     """
-    unit = Scale.of(costs[split.train])
+    train, held_out = split(y0, config)
+    unit = Scale.of(costs[train])
     targets = (costs - unit.shift) / unit.scale
     with frozen_or_restored(selector), own_random_state(config.seed):
         if isinstance(selector, ReadySelector):
-            selector.calibrate(take(y0, split.train))
+            selector.calibrate(take(y0, train))
         if not any(parameter.requires_grad for parameter in selector.parameters()):
             selector.requires_grad_(True)  # noqa: FBT003 - an earlier fit froze it
-        losses = _descend(selector, y0, targets, split, config, progress=progress)
+        losses = _descend(selector, y0, targets, (train, held_out), config, progress=progress)
     return unit, losses
 
 
@@ -231,29 +217,32 @@ def _descend(
     selector: nn.Module,
     y0: State,
     targets: Tensor,
-    split: Split,
+    positions: tuple[Tensor, Tensor],
     config: SelectorConfig,
     *,
     progress: bool,
 ) -> list[tuple[int, float, float]]:
-    n_candidates = targets.shape[1]
+    train, held_out = positions
     optimizer = torch.optim.AdamW(
         selector.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
         optimizer, config.iterations, eta_min=config.lr / 100
     )
+
+    def loss_on(index: Tensor) -> Tensor:
+        out = predict(selector, take(y0, index), targets.shape[1])
+        return (out.to(targets.dtype) - targets[index]).square().mean()
+
     every = max(1, config.iterations // VALIDATIONS)
     losses: list[tuple[int, float, float]] = []
-    best, best_loss = copy.deepcopy(selector.state_dict()), float("inf")
-    batches = _batches(split.train, config)
+    best, best_loss = copy.deepcopy(selector.state_dict()), math.inf
+    batches = _batches(train, config)
     bar = tqdm(total=config.iterations, disable=not progress, unit="it", desc="selector")
     with bar, torch.enable_grad():
         for iteration in range(1, config.iterations + 1):
-            index = next(batches)
             selector.train()
-            out = predict(selector, take(y0, index), n_candidates)
-            loss = (out.to(targets.dtype) - targets[index]).square().mean()
+            loss = loss_on(next(batches))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -261,19 +250,14 @@ def _descend(
             bar.update()
             if iteration % every and iteration != config.iterations:
                 continue
-            held = _held_out_loss(selector, y0, targets, split)
-            losses.append((iteration, _checked(loss.item(), iteration), _checked(held, iteration)))
+            selector.eval()
+            with torch.no_grad():
+                held = _checked(loss_on(held_out), iteration)
+            losses.append((iteration, _checked(loss, iteration), held))
             if held < best_loss:
                 best, best_loss = copy.deepcopy(selector.state_dict()), held
     selector.load_state_dict(best)
     return losses
-
-
-@torch.no_grad()
-def _held_out_loss(selector: nn.Module, y0: State, targets: Tensor, split: Split) -> float:
-    selector.eval()
-    out = predict(selector, take(y0, split.held_out), targets.shape[1])
-    return float((out.to(targets.dtype) - targets[split.held_out]).square().mean())
 
 
 def _batches(train: Tensor, config: SelectorConfig) -> Iterator[Tensor]:
@@ -285,13 +269,47 @@ def _batches(train: Tensor, config: SelectorConfig) -> Iterator[Tensor]:
         yield from train[order].tensor_split(-(-len(train) // config.batch_size))
 
 
-def _checked(loss: float, iteration: int) -> float:
-    if math.isfinite(loss):
-        return loss
+def _checked(loss: Tensor, iteration: int) -> float:
+    if math.isfinite(loss.item()):
+        return loss.item()
     raise FitDivergedError(
-        explain(
-            f"the selector's loss is {loss} at iteration {iteration}.",
-            "a finite loss.",
-            "tdh.SelectorConfig(lr=3e-4)",
-        )
+        problem=f"the selector's loss is {loss.item()} at iteration {iteration}.",
+        expected="a finite loss.",
+        fix="tdh.SelectorConfig(lr=3e-4)",
+    )
+
+
+def sweep(
+    labels: Labels,
+    y0: State,
+    unfitted: nn.Module,
+    config: SelectorConfig,
+    *,
+    alphas: Iterable[float],
+    penalties: Iterable[float] | None,
+    progress: bool,
+) -> TradeOff:
+    """Fit copies of a selector, one at every alpha and M; see `Dise.suggest`."""
+    if penalties is None:
+        dearest = float(labels.weighted_nfe.max())
+        penalties = [1.5 * dearest, 10 * dearest, 100 * dearest]
+    settings = [check_settings(alpha, penalty) for alpha in alphas for penalty in penalties]
+    matrices = [labels.costs(alpha, penalty) for alpha, penalty in settings]
+    _, held_out = split(y0, config)
+    held = labels.of(held_out)
+    points = []
+    for (alpha, penalty), costs in zip(settings, matrices, strict=True):
+        selector = copy.deepcopy(unfitted)
+        train_selector(selector, y0, costs, config, progress=progress)
+        with torch.no_grad():
+            out = predict(selector, take(y0, held_out), len(labels.names))
+        choice = out.argmin(dim=1)
+        means = held.mean_nfe(choice), held.accuracy(choice), held.shares(choice)
+        points.append(TradeOffPoint(alpha, penalty, *means))
+    best = held.oracle()
+    return TradeOff(
+        points=tuple(sorted(points, key=lambda point: point.mean_nfe)),
+        singles=singles(held),
+        oracle=(held.mean_nfe(best), held.accuracy(best)),
+        labels=labels,
     )

@@ -1,12 +1,14 @@
 """Ready selectors: small nets from a start to the predicted cost of every candidate.
 
-The three kinds of [D]: a residual convolutional net for images, a perceptron with dropout,
+The three kinds of "DISE: Dynamic Integrator Selection to Minimize Forward-pass Time in Neural
+ODEs", ICLR 2021 submission: a residual convolutional net for images, a perceptron with dropout,
 and one with tanh activations. Any module that maps y0 to (batch, candidates) does as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -15,9 +17,11 @@ from torch import Tensor, nn
 from torchdiffeq_hyper._files import (
     Default,
     Items,
+    Mismatch,
     Real,
     Record,
     Rule,
+    Such,
     Tagged,
     Whole,
     built,
@@ -25,13 +29,11 @@ from torchdiffeq_hyper._files import (
     refused,
 )
 from torchdiffeq_hyper._state import State, is_half, parts_of
-from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper.errors import OptionError
+from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS
 
-CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
-    1: nn.Conv1d,
-    2: nn.Conv2d,
-    3: nn.Conv3d,
-}
+_POOLS = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
+_COUNT = Whole(1)
 
 
 class ReadySelector(nn.Module):
@@ -39,24 +41,35 @@ class ReadySelector(nn.Module):
 
     Attributes:
         kind: name of the class in files.
+        arguments: what each argument may be.
         architecture: JSON-ready arguments; `from_architecture` rebuilds the net from it.
     """
 
     kind: ClassVar[str]
+    arguments: ClassVar[dict[str, Rule]]
+    layers: nn.Module
     shift: Tensor
     scale: Tensor
 
     def __init__(self, architecture: Mapping[str, Any], shape: Sequence[int]) -> None:
         super().__init__()
         for name, value in architecture.items():
-            _check_argument(name, value)
+            rule = self.arguments[name]
+            try:
+                rule.check(value, name)
+            except Mismatch as error:
+                raise OptionError(
+                    problem=f"{name} is {value!r}.",
+                    expected=f"{rule.expected}.",
+                    fix=f"{name}=...",
+                ) from error
         self.architecture: dict[str, Any] = {"kind": self.kind, **architecture}
         self.register_buffer("shift", torch.zeros(*shape))
         self.register_buffer("scale", torch.ones(*shape))
 
     def features(self, y0: State) -> Tensor:
-        """Return what the layers are given, (batch, ...)."""
-        raise NotImplementedError
+        """Return what the layers are given, (batch, ...): all parts, flattened."""
+        return flattened(y0)
 
     def normalised(self, y0: State) -> Tensor:
         """Return the features at mean 0 and standard deviation 1 in the fitted data."""
@@ -72,22 +85,34 @@ class ReadySelector(nn.Module):
         self.shift.copy_(mean.view_as(self.shift))
         self.scale.copy_(scale.view_as(self.scale))
 
+    def forward(self, y0: State) -> Tensor:
+        """Return predicted costs (batch, candidates)."""
+        out: Tensor = self.layers(self.normalised(y0))
+        return out
 
-def _check_argument(name: str, value: Any) -> None:
-    if name == "dropout":
-        is_valid, expected = 0 <= value < 1, "a probability of at least 0 and below 1"
-    elif name == "n_spatial":
-        is_valid, expected = value in CONVOLUTIONS, "1, 2 or 3"
-    else:
-        values = value if isinstance(value, list) else [value]
-        is_valid = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in values)
-        expected = "an int of at least 1" + (", each" if isinstance(value, list) else "")
-    if not is_valid:
-        raise OptionError(explain(f"{name} is {value!r}.", f"{expected}.", f"{name}=..."))
+
+def flattened(y0: State) -> Tensor:
+    """Return the parts of a state behind each other, one row a sample."""
+    parts = [torch.view_as_real(p) if p.is_complex() else p for p in parts_of(y0)]
+    return torch.cat([part.flatten(1) if part.dim() > 1 else part[:, None] for part in parts], 1)
+
+
+def _perceptron(widths: Sequence[int], between: Sequence[nn.Module]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for n_in, n_out in pairwise(widths):
+        layers += [nn.Linear(n_in, n_out), *between]
+    return nn.Sequential(*layers[: -len(between)])
+
+
+_PERCEPTRON: dict[str, Rule] = {
+    "n_inputs": _COUNT,
+    "n_candidates": _COUNT,
+    "hidden": Items(_COUNT, most=1000),
+}
 
 
 class MLP(ReadySelector):
-    """A perceptron with ReLU and dropout on the flattened start ([D], for time series).
+    """A perceptron with ReLU and dropout on the flattened start, as the paper's for time series.
 
     Args:
         n_inputs: numbers of a sample, all parts of a tuple state together.
@@ -106,6 +131,10 @@ class MLP(ReadySelector):
     """
 
     kind = "mlp"
+    arguments: ClassVar[dict[str, Rule]] = {
+        **_PERCEPTRON,
+        "dropout": Such(Real(low=0.0), lambda share: share < 1, "and below 1"),
+    }
 
     def __init__(
         self,
@@ -115,22 +144,13 @@ class MLP(ReadySelector):
         dropout: float = 0.1,
     ) -> None:
         own = {"n_inputs": n_inputs, "n_candidates": n_candidates, "hidden": list(hidden)}
-        super().__init__({**own, "dropout": dropout}, (n_inputs,))
-        inner = (nn.ReLU(), nn.Dropout(dropout))
-        self.layers = _perceptron([n_inputs, *hidden, n_candidates], inner)
-
-    def features(self, y0: State) -> Tensor:
-        """Return the parts of the state, flattened behind each other."""
-        return flattened(y0)
-
-    def forward(self, y0: State) -> Tensor:
-        """Return predicted costs (batch, candidates)."""
-        out: Tensor = self.layers(self.normalised(y0))
-        return out
+        super().__init__({**own, "dropout": float(dropout)}, (n_inputs,))
+        between = (nn.ReLU(), nn.Dropout(dropout))
+        self.layers = _perceptron([n_inputs, *hidden, n_candidates], between)
 
 
 class TanhMLP(ReadySelector):
-    """A perceptron with tanh activations on the flattened start ([D], for flows).
+    """A perceptron with tanh activations on the flattened start, as the paper's for flows.
 
     Args:
         n_inputs: numbers of a sample, all parts of a tuple state together.
@@ -148,37 +168,16 @@ class TanhMLP(ReadySelector):
     """
 
     kind = "tanh-mlp"
+    arguments = _PERCEPTRON
 
     def __init__(self, n_inputs: int, n_candidates: int, hidden: Sequence[int] = (64, 64)) -> None:
         own = {"n_inputs": n_inputs, "n_candidates": n_candidates, "hidden": list(hidden)}
         super().__init__(own, (n_inputs,))
         self.layers = _perceptron([n_inputs, *hidden, n_candidates], (nn.Tanh(),))
 
-    def features(self, y0: State) -> Tensor:
-        """Return the parts of the state, flattened behind each other."""
-        return flattened(y0)
-
-    def forward(self, y0: State) -> Tensor:
-        """Return predicted costs (batch, candidates)."""
-        out: Tensor = self.layers(self.normalised(y0))
-        return out
-
-
-def flattened(y0: State) -> Tensor:
-    """Return the parts of a state behind each other, one row a sample."""
-    parts = [torch.view_as_real(p) if p.is_complex() else p for p in parts_of(y0)]
-    return torch.cat([part.flatten(1) if part.dim() > 1 else part[:, None] for part in parts], 1)
-
-
-def _perceptron(widths: Sequence[int], inner: Sequence[nn.Module]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for n_in, n_out in zip(widths[:-1], widths[1:], strict=True):
-        layers += [nn.Linear(n_in, n_out), *inner]
-    return nn.Sequential(*layers[: -len(inner)])
-
 
 class ResidualConv(ReadySelector):
-    r"""A convolution of stride 2, residual blocks, and a linear layer ([D], for images).
+    r"""A convolution of stride 2, residual blocks, and a linear layer, as the paper's for images.
 
     Of a tuple state it sees the first part. The linear layer sees the means over both
     halves of every spatial dimension, so that position counts.
@@ -201,6 +200,13 @@ class ResidualConv(ReadySelector):
     """
 
     kind = "residual-conv"
+    arguments: ClassVar[dict[str, Rule]] = {
+        "channels": _COUNT,
+        "n_candidates": _COUNT,
+        "hidden": _COUNT,
+        "blocks": Whole(1, 1000),
+        "n_spatial": Whole(min(CONVOLUTIONS), max(CONVOLUTIONS)),
+    }
 
     def __init__(
         self,
@@ -216,9 +222,8 @@ class ResidualConv(ReadySelector):
         convolution = CONVOLUTIONS[n_spatial]
         self.first = convolution(channels, hidden, 3, stride=2, padding=1)
         self.blocks = nn.ModuleList(_Block(convolution, hidden) for _ in range(blocks))
-        pool = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
         head = nn.Linear(hidden * 2**n_spatial, n_candidates)
-        self.last = nn.Sequential(nn.ReLU(), pool[n_spatial](2), nn.Flatten(), head)
+        self.last = nn.Sequential(nn.ReLU(), _POOLS[n_spatial](2), nn.Flatten(), head)
 
     def features(self, y0: State) -> Tensor:
         """Return the first part of the state."""
@@ -236,12 +241,8 @@ class ResidualConv(ReadySelector):
 class _Block(nn.Module):
     def __init__(self, convolution: Any, channels: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.ReLU(),
-            convolution(channels, channels, 3, padding=1),
-            nn.ReLU(),
-            convolution(channels, channels, 3, padding=1),
-        )
+        first, second = (convolution(channels, channels, 3, padding=1) for _ in range(2))
+        self.layers = nn.Sequential(nn.ReLU(), first, nn.ReLU(), second)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = x + self.layers(x)
@@ -249,25 +250,12 @@ class _Block(nn.Module):
 
 
 _KINDS: dict[str, type[ReadySelector]] = {net.kind: net for net in (MLP, TanhMLP, ResidualConv)}
-
-_COUNT, _WIDTHS = Whole(1), Items(Whole(1), most=1000)
-_PERCEPTRON: dict[str, Rule | Default] = {
-    "n_inputs": _COUNT,
-    "n_candidates": _COUNT,
-    "hidden": Default(_WIDTHS),
-}
+_REQUIRED = ("n_inputs", "n_candidates", "channels")
 ARCHITECTURES: dict[str, Record] = {
-    MLP.kind: Record({**_PERCEPTRON, "dropout": Default(Real(low=0.0, high=1 - 1e-9))}),
-    TanhMLP.kind: Record(_PERCEPTRON),
-    ResidualConv.kind: Record(
-        {
-            "channels": _COUNT,
-            "n_candidates": _COUNT,
-            "hidden": Default(_COUNT),
-            "blocks": Default(Whole(1, 1000)),
-            "n_spatial": Default(Whole(min(CONVOLUTIONS), max(CONVOLUTIONS))),
-        }
-    ),
+    kind: Record(
+        {name: rule if name in _REQUIRED else Default(rule) for name, rule in net.arguments.items()}
+    )
+    for kind, net in _KINDS.items()
 }
 """What describes a ready selector of each kind in a file."""
 

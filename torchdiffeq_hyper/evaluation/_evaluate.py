@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from torchdiffeq_hyper._fields import attributes_as_found, model_as_found
 from torchdiffeq_hyper._state import State, VectorField
-from torchdiffeq_hyper.errors import OptionError, OutsideFitWarning, explain
+from torchdiffeq_hyper.errors import OptionError, OutsideFitWarning
 from torchdiffeq_hyper.evaluation._measure import (
     FAILED,
     Counted,
@@ -115,7 +115,9 @@ def evaluate(
     problem = Problem.of(field, y0, t_span)
     trials = expand(methods, steps, tolerances)
     if not isinstance(repeats, int) or repeats < 1:
-        raise OptionError(explain(f"repeats is {repeats!r}.", "an int of at least 1.", "repeats=5"))
+        raise OptionError(
+            problem=f"repeats is {repeats!r}.", expected="an int of at least 1.", fix="repeats=5"
+        )
     total = 1 + len(trials) * (3 + repeats)
     with (
         _left_as_found(func, field, trials),
@@ -218,9 +220,7 @@ def _number(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise OptionError(
-            explain(
-                f"metric returned {value!r}.",
-                "one number.",
-                "metric=lambda y: float((predict(y).argmax(1) == labels).float().mean())",
-            )
+            problem=f"metric returned {value!r}.",
+            expected="one number.",
+            fix="metric=lambda y: float((predict(y).argmax(1) == labels).float().mean())",
         ) from error

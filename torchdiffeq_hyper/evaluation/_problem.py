@@ -24,7 +24,7 @@ from torchdiffeq_hyper._state import (
     n_samples,
     parts_of,
 )
-from torchdiffeq_hyper.errors import NonFiniteError, OptionError, StateShapeError, explain
+from torchdiffeq_hyper.errors import NonFiniteError, OptionError, StateShapeError
 from torchdiffeq_hyper.fitting._field import check_repeatable
 from torchdiffeq_hyper.fitting._reference import BROKEN_DOWN
 from torchdiffeq_hyper.fitting._units import Units
@@ -69,20 +69,16 @@ class Problem:
         if not n_samples(y0) or not all(part.numel() for part in parts):
             shapes = " and ".join(str(tuple(part.shape)) for part in parts)
             raise StateShapeError(
-                explain(
-                    f"y0 has shape {shapes}.",
-                    "at least one sample along dimension 0, as many in every part.",
-                    how_to_batch(y0),
-                )
+                problem=f"y0 has shape {shapes}.",
+                expected="at least one sample along dimension 0, as many in every part.",
+                fix=how_to_batch(y0),
             )
         times = [float(value) for value in t_span]
         if len(times) != 2 or not all(map(math.isfinite, times)) or times[0] == times[1]:
             raise OptionError(
-                explain(
-                    f"t_span is {t_span!r}.",
-                    "two different finite times: start and end.",
-                    "t_span=(0.0, 1.0)",
-                )
+                problem=f"t_span is {t_span!r}.",
+                expected="two different finite times: start and end.",
+                fix="t_span=(0.0, 1.0)",
             )
         dtype = torch.promote_types(_dtype_of(y0).to_real(), torch.float32)
         return cls(func, y0, torch.tensor(times, dtype=dtype, device=parts[0].device))
@@ -140,12 +136,10 @@ class Problem:
         parts = [part for state in states for part in parts_of(state)]
         if not parts or not all(bool(torch.isfinite(part).all()) for part in parts):
             raise NonFiniteError(
-                explain(
-                    f"dopri5 finds no reference solution at rtol {rtol:g}, atol {atol:g}.",
-                    "a func that is finite along the solution, and tolerances that "
-                    f"{self.dtype} can meet.",
-                    "evaluate(..., rtol=1e-4, atol=1e-4)",
-                )
+                problem=f"dopri5 finds no reference solution at rtol {rtol:g}, atol {atol:g}.",
+                expected="a func that is finite along the solution, and tolerances that "
+                f"{self.dtype} can meet.",
+                fix="evaluate(..., rtol=1e-4, atol=1e-4)",
             )
         return dict(zip(shares, states, strict=True))
 

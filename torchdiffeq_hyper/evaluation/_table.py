@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchdiffeq_hyper.errors import MissingExtraError, OptionError, explain, unwritable
+from torchdiffeq_hyper.errors import MissingExtraError, OptionError, unwritable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -228,11 +228,9 @@ def _check_format(path: str | os.PathLike[str]) -> None:
     suffix = Path(path).suffix.lower()
     if suffix not in _FORMATS:
         raise OptionError(
-            explain(
-                f"{os.fspath(path)!r} names no format of picture.",
-                "a file name that ends in " + " or ".join(_FORMATS) + ".",
-                f'table.plot("{Path(path).with_suffix(".png")}")',
-            )
+            problem=f"{os.fspath(path)!r} names no format of picture.",
+            expected="a file name that ends in " + " or ".join(_FORMATS) + ".",
+            fix=f'table.plot("{Path(path).with_suffix(".png")}")',
         )
 
 
@@ -241,11 +239,9 @@ def _new_figure() -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError(
-            explain(
-                "matplotlib is not installed.",
-                "the extra for pictures.",
-                'pip install "torchdiffeq_hyper[plot]"',
-            )
+            problem="matplotlib is not installed.",
+            expected="the extra for pictures.",
+            fix='pip install "torchdiffeq_hyper[plot]"',
         ) from error
     # Not pyplot's: it would choose a backend and keep the figure in a global list.
     return Figure(figsize=(11, 4.8), layout="constrained")

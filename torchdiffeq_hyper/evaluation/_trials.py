@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torchdiffeq_hyper._state import State
-from torchdiffeq_hyper.errors import OptionError, StateTypeError, explain, unknown_method
+from torchdiffeq_hyper.errors import OptionError, StateTypeError, unknown_method
 from torchdiffeq_hyper.evaluation._problem import Problem
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._grid import check_steps, equal_steps
@@ -89,11 +89,9 @@ def expand(
     if isinstance(methods, str | Solver) or len(methods) == 0:
         got = "a single method" if isinstance(methods, str | Solver) else "empty"
         raise OptionError(
-            explain(
-                f"methods is {got}.",
-                "a list of method names and HyperSolvers.",
-                'methods=["euler", "dopri5", solver]',
-            )
+            problem=f"methods is {got}.",
+            expected="a list of method names and HyperSolvers.",
+            fix='methods=["euler", "dopri5", solver]',
         )
     counts = _check_all_steps(steps)
     limits = _check_tolerances(tolerances)
@@ -118,11 +116,9 @@ def _first_trial(method: str | Solver) -> Trial:
         return _trial_of_solver(method, method.label)
     if not isinstance(method, str):
         raise StateTypeError(
-            explain(
-                f"a method is a {type(method).__name__}.",
-                "a method's name or a HyperSolver.",
-                'methods=["euler", tdh.HyperSolver("euler", net, steps=10)]',
-            )
+            problem=f"a method is a {type(method).__name__}.",
+            expected="a method's name or a HyperSolver.",
+            fix='methods=["euler", tdh.HyperSolver("euler", net, steps=10)]',
         )
     entry = _registry.methods().get(method)
     if entry is None:
@@ -157,11 +153,9 @@ def _own_steps(trial: Trial) -> int:
     if trial.solver is not None and trial.solver.n_steps is not None:
         return trial.solver.n_steps
     raise OptionError(
-        explain(
-            f'"{trial.label}" follows a time grid, and steps is None.',
-            "the numbers of steps to measure it at.",
-            "steps=[2, 4, 8]",
-        )
+        problem=f'"{trial.label}" follows a time grid, and steps is None.',
+        expected="the numbers of steps to measure it at.",
+        fix="steps=[2, 4, 8]",
     )
 
 
@@ -176,11 +170,9 @@ def _check_all_steps(steps: int | Sequence[int] | None) -> list[int]:
     counts = [steps] if isinstance(steps, int) else list(steps)
     if not counts or any(isinstance(n, tuple) or check_steps(n) is None for n in counts):
         raise OptionError(
-            explain(
-                f"steps is {steps!r}.",
-                "numbers of steps, each an int of at least 1, or None.",
-                "steps=[2, 4, 8]",
-            )
+            problem=f"steps is {steps!r}.",
+            expected="numbers of steps, each an int of at least 1, or None.",
+            fix="steps=[2, 4, 8]",
         )
     return counts
 
@@ -189,10 +181,8 @@ def _check_tolerances(tolerances: float | Sequence[float]) -> list[float]:
     limits = [tolerances] if isinstance(tolerances, int | float) else list(tolerances)
     if not limits or not all(math.isfinite(limit) and limit > 0 for limit in limits):
         raise OptionError(
-            explain(
-                f"tolerances is {tolerances!r}.",
-                "finite numbers above 0.",
-                "tolerances=[1e-2, 1e-3]",
-            )
+            problem=f"tolerances is {tolerances!r}.",
+            expected="finite numbers above 0.",
+            fix="tolerances=[1e-2, 1e-3]",
         )
     return limits

@@ -17,7 +17,7 @@ from torch import Tensor, nn, optim
 from torchdiffeq_hyper._fields import Conditioned, model_as_found
 from torchdiffeq_hyper._files import Anything, Default, Maybe, Record, Table, checked, record_of
 from torchdiffeq_hyper._state import State, VectorField
-from torchdiffeq_hyper.errors import OptionError, explain
+from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.fitting._adamw import annealed
 from torchdiffeq_hyper.fitting._auto import calibrate, measuring_time_in
 from torchdiffeq_hyper.fitting._batches import check_like, checked_batch, n_samples
@@ -240,11 +240,10 @@ class HyperSolverModule(LightningModule):
         precision = str(self.trainer.precision)
         if precision.endswith("-true") and precision != "32-true":
             raise OptionError(
-                explain(
-                    f"the Trainer's precision is {precision!r}, which casts func and leaves it so.",
-                    '"32-true", which casts nothing, or "bf16-mixed".',
-                    "func and y0 cast by yourself, and Trainer() without precision",
-                )
+                problem=f"the Trainer's precision is {precision!r}, which casts func and leaves it "
+                "so.",
+                expected='"32-true", which casts nothing, or "bf16-mixed".',
+                fix="func and y0 cast by yourself, and Trainer() without precision",
             )
 
     def on_fit_start(self) -> None:
@@ -265,11 +264,9 @@ class HyperSolverModule(LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise OptionError(
-                explain(
-                    "the Trainer has no last step, so the learning rate cannot be annealed.",
-                    "a number of epochs or steps.",
-                    "Trainer(max_epochs=100)   # or max_steps=2000; EarlyStopping may end it",
-                )
+                problem="the Trainer has no last step, so the learning rate cannot be annealed.",
+                expected="a number of epochs or steps.",
+                fix="Trainer(max_epochs=100)   # or max_steps=2000; EarlyStopping may end it",
             )
         config = replace(self._problem.config, iterations=max(1, int(steps)))
         self._ends = tuple(accumulate(replace(self._problem, config=config).iterations))

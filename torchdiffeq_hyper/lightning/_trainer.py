@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
-from torchdiffeq_hyper.errors import MissingExtraError, explain
+from torchdiffeq_hyper.errors import MissingExtraError
 
 
 def find_lightning() -> Any:
@@ -25,11 +25,9 @@ def find_lightning() -> Any:
             if error.name not in {name, name.partition(".")[0]}:
                 raise
     raise MissingExtraError(
-        explain(
-            "torchdiffeq_hyper.lightning needs Lightning, which is not installed.",
-            "pytorch_lightning, or lightning.",
-            'pip install "torchdiffeq_hyper[lightning]"',
-        )
+        problem="torchdiffeq_hyper.lightning needs Lightning, which is not installed.",
+        expected="pytorch_lightning, or lightning.",
+        fix='pip install "torchdiffeq_hyper[lightning]"',
     )
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._state import StateLayout, batch_size, part_norms
-from torchdiffeq_hyper.errors import explain
 from torchdiffeq_hyper.recording._solve import NothingRecordedError, SampledStep, Solve, Steps
 
 Value = TypeVar("Value")
@@ -46,12 +45,10 @@ class Recorder:
         if not adaptive:
             methods = sorted({f'"{solve.method}"' for solve in self.solves})
             raise NothingRecordedError(
-                explain(
-                    "no adaptive solve was recorded"
-                    + (f", only {', '.join(methods)}." if methods else "."),
-                    'a solve with "dopri5" or another adaptive method inside the scope.',
-                    'with tdh.record() as rec: odeint(func, y0, t, method="dopri5")',
-                )
+                problem="no adaptive solve was recorded"
+                + (f", only {', '.join(methods)}." if methods else "."),
+                expected='a solve with "dopri5" or another adaptive method inside the scope.',
+                fix='with tdh.record() as rec: odeint(func, y0, t, method="dopri5")',
             )
         return adaptive
 

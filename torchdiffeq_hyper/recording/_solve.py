@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._state import State, StateLayout, select
-from torchdiffeq_hyper.errors import HyperError, OptionError, explain
+from torchdiffeq_hyper.errors import HyperError, OptionError
 
 
 class NothingRecordedError(HyperError, ValueError):
@@ -58,23 +58,20 @@ class Guard:
         """
         if self.is_adjoint:
             raise AdjointGradientError(
-                explain(
-                    "odeint_adjoint keeps no graph of its steps: their errors have no gradient.",
-                    "a solve by odeint, or a regulariser that is differentiated on its own.",
-                    "odeint(func, y0, t, ...)   # instead of odeint_adjoint\n"
-                    "tdh.regularizers.local_error_penalty(rec)   # one random step, any adjoint\n"
-                    "tdh.regularizers.EnergyField(func)   # integrals carried in the state",
-                )
+                problem="odeint_adjoint keeps no graph of its steps: their errors have no "
+                "gradient.",
+                expected="a solve by odeint, or a regulariser that is differentiated on its own.",
+                fix="odeint(func, y0, t, ...)   # instead of odeint_adjoint\n"
+                "tdh.regularizers.local_error_penalty(rec)   # one random step, any adjoint\n"
+                "tdh.regularizers.EnergyField(func)   # integrals carried in the state",
             )
         if not all(map(_is_alive, self.marks)):
             raise FreedGraphError(
-                explain(
-                    "a backward pass has freed the graph of this record.",
-                    "one backward pass for the loss and the penalty together.",
-                    "(loss + weight * rec.error_penalty()).backward()\n"
-                    "loss.backward(retain_graph=True)   # or keep the graph\n"
-                    "with torch.no_grad(): rec.error_penalty()   # the value alone",
-                )
+                problem="a backward pass has freed the graph of this record.",
+                expected="one backward pass for the loss and the penalty together.",
+                fix="(loss + weight * rec.error_penalty()).backward()\n"
+                "loss.backward(retain_graph=True)   # or keep the graph\n"
+                "with torch.no_grad(): rec.error_penalty()   # the value alone",
             )
 
 
@@ -173,11 +170,10 @@ class Steps:
         """
         if self.part_slopes is None:
             raise OptionError(
-                explain(
-                    "no stiffness was recorded.",
-                    "a scope that asks for it, and a method whose last two stages end the step.",
-                    'with tdh.record(stiffness=True): odeint(..., method="dopri5")',
-                )
+                problem="no stiffness was recorded.",
+                expected="a scope that asks for it, and a method whose last two stages end the "
+                "step.",
+                fix='with tdh.record(stiffness=True): odeint(..., method="dopri5")',
             )
         rise, run = (select(norms, self.layout, part) for norms in self.part_slopes)
         is_zero = run == 0
@@ -266,11 +262,9 @@ class Solve:
         """
         if not self.is_adaptive:
             raise NothingRecordedError(
-                explain(
-                    f'method "{self.method}" has no error estimates.',
-                    'an adaptive method: "dopri5", "dopri8", "bosh3", ...',
-                    'method="dopri5"',
-                )
+                problem=f'method "{self.method}" has no error estimates.',
+                expected='an adaptive method: "dopri5", "dopri8", "bosh3", ...',
+                fix='method="dopri5"',
             )
         if torch.is_grad_enabled() and not self.steps.guard.is_adjoint:
             self.steps.guard.check()

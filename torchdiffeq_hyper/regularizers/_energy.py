@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torchdiffeq_hyper._fields import look_through, restrict
 from torchdiffeq_hyper._state import State, StateLayout, VectorField
-from torchdiffeq_hyper.errors import OptionError, StateShapeError, explain
+from torchdiffeq_hyper.errors import OptionError, StateShapeError
 
 Parts = tuple[Tensor, ...]
 
@@ -77,11 +77,9 @@ class EnergyField(nn.Module):
         super().__init__()
         if not (kinetic or jacobian):
             raise OptionError(
-                explain(
-                    "neither kinetic nor jacobian is asked for.",
-                    "at least one of the two.",
-                    "EnergyField(func, kinetic=True, jacobian=False)",
-                )
+                problem="neither kinetic nor jacobian is asked for.",
+                expected="at least one of the two.",
+                fix="EnergyField(func, kinetic=True, jacobian=False)",
             )
         self.base_func = func
         self.kinetic = kinetic
@@ -117,11 +115,9 @@ class EnergyField(nn.Module):
         sizes = {part.shape[:1] for part in counted}
         if len(sizes) != 1 or not next(iter(sizes)):
             raise StateShapeError(
-                explain(
-                    f"y0 has shapes {[tuple(part.shape) for part in parts]}.",
-                    "a leading batch dimension, shared by the parts that count.",
-                    "EnergyField(func, part=0)",
-                )
+                problem=f"y0 has shapes {[tuple(part.shape) for part in parts]}.",
+                expected="a leading batch dimension, shared by the parts that count.",
+                fix="EnergyField(func, part=0)",
             )
         if self.jacobian:
             drawn = (
@@ -142,11 +138,9 @@ class EnergyField(nn.Module):
         parts = state[: len(state) - self.kinetic - self.jacobian]
         if self._is_tuple is None or not parts:
             raise StateShapeError(
-                explain(
-                    "the state carries no integrals.",
-                    "the state that start returned.",
-                    "odeint(field, field.start(y0), t)",
-                )
+                problem="the state carries no integrals.",
+                expected="the state that start returned.",
+                fix="odeint(field, field.start(y0), t)",
             )
         if not self.jacobian:
             k = _parts(self.base_func(t, parts if self._is_tuple else parts[0]))
@@ -214,11 +208,9 @@ class EnergyField(nn.Module):
             return tuple(part for part in parts if part.dim())
         if not 0 <= self.part < len(parts):
             raise OptionError(
-                explain(
-                    f"part is {self.part!r}.",
-                    f"None, or an index of one of the state's {len(parts)} parts.",
-                    "EnergyField(func, part=0)",
-                )
+                problem=f"part is {self.part!r}.",
+                expected=f"None, or an index of one of the state's {len(parts)} parts.",
+                fix="EnergyField(func, part=0)",
             )
         return (parts[self.part],)
 
@@ -227,11 +219,9 @@ class EnergyField(nn.Module):
         expected, got = ([tuple(p.shape) for p in parts] for parts in (counted, noise))
         if expected != got:
             raise StateShapeError(
-                explain(
-                    f"the noise has shapes {got}, the parts that count {expected}.",
-                    "noise drawn for this very state.",
-                    "odeint(field, field.start(y0), t)   # start before every solve",
-                )
+                problem=f"the noise has shapes {got}, the parts that count {expected}.",
+                expected="noise drawn for this very state.",
+                fix="odeint(field, field.start(y0), t)   # start before every solve",
             )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchdiffeq_hyper._fields import own
 from torchdiffeq_hyper._state import StateLayout, part_norms, select
-from torchdiffeq_hyper.errors import OptionError, closest, explain
+from torchdiffeq_hyper.errors import OptionError, closest
 from torchdiffeq_hyper.recording import NothingRecordedError, Recorder, SampledStep, Solve, add
 
 Record = Recorder | Solve
@@ -153,11 +153,9 @@ def local_error_penalty(record: Record, part: int | None = None) -> Tensor:
 def _sampled(solve: Solve) -> SampledStep:
     if solve.sampled_step is None:
         raise NothingRecordedError(
-            explain(
-                f'the record of "{solve.method}" holds no step that can be taken again.',
-                "a Runge-Kutta method of the host, and at least one accepted step.",
-                'with tdh.record() as rec: odeint(func, y0, t, method="dopri5")',
-            )
+            problem=f'the record of "{solve.method}" holds no step that can be taken again.',
+            expected="a Runge-Kutta method of the host, and at least one accepted step.",
+            fix='with tdh.record() as rec: odeint(func, y0, t, method="dopri5")',
         )
     return solve.sampled_step
 
@@ -232,11 +230,9 @@ def _tensors(weights: Weights) -> list[Tensor]:
     tensors = list(weights)
     if not tensors:
         raise OptionError(
-            explain(
-                "there are no parameters to penalise.",
-                "a module with parameters that require gradients, or a list of tensors.",
-                "regularizers.l2(func)",
-            )
+            problem="there are no parameters to penalise.",
+            expected="a module with parameters that require gradients, or a list of tensors.",
+            fix="regularizers.l2(func)",
         )
     return tensors
 
@@ -320,17 +316,13 @@ def _penalty(name: str, record: Record | None, func: nn.Module | None, part: int
     known = [*_OF_RECORD, *_OF_FUNC]
     if name not in known:
         raise OptionError(
-            explain(
-                f"no penalty is called {name!r}.",
-                "one of " + ", ".join(f'"{penalty}"' for penalty in known) + ".",
-                f'{{"{closest(name, known)}": 0.1}}',
-            )
+            problem=f"no penalty is called {name!r}.",
+            expected="one of " + ", ".join(f'"{penalty}"' for penalty in known) + ".",
+            fix=f'{{"{closest(name, known)}": 0.1}}',
         )
     argument = "record=rec" if name in _OF_RECORD else "func=func"
     raise OptionError(
-        explain(
-            f'the penalty "{name}" has nothing to work on.',
-            f"the argument {argument}.",
-            f"add_penalties(loss, weights, {argument})",
-        )
+        problem=f'the penalty "{name}" has nothing to work on.',
+        expected=f"the argument {argument}.",
+        fix=f"add_penalties(loss, weights, {argument})",
     )

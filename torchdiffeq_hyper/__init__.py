@@ -27,8 +27,8 @@ from torchdiffeq_hyper.hosts.torchdiffeq import (
     unregister_method,
 )
 from torchdiffeq_hyper.hypernets import ConcatHypernet
-from torchdiffeq_hyper.methods._hookspecs import hookimpl
 from torchdiffeq_hyper.methods._plugins import (
+    hookimpl,
     load_entry_points,
     register_plugin,
     unregister_plugin,

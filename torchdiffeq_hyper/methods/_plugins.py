@@ -1,19 +1,65 @@
-"""Collects methods from plugins: ours, those registered directly, entry points."""
+"""The hook through which plugins add methods, and the plugins: ours, others', entry points."""
 
 from __future__ import annotations
 
+import sys
 import warnings
+from collections.abc import Callable
 from importlib import metadata
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import pluggy
 
 from torchdiffeq_hyper.errors import OptionError, PluginWarning
-from torchdiffeq_hyper.methods import _hookspecs, _registry
-from torchdiffeq_hyper.methods._method import make_method
+from torchdiffeq_hyper.methods import _registry
+from torchdiffeq_hyper.methods._method import WholeSolve, make_method
+from torchdiffeq_hyper.tableaus import Tableau
 
-_manager = pluggy.PluginManager(_hookspecs.PROJECT)
-_manager.add_hookspecs(_hookspecs)
+PROJECT = "torchdiffeq_hyper"
+"""Name of the pluggy project, and of the entry-point group."""
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class Register(Protocol):
+    """Adds one method; see `register_solvers`."""
+
+    def __call__(
+        self,
+        name: str,
+        solver: Tableau | WholeSolve | Callable[..., Any],
+        *,
+        order: int | None = None,
+        calls_per_step: int | None = None,
+        follows_grid: bool = True,
+    ) -> None:
+        """Add a method called ``name``."""
+        ...
+
+
+@hookspec
+def register_solvers(register: Register) -> None:
+    """Add solver methods by calling ``register``, once a method.
+
+    ``solver`` is a `Tableau`, of which every host makes a learned method (order and
+    calls a step are the tableau's), a `WholeSolve`, whose part solves the whole problem,
+    or a solver class of torchdiffeq's kind: called as
+    ``solver(func=..., y0=..., rtol=..., atol=..., **options)``, with ``integrate(t)``,
+    usually a subclass of torchdiffeq's own. For the last two ``order`` and
+    ``calls_per_step`` must be declared; ``follows_grid`` says whether the method steps
+    along the points of ``t``.
+
+    Example:
+        >>> import torchdiffeq_hyper as tdh
+        >>> @tdh.hookimpl
+        ... def register_solvers(register):
+        ...     register("my-ralston", MyRalston, order=2, calls_per_step=2)
+    """
+
+
+_manager = pluggy.PluginManager(PROJECT)
+_manager.add_hookspecs(sys.modules[__name__])
 
 
 def register_plugin(plugin: object, name: str | None = None) -> None:
@@ -116,7 +162,7 @@ def _refuse(problem: str) -> NoReturn:
 
 def load_entry_points() -> None:
     """Register installed plugins; one that breaks or clashes is warned about and skipped."""
-    for entry_point in metadata.entry_points(group=_hookspecs.PROJECT):
+    for entry_point in metadata.entry_points(group=PROJECT):
         try:
             register_plugin(entry_point.load(), entry_point.name)
         except Exception as error:  # noqa: BLE001 - a plugin may raise anything

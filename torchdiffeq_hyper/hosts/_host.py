@@ -1,13 +1,18 @@
-"""A host: an ODE library whose dict of methods is kept in line with the registry."""
+"""A host: an ODE library whose dict of methods follows the registry; and warnings given once."""
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
-from torchdiffeq_hyper.errors import DuplicateMethodError
+import torch
+from torch import nn
+
+from torchdiffeq_hyper.errors import AdjointWarning, DuplicateMethodError
 from torchdiffeq_hyper.methods import _registry
-from torchdiffeq_hyper.methods._method import Method
+from torchdiffeq_hyper.methods._method import ReadyMethod, SteppingMethod, WholeMethod
 
 
 class Host(ABC):
@@ -33,8 +38,16 @@ class Host(ABC):
         """Return the library's dict of methods; None while it is not imported."""
 
     @abstractmethod
-    def build(self, method: Method) -> Any:
-        """Return what the dict holds for a method; None for one that the library cannot run."""
+    def step_by_step(self, method: SteppingMethod) -> Any:
+        """Return what the dict holds for a method that follows a time grid."""
+
+    @abstractmethod
+    def all_at_once(self, method: WholeMethod) -> Any:
+        """Return what it holds for a method whose part solves the whole problem."""
+
+    @abstractmethod
+    def ready_made(self, method: ReadyMethod) -> Any:
+        """Return what it holds for a solver class of torchdiffeq's kind; None where it cannot."""
 
     def install(self) -> None:
         """Add the registered methods, and change no existing name.
@@ -69,7 +82,7 @@ class Host(ABC):
         known, self._clashing = self._clashing, set()
         new_clashes = []
         for name, method in wanted.items():
-            built = None if name in self.added else self.build(method)
+            built = None if name in self.added else method.build(self)
             if built is not None and name in entries:
                 self._clashing.add(name)
                 new_clashes += [] if name in known else [method]
@@ -82,3 +95,35 @@ class Host(ABC):
                 expected=f"a name that {self.name} does not have.",
                 fix=f'choose another name, e.g. "{name}-2"',
             )
+
+
+_warned: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+
+
+def warn_once(part: Any, what: str, text: str, category: type[Warning]) -> None:
+    """Warn of ``what``, unless ``part`` has given that warning before."""
+    # Equal parts are the same to a dictionary: their class stands for them.
+    is_itself = getattr(type(part), "__hash__", None) is object.__hash__
+    known = _warned.setdefault(part if is_itself else type(part), set())
+    if what not in known:
+        known.add(what)
+        warnings.warn(text, category, stacklevel=2)
+
+
+_UNTRAINED = {
+    "hypernet": "odeint_adjoint gives the hypernet no gradient, and its parameters require one. "
+    "To train it use odeint; otherwise hypernet.requires_grad_(False).",
+    "solver": "odeint_adjoint gives the solver no gradient, and its parameters require one. "
+    "To train it use odeint; otherwise solver.requires_grad_(False).",
+    "torchdyn": "torchdyn's adjoint sensitivities give a solver's own parameters (the "
+    "hypernet's) no gradient, and they require one. To train them use "
+    'sensitivity="autograd"; otherwise solver.requires_grad_(False).',
+}
+
+
+def warn_if_untrained(part: Any, which: str) -> None:
+    """Warn, once a part, that an adjoint gives it no gradient, if it wants one."""
+    if not isinstance(part, nn.Module) or torch.is_inference_mode_enabled():
+        return
+    if any(parameter.requires_grad for parameter in part.parameters()):
+        warn_once(part, which, _UNTRAINED[which], AdjointWarning)

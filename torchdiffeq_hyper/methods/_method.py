@@ -11,7 +11,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol
 
 from torchdiffeq_hyper.errors import (
     BaseMismatchError,
@@ -40,19 +40,16 @@ class WholeSolve:
     example: str
 
 
-BuiltT_co = TypeVar("BuiltT_co", covariant=True)
+class Builder(Protocol):
+    """A host: what it makes of each kind of method; None for a kind that it cannot run."""
 
-
-class Builder(Protocol[BuiltT_co]):
-    """A host: what it makes of each kind of method."""
-
-    def step_by_step(self, method: SteppingMethod) -> BuiltT_co:
+    def step_by_step(self, method: SteppingMethod) -> Any:
         """Return what solves step by step, along a time grid."""
 
-    def all_at_once(self, method: WholeMethod) -> BuiltT_co:
+    def all_at_once(self, method: WholeMethod) -> Any:
         """Return what hands the whole problem to the method's part."""
 
-    def ready_made(self, method: ReadyMethod) -> BuiltT_co:
+    def ready_made(self, method: ReadyMethod) -> Any:
         """Return what runs a solver class of torchdiffeq's own kind."""
 
 
@@ -88,7 +85,7 @@ class Method(ABC):
         return self.tableau is not None
 
     @abstractmethod
-    def build(self, host: Builder[BuiltT_co]) -> BuiltT_co:
+    def build(self, host: Builder) -> Any:
         """Return what a host is given for this method."""
 
     @abstractmethod
@@ -121,7 +118,7 @@ class SteppingMethod(Method):
     tableau: Tableau
     option: str | None = "solver"
 
-    def build(self, host: Builder[BuiltT_co]) -> BuiltT_co:
+    def build(self, host: Builder) -> Any:
         return host.step_by_step(self)
 
     def serves(self, part: object) -> bool:
@@ -161,7 +158,7 @@ class WholeMethod(Method):
     kind: type[Any]
     example: str
 
-    def build(self, host: Builder[BuiltT_co]) -> BuiltT_co:
+    def build(self, host: Builder) -> Any:
         return host.all_at_once(self)
 
     def serves(self, part: object) -> bool:
@@ -197,7 +194,7 @@ class ReadyMethod(Method):
 
     solver: Callable[..., Any]
 
-    def build(self, host: Builder[BuiltT_co]) -> BuiltT_co:
+    def build(self, host: Builder) -> Any:
         return host.ready_made(self)
 
     def serves(self, part: object) -> bool:

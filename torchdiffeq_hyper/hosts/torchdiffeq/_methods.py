@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from torchdiffeq_hyper.errors import StateTypeError, UnknownMethodError, closest
@@ -21,34 +20,6 @@ from torchdiffeq_hyper.solvers._binding import Fitted, FittedT
 _PUBLISHED = "register_method"
 
 
-@dataclass(frozen=True)
-class _Classes:
-    """Makes the classes that torchdiffeq calls: one a method.
-
-    Args:
-        also_accepted: options to accept and ignore.
-    """
-
-    also_accepted: frozenset[str] = frozenset()
-
-    def step_by_step(self, method: SteppingMethod) -> Any:
-        """Return the host's fixed-grid solver with a step of the method's."""
-        name = f"Hyper{method.tableau.name.capitalize()}"
-        return self._subclass(name, HyperGridSolver, entry=method, order=method.order)
-
-    def all_at_once(self, method: WholeMethod) -> Any:
-        """Return what hands the whole problem to the method's part."""
-        return self._subclass(method.kind.__name__, WholeProblemSolver, entry=method)
-
-    def ready_made(self, method: ReadyMethod) -> Any:
-        """Return the plugin's own class."""
-        return method.solver
-
-    def _subclass(self, name: str, base: type, **fields: Any) -> Any:
-        fields |= {"also_accepted": self.also_accepted, "__module__": __name__}
-        return type(name, (base,), fields)
-
-
 class Torchdiffeq(Host):
     """torchdiffeq's dict `SOLVERS`."""
 
@@ -60,9 +31,18 @@ class Torchdiffeq(Host):
         solvers: dict[str, Any] = SOLVERS
         return solvers
 
-    def build(self, method: Method) -> Any:
-        """Return the class that torchdiffeq calls."""
-        return method.build(_Classes())
+    def step_by_step(self, method: SteppingMethod) -> Any:
+        """Return the host's fixed-grid solver with a step of the method's."""
+        name = f"Hyper{method.tableau.name.capitalize()}"
+        return type(name, (HyperGridSolver,), {"entry": method, "order": method.order})
+
+    def all_at_once(self, method: WholeMethod) -> Any:
+        """Return what hands the whole problem to the method's part."""
+        return type(method.kind.__name__, (WholeProblemSolver,), {"entry": method})
+
+    def ready_made(self, method: ReadyMethod) -> Any:
+        """Return the plugin's own class."""
+        return method.solver
 
     def follow(self) -> None:
         """Make `SOLVERS` hold what the registry holds and what open scopes put there."""
@@ -185,7 +165,8 @@ def override(method: str, solver: FittedT) -> Iterator[FittedT]:
             fix=f'tdh.override("{closest(method, known)}", solver)',
         )
     original = _patches.unpatched(known[method])
-    served = published(method, solver, "override").build(_Classes(options_of(original)))
+    served = published(method, solver, "override").build(host)
+    served.also_accepted = options_of(original)
 
     def build(func: Any, y0: Any, rtol: Any, atol: Any, **options: Any) -> Any:
         call = HostCall.of(func)

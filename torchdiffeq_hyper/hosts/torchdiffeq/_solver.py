@@ -11,7 +11,7 @@ from torch import Tensor
 from torchdiffeq_hyper._fields import check_answer, check_derivative, context_of, own
 from torchdiffeq_hyper._state import Hypernet, check_dtype, is_half
 from torchdiffeq_hyper.errors import OptionError, StateTypeError
-from torchdiffeq_hyper.hosts._warnings import warn_if_untrained
+from torchdiffeq_hyper.hosts._host import warn_if_untrained
 from torchdiffeq_hyper.hosts.torchdiffeq._call import ForwardPlan, HostCall, known_options
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import FixedGridODESolver, Perturb, unperturbed
 from torchdiffeq_hyper.methods._method import SteppingMethod, base_of

@@ -13,7 +13,7 @@ from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._fields import look_through
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import OptionError
-from torchdiffeq_hyper.hosts._warnings import warn_if_untrained
+from torchdiffeq_hyper.hosts._host import warn_if_untrained
 from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall, known_options
 from torchdiffeq_hyper.hosts.torchdiffeq._patches import no_overrides
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import dopri5_solver, is_default_norm

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchdiffeq_hyper._state import is_half
 from torchdiffeq_hyper.errors import OptionError
-from torchdiffeq_hyper.hosts._warnings import warn_if_untrained
+from torchdiffeq_hyper.hosts._host import warn_if_untrained
 from torchdiffeq_hyper.hosts.torchdyn import _upstream
 from torchdiffeq_hyper.hosts.torchdyn._field import HostCall
 from torchdiffeq_hyper.methods._method import base_of

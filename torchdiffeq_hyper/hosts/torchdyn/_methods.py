@@ -74,19 +74,6 @@ class ImportHook(MetaPathFinder):
         loader.exec_module = run_then_tell  # type: ignore[method-assign]
 
 
-class _SolverObjects:
-    """Makes what torchdyn calls with a dtype to get a solver object."""
-
-    def step_by_step(self, method: Method) -> Any:
-        """Return what makes the method's solver object."""
-        return lambda dtype=torch.float32: Stepper(method)
-
-    all_at_once = step_by_step
-
-    def ready_made(self, method: Method) -> None:
-        """Return None: torchdyn cannot run solver classes of torchdiffeq's kind."""
-
-
 class Torchdyn(Host):
     """torchdyn's dict `SOLVER_DICT`, now if it is imported, else when it is."""
 
@@ -97,9 +84,14 @@ class Torchdyn(Host):
         """Return `SOLVER_DICT`; None while torchdyn is not imported."""
         return _upstream.solver_dict()
 
-    def build(self, method: Method) -> Any:
-        """Return what torchdyn calls with a dtype."""
-        return method.build(_SolverObjects())
+    def step_by_step(self, method: Method) -> Any:
+        """Return what torchdyn calls with a dtype to get a solver object."""
+        return lambda dtype=torch.float32: Stepper(method)
+
+    all_at_once = step_by_step
+
+    def ready_made(self, method: Method) -> None:
+        """Return None: torchdyn cannot run solver classes of torchdiffeq's kind."""
 
     def follow(self) -> None:
         """Make torchdyn, if imported, hold what the registry holds; wait for its import if not."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from torchdiffeq_hyper.errors import HostWarning
 from torchdiffeq_hyper.fitting._guard import own_random_state
-from torchdiffeq_hyper.hosts._warnings import warn_once
+from torchdiffeq_hyper.hosts._host import warn_once
 
 _SOLVERS = "torchdyn.numerics.solvers.ode"
 _ODEINT = "torchdyn.numerics.odeint"

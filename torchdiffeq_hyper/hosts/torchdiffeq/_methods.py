@@ -9,9 +9,13 @@ from typing import Any
 from torchdiffeq_hyper.errors import StateTypeError, UnknownMethodError, closest
 from torchdiffeq_hyper.hosts._host import Host
 from torchdiffeq_hyper.hosts.torchdiffeq import _patches
-from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
 from torchdiffeq_hyper.hosts.torchdiffeq._solver import HyperGridSolver
-from torchdiffeq_hyper.hosts.torchdiffeq._upstream import SOLVERS, FixedGridODESolver, options_of
+from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
+    SOLVERS,
+    FixedGridODESolver,
+    HostCall,
+    options_of,
+)
 from torchdiffeq_hyper.hosts.torchdiffeq._whole import WholeProblemSolver
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.methods._method import Method, ReadyMethod, SteppingMethod, WholeMethod

@@ -14,8 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
-from torchdiffeq_hyper.hosts.torchdiffeq._upstream import SOLVERS, dopri5_solver
+from torchdiffeq_hyper.hosts.torchdiffeq._upstream import SOLVERS, HostCall, dopri5_solver
 from torchdiffeq_hyper.methods import _registry
 
 Build: TypeAlias = Callable[..., Any]

@@ -12,8 +12,14 @@ from torchdiffeq_hyper._fields import check_answer, check_derivative, context_of
 from torchdiffeq_hyper._state import Hypernet, check_dtype, is_half
 from torchdiffeq_hyper.errors import OptionError, StateTypeError
 from torchdiffeq_hyper.hosts._host import warn_if_untrained
-from torchdiffeq_hyper.hosts.torchdiffeq._call import ForwardPlan, HostCall, known_options
-from torchdiffeq_hyper.hosts.torchdiffeq._upstream import FixedGridODESolver, Perturb, unperturbed
+from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
+    FixedGridODESolver,
+    ForwardPlan,
+    HostCall,
+    Perturb,
+    known_options,
+    unperturbed,
+)
 from torchdiffeq_hyper.methods._method import SteppingMethod, base_of
 from torchdiffeq_hyper.solvers._binding import Times, resolve
 from torchdiffeq_hyper.solvers._finite import cast_back, is_finite, raise_non_finite

@@ -14,9 +14,13 @@ from torchdiffeq_hyper._fields import look_through
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.hosts._host import warn_if_untrained
-from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall, known_options
 from torchdiffeq_hyper.hosts.torchdiffeq._patches import no_overrides
-from torchdiffeq_hyper.hosts.torchdiffeq._upstream import dopri5_solver, is_default_norm
+from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
+    HostCall,
+    dopri5_solver,
+    is_default_norm,
+    known_options,
+)
 from torchdiffeq_hyper.methods._method import WholeMethod, base_of
 from torchdiffeq_hyper.solvers._binding import Times, resolve
 

@@ -24,21 +24,18 @@ class HostCall:
         func: the field as it was given to `odeint`.
         t: the true times, decreasing in reverse time.
         negated: whether torchdyn gave time and derivative negated.
-        is_adjoint_backward: whether this is a backward solve of an adjoint.
     """
 
     func: Callable[..., Any]
     t: Tensor
     negated: bool
-    is_adjoint_backward: bool
 
     @classmethod
     def of(cls, func: Any, t: Tensor) -> HostCall:
         """Look through the wrapper that `odeint` may have put around ``func``."""
         inner = _upstream.unreversed(func)
         negated = inner is not None
-        func = func if inner is None else inner
-        return cls(func, -t if negated else t, negated, _upstream.is_adjoint_dynamics(func))
+        return cls(func if inner is None else inner, -t if negated else t, negated)
 
 
 def with_args(func: VectorField, args: Any) -> VectorField:

@@ -6,9 +6,8 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torchdiffeq._impl.dopri5 import Dopri5Solver
 from torchdiffeq._impl.misc import Perturb, _mixed_norm, _rms_norm
@@ -21,7 +20,6 @@ from torchdiffeq._impl.solvers import FixedGridODESolver
 
 from torchdiffeq_hyper._state import StateLayout
 from torchdiffeq_hyper.errors import OptionError, closest
-from torchdiffeq_hyper.solvers._grid import points_between
 from torchdiffeq_hyper.tableaus import Tableau
 
 __all__ = [
@@ -84,24 +82,12 @@ def dopri5_solver(func: Any, y0: Any, rtol: Any, atol: Any, **options: Any) -> A
 _PLAN = "_torchdiffeq_hyper_plan"
 
 
-@dataclass(frozen=True)
-class ForwardPlan:
-    """How the forward solve of an `odeint_adjoint` call stepped, for its backward solves.
-
-    It has a time grid (host time), or in event mode a step size.
-    """
+class ForwardPlan(NamedTuple):
+    """How the forward solve of an `odeint_adjoint` call stepped, for its backward solves."""
 
     tableau: Tableau
-    grid: Tensor | None = None
-    step_size: float | None = None
-
-    def grid_between(self, t: Tensor) -> Tensor:
-        """Return the forward's grid on one backward interval, whose time runs negated."""
-        if self.grid is not None:
-            return points_between(-self.grid, t)
-        assert self.step_size is not None
-        n = max(1, round(float(t[-1] - t[0]) / self.step_size))
-        return torch.lerp(t[0], t[-1], torch.arange(n + 1, dtype=t.dtype, device=t.device) / n)
+    grid_between: Callable[[Tensor], Tensor]
+    """From the two ends of a backward interval (host time) to the steps between."""
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from torchdiffeq_hyper.hosts.torchdyn._upstream import Held, held_by
 
 @dataclass(frozen=True)
 class HostCall:
-    """One call of torchdyn, seen through its reverse-time wrapper.
+    """One call of torchdyn, seen through the wrapper that negates time and derivative.
 
     Attributes:
         func: the field as it was given to `odeint`.
         t: the true times, decreasing in reverse time.
-        negated: whether torchdyn gave time and derivative negated.
+        negated: whether there is such a wrapper.
     """
 
     func: Callable[..., Any]

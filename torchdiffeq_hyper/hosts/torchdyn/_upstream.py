@@ -1,7 +1,6 @@
 """Everything taken from torchdyn's internals (checked against 1.0.6).
 
-Imports nothing of torchdyn, it looks at what the user has imported. A change upstream
-breaks this file and no other.
+Imports nothing of torchdyn: it looks at what the user has imported.
 """
 
 from __future__ import annotations
@@ -42,11 +41,6 @@ _HOLDERS = {
     INTERPOLATED_ADJOINT: (_SENSITIVITY, _PROBLEMS),
 }
 
-_SOLVER_HOLDERS = (
-    (_PROBLEMS, "ODEProblem", ("solver", "solver_adjoint")),
-    (_SHOOTING, "MultipleShootingDiffeqSolver", ("coarse_method", "fine_method")),
-)
-
 
 def holders(name: str) -> Iterator[ModuleType]:
     """Yield the imported modules through which torchdyn calls its function ``name``."""
@@ -58,7 +52,10 @@ def holders(name: str) -> Iterator[ModuleType]:
 
 def holders_of_solvers() -> Iterator[tuple[type[Any], tuple[str, ...]]]:
     """Yield the imported classes whose objects hold solvers, and under which attributes."""
-    for module_name, name, attributes in _SOLVER_HOLDERS:
+    for module_name, name, attributes in (
+        (_PROBLEMS, "ODEProblem", ("solver", "solver_adjoint")),
+        (_SHOOTING, "MultipleShootingDiffeqSolver", ("coarse_method", "fine_method")),
+    ):
         kind = getattr(sys.modules.get(module_name), name, None)
         if kind is not None:
             yield kind, attributes
@@ -81,13 +78,10 @@ def dopri5(dtype: torch.dtype) -> Any:
     return sys.modules[_SOLVERS].str_to_solver("dopri5", dtype)
 
 
-def solve_dopri5(
-    func: Any, y0: Tensor, t: Tensor, *, rtol: float, atol: float, **options: Any
-) -> tuple[Tensor, Tensor]:
+def solve_dopri5(func: Any, y0: Tensor, t: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """Return times and states of torchdyn's own dopri5, with ``return_all_eval`` of all steps."""
-    solver = dopri5(y0.dtype)
     found: tuple[Tensor, Tensor] = sys.modules[_ODEINT].odeint(
-        func, y0, t, solver, rtol=rtol, atol=atol, **options
+        func, y0, t, dopri5(y0.dtype), **options
     )
     return found
 
@@ -111,10 +105,7 @@ def is_adjoint_dynamics(func: Any) -> bool:
 def refine_spline(func: Any, t: Tensor, states: Tensor) -> None:
     """Have an interpolated adjoint's field read states off a spline through these.
 
-    Args:
-        func: the field of a backward solve.
-        t: increasing times (n,).
-        states: (n, batch, d).
+    The times (n,) increase; the states are (n, batch, d).
     """
     host = sys.modules[_SENSITIVITY]
     coefficients = host.natural_cubic_coeffs(x=states.permute(1, 0, 2), t=t)
@@ -181,8 +172,7 @@ def held_by(held: Sequence[Held], index: Tensor) -> list[Held]:
 def sample_state(func: Any, batch: int) -> list[Held]:
     """Return what layers of ``func`` hold of every sample: data control, and a CNF's noise.
 
-    Depth, which layers are told at every call, is listed with None: it holds nothing, but
-    calls leave theirs behind.
+    Depth, which layers are told at every call and which calls leave behind, comes with None.
     """
     found: list[Held] = []
     for module in func.modules() if isinstance(func, nn.Module) else ():
@@ -214,11 +204,8 @@ def set_at_start(model: Any, y0: Tensor) -> list[Held]:
 
 
 def set_by_solves(model: Any) -> list[tuple[nn.Module, str, Any]]:
-    """Return what solves set on a model's modules, as it is now.
-
-    That is the count of calls, the time of time-dependent layers, the start that data
-    control sees, and a trace estimator's noise.
-    """
+    """Return what solves set on a model's modules, as it is now."""
+    # Calls, the time of layers, the start that data control sees, a trace estimator's noise.
     names = ("nfe", "t", "_control", "noise")
     return [(m, name, vars(m)[name]) for m in model.modules() for name in names if name in vars(m)]
 
@@ -242,10 +229,5 @@ _TEXTS = {
 
 
 def warn(what: str, part: Any) -> None:
-    """Warn, once a solver, of a defect of the host.
-
-    Args:
-        what: which of them: "t_eval", "reverse adjoint", "save_at" or "args".
-        part: the solver it happens to.
-    """
+    """Warn, once a solver, of a defect of the host."""
     warn_once(part, what, _TEXTS[what], HostWarning)

@@ -10,12 +10,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from torchdiffeq_hyper.errors import AdjointWarning, DuplicateMethodError
+from torchdiffeq_hyper.errors import AdjointWarning
 from torchdiffeq_hyper.methods import _registry
-from torchdiffeq_hyper.methods._method import ReadyMethod, SteppingMethod, WholeMethod
+from torchdiffeq_hyper.methods._method import Builder
 
 
-class Host(ABC):
+class Host(Builder, ABC):
     """Puts the registry's methods into a library's dict, and takes them out again.
 
     Attributes:
@@ -37,24 +37,8 @@ class Host(ABC):
     def entries(self) -> dict[str, Any] | None:
         """Return the library's dict of methods; None while it is not imported."""
 
-    @abstractmethod
-    def step_by_step(self, method: SteppingMethod) -> Any:
-        """Return what the dict holds for a method that follows a time grid."""
-
-    @abstractmethod
-    def all_at_once(self, method: WholeMethod) -> Any:
-        """Return what it holds for a method whose part solves the whole problem."""
-
-    @abstractmethod
-    def ready_made(self, method: ReadyMethod) -> Any:
-        """Return what it holds for a solver class of torchdiffeq's kind; None where it cannot."""
-
     def install(self) -> None:
-        """Add the registered methods, and change no existing name.
-
-        Raises:
-            DuplicateMethodError: the library has got a method of the same name meanwhile.
-        """
+        """Add the registered methods, and change no existing name."""
         with _registry.lock:
             self.is_installed = True
             self.follow()
@@ -89,12 +73,7 @@ class Host(ABC):
             elif built is not None:
                 entries[name] = self.added[name] = built
         if new_clashes:
-            name, owner = new_clashes[0].name, new_clashes[0].owner
-            raise DuplicateMethodError(
-                problem=f'method "{name}" of {owner} is already a {self.noun} of {self.name}.',
-                expected=f"a name that {self.name} does not have.",
-                fix=f'choose another name, e.g. "{name}-2"',
-            )
+            raise _registry.name_taken(new_clashes[0], f"{self.noun} of {self.name}")
 
 
 _warned: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
@@ -110,20 +89,13 @@ def warn_once(part: Any, what: str, text: str, category: type[Warning]) -> None:
         warnings.warn(text, category, stacklevel=2)
 
 
-_UNTRAINED = {
-    "hypernet": "odeint_adjoint gives the hypernet no gradient, and its parameters require one. "
-    "To train it use odeint; otherwise hypernet.requires_grad_(False).",
-    "solver": "odeint_adjoint gives the solver no gradient, and its parameters require one. "
-    "To train it use odeint; otherwise solver.requires_grad_(False).",
-    "torchdyn": "torchdyn's adjoint sensitivities give a solver's own parameters (the "
-    "hypernet's) no gradient, and they require one. To train them use "
-    'sensitivity="autograd"; otherwise solver.requires_grad_(False).',
-}
-
-
-def warn_if_untrained(part: Any, which: str) -> None:
+def warn_if_untrained(part: Any, what: str, adjoint: str, instead: str) -> None:
     """Warn, once a part, that an adjoint gives it no gradient, if it wants one."""
     if not isinstance(part, nn.Module) or torch.is_inference_mode_enabled():
         return
     if any(parameter.requires_grad for parameter in part.parameters()):
-        warn_once(part, which, _UNTRAINED[which], AdjointWarning)
+        text = (
+            f"{adjoint} gives the parameters of the {what} no gradient, and they require one. "
+            f"To train them use {instead}; otherwise {what}.requires_grad_(False)."
+        )
+        warn_once(part, adjoint, text, AdjointWarning)

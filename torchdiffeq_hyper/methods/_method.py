@@ -11,7 +11,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 from torchdiffeq_hyper.errors import (
     BaseMismatchError,
@@ -94,13 +94,7 @@ class Method(ABC):
 
     @abstractmethod
     def checked(self, part: Any) -> Any:
-        """Return the part of a call.
-
-        Raises:
-            MissingHypernetError: it is None.
-            StateTypeError: it is of another kind.
-            BaseMismatchError: it was fitted for another base.
-        """
+        """Return the part of a call, after checking that there is one and that it serves."""
 
     def given(self, options: Mapping[str, Any]) -> Any:
         """Return the part that a call's options hold; None without."""
@@ -128,7 +122,7 @@ class SteppingMethod(Method):
         base = self.tableau.name
         if part is None:
             example = f'tdh.fit(func, y0, (0.0, 1.0), base="{base}", steps=10)'
-            _refuse_missing(self, "fitted hypernet", "a fitted part", "solver", example)
+            raise _missing(self, "fitted hypernet", example)
         if base_of(part) is None:
             raise StateTypeError(
                 problem=f"the solver for {self.name!r} is a {type(part).__name__}.",
@@ -175,7 +169,7 @@ class WholeMethod(Method):
     def checked(self, part: Any) -> Any:
         kind, option = self.kind.__name__, self.option
         if part is None:
-            _refuse_missing(self, kind, "one", option, self.example)
+            raise _missing(self, kind, self.example)
         if not isinstance(part, self.kind):
             fix = f'options={{"{option}": {self.example}}}'
             if base_of(part) is not None:
@@ -219,11 +213,7 @@ def make_method(
     calls_per_step: int | None = None,
     follows_grid: bool = True,
 ) -> Method:
-    """Return the method that a plugin registers; see `register_solvers`.
-
-    Raises:
-        OptionError: the declarations are missing or make no sense.
-    """
+    """Return the method that a plugin registers, after checking it; see `register_solvers`."""
     if isinstance(solver, Tableau):
         order, calls_per_step = solver.order, solver.calls
     if order is None or calls_per_step is None:
@@ -249,13 +239,12 @@ def make_method(
     raise OptionError(problem=problem, expected=expected, fix=fix)
 
 
-def _refuse_missing(
-    method: Method, what: str, which: str, option: str | None, example: str
-) -> NoReturn:
-    name = method.name
-    raise MissingHypernetError(
+def _missing(method: Method, what: str, example: str) -> MissingHypernetError:
+    name, option = method.name, method.option
+    return MissingHypernetError(
         problem=f'method "{name}" found no {what} for this func.',
-        expected=f"{which} as an option, attached to func, in scope, or under a published name.",
+        expected="a fitted part as an option, attached to func, in scope, or under a published "
+        "name.",
         fix=f"{option} = {example}\n"
         f'odeint(func, y0, t, method="{name}", options={{"{option}": {option}}})\n'
         f"NeuralODE(vf, solver={option})            # torchdyn\n"

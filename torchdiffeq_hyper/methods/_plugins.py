@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from importlib import metadata
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import pluggy
 
@@ -94,7 +94,12 @@ def register_plugin(plugin: object, name: str | None = None) -> None:
     owner = name or str(getattr(plugin, "__name__", type(plugin).__name__))
     with _registry.lock:
         _registry.notify()  # a host may have got methods of its own meanwhile
-        _check_new(plugin, owner)
+        if _manager.has_plugin(owner) or _manager.is_registered(plugin):
+            raise OptionError(
+                problem=f"plugin {owner!r} is registered already.",
+                expected="a plugin, and a name, that is new.",
+                fix=f"tdh.unregister_plugin({owner!r}) first",
+            )
         try:
             with _registry.changing():
                 _collect(plugin, owner)
@@ -125,15 +130,6 @@ def unregister_plugin(name: str) -> None:
         _registry.notify()
 
 
-def _check_new(plugin: object, owner: str) -> None:
-    if _manager.has_plugin(owner) or _manager.is_registered(plugin):
-        raise OptionError(
-            problem=f"plugin {owner!r} is registered already.",
-            expected="a plugin, and a name, that is new.",
-            fix=f"tdh.unregister_plugin({owner!r}) first",
-        )
-
-
 def _collect(plugin: object, owner: str) -> None:
     """Register a plugin with pluggy and call its hook alone."""
 
@@ -141,23 +137,21 @@ def _collect(plugin: object, owner: str) -> None:
         _registry.add(make_method(owner, *method, **declared))
 
     others = [p for _, p in _manager.list_name_plugin()]
+    problem = None
     try:
         _manager.register(plugin, name=owner)
         _manager.check_pending()
     except pluggy.PluginValidationError as error:
-        _refuse(f"plugin {owner!r} does not fit the hook: {error}")
-    if not _manager.get_hookcallers(plugin):
-        _refuse(f"plugin {owner!r} implements no hook.")
-    hook = _manager.subset_hook_caller("register_solvers", others)
-    hook(register=register)
-
-
-def _refuse(problem: str) -> NoReturn:
-    raise OptionError(
-        problem=problem,
-        expected="a function register_solvers(register) marked with tdh.hookimpl.",
-        fix="@tdh.hookimpl\ndef register_solvers(register): ...",
-    )
+        problem = f"plugin {owner!r} does not fit the hook: {error}"
+    if problem is None and not _manager.get_hookcallers(plugin):
+        problem = f"plugin {owner!r} implements no hook."
+    if problem is not None:
+        raise OptionError(
+            problem=problem,
+            expected="a function register_solvers(register) marked with tdh.hookimpl.",
+            fix="@tdh.hookimpl\ndef register_solvers(register): ...",
+        )
+    _manager.subset_hook_caller("register_solvers", others)(register=register)
 
 
 def load_entry_points() -> None:

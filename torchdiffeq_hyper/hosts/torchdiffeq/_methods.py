@@ -60,24 +60,18 @@ class Torchdiffeq(Host):
     def reserve_own_names(self) -> None:
         """Tell the registry which methods torchdiffeq has of its own."""
         own = {n: _patches.unpatched(cls) for n, cls in SOLVERS.items() if n not in self.added}
-        _registry.reserve(
-            {
-                name: isinstance(cls, type) and issubclass(cls, FixedGridODESolver)
-                for name, cls in own.items()
-            },
-            self.name,
-        )
+        follows_grid = {
+            name: isinstance(cls, type) and issubclass(cls, FixedGridODESolver)
+            for name, cls in own.items()
+        }
+        _registry.reserve(follows_grid, self.name)
 
 
 host = Torchdiffeq()
 
 
-def published(name: str, solver: Fitted, owner: str) -> Method:
-    """Return a method that carries its fitted solver.
-
-    Raises:
-        StateTypeError: ``solver`` is not a fitted solver.
-    """
+def _published(name: str, solver: Fitted, owner: str) -> Method:
+    """Return a method that carries its fitted solver."""
     entry = _registry.method_for(solver)
     if entry is None or entry.option is None:
         raise StateTypeError(
@@ -114,7 +108,7 @@ def register_method(name: str, solver: Fitted) -> None:
     with _registry.lock:
         host.reserve_own_names()
         with _registry.changing():
-            _registry.add(published(name, solver, _PUBLISHED))
+            _registry.add(_published(name, solver, _PUBLISHED))
 
 
 def unregister_method(name: str) -> None:
@@ -169,7 +163,7 @@ def override(method: str, solver: FittedT) -> Iterator[FittedT]:
             fix=f'tdh.override("{closest(method, known)}", solver)',
         )
     original = _patches.unpatched(known[method])
-    served = published(method, solver, "override").build(host)
+    served = _published(method, solver, "override").build(host)
     served.also_accepted = options_of(original)
 
     def build(func: Any, y0: Any, rtol: Any, atol: Any, **options: Any) -> Any:

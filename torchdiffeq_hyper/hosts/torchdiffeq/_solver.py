@@ -83,7 +83,7 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
             return
         net, tableau = self._bound_net(Times(t, is_negated=call.negated))
         if call.is_adjoint_forward:
-            warn_if_untrained(net, "hypernet")
+            warn_if_untrained(net, "hypernet", "odeint_adjoint", "odeint")
         part, solver = None, self._solver
         if solver is not None:
             n_steps = solver.n_steps

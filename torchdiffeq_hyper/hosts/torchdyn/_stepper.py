@@ -228,7 +228,7 @@ class AdjointStepper(Stepper):
             self._grid = equal_steps(call.t.detach(), part.n_steps)
         if self._is_trained:
             if base_of(part) is not None:
-                warn_if_untrained(part, "torchdyn")
+                warn_if_untrained(part, "solver", "torchdyn's adjoint", 'sensitivity="autograd"')
             if call.negated:
                 _upstream.warn("reverse adjoint", part)
         needs_states = self._is_interpolated and not call.negated

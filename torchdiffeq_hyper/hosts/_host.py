@@ -37,24 +37,10 @@ class Host(Builder, ABC):
     def entries(self) -> dict[str, Any] | None:
         """Return the library's dict of methods; None while it is not imported."""
 
-    def install(self) -> None:
-        """Add the registered methods, and change no existing name."""
-        with _registry.lock:
-            self.is_installed = True
-            self.follow()
-
-    def uninstall(self) -> None:
-        """Remove everything that `install` added."""
-        with _registry.lock:
-            self.is_installed = False
-            self.follow()
-
     def follow(self) -> None:
         """Make the dict hold what the registry holds, if installed.
 
-        Raises:
-            DuplicateMethodError: the library has a method of the same name, which was not
-                known before; all others are added.
+        A name that the library is found to have itself raises once; all others are added.
         """
         entries = self.entries()
         if entries is None:

@@ -88,13 +88,13 @@ class Method(ABC):
     def build(self, host: Builder) -> Any:
         """Return what a host is given for this method."""
 
-    @abstractmethod
     def serves(self, part: object) -> bool:
         """Return whether ``part`` is a part of this method."""
+        return False
 
-    @abstractmethod
     def checked(self, part: Any) -> Any:
         """Return the part of a call, after checking that there is one and that it serves."""
+        return part
 
     def given(self, options: Mapping[str, Any]) -> Any:
         """Return the part that a call's options hold; None without."""
@@ -141,8 +141,8 @@ class SteppingMethod(Method):
 
     def published(self, name: str, part: Any, owner: str) -> Method:
         base = part.tableau  # with the part's own alpha
-        fitted = replace(self, tableau=base, order=base.order, calls_per_step=base.calls)
-        return replace(fitted, name=name, fitted=part, owner=owner)
+        method = super().published(name, part, owner)
+        return replace(method, tableau=base, order=base.order, calls_per_step=base.calls)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,12 +190,6 @@ class ReadyMethod(Method):
 
     def build(self, host: Builder) -> Any:
         return host.ready_made(self)
-
-    def serves(self, part: object) -> bool:
-        return False
-
-    def checked(self, part: Any) -> Any:
-        return part
 
 
 def base_of(part: object) -> str | None:

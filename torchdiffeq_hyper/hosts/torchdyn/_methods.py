@@ -18,7 +18,7 @@ import importlib
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -255,7 +255,8 @@ def _without_solvers(kind: type[Any], names: Sequence[str]) -> dict[str, Any]:
 
     def apply(model: Any, *positional: Any, **named: Any) -> Any:
         applied = super(kind, model)._apply(*positional, **named)
-        for solver in dict.fromkeys(_held(model, names)):
+        held = [vars(model).get(name) for name in names]
+        for solver in {solver for solver in held if isinstance(solver, nn.Module)}:
             solver._apply(*positional, **named)
         return applied
 
@@ -281,13 +282,6 @@ def _without_solvers(kind: type[Any], names: Sequence[str]) -> dict[str, Any]:
 
 def _is_ours(value: object) -> bool:
     return isinstance(value, nn.Module) and isinstance(value, part_classes())
-
-
-def _held(model: Any, names: Sequence[str]) -> Iterator[nn.Module]:
-    for name in names:
-        solver = vars(model).get(name)
-        if isinstance(solver, nn.Module):
-            yield solver
 
 
 def _take_out_solvers(

@@ -126,18 +126,10 @@ class Stepper:
         args: Any = None,
         tolerances: Tolerances | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Solve the whole problem, as torchdyn's loops do.
+        """Solve the whole problem, as torchdyn's loops do: field, state, times as they have them.
 
-        Args:
-            f: the field that the host gives to its loops.
-            x: the state.
-            t_span: the host's times, negated in reverse time.
-            save_at: true times to return, points of t_span; none: all of it.
-            args: passed on to a func that takes it.
-            tolerances: where the host tells.
-
-        Returns:
-            ``t_span`` or ``save_at``, and the states there.
+        Returns ``t_span``, or the times ``save_at`` (true times, points of it), and the states
+        there.
         """
         call = HostCall.of(f, t_span)
         part = self._part_for(call)
@@ -297,11 +289,7 @@ class CheckedFunction:
 
 
 def _saved_points(save_at: Any, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``save_at`` as a tensor, and where its times lie in ``t``.
-
-    Raises:
-        OptionError: a time is not in ``t``.
-    """
+    """Return ``save_at`` as a tensor, and where its times lie in ``t``."""
     wanted = torch.as_tensor(save_at, dtype=t.dtype, device=t.device)
     is_same = torch.isclose(wanted.reshape(-1, 1), t.detach())
     missing = wanted[~is_same.any(dim=1)]

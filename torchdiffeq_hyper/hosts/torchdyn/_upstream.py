@@ -33,18 +33,13 @@ ADAPTIVE_LOOP = "_adaptive_odeint"
 ADJOINT = "_gather_odefunc_adjoint"
 INTERPOLATED_ADJOINT = "_gather_odefunc_interp_adjoint"
 
-# `core.problems` holds names of its own, imported from `numerics.sensitivity`.
-_HOLDERS = {
-    FIXED_LOOP: (_ODEINT,),
-    ADAPTIVE_LOOP: (_ODEINT,),
-    ADJOINT: (_SENSITIVITY, _PROBLEMS),
-    INTERPOLATED_ADJOINT: (_SENSITIVITY, _PROBLEMS),
-}
-
 
 def holders(name: str) -> Iterator[ModuleType]:
-    """Yield the imported modules through which torchdyn calls its function ``name``."""
-    for module_name in _HOLDERS[name]:
+    """Yield the imported modules through which torchdyn calls its function ``name``.
+
+    (`core.problems` holds names of its own, imported from `numerics.sensitivity`.)
+    """
+    for module_name in ENTRANCES:
         module = sys.modules.get(module_name)
         if module is not None and hasattr(module, name):
             yield module
@@ -117,12 +112,6 @@ def is_problem(model: object) -> TypeGuard[nn.Module]:
     """Return whether ``model`` is a `NeuralODE`, or another `ODEProblem`."""
     kind = getattr(sys.modules.get(_PROBLEMS), "ODEProblem", None)
     return kind is not None and isinstance(model, kind)
-
-
-def field_of(model: Any) -> Callable[..., Any]:
-    """Return the field that a `NeuralODE`, or another `ODEProblem`, solves."""
-    field: Callable[..., Any] = model.vf
-    return field
 
 
 def wrapped_field(func: object) -> object | None:

@@ -93,7 +93,6 @@ def register_plugin(plugin: object, name: str | None = None) -> None:
     """
     owner = name or str(getattr(plugin, "__name__", type(plugin).__name__))
     with _registry.lock:
-        _registry.notify()  # a host may have got methods of its own meanwhile
         if _manager.has_plugin(owner) or _manager.is_registered(plugin):
             raise OptionError(
                 problem=f"plugin {owner!r} is registered already.",
@@ -123,11 +122,11 @@ def unregister_plugin(name: str) -> None:
                 + ", ".join(repr(known) for known, _ in _manager.list_name_plugin()),
                 fix="tdh.register_plugin(plugin, name=...) first",
             )
-        _manager.unregister(name=name)
-        for method in _registry.methods().values():
-            if method.owner == name:
-                _registry.remove(method.name)
-        _registry.notify()
+        with _registry.changing():
+            _manager.unregister(name=name)
+            for method in _registry.methods().values():
+                if method.owner == name:
+                    _registry.remove(method.name)
 
 
 def _collect(plugin: object, owner: str) -> None:

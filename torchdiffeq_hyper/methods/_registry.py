@@ -42,15 +42,12 @@ def host_methods() -> Mapping[str, bool]:
 
 
 def add(method: Method) -> None:
-    """Add an entry, whose name must be no other entry's and no host's."""
-    with lock:
-        owners = {name: host for host, names in _hosts.items() for name in names}
-        owners.update({name: other.owner for name, other in _methods.items()})
-        taken = owners.get(method.name)
-        if taken is None:
-            _replace({**_methods, method.name: method})
-    if taken is not None:
-        raise name_taken(method, f"method of {taken}")
+    """Add an entry, inside `changing`; its name must be no other entry's and no host's."""
+    owners = {name: host for host, names in _hosts.items() for name in names}
+    owners.update({name: other.owner for name, other in _methods.items()})
+    if method.name in owners:
+        raise name_taken(method, f"method of {owners[method.name]}")
+    _replace({**_methods, method.name: method})
 
 
 def name_taken(method: Method, by: str) -> DuplicateMethodError:
@@ -68,9 +65,8 @@ def _replace(methods: Mapping[str, Method]) -> None:
 
 
 def remove(name: str) -> None:
-    """Remove an entry."""
-    with lock:
-        _replace({other: entry for other, entry in _methods.items() if other != name})
+    """Remove an entry, inside `changing`."""
+    _replace({other: entry for other, entry in _methods.items() if other != name})
 
 
 def find(name: str) -> Method:
@@ -144,6 +140,7 @@ def notify() -> None:
 def changing() -> Iterator[None]:
     """Change the methods inside the block and have hosts follow; an error undoes it all."""
     with lock:
+        notify()  # a host may have got methods of its own meanwhile
         before = _methods
         try:
             yield

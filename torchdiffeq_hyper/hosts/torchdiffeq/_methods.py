@@ -51,20 +51,16 @@ class Torchdiffeq(Host):
     def follow(self) -> None:
         """Make `SOLVERS` hold what the registry holds and what open scopes put there."""
         with _registry.lock:
-            self.reserve_own_names()
+            own = {n: _patches.unpatched(cls) for n, cls in SOLVERS.items() if n not in self.added}
+            follows_grid = {
+                name: isinstance(cls, type) and issubclass(cls, FixedGridODESolver)
+                for name, cls in own.items()
+            }
+            _registry.reserve(follows_grid, self.name)
             try:
                 super().follow()
             finally:
                 _patches.follow()
-
-    def reserve_own_names(self) -> None:
-        """Tell the registry which methods torchdiffeq has of its own."""
-        own = {n: _patches.unpatched(cls) for n, cls in SOLVERS.items() if n not in self.added}
-        follows_grid = {
-            name: isinstance(cls, type) and issubclass(cls, FixedGridODESolver)
-            for name, cls in own.items()
-        }
-        _registry.reserve(follows_grid, self.name)
 
 
 host = Torchdiffeq()
@@ -105,10 +101,8 @@ def register_method(name: str, solver: Fitted) -> None:
         tensor([0.3685])
         >>> tdh.unregister_method("decay-fast")
     """
-    with _registry.lock:
-        host.reserve_own_names()
-        with _registry.changing():
-            _registry.add(_published(name, solver, _PUBLISHED))
+    with _registry.changing():
+        _registry.add(_published(name, solver, _PUBLISHED))
 
 
 def unregister_method(name: str) -> None:
@@ -125,8 +119,8 @@ def unregister_method(name: str) -> None:
                 expected="a name given to tdh.register_method.",
                 fix=f'tdh.register_method("{name}", solver) first',
             )
-        _registry.remove(name)
-        _registry.notify()
+        with _registry.changing():
+            _registry.remove(name)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from exact import zero
 from stubs import Counted, convergence_order, damped_wave, spiral, spiral_solution
 from torchdiffeq_hyper import errors
 from torchdiffeq_hyper.methods import Register, _plugins, _registry
-from torchdiffeq_hyper.methods._hookspecs import PROJECT
+from torchdiffeq_hyper.methods._plugins import PROJECT
 
 
 class PlainEuler(FixedGridODESolver):  # type: ignore[misc]

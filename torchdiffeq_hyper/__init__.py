@@ -5,7 +5,9 @@ Importing the package adds method names to torchdiffeq's `odeint`, `odeint_adjoi
 name.
 """
 
-from torchdiffeq_hyper import _builtin, dise, errors, hypernets, regularizers
+import sys
+
+from torchdiffeq_hyper import dise, errors, hypernets, regularizers
 from torchdiffeq_hyper._fields import Conditioned
 from torchdiffeq_hyper._state import StepInput
 from torchdiffeq_hyper.dise import (
@@ -27,7 +29,7 @@ from torchdiffeq_hyper.hosts.torchdiffeq import (
     unregister_method,
 )
 from torchdiffeq_hyper.hypernets import ConcatHypernet
-from torchdiffeq_hyper.methods._hookspecs import hookimpl
+from torchdiffeq_hyper.methods import Register, WholeSolve, hookimpl
 from torchdiffeq_hyper.methods._plugins import (
     load_entry_points,
     register_plugin,
@@ -39,6 +41,8 @@ from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 from torchdiffeq_hyper.solvers._report import FitReport
 from torchdiffeq_hyper.solvers._solver import Solver
 from torchdiffeq_hyper.solvers.bespoke import BespokeSolver
+from torchdiffeq_hyper.solvers.per_sample import PerSampleDopri5
+from torchdiffeq_hyper.tableaus import EULER, HEUN, MIDPOINT, RK4, second_order
 
 __version__ = "0.1.0"
 
@@ -81,6 +85,27 @@ __all__ = [
     "using",
 ]
 
-register_plugin(_builtin, "torchdiffeq_hyper")
+
+@hookimpl
+def register_solvers(register: Register) -> None:
+    """Register a hypersolver for every base, and the methods that solve the whole problem."""
+    register("hypereuler", EULER)
+    register("hypermidpoint", MIDPOINT)
+    register("hyperheun", HEUN)
+    register("hyper2", second_order())
+    register("hyperrk4", RK4)
+    by_sample = WholeSolve(PerSampleDopri5, None, "PerSampleDopri5()")
+    register("dopri5_per_sample", by_sample, order=5, calls_per_step=6, follows_grid=False)
+    example = 'tdh.fit(func, y0, (0.0, 1.0), base="bns", steps=8)'
+    bespoke = WholeSolve(BespokeSolver, "solver", example)
+    # What sums of weights guarantee; one step is the whole span, with as many calls as fitted.
+    register("bns", bespoke, order=1, calls_per_step=1, follows_grid=False)
+    candidates = 'tdh.Dise([tdh.Candidate("euler", steps=2), tdh.Candidate("dopri5")], selector=v)'
+    dise = WholeSolve(Dise, "dise", candidates)
+    # What its weakest candidate may have.
+    register("dise", dise, order=1, calls_per_step=1, follows_grid=False)
+
+
+register_plugin(sys.modules[__name__], "torchdiffeq_hyper")
 install()
 load_entry_points()

@@ -29,7 +29,7 @@ from torchdiffeq_hyper.errors import (
     OptionError,
     StateTypeError,
 )
-from torchdiffeq_hyper.hosts import _warnings
+from torchdiffeq_hyper.hosts import _host
 from torchdiffeq_hyper.hosts.torchdyn import _methods
 from torchdiffeq_hyper.methods import WholeSolve, _registry
 from torchdiffeq_hyper.tableaus import EULER
@@ -295,7 +295,7 @@ def test_whole_problem_methods_of_third_parties_come_and_go(y0: Tensor) -> None:
 def test_defects_are_named_once_where_parts_are_made_for_each_call(
     y0: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_warnings, "_warned", WeakKeyDictionary())
+    monkeypatch.setattr(_host, "_warned", WeakKeyDictionary())
     solver = NeuralODE(Spiral(), solver="dopri5_per_sample")
     with pytest.warns(HostWarning, match="negated"):
         solver(y0, T.flip(0))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.hosts import torchdiffeq, torchdyn
+from torchdiffeq_hyper.hosts._host import Host
 from torchdiffeq_hyper.methods import _registry
 
 __all__ = ["install", "uninstall"]
+
+_HOSTS: tuple[Host, ...] = (torchdiffeq.host, torchdyn.host)
 
 
 def install(host: str | None = None) -> None:
@@ -34,9 +37,7 @@ def install(host: str | None = None) -> None:
             expected='"torchdiffeq", "torchdyn" or None.',
             fix='tdh.install("torchdyn")',
         )
-    with _registry.lock:
-        torchdiffeq.host.install()
-        torchdyn.host.install()
+    _set_installed(is_installed=True)
     if host == "torchdyn":
         torchdyn.load()
 
@@ -49,9 +50,14 @@ def uninstall() -> None:
         >>> tdh.uninstall()
         >>> tdh.install()
     """
+    _set_installed(is_installed=False)
+
+
+def _set_installed(*, is_installed: bool) -> None:
     with _registry.lock:
-        torchdiffeq.host.uninstall()
-        torchdyn.host.uninstall()
+        for host in _HOSTS:
+            host.is_installed = is_installed
+            host.follow()
 
 
 _registry.on_change(torchdiffeq.host.follow)

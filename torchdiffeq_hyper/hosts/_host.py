@@ -1,16 +1,21 @@
-"""A host: an ODE library whose dict of methods is kept in line with the registry."""
+"""A host: an ODE library whose dict of methods follows the registry; and warnings given once."""
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
-from torchdiffeq_hyper.errors import DuplicateMethodError
+import torch
+from torch import nn
+
+from torchdiffeq_hyper.errors import AdjointWarning
 from torchdiffeq_hyper.methods import _registry
-from torchdiffeq_hyper.methods._method import Method
+from torchdiffeq_hyper.methods._method import Builder
 
 
-class Host(ABC):
+class Host(Builder, ABC):
     """Puts the registry's methods into a library's dict, and takes them out again.
 
     Attributes:
@@ -32,32 +37,10 @@ class Host(ABC):
     def entries(self) -> dict[str, Any] | None:
         """Return the library's dict of methods; None while it is not imported."""
 
-    @abstractmethod
-    def build(self, method: Method) -> Any:
-        """Return what the dict holds for a method; None for one that the library cannot run."""
-
-    def install(self) -> None:
-        """Add the registered methods, and change no existing name.
-
-        Raises:
-            DuplicateMethodError: the library has got a method of the same name meanwhile.
-        """
-        with _registry.lock:
-            self.is_installed = True
-            self.follow()
-
-    def uninstall(self) -> None:
-        """Remove everything that `install` added."""
-        with _registry.lock:
-            self.is_installed = False
-            self.follow()
-
     def follow(self) -> None:
         """Make the dict hold what the registry holds, if installed.
 
-        Raises:
-            DuplicateMethodError: the library has a method of the same name, which was not
-                known before; all others are added.
+        A name that the library is found to have itself raises once; all others are added.
         """
         entries = self.entries()
         if entries is None:
@@ -69,16 +52,36 @@ class Host(ABC):
         known, self._clashing = self._clashing, set()
         new_clashes = []
         for name, method in wanted.items():
-            built = None if name in self.added else self.build(method)
+            built = None if name in self.added else method.build(self)
             if built is not None and name in entries:
                 self._clashing.add(name)
                 new_clashes += [] if name in known else [method]
             elif built is not None:
                 entries[name] = self.added[name] = built
         if new_clashes:
-            name, owner = new_clashes[0].name, new_clashes[0].owner
-            raise DuplicateMethodError(
-                problem=f'method "{name}" of {owner} is already a {self.noun} of {self.name}.',
-                expected=f"a name that {self.name} does not have.",
-                fix=f'choose another name, e.g. "{name}-2"',
-            )
+            raise _registry.name_taken(new_clashes[0], f"{self.noun} of {self.name}")
+
+
+_warned: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+
+
+def warn_once(part: Any, what: str, text: str, category: type[Warning]) -> None:
+    """Warn of ``what``, unless ``part`` has given that warning before."""
+    # Equal parts are the same to a dictionary: their class stands for them.
+    is_itself = getattr(type(part), "__hash__", None) is object.__hash__
+    known = _warned.setdefault(part if is_itself else type(part), set())
+    if what not in known:
+        known.add(what)
+        warnings.warn(text, category, stacklevel=2)
+
+
+def warn_if_untrained(part: Any, what: str, adjoint: str, instead: str) -> None:
+    """Warn, once a part, that an adjoint gives it no gradient, if it wants one."""
+    if not isinstance(part, nn.Module) or torch.is_inference_mode_enabled():
+        return
+    if any(parameter.requires_grad for parameter in part.parameters()):
+        text = (
+            f"{adjoint} gives the parameters of the {what} no gradient, and they require one. "
+            f"To train them use {instead}; otherwise {what}.requires_grad_(False)."
+        )
+        warn_once(part, adjoint, text, AdjointWarning)

@@ -11,7 +11,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, Protocol
 
 from torchdiffeq_hyper.errors import (
     BaseMismatchError,
@@ -40,19 +40,16 @@ class WholeSolve:
     example: str
 
 
-BuiltT_co = TypeVar("BuiltT_co", covariant=True)
+class Builder(Protocol):
+    """A host: what it makes of each kind of method; None for a kind that it cannot run."""
 
-
-class Builder(Protocol[BuiltT_co]):
-    """A host: what it makes of each kind of method."""
-
-    def step_by_step(self, method: SteppingMethod) -> BuiltT_co:
+    def step_by_step(self, method: SteppingMethod) -> Any:
         """Return what solves step by step, along a time grid."""
 
-    def all_at_once(self, method: WholeMethod) -> BuiltT_co:
+    def all_at_once(self, method: WholeMethod) -> Any:
         """Return what hands the whole problem to the method's part."""
 
-    def ready_made(self, method: ReadyMethod) -> BuiltT_co:
+    def ready_made(self, method: ReadyMethod) -> Any:
         """Return what runs a solver class of torchdiffeq's own kind."""
 
 
@@ -88,22 +85,16 @@ class Method(ABC):
         return self.tableau is not None
 
     @abstractmethod
-    def build(self, host: Builder[BuiltT_co]) -> BuiltT_co:
+    def build(self, host: Builder) -> Any:
         """Return what a host is given for this method."""
 
-    @abstractmethod
     def serves(self, part: object) -> bool:
         """Return whether ``part`` is a part of this method."""
+        return False
 
-    @abstractmethod
     def checked(self, part: Any) -> Any:
-        """Return the part of a call.
-
-        Raises:
-            MissingHypernetError: it is None.
-            StateTypeError: it is of another kind.
-            BaseMismatchError: it was fitted for another base.
-        """
+        """Return the part of a call, after checking that there is one and that it serves."""
+        return part
 
     def given(self, options: Mapping[str, Any]) -> Any:
         """Return the part that a call's options hold; None without."""
@@ -121,7 +112,7 @@ class SteppingMethod(Method):
     tableau: Tableau
     option: str | None = "solver"
 
-    def build(self, host: Builder[BuiltT_co]) -> BuiltT_co:
+    def build(self, host: Builder) -> Any:
         return host.step_by_step(self)
 
     def serves(self, part: object) -> bool:
@@ -131,7 +122,7 @@ class SteppingMethod(Method):
         base = self.tableau.name
         if part is None:
             example = f'tdh.fit(func, y0, (0.0, 1.0), base="{base}", steps=10)'
-            _refuse_missing(self, "fitted hypernet", "a fitted part", "solver", example)
+            raise _missing(self, "fitted hypernet", example)
         if base_of(part) is None:
             raise StateTypeError(
                 problem=f"the solver for {self.name!r} is a {type(part).__name__}.",
@@ -150,8 +141,8 @@ class SteppingMethod(Method):
 
     def published(self, name: str, part: Any, owner: str) -> Method:
         base = part.tableau  # with the part's own alpha
-        fitted = replace(self, tableau=base, order=base.order, calls_per_step=base.calls)
-        return replace(fitted, name=name, fitted=part, owner=owner)
+        method = super().published(name, part, owner)
+        return replace(method, tableau=base, order=base.order, calls_per_step=base.calls)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +152,7 @@ class WholeMethod(Method):
     kind: type[Any]
     example: str
 
-    def build(self, host: Builder[BuiltT_co]) -> BuiltT_co:
+    def build(self, host: Builder) -> Any:
         return host.all_at_once(self)
 
     def serves(self, part: object) -> bool:
@@ -178,7 +169,7 @@ class WholeMethod(Method):
     def checked(self, part: Any) -> Any:
         kind, option = self.kind.__name__, self.option
         if part is None:
-            _refuse_missing(self, kind, "one", option, self.example)
+            raise _missing(self, kind, self.example)
         if not isinstance(part, self.kind):
             fix = f'options={{"{option}": {self.example}}}'
             if base_of(part) is not None:
@@ -197,14 +188,8 @@ class ReadyMethod(Method):
 
     solver: Callable[..., Any]
 
-    def build(self, host: Builder[BuiltT_co]) -> BuiltT_co:
+    def build(self, host: Builder) -> Any:
         return host.ready_made(self)
-
-    def serves(self, part: object) -> bool:
-        return False
-
-    def checked(self, part: Any) -> Any:
-        return part
 
 
 def base_of(part: object) -> str | None:
@@ -222,11 +207,7 @@ def make_method(
     calls_per_step: int | None = None,
     follows_grid: bool = True,
 ) -> Method:
-    """Return the method that a plugin registers; see `register_solvers`.
-
-    Raises:
-        OptionError: the declarations are missing or make no sense.
-    """
+    """Return the method that a plugin registers, after checking it; see `register_solvers`."""
     if isinstance(solver, Tableau):
         order, calls_per_step = solver.order, solver.calls
     if order is None or calls_per_step is None:
@@ -252,13 +233,12 @@ def make_method(
     raise OptionError(problem=problem, expected=expected, fix=fix)
 
 
-def _refuse_missing(
-    method: Method, what: str, which: str, option: str | None, example: str
-) -> NoReturn:
-    name = method.name
-    raise MissingHypernetError(
+def _missing(method: Method, what: str, example: str) -> MissingHypernetError:
+    name, option = method.name, method.option
+    return MissingHypernetError(
         problem=f'method "{name}" found no {what} for this func.',
-        expected=f"{which} as an option, attached to func, in scope, or under a published name.",
+        expected="a fitted part as an option, attached to func, in scope, or under a published "
+        "name.",
         fix=f"{option} = {example}\n"
         f'odeint(func, y0, t, method="{name}", options={{"{option}": {option}}})\n'
         f"NeuralODE(vf, solver={option})            # torchdyn\n"

@@ -1,19 +1,65 @@
-"""Collects methods from plugins: ours, those registered directly, entry points."""
+"""The hook through which plugins add methods, and the plugins: ours, others', entry points."""
 
 from __future__ import annotations
 
+import sys
 import warnings
+from collections.abc import Callable
 from importlib import metadata
-from typing import Any, NoReturn
+from typing import Any, Protocol
 
 import pluggy
 
 from torchdiffeq_hyper.errors import OptionError, PluginWarning
-from torchdiffeq_hyper.methods import _hookspecs, _registry
-from torchdiffeq_hyper.methods._method import make_method
+from torchdiffeq_hyper.methods import _registry
+from torchdiffeq_hyper.methods._method import WholeSolve, make_method
+from torchdiffeq_hyper.tableaus import Tableau
 
-_manager = pluggy.PluginManager(_hookspecs.PROJECT)
-_manager.add_hookspecs(_hookspecs)
+PROJECT = "torchdiffeq_hyper"
+"""Name of the pluggy project, and of the entry-point group."""
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class Register(Protocol):
+    """Adds one method; see `register_solvers`."""
+
+    def __call__(
+        self,
+        name: str,
+        solver: Tableau | WholeSolve | Callable[..., Any],
+        *,
+        order: int | None = None,
+        calls_per_step: int | None = None,
+        follows_grid: bool = True,
+    ) -> None:
+        """Add a method called ``name``."""
+        ...
+
+
+@hookspec
+def register_solvers(register: Register) -> None:
+    """Add solver methods by calling ``register``, once a method.
+
+    ``solver`` is a `Tableau`, of which every host makes a learned method (order and
+    calls a step are the tableau's), a `WholeSolve`, whose part solves the whole problem,
+    or a solver class of torchdiffeq's kind: called as
+    ``solver(func=..., y0=..., rtol=..., atol=..., **options)``, with ``integrate(t)``,
+    usually a subclass of torchdiffeq's own. For the last two ``order`` and
+    ``calls_per_step`` must be declared; ``follows_grid`` says whether the method steps
+    along the points of ``t``.
+
+    Example:
+        >>> import torchdiffeq_hyper as tdh
+        >>> @tdh.hookimpl
+        ... def register_solvers(register):
+        ...     register("my-ralston", MyRalston, order=2, calls_per_step=2)
+    """
+
+
+_manager = pluggy.PluginManager(PROJECT)
+_manager.add_hookspecs(sys.modules[__name__])
 
 
 def register_plugin(plugin: object, name: str | None = None) -> None:
@@ -47,8 +93,12 @@ def register_plugin(plugin: object, name: str | None = None) -> None:
     """
     owner = name or str(getattr(plugin, "__name__", type(plugin).__name__))
     with _registry.lock:
-        _registry.notify()  # a host may have got methods of its own meanwhile
-        _check_new(plugin, owner)
+        if _manager.has_plugin(owner) or _manager.is_registered(plugin):
+            raise OptionError(
+                problem=f"plugin {owner!r} is registered already.",
+                expected="a plugin, and a name, that is new.",
+                fix=f"tdh.unregister_plugin({owner!r}) first",
+            )
         try:
             with _registry.changing():
                 _collect(plugin, owner)
@@ -72,20 +122,11 @@ def unregister_plugin(name: str) -> None:
                 + ", ".join(repr(known) for known, _ in _manager.list_name_plugin()),
                 fix="tdh.register_plugin(plugin, name=...) first",
             )
-        _manager.unregister(name=name)
-        for method in _registry.methods().values():
-            if method.owner == name:
-                _registry.remove(method.name)
-        _registry.notify()
-
-
-def _check_new(plugin: object, owner: str) -> None:
-    if _manager.has_plugin(owner) or _manager.is_registered(plugin):
-        raise OptionError(
-            problem=f"plugin {owner!r} is registered already.",
-            expected="a plugin, and a name, that is new.",
-            fix=f"tdh.unregister_plugin({owner!r}) first",
-        )
+        with _registry.changing():
+            _manager.unregister(name=name)
+            for method in _registry.methods().values():
+                if method.owner == name:
+                    _registry.remove(method.name)
 
 
 def _collect(plugin: object, owner: str) -> None:
@@ -95,28 +136,26 @@ def _collect(plugin: object, owner: str) -> None:
         _registry.add(make_method(owner, *method, **declared))
 
     others = [p for _, p in _manager.list_name_plugin()]
+    problem = None
     try:
         _manager.register(plugin, name=owner)
         _manager.check_pending()
     except pluggy.PluginValidationError as error:
-        _refuse(f"plugin {owner!r} does not fit the hook: {error}")
-    if not _manager.get_hookcallers(plugin):
-        _refuse(f"plugin {owner!r} implements no hook.")
-    hook = _manager.subset_hook_caller("register_solvers", others)
-    hook(register=register)
-
-
-def _refuse(problem: str) -> NoReturn:
-    raise OptionError(
-        problem=problem,
-        expected="a function register_solvers(register) marked with tdh.hookimpl.",
-        fix="@tdh.hookimpl\ndef register_solvers(register): ...",
-    )
+        problem = f"plugin {owner!r} does not fit the hook: {error}"
+    if problem is None and not _manager.get_hookcallers(plugin):
+        problem = f"plugin {owner!r} implements no hook."
+    if problem is not None:
+        raise OptionError(
+            problem=problem,
+            expected="a function register_solvers(register) marked with tdh.hookimpl.",
+            fix="@tdh.hookimpl\ndef register_solvers(register): ...",
+        )
+    _manager.subset_hook_caller("register_solvers", others)(register=register)
 
 
 def load_entry_points() -> None:
     """Register installed plugins; one that breaks or clashes is warned about and skipped."""
-    for entry_point in metadata.entry_points(group=_hookspecs.PROJECT):
+    for entry_point in metadata.entry_points(group=PROJECT):
         try:
             register_plugin(entry_point.load(), entry_point.name)
         except Exception as error:  # noqa: BLE001 - a plugin may raise anything

@@ -42,23 +42,21 @@ def host_methods() -> Mapping[str, bool]:
 
 
 def add(method: Method) -> None:
-    """Add an entry.
+    """Add an entry, inside `changing`; its name must be no other entry's and no host's."""
+    owners = {name: host for host, names in _hosts.items() for name in names}
+    owners.update({name: other.owner for name, other in _methods.items()})
+    if method.name in owners:
+        raise name_taken(method, f"method of {owners[method.name]}")
+    _replace({**_methods, method.name: method})
 
-    Raises:
-        DuplicateMethodError: the name is another entry's or a host's.
-    """
-    with lock:
-        owners = {name: host for host, names in _hosts.items() for name in names}
-        owners.update({name: other.owner for name, other in _methods.items()})
-        taken = owners.get(method.name)
-        if taken is None:
-            _replace({**_methods, method.name: method})
-    if taken is not None:
-        raise DuplicateMethodError(
-            problem=f'method "{method.name}" of {method.owner} is already a method of {taken}.',
-            expected="a name that no host, plugin or published solver has.",
-            fix=f'choose another name, e.g. "{method.name}-2"',
-        )
+
+def name_taken(method: Method, by: str) -> DuplicateMethodError:
+    """Return the error for a name that is already a method of somebody else."""
+    return DuplicateMethodError(
+        problem=f'method "{method.name}" of {method.owner} is already a {by}.',
+        expected="a name that no host, plugin or published solver has.",
+        fix=f'choose another name, e.g. "{method.name}-2"',
+    )
 
 
 def _replace(methods: Mapping[str, Method]) -> None:
@@ -66,24 +64,13 @@ def _replace(methods: Mapping[str, Method]) -> None:
     _methods = methods
 
 
-def remove(name: str) -> Method:
-    """Remove and return an entry.
-
-    Raises:
-        UnknownMethodError: there is no such entry.
-    """
-    with lock:
-        method = find(name)
-        _replace({other: entry for other, entry in _methods.items() if other != name})
-    return method
+def remove(name: str) -> None:
+    """Remove an entry, inside `changing`."""
+    _replace({other: entry for other, entry in _methods.items() if other != name})
 
 
 def find(name: str) -> Method:
-    """Return the entry called ``name``.
-
-    Raises:
-        UnknownMethodError: there is no such entry.
-    """
+    """Return the entry called ``name``; `UnknownMethodError` where there is none."""
     known = _methods
     if name not in known:
         raise unknown_method(name, known, 'method="{}"')
@@ -104,11 +91,7 @@ def method_for(part: object) -> Method | None:
 
 
 def method_of(base: str) -> Method:
-    """Return the learned method built on the base called ``base``.
-
-    Raises:
-        OptionError: no registered method has that base.
-    """
+    """Return the learned method built on the base called ``base``."""
     learned = {
         method.tableau.name: method
         for method in _methods.values()
@@ -124,11 +107,7 @@ def method_of(base: str) -> Method:
 
 
 def find_tableau(base: str, alpha: float | None = None) -> Tableau:
-    """Return the tableau called ``base`` (``alpha`` belongs to the base "alpha" only).
-
-    Raises:
-        OptionError: the name is unknown, or ``alpha`` is given to another base.
-    """
+    """Return the tableau called ``base`` (``alpha`` belongs to the base "alpha" only)."""
     tableau = method_of(base).tableau
     assert tableau is not None
     if alpha is None:
@@ -161,6 +140,7 @@ def notify() -> None:
 def changing() -> Iterator[None]:
     """Change the methods inside the block and have hosts follow; an error undoes it all."""
     with lock:
+        notify()  # a host may have got methods of its own meanwhile
         before = _methods
         try:
             yield

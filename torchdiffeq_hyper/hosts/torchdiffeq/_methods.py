@@ -4,49 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from torchdiffeq_hyper.errors import StateTypeError, UnknownMethodError, closest
 from torchdiffeq_hyper.hosts._host import Host
 from torchdiffeq_hyper.hosts.torchdiffeq import _patches
-from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
 from torchdiffeq_hyper.hosts.torchdiffeq._solver import HyperGridSolver
-from torchdiffeq_hyper.hosts.torchdiffeq._upstream import SOLVERS, FixedGridODESolver, options_of
+from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
+    SOLVERS,
+    FixedGridODESolver,
+    HostCall,
+    options_of,
+)
 from torchdiffeq_hyper.hosts.torchdiffeq._whole import WholeProblemSolver
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.methods._method import Method, ReadyMethod, SteppingMethod, WholeMethod
 from torchdiffeq_hyper.solvers._binding import Fitted, FittedT
 
 _PUBLISHED = "register_method"
-
-
-@dataclass(frozen=True)
-class _Classes:
-    """Makes the classes that torchdiffeq calls: one a method.
-
-    Args:
-        also_accepted: options to accept and ignore.
-    """
-
-    also_accepted: frozenset[str] = frozenset()
-
-    def step_by_step(self, method: SteppingMethod) -> Any:
-        """Return the host's fixed-grid solver with a step of the method's."""
-        name = f"Hyper{method.tableau.name.capitalize()}"
-        return self._subclass(name, HyperGridSolver, entry=method, order=method.order)
-
-    def all_at_once(self, method: WholeMethod) -> Any:
-        """Return what hands the whole problem to the method's part."""
-        return self._subclass(method.kind.__name__, WholeProblemSolver, entry=method)
-
-    def ready_made(self, method: ReadyMethod) -> Any:
-        """Return the plugin's own class."""
-        return method.solver
-
-    def _subclass(self, name: str, base: type, **fields: Any) -> Any:
-        fields |= {"also_accepted": self.also_accepted, "__module__": __name__}
-        return type(name, (base,), fields)
 
 
 class Torchdiffeq(Host):
@@ -60,40 +35,39 @@ class Torchdiffeq(Host):
         solvers: dict[str, Any] = SOLVERS
         return solvers
 
-    def build(self, method: Method) -> Any:
-        """Return the class that torchdiffeq calls."""
-        return method.build(_Classes())
+    def step_by_step(self, method: SteppingMethod) -> Any:
+        """Return the host's fixed-grid solver with a step of the method's."""
+        name = f"Hyper{method.tableau.name.capitalize()}"
+        return type(name, (HyperGridSolver,), {"entry": method, "order": method.order})
+
+    def all_at_once(self, method: WholeMethod) -> Any:
+        """Return what hands the whole problem to the method's part."""
+        return type(method.kind.__name__, (WholeProblemSolver,), {"entry": method})
+
+    def ready_made(self, method: ReadyMethod) -> Any:
+        """Return the plugin's own class."""
+        return method.solver
 
     def follow(self) -> None:
         """Make `SOLVERS` hold what the registry holds and what open scopes put there."""
         with _registry.lock:
-            self.reserve_own_names()
+            own = {n: _patches.unpatched(cls) for n, cls in SOLVERS.items() if n not in self.added}
+            follows_grid = {
+                name: isinstance(cls, type) and issubclass(cls, FixedGridODESolver)
+                for name, cls in own.items()
+            }
+            _registry.reserve(follows_grid, self.name)
             try:
                 super().follow()
             finally:
                 _patches.follow()
 
-    def reserve_own_names(self) -> None:
-        """Tell the registry which methods torchdiffeq has of its own."""
-        own = {n: _patches.unpatched(cls) for n, cls in SOLVERS.items() if n not in self.added}
-        _registry.reserve(
-            {
-                name: isinstance(cls, type) and issubclass(cls, FixedGridODESolver)
-                for name, cls in own.items()
-            },
-            self.name,
-        )
-
 
 host = Torchdiffeq()
 
 
-def published(name: str, solver: Fitted, owner: str) -> Method:
-    """Return a method that carries its fitted solver.
-
-    Raises:
-        StateTypeError: ``solver`` is not a fitted solver.
-    """
+def _published(name: str, solver: Fitted, owner: str) -> Method:
+    """Return a method that carries its fitted solver."""
     entry = _registry.method_for(solver)
     if entry is None or entry.option is None:
         raise StateTypeError(
@@ -127,10 +101,8 @@ def register_method(name: str, solver: Fitted) -> None:
         tensor([0.3685])
         >>> tdh.unregister_method("decay-fast")
     """
-    with _registry.lock:
-        host.reserve_own_names()
-        with _registry.changing():
-            _registry.add(published(name, solver, _PUBLISHED))
+    with _registry.changing():
+        _registry.add(_published(name, solver, _PUBLISHED))
 
 
 def unregister_method(name: str) -> None:
@@ -147,8 +119,8 @@ def unregister_method(name: str) -> None:
                 expected="a name given to tdh.register_method.",
                 fix=f'tdh.register_method("{name}", solver) first',
             )
-        _registry.remove(name)
-        _registry.notify()
+        with _registry.changing():
+            _registry.remove(name)
 
 
 @contextmanager
@@ -185,7 +157,8 @@ def override(method: str, solver: FittedT) -> Iterator[FittedT]:
             fix=f'tdh.override("{closest(method, known)}", solver)',
         )
     original = _patches.unpatched(known[method])
-    served = published(method, solver, "override").build(_Classes(options_of(original)))
+    served = _published(method, solver, "override").build(host)
+    served.also_accepted = options_of(original)
 
     def build(func: Any, y0: Any, rtol: Any, atol: Any, **options: Any) -> Any:
         call = HostCall.of(func)

@@ -6,28 +6,24 @@ them. They nest in any order; what a scope replaced is watched like any other me
 
 from __future__ import annotations
 
-import contextvars
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
-from torchdiffeq_hyper.hosts.torchdiffeq._upstream import SOLVERS, dopri5_solver
+from torchdiffeq_hyper.hosts.torchdiffeq._upstream import SOLVERS, HostCall, dopri5_solver
 from torchdiffeq_hyper.methods import _registry
 
 Build: TypeAlias = Callable[..., Any]
 """``(func, y0, rtol, atol, **options) -> solver``: what a method name stands for."""
-Watch: TypeAlias = Callable[..., Any]
-"""``(method, build, func, y0, rtol, atol, **options) -> solver``."""
 
 _NONE: Mapping[str, Build] = MappingProxyType({})
-_overrides: contextvars.ContextVar[Mapping[str, Build]] = contextvars.ContextVar(
-    "overrides", default=_NONE
-)
-_watch: contextvars.ContextVar[Watch | None] = contextvars.ContextVar("watch", default=None)
+_overrides = ContextVar("overrides", default=_NONE)
+# Called as ``watch(method, build, func=, y0=, rtol=, atol=, **options) -> solver``.
+_watch: ContextVar[Callable[..., Any] | None] = ContextVar("watch", default=None)
 
 _SERVED = "_torchdiffeq_hyper_served_backward"
 
@@ -46,7 +42,7 @@ class _Dispatcher:
     def __call__(self, func: Any, y0: Any, rtol: Any, atol: Any, **options: Any) -> Any:
         build = _overrides.get().get(self.method, self.original)
         call = HostCall.of(func)
-        if call.is_adjoint_backward and self.method in _served_backward(call.carrier):
+        if call.is_adjoint_backward and self.method in vars(call.carrier).get(_SERVED, ()):
             build = dopri5_solver
         watch = _watch.get()
         if watch is None:
@@ -59,23 +55,36 @@ class _Dispatcher:
         return valid
 
 
-def no_overrides() -> AbstractContextManager[None]:
+@contextmanager
+def no_overrides() -> Iterator[None]:
     """Let the host's methods be its own inside the block."""
-    return _set(_overrides, _NONE)
+    token = _overrides.set(_NONE)
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
 
 
-@contextmanager
-def replaced(method: str, build: Build) -> Iterator[None]:
+def replaced(method: str, build: Build) -> AbstractContextManager[None]:
     """Have ``method`` served by ``build`` in this context, inside the block."""
-    with _set(_overrides, {**_overrides.get(), method: build}), _patched(method):
-        yield
+    return _scope(method, _overrides, {**_overrides.get(), method: build})
+
+
+def watched(watch: Callable[..., Any]) -> AbstractContextManager[None]:
+    """Have every method of this context built by ``watch``, inside the block."""
+    return _scope(_ALL, _watch, watch)
 
 
 @contextmanager
-def watched(watch: Watch) -> Iterator[None]:
-    """Have every method of this context built by ``watch``, inside the block."""
-    with _set(_watch, watch), _patched(_ALL):
+def _scope(method: str, variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    """Set a variable of the context and patch ``method`` inside the block."""
+    token = variable.set(value)
+    _count(method, 1)
+    try:
         yield
+    finally:
+        _count(method, -1)
+        variable.reset(token)
 
 
 def serve_backward(method: str, carrier: Any) -> None:
@@ -84,14 +93,9 @@ def serve_backward(method: str, carrier: Any) -> None:
     They may come after the scope has closed, or on a thread that never saw it. So the
     method stays patched for as long as ``carrier``, which lives as long as the call's graph.
     """
-    carrier.__dict__[_SERVED] = _served_backward(carrier) | {method}
+    vars(carrier).setdefault(_SERVED, set()).add(method)
     _count(method, 1)
     weakref.finalize(carrier, _count, method, -1)
-
-
-def _served_backward(carrier: Any) -> frozenset[str]:
-    served: frozenset[str] = getattr(carrier, "__dict__", {}).get(_SERVED, frozenset())
-    return served
 
 
 def unpatched(solver: Any) -> Any:
@@ -113,21 +117,3 @@ def _count(method: str, change: int) -> None:
     with _registry.lock:
         _scopes[method] += change
         follow()
-
-
-@contextmanager
-def _patched(method: str) -> Iterator[None]:
-    _count(method, 1)
-    try:
-        yield
-    finally:
-        _count(method, -1)
-
-
-@contextmanager
-def _set(variable: contextvars.ContextVar[Any], value: Any) -> Iterator[None]:
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)

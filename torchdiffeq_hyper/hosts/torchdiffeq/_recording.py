@@ -1,11 +1,15 @@
-"""Scopes in which torchdiffeq's solves are recorded, errors of their steps included."""
+"""Scopes in which torchdiffeq's solves are recorded, errors of their steps included.
+
+An adaptive solver is watched from outside: its func tells the stages, its callbacks whether
+a step was accepted, its norm the error ratio.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +17,14 @@ from torchdiffeq import odeint
 
 from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._state import State, VectorField, is_half
-from torchdiffeq_hyper.errors import StateTypeError
+from torchdiffeq_hyper.errors import StateTypeError, explain
 from torchdiffeq_hyper.hosts.torchdiffeq import _patches
-from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
-from torchdiffeq_hyper.hosts.torchdiffeq._step_log import StepLog, WatchedFunc
-from torchdiffeq_hyper.hosts.torchdiffeq._upstream import PerturbFunc, RKAdaptiveStepsizeODESolver
+from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
+    HostCall,
+    Perturb,
+    PerturbFunc,
+    RKAdaptiveStepsizeODESolver,
+)
 
 
 @contextmanager
@@ -102,7 +109,7 @@ def _watch(method: str, build: Callable[..., Any], func: Any, y0: Tensor, **opti
     # In backward a checkpointed solve runs again: as before, but not for the record.
     recorders = recording.open_recorders() if torch._C._current_graph_task_id() == -1 else ()
     draft = recording.Draft(method, y0, call.layout, recorders, is_adjoint=call.is_adjoint_forward)
-    watched = WatchedFunc(func, draft)
+    watched = _WatchedFunc(func, draft)
     if not (isinstance(build, type) and issubclass(build, RKAdaptiveStepsizeODESolver)):
         return _WatchedSolver(build(func=watched, y0=y0, **options), draft)
     if is_half(y0.dtype):
@@ -113,8 +120,7 @@ def _watch(method: str, build: Callable[..., Any], func: Any, y0: Tensor, **opti
             if call.layout.shapes
             else "odeint(func, y0.float(), t, ...)",
         )
-    log = StepLog(call, draft, y0, keeps_outputs="max_num_steps" in options)
-    return _WatchedSolver(_recording_class(build)(log, func=watched, y0=y0, **options), draft)
+    return _WatchedSolver(_recording_class(build)(call, draft, watched, y0, **options), draft)
 
 
 class _WatchedSolver:
@@ -133,39 +139,205 @@ class _WatchedSolver:
     def _run(self, solve: Callable[..., Any], *arguments: Any) -> Any:
         with self._draft.entered():
             solution = solve(*arguments)
-        if isinstance(self._solver, RecordsSteps):
-            self._solver.log.conclude()
+        if isinstance(self._solver, _RecordsSteps):
+            self._solver.conclude()
         self._draft.publish()
         return solution
 
 
-class RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
+class _WatchedFunc(PerturbFunc):  # type: ignore[misc]
+    """The host's outermost wrapper, which counts and, during a step, keeps what it saw.
+
+    It takes the place of the wrapper it is made from: with both, the call would look like
+    the forward solve of `odeint_adjoint`.
+    """
+
+    def __init__(self, func: PerturbFunc, draft: recording.Draft) -> None:
+        super().__init__(func.base_func)
+        self._replaced = (func,)  # in a tuple: not a submodule
+        self._draft = draft
+        self.stages: list[tuple[Tensor, Tensor]] | None = None
+        self.outcome: Any = None  # of the latest step: (t0, dt, whether it was accepted)
+        self.ratio: Any = None  # of its error to its tolerance
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("callback_"):
+            return getattr(self._replaced[0], name)
+        return super().__getattr__(name)
+
+    def forward(self, t: Tensor, y: Tensor, *, perturb: Perturb = Perturb.NONE) -> Tensor:
+        self._draft.nfe += 1
+        k: Tensor = super().forward(t, y, perturb=perturb)
+        if self.stages is not None:
+            self.stages.append((y, k))
+        return k
+
+    def callback_accept_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
+        self.outcome = (t0, dt, True)
+        self._replaced[0].callback_accept_step(t0, y0, dt)
+
+    def callback_reject_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
+        self.outcome = (t0, dt, False)
+        self._replaced[0].callback_reject_step(t0, y0, dt)
+
+
+class _Attempt(NamedTuple):
+    """One attempted step; times are the host's, norms are (batch,) for each part of the state."""
+
+    t0: Tensor
+    dt: Tensor
+    ratio: Tensor
+    is_accepted: bool
+    errors: tuple[Tensor, ...]
+    rise: tuple[Tensor, ...]
+    run: tuple[Tensor, ...]
+
+
+class _RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
     """What is put before an adaptive solver of the host to keep its steps."""
 
-    def __init__(self, log: StepLog, func: WatchedFunc, y0: Tensor, **options: Any) -> None:
+    def __init__(
+        self, call: HostCall, draft: recording.Draft, func: _WatchedFunc, y0: Tensor, **options: Any
+    ) -> None:
         super().__init__(func=func, y0=y0, **options)
-        self.log = log
-        self.norm: Any = log.noting_ratio(self.norm)
+        self.call, self.draft = call, draft
+        self.keeps_outputs = "max_num_steps" in options
+        self.outputs: list[tuple[Tensor, Tensor]] = []
+        self.attempts: list[_Attempt] = []
+        self.marks: list[Any] = []
+        self.n_accepted = 0
+        ends_step = self.tableau.alpha[-2:].tolist() == [1.0, 1.0]
+        self.with_slopes = ends_step and any(recorder.stiffness for recorder in draft.recorders)
+        host_norm = self.norm
+
+        # Holds func alone: in a cycle with the solver, graphs would outlive the solve.
+        def noting_norm(scaled_error: Tensor) -> Tensor:
+            func.ratio = host_norm(scaled_error)
+            ratio: Tensor = func.ratio
+            return ratio
+
+        self.norm: Any = noting_norm
 
     def _before_integrate(self, t: Tensor) -> None:
         super()._before_integrate(t)
-        self.log.start(self.rk_state.t0, self.tableau)
+        self._note_output(self.rk_state.t0, self.y0)
+
+    def _note_output(self, t: Tensor, y: Tensor) -> None:
+        if self.keeps_outputs:
+            self.outputs.append((t, y))
 
     def _adaptive_step(self, rk_state: Any) -> Any:
-        with self.log.attempt(self.func, rk_state) as marked:
-            return super()._adaptive_step(marked)
+        f0, mark = recording.mark(rk_state.f1)
+        stages: list[tuple[Tensor, Tensor]] = []
+        self.func.stages = stages
+        try:
+            after = super()._adaptive_step(rk_state._replace(f1=f0))
+        finally:
+            self.func.stages = None
+        t0, dt, is_accepted = self.func.outcome
+        t0, dt = t0.detach(), dt.detach()
+        # Past a jump the host calls func once more, which is no stage.
+        del stages[len(self.tableau.alpha) :]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and is_accepted):
+            norms = self._norms(dt, f0, stages)
+        ratio = self.func.ratio.detach().abs()
+        self.attempts.append(_Attempt(t0, dt, ratio, is_accepted, *norms))
+        if is_accepted:
+            self.n_accepted += 1
+            self.marks += [] if mark is None else [mark]
+            self._sample(t0, dt, rk_state.y1)
+        return after
+
+    def _norms(
+        self, dt: Tensor, f0: Tensor, stages: list[tuple[Tensor, Tensor]]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return the norms of the embedded error, and of the last stages' differences."""
+        y0, layout = self.y0, self.call.layout
+        # The host's own operations in its own order, so that the error is its own bitwise.
+        derivatives = [f0, *(k for _, k in stages)]
+        k = torch.stack([d.to(y0.dtype).expand_as(f0) for d in derivatives], dim=-1)
+        error = torch.sum(k * (dt.to(y0.abs().dtype) * self.tableau.c_error), dim=-1)
+        errors = recording.part_norms(layout, error.expand_as(y0))
+        if not self.with_slopes:
+            return errors, (), ()
+        (g_before, k_before), (g_last, k_last) = stages[-2:]
+        rise, run = (k_last - k_before).expand_as(y0), g_last - g_before
+        return errors, recording.part_norms(layout, rise), recording.part_norms(layout, run)
+
+    def _sample(self, t0: Tensor, dt: Tensor, y: Tensor) -> None:
+        """Sample one accepted step uniformly (reservoir sampling: the n-th replaces with 1/n)."""
+        recorders, sign = self.draft.recorders, self.call.sign
+        if recorders and recorders[-1].random.random() * self.n_accepted < 1:
+            self.draft.sampled_step = recording.SampledStep(
+                func=self.call.func,
+                t0=t0 * sign,
+                dt=dt * sign,
+                y=self.call.layout.split(y.detach()),
+                nodes=self.tableau.alpha,
+                weights=list(self.tableau.beta),
+                error_weights=self.tableau.c_error,
+            )
 
     def _advance(self, next_t: Tensor) -> Tensor:
-        with self.log.partial_on_max_steps(lambda: self.rk_state):
+        with self._partial_on_max_steps():
             y: Tensor = super()._advance(next_t)
-        self.log.note_output(next_t, y)
+        self._note_output(next_t, y)
         return y
 
     def _advance_until_event(self, event_fn: Any) -> Any:
-        with self.log.partial_on_max_steps(lambda: self.rk_state):
+        with self._partial_on_max_steps():
             return super()._advance_until_event(event_fn)
+
+    @contextmanager
+    def _partial_on_max_steps(self) -> Iterator[None]:
+        """Turn the host's assertion about max_num_steps into an error with the solve so far."""
+        try:
+            yield
+        except AssertionError as error:
+            if "max_num_steps" not in str(error):
+                raise
+            if self.rk_state.t1 > self.outputs[-1][0]:
+                self._note_output(self.rk_state.t1, self.rk_state.y1)
+            times, states = zip(*self.outputs, strict=True)
+            self.conclude()
+            partial = recording.Partial(
+                t=torch.stack([t.to(times[-1].dtype) for t in times]) * self.call.sign,
+                y=self.call.layout.split(torch.stack(states)),
+                solve=self.draft.finish(),
+            )
+            raise recording.MaxStepsError(
+                explain(
+                    f"{error} after t = {partial.t[-1].item():.6g}.",
+                    "a solve within its steps; what there is, is in the error's partial.",
+                    'options={"max_num_steps": ...}   # or larger rtol and atol',
+                ),
+                partial,
+            ) from error
+
+    def conclude(self) -> None:
+        """Put the steps into the draft."""
+        sign, layout = self.call.sign, self.call.layout
+        if not self.attempts:
+            self.draft.steps = recording.no_steps(layout, self.y0)
+            return
+        t0, dt, ratio, is_accepted, errors, rise, run = zip(*self.attempts, strict=True)
+        self.draft.steps = recording.Steps(
+            t0=torch.stack(t0) * sign,
+            dt=torch.stack(dt) * sign,
+            ratio=torch.stack(ratio),
+            is_accepted=torch.tensor(is_accepted, device=t0[0].device),
+            part_errors=_columns(errors),
+            layout=layout,
+            part_slopes=(_columns(rise), _columns(run)) if self.with_slopes else None,
+            guard=recording.Guard(tuple(self.marks), self.draft.is_adjoint),
+        )
+
+
+def _columns(rows: Any) -> tuple[Tensor, ...]:
+    """Return per part (n_steps, batch), from one tuple a step."""
+    return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
 
 @cache
 def _recording_class(solver: type) -> Any:
-    return type(f"Recorded{solver.__name__}", (RecordsSteps, solver), {})
+    return type(f"Recorded{solver.__name__}", (_RecordsSteps, solver), {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -11,19 +12,24 @@ from torch import Tensor
 from torchdiffeq_hyper._fields import check_answer, check_derivative, context_of, own
 from torchdiffeq_hyper._state import Hypernet, check_dtype, is_half
 from torchdiffeq_hyper.errors import OptionError, StateTypeError
-from torchdiffeq_hyper.hosts._warnings import warn_if_untrained
-from torchdiffeq_hyper.hosts.torchdiffeq._call import ForwardPlan, HostCall, known_options
-from torchdiffeq_hyper.hosts.torchdiffeq._upstream import FixedGridODESolver, Perturb, unperturbed
+from torchdiffeq_hyper.hosts._host import warn_if_untrained
+from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
+    FixedGridODESolver,
+    ForwardPlan,
+    HostCall,
+    Perturb,
+    known_options,
+    unperturbed,
+)
 from torchdiffeq_hyper.methods._method import SteppingMethod, base_of
 from torchdiffeq_hyper.solvers._binding import Times, resolve
 from torchdiffeq_hyper.solvers._finite import cast_back, is_finite, raise_non_finite
-from torchdiffeq_hyper.solvers._grid import equal_steps
+from torchdiffeq_hyper.solvers._grid import equal_steps, points_between
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 from torchdiffeq_hyper.solvers._stepping import Correction, Step
 from torchdiffeq_hyper.tableaus import Edge, Tableau, second_order
 
 _GRID = ("step_size", "grid_constructor", "interp", "perturb")
-_BINDING = ("hypernet", "solver")
 _PERTURB = {Edge.INSIDE: Perturb.NONE, Edge.START: Perturb.NEXT, Edge.END: Perturb.PREV}
 
 
@@ -31,7 +37,7 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
     """A base of `tableaus` plus its fitted correction, on the host's own time grid.
 
     The grid, the interpolation, the callbacks and the events are the host's; only the
-    step is ours. Subclasses, one a method, set the class attributes.
+    step is ours. Subclasses, one a method, set ``entry`` and ``order``.
     """
 
     entry: ClassVar[SteppingMethod]
@@ -42,7 +48,12 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
 
     def __init__(self, func: Any, y0: Tensor, rtol: Any, atol: Any, **options: Any) -> None:
         options.pop("norm", None)
-        options = self._check_options(options)
+        # Under `override` a name of ours may mean something else to the overridden method.
+        own = [name for name in ("hypernet", "solver") if name not in self.also_accepted]
+        known = [*own, *_GRID, *(["alpha"] if self.entry.tableau.alpha is not None else [])]
+        options = known_options(options, known, self.entry.name, self.also_accepted)
+        _check_values(options)
+        self._options = options
         self._call = HostCall.of(func)
         check_dtype(y0.dtype, is_tuple=self._call.layout.shapes is not None)
         self._dtype = y0.dtype
@@ -58,54 +69,38 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         self._ends: _CachedEnds | None = None
         if self.interp == "cubic":
             self.func = self._ends = _CachedEnds(self.func)
-        self._options = options
         self._step: Step
-
-    def _check_options(self, options: dict[str, Any]) -> dict[str, Any]:
-        # Under `override` a name of ours may mean something else to the overridden method.
-        own = [name for name in _BINDING if name not in self.also_accepted]
-        known = [*own, *_GRID, *(["alpha"] if self.entry.tableau.alpha is not None else [])]
-        options = known_options(options, known, self.entry.name, self.also_accepted)
-        _check_values(options)
-        return options
 
     def _prepare(self, t: Tensor) -> None:
         """Choose the step, by the host's times: those of the call, or an event's start."""
-        if self._call.is_adjoint_backward:
-            self._step = self._uncorrected_step()
-        else:
-            self._step = self._corrected_step(Times(t, is_negated=self._call.negated))
-
-    def _uncorrected_step(self) -> Step:
-        """Return the base alone, stepping as the forward solve did."""
-        plan = self._call.plan()
-        if plan is None:
-            return Step(self.entry.tableau, self._evaluate, None)
-        if not self._has_grid_option:
-            self.grid_constructor = lambda func, y0, t: plan.grid_between(t)
-        return Step(plan.tableau, self._evaluate, None)
-
-    def _corrected_step(self, times: Times) -> Step:
-        net, tableau = self._bound_net(times)
-        if self._call.is_adjoint_forward:
-            warn_if_untrained(net, "hypernet")
-        part = None
-        if self._solver is not None:
-            n_steps = self._solver.n_steps
+        call = self._call
+        if call.is_adjoint_backward:  # the base alone, stepping as the forward solve did
+            plan = call.plan()
+            if plan is not None and not self._has_grid_option:
+                self.grid_constructor = lambda func, y0, t: plan.grid_between(t)
+            tableau = self.entry.tableau if plan is None else plan.tableau
+            self._step = Step(tableau, self._evaluate, None)
+            return
+        net, tableau = self._bound_net(Times(t, is_negated=call.negated))
+        if call.is_adjoint_forward:
+            warn_if_untrained(net, "hypernet", "odeint_adjoint", "odeint")
+        part, solver = None, self._solver
+        if solver is not None:
+            n_steps = solver.n_steps
             if not self._has_grid_option:
                 self.grid_constructor = lambda func, y0, t: equal_steps(t, n_steps)
-            if self._solver.domain is not None:
-                part = self._solver.domain.corrected_part(self._call.layout.split(self.y0))
+            if solver.domain is not None:
+                part = solver.domain.corrected_part(call.layout.split(self.y0))
         correction = Correction(
             net,
             tableau.order,
-            self._call.layout,
+            call.layout,
             self.y0,
-            negated=self._call.negated,
+            negated=call.negated,
             part=part,
-            context=context_of(self._call.func),
+            context=context_of(call.func),
         )
-        return Step(tableau, self._evaluate, correction)
+        self._step = Step(tableau, self._evaluate, correction)
 
     def _bound_net(self, times: Times) -> tuple[Hypernet, Tableau]:
         """Return g and the base that it corrects; note the solver that g belongs to."""
@@ -115,6 +110,15 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
             return _checked_net(net, self.entry.name, self._options), tableau
         self._solver = solver = resolve(self.entry, self._call.func, times, self._options)
         return solver.hypernet, solver.tableau if alpha is None else tableau
+
+    def _check_sizes(self, sizes: Tensor, readable: str | None = None) -> None:
+        """Look at the sizes of all steps beforehand, once: the fit's range, dt^(p+1)."""
+        if self._solver is not None:
+            self._solver.warn_outside_fit(sizes, self._call.sign, readable)
+        if self._step.correction is not None and len(sizes):
+            dtype = self.y0.dtype
+            dtype = dtype if self.y0.dim() else torch.promote_types(dtype, sizes.dtype)
+            self._step.correction.look_at(sizes, dtype)
 
     def _evaluate(self, t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
         try:
@@ -157,25 +161,16 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         t = t.to(torch.promote_types(t.dtype, torch.float32))
         grid: Tensor = self.grid_constructor(self.func, self.y0, t)
         self.grid_constructor = lambda func, y0, t: grid
-        if self._solver is not None:
-            follows_t = len(t) > 2 and not self._has_grid_option
-            readable = "options={..., {options}}" if follows_t else None
-            self._solver.warn_outside_fit(grid.diff(), self._call.sign, readable)
+        follows_t = len(t) > 2 and not self._has_grid_option
+        self._check_sizes(grid.diff(), "options={..., {options}}" if follows_t else None)
         if self._call.is_adjoint_forward:
-            self._call.leave_plan(ForwardPlan(self._step.tableau, grid=grid.detach()))
-        self._look_at(grid.diff())
+            grid_between = partial(points_between, -grid.detach())  # backward time runs negated
+            self._call.leave_plan(ForwardPlan(self._step.tableau, grid_between))
         solution: Tensor = super().integrate(t)
         if self._step.correction is not None and not is_finite(solution[-1]):
             pairs = zip(grid[:-1], grid[1:], strict=True)
             raise_non_finite(self._step, pairs, self.y0, self._call.sign, dtype=self._dtype)
         return cast_back(solution, self._dtype)
-
-    def _look_at(self, sizes: Tensor) -> None:
-        """Let the correction see the sizes of all steps beforehand, once."""
-        dtype = self.y0.dtype
-        if self._step.correction is not None and len(sizes):
-            dtype = dtype if self.y0.dim() else torch.promote_types(dtype, sizes.dtype)
-            self._step.correction.look_at(sizes, dtype)
 
     def integrate_until_event(
         self, t0: Tensor, event_fn: Callable[..., Any]
@@ -185,13 +180,14 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         if self.step_size is None:
             self.step_size = self._fitted_step_size()
         time_dtype = torch.promote_types(t0.dtype, torch.float32)
-        size = torch.as_tensor(self.step_size, dtype=time_dtype).reshape(1)
-        self._look_at(size)
-        if self._solver is not None:
-            self._solver.warn_outside_fit(size, self._call.sign)
+        self._check_sizes(torch.as_tensor(self.step_size, dtype=time_dtype).reshape(1))
         if self._call.is_adjoint_forward:
-            plan = ForwardPlan(self._step.tableau, step_size=float(self.step_size))
-            self._call.leave_plan(plan)
+            size = float(self.step_size)
+
+            def grid_between(t: Tensor) -> Tensor:
+                return equal_steps(t, max(1, round(float(t[-1] - t[0]) / size)))
+
+            self._call.leave_plan(ForwardPlan(self._step.tableau, grid_between))
         dtype = self._dtype
         cast = (lambda t, y: event_fn(t, y.to(dtype))) if is_half(dtype) else event_fn
         self._taken = []
@@ -253,12 +249,7 @@ class _CachedEnds:
 
 
 def _checked_net(net: Any, method: str, options: dict[str, Any]) -> Hypernet:
-    """Return the option "hypernet".
-
-    Raises:
-        OptionError: a solver is given, too.
-        StateTypeError: it is not a net.
-    """
+    """Return the option "hypernet", after checking that it is one, and given alone."""
     if options.get("solver") is not None:
         raise OptionError(
             problem='options hold both "hypernet" and "solver".',

@@ -13,10 +13,14 @@ from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._fields import look_through
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import OptionError
-from torchdiffeq_hyper.hosts._warnings import warn_if_untrained
-from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall, known_options
+from torchdiffeq_hyper.hosts._host import warn_if_untrained
 from torchdiffeq_hyper.hosts.torchdiffeq._patches import no_overrides
-from torchdiffeq_hyper.hosts.torchdiffeq._upstream import dopri5_solver, is_default_norm
+from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
+    HostCall,
+    dopri5_solver,
+    is_default_norm,
+    known_options,
+)
 from torchdiffeq_hyper.methods._method import WholeMethod, base_of
 from torchdiffeq_hyper.solvers._binding import Times, resolve
 
@@ -38,19 +42,18 @@ class WholeProblemSolver:
             self._backward = dopri5_solver(func, y0, rtol, atol, **options)
             return
         self._y0 = y0
-        self._rtol, self._atol = self._in_parts(rtol), self._in_parts(atol)
+        layout = self._call.layout
+        self._tolerances = {
+            # The host flattened a tensor of tolerances with the state.
+            name: layout.split(value) if isinstance(value, Tensor) and value.dim() else value
+            for name, value in (("rtol", rtol), ("atol", atol))
+        }
         norm = options.pop("norm", None)
         if not is_default_norm(norm):
             options["norm"] = norm
         self._options = known_options(
             options, self.entry.options, self.entry.name, self.also_accepted
         )
-
-    def _in_parts(self, tolerance: Any) -> Any:
-        """Return a tolerance for each part, where the host flattened them with the state."""
-        if isinstance(tolerance, Tensor) and tolerance.dim() and self._call.layout.shapes:
-            return self._call.layout.split(tolerance)
-        return tolerance
 
     def integrate(self, t: Tensor) -> Tensor:
         """Return the state at every point of ``t``, flat as the host wants it."""
@@ -61,7 +64,7 @@ class WholeProblemSolver:
         times = Times(t, is_negated=call.negated)
         part = resolve(self.entry, call.func, times, self._options)
         if call.is_adjoint_forward and base_of(part) is not None:
-            warn_if_untrained(part, "solver")
+            warn_if_untrained(part, "solver", "odeint_adjoint", "odeint")
         # A part may call the very method that it stands in for.
         with no_overrides(), recording.handed_over(part) as draft:
             func = call.func
@@ -71,8 +74,7 @@ class WholeProblemSolver:
                 func,
                 layout.split(self._y0),
                 -t if call.negated else t,
-                rtol=self._rtol,
-                atol=self._atol,
+                **self._tolerances,
             )
         if draft is not None and draft.steps is not None and call.is_adjoint_forward:
             draft.steps = replace(draft.steps, guard=recording.Guard(is_adjoint=True))
@@ -81,28 +83,19 @@ class WholeProblemSolver:
         return torch.cat([part.reshape(len(t), -1) for part in solution], dim=1)
 
     def integrate_until_event(self, t0: Tensor, event_fn: Callable[..., Any]) -> NoReturn:
-        """Refuse.
-
-        Raises:
-            OptionError: always: samples would stop at different times.
-        """
-        name, served = self.entry.name, self.entry.name
-        fix = 'odeint_event(..., method="dopri5")'
+        """Refuse: samples would stop at different times."""
+        name = self.entry.name
+        who, fix = f'method "{name}"', 'odeint_event(..., method="dopri5")'
         if self.entry.owner == "override":
-            solver = self.entry.fitted
-            served = getattr(solver, "method", type(solver).__name__)
+            served = getattr(self.entry.fitted, "method", type(self.entry.fitted).__name__)
+            who = f'the solver that overrides "{name}", of method "{served}",'
             fix = (
                 f'the call outside of the block: with tdh.override("{name}", solver)\n'
                 "or a solver that steps up to the event: tdh.fit(func, y0, (0.0, 1.0), "
                 'base="heun", steps=10)'
             )
-        raise OptionError(
-            problem=f'method "{name}" '
-            + (f'is overridden by a solver of method "{served}", which ' * (served != name))
-            + "does not look for events.",
-            expected="a method that takes the whole batch along, up to one event.",
-            fix=fix,
-        )
+        expected = "a method that takes the whole batch along, up to one event."
+        raise OptionError(problem=f"{who} does not look for events.", expected=expected, fix=fix)
 
     @classmethod
     def valid_callbacks(cls) -> set[str]:

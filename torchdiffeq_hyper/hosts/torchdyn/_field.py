@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -18,72 +18,58 @@ from torchdiffeq_hyper.hosts.torchdyn._upstream import Held, held_by
 
 @dataclass(frozen=True)
 class HostCall:
-    """One call of torchdyn, seen through its reverse-time wrapper.
+    """One call of torchdyn, seen through the wrapper that negates time and derivative.
 
     Attributes:
         func: the field as it was given to `odeint`.
         t: the true times, decreasing in reverse time.
-        negated: whether torchdyn gave time and derivative negated.
-        is_adjoint_backward: whether this is a backward solve of an adjoint.
+        negated: whether there is such a wrapper.
     """
 
     func: Callable[..., Any]
     t: Tensor
     negated: bool
-    is_adjoint_backward: bool
 
     @classmethod
     def of(cls, func: Any, t: Tensor) -> HostCall:
         """Look through the wrapper that `odeint` may have put around ``func``."""
         inner = _upstream.unreversed(func)
         negated = inner is not None
-        func = func if inner is None else inner
-        return cls(func, -t if negated else t, negated, _upstream.is_adjoint_dynamics(func))
+        return cls(func if inner is None else inner, -t if negated else t, negated)
 
 
 def with_args(func: VectorField, args: Any) -> VectorField:
     """Return ``func`` of (t, y), called with the ``args`` of `odeint` if it takes them."""
-    return Field(func, {"args": args}) if _upstream.takes_args(func, args) else func
+    return Field(func, args) if _upstream.takes_args(func, args) else func
 
 
 def of_samples(func: VectorField, args: Any, batch: int) -> VectorField:
     """Return `with_args`, with the method ``restrict`` if it holds something of every sample."""
-    keywords = {"args": args} if _upstream.takes_args(func, args) else {}
-    if can_restrict(func):
-        return RestrictableField(func, keywords) if keywords else func
-    held = _upstream.sample_state(func, batch)
+    field = with_args(func, args)
+    held = [] if can_restrict(func) else _upstream.sample_state(func, batch)
     # Depth alone is told anew at every call.
-    if any(value is not None for _, _, value in held):
-        return HoldingField(func, keywords, held)
-    return Field(func, keywords) if keywords else func
+    is_held = any(value is not None for _, _, value in held)
+    return HoldingField(field, held) if is_held else field
 
 
 class Field:
-    """A vector field called with fixed keywords."""
+    """A vector field called with ``args=args``."""
 
-    def __init__(self, func: VectorField, keywords: Mapping[str, Any]) -> None:
+    def __init__(self, func: VectorField, args: Any) -> None:
         self.base_func = func
-        self._keywords = keywords
+        self._args = args
+        if can_restrict(func):
+            self.restrict = lambda index: Field(restrict(func, index), args)
 
     def __call__(self, t: Tensor, y: Tensor) -> Any:
-        return self.base_func(t, y, **self._keywords)
+        return self.base_func(t, y, args=self._args)
 
 
-class RestrictableField(Field):
-    """A `Field` whose func knows how to be restricted to some of the samples."""
+class HoldingField:
+    """A vector field with layers that hold something of every sample during each call."""
 
-    def restrict(self, index: Tensor) -> RestrictableField:
-        """Return the field of the samples at ``index``."""
-        return RestrictableField(restrict(self.base_func, index), self._keywords)
-
-
-class HoldingField(Field):
-    """A `Field` with layers that hold something of every sample during each call."""
-
-    def __init__(
-        self, func: VectorField, keywords: Mapping[str, Any], held: Sequence[Held]
-    ) -> None:
-        super().__init__(func, keywords)
+    def __init__(self, func: VectorField, held: Sequence[Held]) -> None:
+        self.base_func = func
         self._held = held
 
     def __call__(self, t: Tensor, y: Tensor) -> Any:
@@ -92,14 +78,14 @@ class HoldingField(Field):
             for module, name, value in self._held:
                 if value is not None:
                     setattr(module, name, value)
-            return super().__call__(t, y)
+            return self.base_func(t, y)
         finally:
             for (module, name, _), value in zip(self._held, before, strict=True):
                 setattr(module, name, value)
 
     def restrict(self, index: Tensor) -> HoldingField:
         """Return the field of the samples at ``index``; func and its weights are shared."""
-        return HoldingField(self.base_func, self._keywords, held_by(self._held, index))
+        return HoldingField(self.base_func, held_by(self._held, index))
 
 
 class NeuralODEField(ModelField):
@@ -116,7 +102,7 @@ class NeuralODEField(ModelField):
     @property
     def field(self) -> VectorField:
         """Torchdyn's wrapper of the user's field."""
-        return _upstream.field_of(self.model)
+        return cast("VectorField", self.model.vf)
 
     @property
     def has_noise(self) -> bool:
@@ -173,7 +159,7 @@ class StartedField(NeuralODEField):
         return StartedField(self.model, held_by(self._held, index))
 
 
-for _wrapper in (Field, RestrictableField, HoldingField):
-    look_through(_wrapper, "base_func")
+look_through(Field, "base_func")
+look_through(HoldingField, "base_func")
 look_through(NeuralODEField, "field")
 look_through(StartedField, "field")

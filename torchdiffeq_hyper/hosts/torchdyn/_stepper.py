@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from torchdiffeq_hyper._state import is_half
 from torchdiffeq_hyper.errors import OptionError, StateTypeError
+from torchdiffeq_hyper.hosts._host import warn_if_untrained
 from torchdiffeq_hyper.hosts.torchdyn import _field, _upstream
-from torchdiffeq_hyper.hosts.torchdyn._adjoint import AdjointCall
 from torchdiffeq_hyper.hosts.torchdyn._field import HostCall
 from torchdiffeq_hyper.methods import _registry
-from torchdiffeq_hyper.methods._method import Method
+from torchdiffeq_hyper.methods._method import Method, base_of
 from torchdiffeq_hyper.solvers._binding import Times, resolve
+from torchdiffeq_hyper.solvers._grid import equal_steps, points_between
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
+from torchdiffeq_hyper.solvers._stepping import Step
+from torchdiffeq_hyper.tableaus import Edge
 
 Tolerances: TypeAlias = tuple[float, float]
 """(rtol, atol)."""
@@ -30,20 +35,12 @@ class Stepper:
     """What torchdyn makes of ``solver="hypereuler"``, and what stands for a solver object.
 
     torchdyn's loops hand it the whole problem. Where a solver is used without them, `step`
-    solves one interval.
-
-    Args:
-        method: the method.
-        part: the fitted part; None: found for each call.
-        adjoint: the call under an adjoint sensitivity that this object serves alone.
+    solves one interval. Without a ``part``, one is found for each call.
     """
 
-    def __init__(
-        self, method: Method, part: Any = None, adjoint: AdjointCall | None = None
-    ) -> None:
+    def __init__(self, method: Method, part: Any = None) -> None:
         self.method = method
         self.part = part
-        self._adjoint = adjoint
 
     @classmethod
     def of(cls, solver: Any) -> Stepper | None:
@@ -73,13 +70,6 @@ class Stepper:
     def named(cls, name: str) -> Stepper:
         """Return what stands for ``solver=name``."""
         return cls(_registry.find(name))
-
-    def for_adjoint(
-        self, tolerances: Tolerances, *, is_trained: bool, is_interpolated: bool
-    ) -> Stepper:
-        """Return an object for one call under an adjoint sensitivity; see `AdjointCall`."""
-        adjoint = AdjointCall(self.method.tableau, *tolerances, is_trained, is_interpolated)
-        return Stepper(self.method, self.part, adjoint)
 
     @property
     def who(self) -> Any:
@@ -123,11 +113,8 @@ class Stepper:
         self, f: Any, x: Tensor, t: Tensor, dt: Tensor, k1: Any = None, args: Any = None
     ) -> tuple[None, Tensor, None]:
         """Solve from t to t + dt, as between two points: in the fitted number of steps."""
-        ends = torch.stack([t, t + dt]).reshape(2)
-        call = HostCall.of(f, ends)
-        part = self._part_for(call)
-        solution = self._solve(call, part, x, args, None)
-        return None, solution[-1], None
+        call = HostCall.of(f, torch.stack([t, t + dt]).reshape(2))
+        return None, self._solve(call, self._part_for(call), x, args, None)[-1], None
 
     def run(
         self,
@@ -139,39 +126,17 @@ class Stepper:
         args: Any = None,
         tolerances: Tolerances | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Solve the whole problem, as torchdyn's loops do.
+        """Solve the whole problem, as torchdyn's loops do: field, state, times as they have them.
 
-        Args:
-            f: the field that the host gives to its loops.
-            x: the state.
-            t_span: the host's times, negated in reverse time.
-            save_at: true times to return, points of t_span; none: all of it.
-            args: passed on to a func that takes it.
-            tolerances: (rtol, atol), where the host tells.
-
-        Returns:
-            ``t_span`` or ``save_at``, and the states there.
+        Returns ``t_span``, or the times ``save_at`` (true times, points of it), and the states
+        there.
         """
         call = HostCall.of(f, t_span)
-        if call.is_adjoint_backward:
-            rtol, atol = tolerances or _upstream.default_tolerances()
-            adjoint = self._adjoint or AdjointCall(
-                self.method.tableau, rtol, atol, is_trained=False, is_interpolated=False
-            )
-            return t_span, adjoint.solve_backward(call, x)
         part = self._part_for(call)
         saved = _saved_points(save_at, call.t) if len(save_at) else None
-        if self._adjoint is not None:
-            self._adjoint.begin(call, part)
         if args and _upstream.drops_args(call.func):
             _upstream.warn("args", part)
-
-        def solve(call: HostCall) -> Tensor:
-            return self._solve(call, part, x, args, tolerances)
-
-        solution = (
-            solve(call) if self._adjoint is None else self._adjoint.solve_forward(call, solve)
-        )
+        solution = self._solve(call, part, x, args, tolerances)
         if saved is not None:
             return saved[0], solution[saved[1]]
         if call.negated:
@@ -200,19 +165,131 @@ class Stepper:
         return f'Stepper("{self.method.name}")' if self.part is None else repr(self.part)
 
     def __reduce__(self) -> Any:
-        return (
-            (Stepper.named, (self.method.name,))
-            if self.part is None
-            else (Stepper.of_part, (self.part,))
-        )
+        if self.part is None:
+            return Stepper.named, (self.method.name,)
+        return Stepper.of_part, (self.part,)
+
+
+class AdjointStepper(Stepper):
+    """One forward solve under an adjoint sensitivity, and the backward solves that follow.
+
+    torchdyn keeps a solver object for both: what backward needs of forward is kept here, so
+    that it needs no scope, no global and no particular thread.
+
+    Args:
+        stepper: the method and its part.
+        tolerances: of the adjoint.
+        is_trained: whether gradients are wanted.
+        is_interpolated: whether backward reads the states off a spline through the forward's.
+    """
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        tolerances: Tolerances,
+        *,
+        is_trained: bool = False,
+        is_interpolated: bool = False,
+    ) -> None:
+        super().__init__(stepper.method, stepper.part)
+        self._rtol, self._atol = tolerances
+        self._is_trained = is_trained
+        self._is_interpolated = is_interpolated
+        # The base that backward solves run, uncorrected; None for torchdyn's dopri5.
+        self._tableau = self.method.tableau
+        self._grid: Tensor | None = None  # true times of the forward's steps
+        self._states: Tensor | None = None  # there, where the spline needs more than the solution
+        self._whole: tuple[HostCall, Tensor] | None = None  # a solve without a grid, and its start
+
+    def run(self, f: Any, x: Tensor, t_span: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+        """Solve the problem, or the adjoint's."""
+        call = HostCall.of(f, t_span)
+        if _upstream.is_adjoint_dynamics(call.func):
+            return t_span, self._solve_backward(call, x)
+        return super().run(f, x, t_span, **given)
+
+    def _solve(
+        self, call: HostCall, part: Any, x: Tensor, args: Any, tolerances: Tolerances | None
+    ) -> Tensor:
+        """Solve; keep the states between two points for a spline.
+
+        (torchdyn's spline through two points alone is a straight line.)
+        """
+        if not self.is_whole:
+            self._tableau = part.tableau
+            self._grid = equal_steps(call.t.detach(), part.n_steps)
+        if self._is_trained:
+            if base_of(part) is not None:
+                warn_if_untrained(part, "solver", "torchdyn's adjoint", 'sensitivity="autograd"')
+            if call.negated:
+                _upstream.warn("reverse adjoint", part)
+        needs_states = self._is_interpolated and not call.negated
+        if needs_states and self._grid is not None and len(self._grid) > len(call.t):
+            call = replace(call, t=self._grid)
+            self._states = super()._solve(call, part, x, args, tolerances).detach()
+            return self._states[[0, -1]]
+        solution = super()._solve(call, part, x, args, tolerances)
+        if needs_states and self._grid is None:
+            self._whole = call, solution[0].detach()
+        return solution
+
+    def _solve_backward(self, call: HostCall, y0: Tensor) -> Tensor:
+        """Return the adjoint state at the points of ``call.t``, its two ends."""
+        tolerances = {"rtol": self._rtol, "atol": self._atol}
+        if self._whole is not None and self._states is None:
+            # Which steps a whole solve took is its own affair; its spline goes through dopri5's.
+            forward, start = self._whole
+            span = forward.t[[0, -1]].detach()
+            self._grid, self._states = _upstream.solve_dopri5(
+                forward.func, start, span, return_all_eval=True, **tolerances
+            )
+        if self._states is not None:
+            assert self._grid is not None
+            _upstream.refine_spline(call.func, self._grid.to(self._states), self._states)
+        if self._tableau is None:
+            return _upstream.solve_dopri5(call.func, y0, call.t, **tolerances)[1]
+
+        def stage_call(t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
+            # The host marks the t it is given as requiring a gradient.
+            k: Tensor = call.func(t.detach(), y.to(y0.dtype))
+            return k.to(y.dtype)
+
+        grid = call.t if self._grid is None else points_between(self._grid, call.t)
+        y = y0.float() if is_half(y0.dtype) else y0
+        step = Step(self._tableau, stage_call, None)
+        for t0, t1 in zip(grid[:-1], grid[1:], strict=True):
+            y = y + step.increment(t0, t1 - t0, t1, y)[0]
+        return torch.stack([y0, y.to(y0.dtype)])
+
+
+class CheckedFunction:
+    """The `torch.autograd.Function` of an adjoint, whose calls for ``part`` are checked first."""
+
+    def __init__(self, function: Any, part: Any) -> None:
+        self._function = function
+        self._part = part
+
+    def apply(self, vf_params: Tensor, x: Tensor, t_span: Tensor, *rest: Any) -> Any:
+        """Call the function, after a look at what the host would lose on the way.
+
+        Raises:
+            OptionError: ``args`` is given.
+        """
+        save_at, args = (*rest, (), ())[:2]
+        if args is not None and len(args):
+            raise OptionError(
+                problem=f"args is {args!r}: torchdyn cannot hand it to the vector field under an "
+                "adjoint sensitivity.",
+                expected="no args, for any solver.",
+                fix='sensitivity="autograd"   # or let the vector field hold them itself',
+            )
+        if save_at is not None and len(save_at):
+            _upstream.warn("save_at", self._part)
+        return self._function.apply(vf_params, x, t_span, *rest)
 
 
 def _saved_points(save_at: Any, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``save_at`` as a tensor, and where its times lie in ``t``.
-
-    Raises:
-        OptionError: a time is not in ``t``.
-    """
+    """Return ``save_at`` as a tensor, and where its times lie in ``t``."""
     wanted = torch.as_tensor(save_at, dtype=t.dtype, device=t.device)
     is_same = torch.isclose(wanted.reshape(-1, 1), t.detach())
     missing = wanted[~is_same.any(dim=1)]

@@ -1,7 +1,6 @@
 """Everything taken from torchdyn's internals (checked against 1.0.6).
 
-Imports nothing of torchdyn, it looks at what the user has imported. A change upstream
-breaks this file and no other.
+Imports nothing of torchdyn: it looks at what the user has imported.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from torchdiffeq_hyper.errors import HostWarning
 from torchdiffeq_hyper.fitting._guard import own_random_state
-from torchdiffeq_hyper.hosts._warnings import warn_once
+from torchdiffeq_hyper.hosts._host import warn_once
 
 _SOLVERS = "torchdyn.numerics.solvers.ode"
 _ODEINT = "torchdyn.numerics.odeint"
@@ -34,23 +33,13 @@ ADAPTIVE_LOOP = "_adaptive_odeint"
 ADJOINT = "_gather_odefunc_adjoint"
 INTERPOLATED_ADJOINT = "_gather_odefunc_interp_adjoint"
 
-# `core.problems` holds names of its own, imported from `numerics.sensitivity`.
-_HOLDERS = {
-    FIXED_LOOP: (_ODEINT,),
-    ADAPTIVE_LOOP: (_ODEINT,),
-    ADJOINT: (_SENSITIVITY, _PROBLEMS),
-    INTERPOLATED_ADJOINT: (_SENSITIVITY, _PROBLEMS),
-}
-
-_SOLVER_HOLDERS = (
-    (_PROBLEMS, "ODEProblem", ("solver", "solver_adjoint")),
-    (_SHOOTING, "MultipleShootingDiffeqSolver", ("coarse_method", "fine_method")),
-)
-
 
 def holders(name: str) -> Iterator[ModuleType]:
-    """Yield the imported modules through which torchdyn calls its function ``name``."""
-    for module_name in _HOLDERS[name]:
+    """Yield the imported modules through which torchdyn calls its function ``name``.
+
+    (`core.problems` holds names of its own, imported from `numerics.sensitivity`.)
+    """
+    for module_name in ENTRANCES:
         module = sys.modules.get(module_name)
         if module is not None and hasattr(module, name):
             yield module
@@ -58,7 +47,10 @@ def holders(name: str) -> Iterator[ModuleType]:
 
 def holders_of_solvers() -> Iterator[tuple[type[Any], tuple[str, ...]]]:
     """Yield the imported classes whose objects hold solvers, and under which attributes."""
-    for module_name, name, attributes in _SOLVER_HOLDERS:
+    for module_name, name, attributes in (
+        (_PROBLEMS, "ODEProblem", ("solver", "solver_adjoint")),
+        (_SHOOTING, "MultipleShootingDiffeqSolver", ("coarse_method", "fine_method")),
+    ):
         kind = getattr(sys.modules.get(module_name), name, None)
         if kind is not None:
             yield kind, attributes
@@ -81,13 +73,10 @@ def dopri5(dtype: torch.dtype) -> Any:
     return sys.modules[_SOLVERS].str_to_solver("dopri5", dtype)
 
 
-def solve_dopri5(
-    func: Any, y0: Tensor, t: Tensor, *, rtol: float, atol: float, **options: Any
-) -> tuple[Tensor, Tensor]:
+def solve_dopri5(func: Any, y0: Tensor, t: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """Return times and states of torchdyn's own dopri5, with ``return_all_eval`` of all steps."""
-    solver = dopri5(y0.dtype)
     found: tuple[Tensor, Tensor] = sys.modules[_ODEINT].odeint(
-        func, y0, t, solver, rtol=rtol, atol=atol, **options
+        func, y0, t, dopri5(y0.dtype), **options
     )
     return found
 
@@ -111,10 +100,7 @@ def is_adjoint_dynamics(func: Any) -> bool:
 def refine_spline(func: Any, t: Tensor, states: Tensor) -> None:
     """Have an interpolated adjoint's field read states off a spline through these.
 
-    Args:
-        func: the field of a backward solve.
-        t: increasing times (n,).
-        states: (n, batch, d).
+    The times (n,) increase; the states are (n, batch, d).
     """
     host = sys.modules[_SENSITIVITY]
     coefficients = host.natural_cubic_coeffs(x=states.permute(1, 0, 2), t=t)
@@ -126,12 +112,6 @@ def is_problem(model: object) -> TypeGuard[nn.Module]:
     """Return whether ``model`` is a `NeuralODE`, or another `ODEProblem`."""
     kind = getattr(sys.modules.get(_PROBLEMS), "ODEProblem", None)
     return kind is not None and isinstance(model, kind)
-
-
-def field_of(model: Any) -> Callable[..., Any]:
-    """Return the field that a `NeuralODE`, or another `ODEProblem`, solves."""
-    field: Callable[..., Any] = model.vf
-    return field
 
 
 def wrapped_field(func: object) -> object | None:
@@ -181,8 +161,7 @@ def held_by(held: Sequence[Held], index: Tensor) -> list[Held]:
 def sample_state(func: Any, batch: int) -> list[Held]:
     """Return what layers of ``func`` hold of every sample: data control, and a CNF's noise.
 
-    Depth, which layers are told at every call, is listed with None: it holds nothing, but
-    calls leave theirs behind.
+    Depth, which layers are told at every call and which calls leave behind, comes with None.
     """
     found: list[Held] = []
     for module in func.modules() if isinstance(func, nn.Module) else ():
@@ -214,11 +193,8 @@ def set_at_start(model: Any, y0: Tensor) -> list[Held]:
 
 
 def set_by_solves(model: Any) -> list[tuple[nn.Module, str, Any]]:
-    """Return what solves set on a model's modules, as it is now.
-
-    That is the count of calls, the time of time-dependent layers, the start that data
-    control sees, and a trace estimator's noise.
-    """
+    """Return what solves set on a model's modules, as it is now."""
+    # Calls, the time of layers, the start that data control sees, a trace estimator's noise.
     names = ("nfe", "t", "_control", "noise")
     return [(m, name, vars(m)[name]) for m in model.modules() for name in names if name in vars(m)]
 
@@ -242,10 +218,5 @@ _TEXTS = {
 
 
 def warn(what: str, part: Any) -> None:
-    """Warn, once a solver, of a defect of the host.
-
-    Args:
-        what: which of them: "t_eval", "reverse adjoint", "save_at" or "args".
-        part: the solver it happens to.
-    """
+    """Warn, once a solver, of a defect of the host."""
     warn_once(part, what, _TEXTS[what], HostWarning)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 from torchdiffeq_hyper._state import State
 from torchdiffeq_hyper.errors import OptionError, StateTypeError, unknown_method
-from torchdiffeq_hyper.evaluation._problem import Problem
+from torchdiffeq_hyper.evaluation._measure import Problem
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._grid import check_steps, equal_steps
 from torchdiffeq_hyper.solvers._solver import Solver
@@ -39,7 +40,7 @@ class Trial:
     label: str
     method: str
     follows_grid: bool
-    is_learned: bool
+    is_learned: bool = False
     solver: Solver | None = None
     steps: int | None = None
     tolerance: float | None = None
@@ -56,11 +57,7 @@ class Trial:
         every = -(-n // MOST_POINTS)
         return [k / n for k in range(n, 0, -every)][::-1]
 
-    def solve(self, problem: Problem) -> State:
-        """Return the state at the end of the problem's span."""
-        return self.solve_at(problem, [1.0])[0]
-
-    def solve_at(self, problem: Problem, shares: Sequence[float]) -> list[State]:
+    def solve(self, problem: Problem, shares: Sequence[float] = (1.0,)) -> list[State]:
         """Return the states at some shares of the problem's span, of those in `shares`."""
         options: dict[str, object] = {}
         how: dict[str, Any] = {"method": self.method, "options": options}
@@ -79,13 +76,7 @@ def expand(
     steps: int | Sequence[int] | None,
     tolerances: float | Sequence[float],
 ) -> list[Trial]:
-    """Return the trials of `evaluate`, in the order of ``methods``.
-
-    Raises:
-        OptionError: impossible settings, or a method that follows a grid without steps.
-        UnknownMethodError: no method has that name.
-        StateTypeError: a method is neither a name nor a `HyperSolver`.
-    """
+    """Return the trials of `evaluate`, in the order of ``methods``, after checking all three."""
     if isinstance(methods, str | Solver) or len(methods) == 0:
         got = "a single method" if isinstance(methods, str | Solver) else "empty"
         raise OptionError(
@@ -99,8 +90,7 @@ def expand(
     for method in methods:
         first = _first_trial(method)
         alike = (t for t in trials if None in (t.steps, first.steps) or t.steps == first.steps)
-        label = _distinct(first.label, {trial.label for trial in alike})
-        first = replace(first, label=label)
+        first = replace(first, label=_distinct(first.label, {trial.label for trial in alike}))
         if first.follows_grid:
             trials += [replace(first, steps=n) for n in counts or [_own_steps(first)]]
         elif first.is_learned:  # all its steps belong to the fit
@@ -125,7 +115,7 @@ def _first_trial(method: str | Solver) -> Trial:
         hosts = _registry.host_methods()
         if method not in hosts:
             raise unknown_method(method, [*_registry.methods(), *hosts], 'methods=["{}"]')
-        return Trial(method, method, hosts[method], is_learned=False)
+        return Trial(method, method, hosts[method])
     if isinstance(entry.fitted, Solver):
         return _trial_of_solver(entry.fitted, method)
     return Trial(
@@ -160,7 +150,7 @@ def _own_steps(trial: Trial) -> int:
 
 
 def _distinct(label: str, taken: set[str]) -> str:
-    names = (label if i == 1 else f"{label} #{i}" for i in range(1, len(taken) + 2))
+    names = (label if i == 1 else f"{label} #{i}" for i in count(1))
     return next(name for name in names if name not in taken)
 
 

@@ -10,17 +10,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._fields import (
-    SHAPE_CLASHES,
-    can_restrict,
-    cannot_take_part,
-    check_independence,
-    check_kind,
-    is_probing,
-    look_through,
-    own,
-    restrict,
-)
+from torchdiffeq_hyper._fields import check_independence
 from torchdiffeq_hyper._state import (
     RowLayout,
     State,
@@ -30,17 +20,11 @@ from torchdiffeq_hyper._state import (
     is_half,
     map_parts,
     parts_of,
-    shapes_of,
     take,
 )
 from torchdiffeq_hyper.dise._candidates import Candidate
-from torchdiffeq_hyper.errors import (
-    HyperError,
-    NonFiniteError,
-    OptionError,
-    StateShapeError,
-    first_line,
-)
+from torchdiffeq_hyper.errors import NonFiniteError, OptionError
+from torchdiffeq_hyper.evaluation._measure import Counted
 from torchdiffeq_hyper.solvers._finite import cast_back
 from torchdiffeq_hyper.solvers._grid import check_times
 
@@ -51,90 +35,11 @@ def count_samples(y0: State) -> int:
     return batch_size(y0)
 
 
-class GroupField:
-    """The vector field of some samples of a batch: checked, counted, and cast for.
-
-    Args:
-        func: the field of the whole batch.
-        y0: the state of the whole batch, in the dtype that func takes.
-        index: the samples' positions; None for all.
-
-    Attributes:
-        base_func: the field of these samples; what is attached to it is found.
-        calls: calls so far, but for those that only compare.
-    """
-
-    def __init__(self, func: VectorField, y0: State, index: Tensor | None) -> None:
-        self.base_func = func if index is None else restrict(func, index)
-        self.calls = 0
-        self.y0 = y0
-        self.index = index
-        self._func = func
-        dtype = parts_of(y0)[0].dtype
-        self._half = dtype if is_half(dtype) else None
-        if can_restrict(self.base_func):
-            self.restrict = lambda index: GroupField(self.base_func, y0, index)
-
-    def __call__(self, t: Tensor, y: State) -> State:
-        """Return the derivatives; those of half-precision states come and go in float32."""
-        self.calls += not is_probing()
-        state = y
-        if self._half is not None:
-            t, state = t.to(self._half), cast(y, self._half)
-        try:
-            k = self.base_func(t, state)
-        except HyperError:
-            raise
-        except SHAPE_CLASHES as error:
-            if self._takes_the_whole(t):
-                clash = self._clash(f"fails ({first_line(error)})")
-                raise clash from error
-            raise
-        check_kind(k, y)
-        if shapes_of(k) != shapes_of(y):
-            what = f"returned shapes {shapes_of(k)[1]} for {shapes_of(y)[1]}"
-            raise self._clash(what)
-        if any(is_half(part.dtype) for part in parts_of(k)):
-            return cast(k, parts_of(y)[0].dtype)
-        # The host keeps stages over later calls of func, which may write into the same buffer;
-        # those of tuples it copies itself.
-        return own(k) if isinstance(k, Tensor) else k
-
-    def _takes_the_whole(self, t: Tensor) -> bool:
-        """Return whether func fails on this part of the batch only."""
-        if self.index is None or can_restrict(self._func):
-            return False
-        try:
-            with torch.no_grad():
-                self._func(t, self.y0)
-        except Exception:  # noqa: BLE001 - then func fails for a reason of its own
-            return False
-        return True
-
-    def _clash(self, what: str) -> HyperError:
-        if self.index is not None:
-            return cannot_take_part(what, self.y0)
-        return StateShapeError(
-            problem=f"func {what}.",
-            expected="a derivative of the state's own shape.",
-            fix="check func(t[0], y0).shape == y0.shape",
-        )
-
-
-# What is restricted is a copy; what is attached to the whole serves its samples.
-look_through(GroupField, "base_func", "_func")
-
-
 @dataclass(frozen=True)
 class Batch:
     """The problem of a batch, of which some samples can be solved without the others.
 
-    Attributes:
-        func: the vector field of all samples.
-        y0: their states, samples along dim 0.
-        t: times.
-        rtol: relative tolerance of candidates that have none.
-        atol: absolute tolerance of candidates that have none.
+    The tolerances are those of candidates without their own.
     """
 
     func: VectorField
@@ -166,21 +71,21 @@ class Batch:
         """Return the solution that stays at y0: that of an empty batch."""
         return map_parts(lambda part: part.expand(len(self.t), *part.shape).clone(), self.y0)
 
-    def field(self, index: Tensor | None) -> GroupField:
+    def field(self, index: Tensor | None = None) -> Counted:
         """Return the field of the samples at ``index``; of all for None."""
-        return GroupField(self.func, self.y0, index)
+        return Counted(self.func, index, dtype=parts_of(self.y0)[0].dtype)
 
-    def solve(self, candidate: Candidate, field: GroupField) -> State:
-        """Return a candidate's solution for the samples of a field; half precision in float32."""
-        y0, index, dtype = self.y0, field.index, parts_of(self.y0)[0].dtype
+    def solve(self, candidate: Candidate, field: Counted, index: Tensor | None = None) -> State:
+        """Return a candidate's solution for some samples; half precision in float32."""
+        y0, dtype = self.y0, parts_of(self.y0)[0].dtype
         start = y0 if index is None else take(y0, index)
         rtol, atol = (_restricted(tolerance, y0, index) for tolerance in (self.rtol, self.atol))
         if is_half(dtype):
             start = cast(start, torch.float32)
         solution = candidate.solve(field, start, self.t, rtol=rtol, atol=atol)
-        if is_half(dtype):
-            return map_parts(lambda part: cast_back(part, dtype), solution)
-        return solution
+        return (
+            map_parts(lambda part: cast_back(part, dtype), solution) if is_half(dtype) else solution
+        )
 
 
 def joined(solutions: Sequence[State]) -> State:
@@ -194,17 +99,9 @@ def dispatch(
     selection: Tensor,
     draft: recording.Draft | None = None,
 ) -> State:
-    """Return the solution of each sample by its candidate.
+    """Return the solution of each sample by the candidate at its position in ``selection``.
 
-    Args:
-        candidates: the methods.
-        batch: the problem.
-        selection: for each sample, the position of its candidate.
-        draft: the record of this solve, which learns of the groups; None if none is kept.
-
-    Raises:
-        CoupledSamplesError: there are several groups, and samples that depend on each other.
-        StateShapeError: func cannot take part of the batch.
+    ``draft`` is the record of this solve, which learns of the groups; None if none is kept.
     """
     if batch.is_empty:
         return batch.unchanged()
@@ -217,8 +114,9 @@ def dispatch(
     for candidate, group in zip(candidates, groups, strict=True):
         if len(group) == 0:
             continue
-        field = batch.field(None if len(group) == len(batch) else group)
-        solutions.append(batch.solve(candidate, field))
+        index = None if len(group) == len(batch) else group
+        field = batch.field(index)
+        solutions.append(batch.solve(candidate, field, index))
         calls += field.calls
         if draft is not None and draft.recorders:
             # The group's own record tells its samples apart where they step on their own.
@@ -255,11 +153,9 @@ def _check_selection(selection: Tensor, batch: int, n_candidates: int) -> Tensor
     is_index = is_tensor and not selection.is_floating_point() and not selection.is_complex()
     is_fitting = is_index and selection.shape == (batch,)
     if not is_fitting or bool(((selection < 0) | (selection >= n_candidates)).any()):
-        got = f"a {type(selection).__name__}."
-        if is_tensor:
-            got = f"a {selection.dtype} tensor of shape {tuple(selection.shape)}."
+        got = f"{selection.dtype}, {tuple(selection.shape)}" if is_tensor else repr(selection)
         raise OptionError(
-            problem=f"selection is {got}",
+            problem=f"selection is {got}.",
             expected=f"for each of the {batch} samples, the position of its candidate, 0 to "
             f"{n_candidates - 1}.",
             fix="dise.dispatch(func, y0, t, dise.select(y0))",
@@ -272,13 +168,10 @@ def _restricted(tolerance: Any, y0: State, index: Tensor | None) -> Any:
     if isinstance(tolerance, tuple | list):
         n_parts = len(y0) if isinstance(y0, tuple) else 0
         if len(tolerance) != n_parts:
+            each = f"one a part: {n_parts}" if n_parts else "a tensor: the state is one tensor"
             raise OptionError(
                 problem=f"rtol or atol has {len(tolerance)} entries.",
-                expected=(
-                    f"a number, or one a part: {n_parts}."
-                    if n_parts
-                    else "a number or a tensor: the state is one tensor."
-                ),
+                expected=f"a number, or {each}.",
                 fix="rtol=1e-3, atol=1e-3",
             )
         pairs = zip(tolerance, parts_of(y0), strict=True)

@@ -4,31 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdiffeq_hyper._fields import (
-    HOW_TO_RESTRICT,
-    check_independence,
-    model_as_found,
-    vector_field,
-)
-from torchdiffeq_hyper._state import State, VectorField, map_parts, parts_of, take
+from torchdiffeq_hyper._fields import check_independence, model_as_found, vector_field
+from torchdiffeq_hyper._state import State, StateLayout, VectorField, map_parts, parts_of, take
 from torchdiffeq_hyper.dise._candidates import Candidate
 from torchdiffeq_hyper.dise._costs import Cost
-from torchdiffeq_hyper.dise._dispatch import Batch, GroupField, are_finite, count_samples, joined
-from torchdiffeq_hyper.errors import (
-    NoisyFieldError,
-    NonFiniteError,
-    OptionError,
-    UnfinishedSolveError,
-)
+from torchdiffeq_hyper.dise._dispatch import Batch, are_finite, count_samples, joined
+from torchdiffeq_hyper.errors import OptionError
+from torchdiffeq_hyper.evaluation._measure import unless_broken
 from torchdiffeq_hyper.fitting._context import Starts, bind
+from torchdiffeq_hyper.fitting._field import check_repeatable
 from torchdiffeq_hyper.fitting._guard import left_as_found
-from torchdiffeq_hyper.fitting._reference import BROKEN_DOWN
 from torchdiffeq_hyper.solvers.per_sample import PerSampleDopri5
 
 
@@ -124,12 +116,6 @@ def collect(
 
     Modules in func are put in evaluation mode meanwhile, and come back as found. What is
     ``known`` from an earlier call is returned if it belongs to so many samples and candidates.
-
-    Raises:
-        OptionError: y0 is empty, or what is known belongs to others.
-        StateShapeError: ``cost`` is for another number of samples, or func has a wrong shape.
-        NoisyFieldError: func draws fresh noise at each call.
-        CoupledSamplesError: func makes samples depend on each other.
     """
     if known is not None:
         return _checked(known, count_samples(y0), len(candidates))
@@ -181,15 +167,11 @@ def _distinct(labels: list[str]) -> tuple[str, ...]:
 def _check_field(batch: Batch) -> None:
     """Refuse a field that draws fresh noise, or whose samples cannot be solved alone."""
     # As the host does: a func may concatenate its time with its state.
-    t0 = batch.t[0].to(parts_of(batch.y0)[0].abs().dtype)
-    field = batch.field(None)
-    if not _are_close(field(t0, batch.y0), field(t0, batch.y0)):
-        raise NoisyFieldError(
-            problem=f"func answers differently twice at t = {float(t0):.6g} and the same y: it "
-            "draws fresh noise (or changes) at each call.",
-            expected="the same answer at each call, so that an answer can be right or wrong.",
-            fix=f"draw the noise once, before the solve, and keep it:\n{HOW_TO_RESTRICT}",
-        )
+    dtype = parts_of(batch.y0)[0].dtype
+    t0 = batch.t[0].to(dtype.to_real())
+    field, join = batch.field(), StateLayout.of(batch.y0).join
+    first, second = (join(field(t0, batch.y0)) for _ in range(2))
+    check_repeatable(first, second, dtype, float(t0))
     check_independence(batch.func, batch.y0, batch.t, groups=_some_samples(batch).split(1))
 
 
@@ -198,13 +180,14 @@ def _solve_alone(
 ) -> tuple[State, Tensor]:
     """Return a candidate's solution of every sample alone, and its calls of func (batch,).
 
-    Methods on a grid take the whole batch at once and ``dopri5`` goes by
-    ``dopri5_per_sample``; both are held against solves of a few samples alone, which
-    decide. All other methods, and those that fail or differ, go sample by sample. A sample
-    that the candidate cannot solve is nan, at the calls made until then. ``tick`` is told the
-    number of samples solved.
+    All are solved together where that gives the same for a few samples, else one by one. A
+    sample that the candidate cannot solve is nan, at the calls made until then. ``tick`` is
+    told the number of samples solved.
     """
-    together = _together(candidate, batch)
+    try:
+        together = unless_broken(lambda: _together(candidate, batch))
+    except OptionError:  # one by one it shows whether func minds vmap only
+        together = None
     if together is not None:
         solution, nfe = together
         some = _some_samples(batch)
@@ -220,19 +203,16 @@ _CONTROLS = {field.name for field in fields(PerSampleDopri5)}
 
 
 def _together(candidate: Candidate, batch: Batch) -> tuple[State, Tensor] | None:
-    """Return the solution of all samples in one go, or None where that cannot be."""
+    """Return the solution of all samples in one go, or None where the method has none."""
+    if candidate.follows_grid or candidate.solver is not None:
+        field = batch.field()
+        solution = batch.solve(candidate, field)
+        return solution, torch.full((len(batch),), field.calls, device=batch.device)
     known = _CONTROLS - ({"time"} if candidate.method == "dopri5" else set())
-    try:
-        if candidate.follows_grid or candidate.solver is not None:
-            field = batch.field(None)
-            solution = batch.solve(candidate, field)
-            return solution, torch.full((len(batch),), field.calls, device=batch.device)
-        if candidate.method in _BY_SAMPLE and candidate.options.keys() <= known:
-            rtol, atol = candidate.tolerances(batch.rtol, batch.atol)
-            solver = PerSampleDopri5(**candidate.options)
-            return solver.run(batch.func, batch.y0, batch.t, rtol=rtol, atol=atol)
-    except (NonFiniteError, UnfinishedSolveError, OptionError):
-        pass  # sample by sample it shows which one fails, or whether func minds vmap only
+    if candidate.method in _BY_SAMPLE and candidate.options.keys() <= known:
+        rtol, atol = candidate.tolerances(batch.rtol, batch.atol)
+        solver = PerSampleDopri5(**candidate.options)
+        return solver.run(batch.func, batch.y0, batch.t, rtol=rtol, atol=atol)
     return None
 
 
@@ -240,32 +220,26 @@ def _one_by_one(
     candidate: Candidate,
     batch: Batch,
     samples: Tensor,
-    tick: Callable[[int], object] | None = None,
+    tick: Callable[[int], object] = lambda _: None,
 ) -> tuple[State, Tensor]:
     solutions, nfe = [], []
     for index in samples.split(1):
         field = batch.field(index)
-        solutions.append(_solve_or_nan(candidate, batch, field))
+        solution = unless_broken(partial(batch.solve, candidate, field, index))
+        solutions.append(_nans(batch) if solution is None else solution)
         nfe.append(field.calls)
-        if tick is not None:
-            tick(1)
+        tick(1)
     return joined(solutions), torch.tensor(nfe, device=batch.device)
 
 
-def _solve_or_nan(candidate: Candidate, batch: Batch, field: GroupField) -> State:
-    try:
-        return batch.solve(candidate, field)
-    except (NonFiniteError, UnfinishedSolveError):
-        pass
-    except AssertionError as error:
-        if not str(error).startswith(BROKEN_DOWN):
-            raise
+def _nans(batch: Batch) -> State:
+    """Return the solution of one sample that could not be solved."""
     shape = (len(batch.t), 1)
     return map_parts(lambda part: part.new_full((*shape, *part.shape[1:]), torch.nan), batch.y0)
 
 
 def _some_samples(batch: Batch) -> Tensor:
-    """Return the positions of up to four samples, on which shortcuts are held against solves."""
+    """Return the positions of up to four samples, to compare solves together and alone on."""
     n = len(batch)
     positions: Tensor = torch.linspace(0, n - 1, min(4, n)).long().unique()
     return positions.to(batch.device)

@@ -9,7 +9,7 @@ import platform
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -107,7 +107,7 @@ class Problem:
         if atol is None:
             join = StateLayout.of(self.y0).join
             start, end = self.t.tolist()
-            k = self.func(self.t[0], self.y0)
+            k = Counted(self.func)(self.t[0], self.y0)
             atol = rtol * Units.of((start, end), join(self.y0), join(k)).state
         return rtol, atol
 
@@ -119,22 +119,15 @@ class Problem:
             NonFiniteError: a state is not finite, or dopri5 breaks off on the way.
         """
         dtype = self.dtype
-
-        def answer(t: Tensor, y: State) -> State:
-            if is_half(dtype):
-                return cast(self.func(t.to(dtype), cast(y, dtype)), torch.float32)
-            # dopri5 chooses its first step by two calls, and keeps the first one's answer.
-            k: State = self.func(t, y)
-            return own(k) if isinstance(k, Tensor) else k
-
         y0 = cast(self.y0, torch.float32) if is_half(dtype) else self.y0
+        field = Counted(self.func, dtype=dtype)
         # An adaptive solve of a noisy field may never end.
         join = StateLayout.of(y0).join
-        first, second = (join(answer(self.t[0], y0)) for _ in range(2))
+        first, second = (join(field(self.t[0], y0)) for _ in range(2))
         check_repeatable(first, second, dtype, float(self.t[0]))
         # An empty context: no scope of ours may replace or record the reference.
         run = contextvars.Context().run
-        solve = Problem(answer, y0, self.t).solve
+        solve = Problem(field, y0, self.t).solve
         how = {"method": "dopri5", "rtol": rtol, "atol": atol}
         states = unless_broken(lambda: run(solve, shares, **how)) or []
         parts = [part for state in states for part in parts_of(state)]
@@ -168,33 +161,66 @@ def unless_broken(solve: Callable[[], Solution]) -> Solution | None:
 
 
 class Counted:
-    """A vector field that counts its calls and, if asked to (it is slow), its FLOPs."""
+    """A vector field that counts its calls and, if asked to (it is slow), its FLOPs.
+
+    Args:
+        func: the field of a whole batch.
+        index: positions of the samples that it is called on; None for all.
+        dtype: the state's, for a solver that steps half precision in float32: func is called in
+            this dtype, and its answers come back in memory of their own, in the solver's
+            dtype. None calls func as it is.
+        counts_flops: whether to count them.
+        counter: the field that counts the calls of this one.
+    """
 
     def __init__(
-        self, func: VectorField, *, counts_flops: bool = False, counter: Counted | None = None
+        self,
+        func: VectorField,
+        index: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        counts_flops: bool = False,
+        counter: Counted | None = None,
     ) -> None:
-        self.base_func = func
+        self.base_func = func if index is None else restrict(func, index)
+        self.whole = func
         self.calls = 0
         self.flops = 0
+        self._dtype = dtype
         self._counts_flops = counts_flops
-        self._counter = counter = counter or self
-        if can_restrict(func):
-            self.restrict = lambda index: Counted(
-                restrict(func, index), counts_flops=counts_flops, counter=counter
+        self._counter = counter or self
+        if can_restrict(self.base_func):
+            self.restrict = partial(
+                Counted,
+                self.base_func,
+                dtype=dtype,
+                counts_flops=counts_flops,
+                counter=self._counter,
             )
 
     def __call__(self, t: Tensor, y: State) -> State:
         """Return ``func(t, y)``, checked to be like ``y``."""
+        state, dtype = y, self._dtype
+        if dtype is not None and is_half(dtype):
+            t, state = t.to(dtype), cast(y, dtype)
         self._counter.calls += not is_probing()
         counts_flops = self._counts_flops and not is_probing()
         with FlopCounter() if counts_flops else nullcontext() as counter:
-            k: State = self.base_func(t, y)
+            k = self.base_func(t, state)
         self._counter.flops += 0 if counter is None else counter.get_total_flops()
         check_answer(k, y)
-        return tuple(k) if isinstance(k, list) else k
+        answer: State = tuple(k) if isinstance(k, list) else k
+        if dtype is None:
+            return answer
+        if any(is_half(part.dtype) for part in parts_of(answer)):
+            return cast(answer, parts_of(y)[0].dtype)
+        # The host keeps answers over later calls of func, which may write into the same buffer;
+        # those of tuples it copies itself.
+        return own(answer) if isinstance(answer, Tensor) else answer
 
 
-look_through(Counted, "base_func")
+# What is restricted is a copy; what is attached to the whole serves its samples.
+look_through(Counted, "base_func", "whole")
 
 
 def count_macs(

@@ -16,9 +16,8 @@ from torchdiffeq_hyper._state import State, VectorField, parts_of, take
 from torchdiffeq_hyper.dise import _files
 from torchdiffeq_hyper.dise._candidates import Candidate, check_candidates
 from torchdiffeq_hyper.dise._costs import Cost, check_callable
-from torchdiffeq_hyper.dise._dispatch import Batch, dispatch, raise_non_finite
-from torchdiffeq_hyper.dise._labels import Labels, collect
-from torchdiffeq_hyper.dise._report import DiseReport, Oracle, TradeOff, one_candidate
+from torchdiffeq_hyper.dise._report import DiseReport, Labels, Oracle, TradeOff, one_candidate
+from torchdiffeq_hyper.dise._solves import Batch, collect, dispatch, raise_non_finite
 from torchdiffeq_hyper.dise._training import (
     Scale,
     SelectorConfig,

@@ -13,9 +13,8 @@ from tqdm import tqdm
 
 from torchdiffeq_hyper._state import State, parts_of, take
 from torchdiffeq_hyper.dise._costs import check_settings
-from torchdiffeq_hyper.dise._dispatch import count_samples
-from torchdiffeq_hyper.dise._labels import Labels
-from torchdiffeq_hyper.dise._report import TradeOff, TradeOffPoint, singles
+from torchdiffeq_hyper.dise._report import Labels, TradeOff, TradeOffPoint
+from torchdiffeq_hyper.dise._solves import count_samples
 from torchdiffeq_hyper.dise.selectors import ReadySelector, ready
 from torchdiffeq_hyper.errors import (
     FitDivergedError,
@@ -309,7 +308,7 @@ def sweep(
     best = held.oracle()
     return TradeOff(
         points=tuple(sorted(points, key=lambda point: point.mean_nfe)),
-        singles=singles(held),
+        singles=held.singles,
         oracle=(held.mean_nfe(best), held.accuracy(best)),
         labels=labels,
     )

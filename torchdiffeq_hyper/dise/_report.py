@@ -222,55 +222,52 @@ class DiseReport:
     @property
     def mean_nfe(self) -> float:
         """Mean calls of func with v's choices, each sample solved alone."""
-        return self._held.mean_nfe(self._chosen)
+        held, _, choice = self._held
+        return held.mean_nfe(choice)
 
     @property
     def accuracy(self) -> float:
         """Share of right answers with v's choices."""
-        return self._held.accuracy(self._chosen)
+        held, _, choice = self._held
+        return held.accuracy(choice)
 
     @property
     def shares(self) -> dict[str, float]:
         """Share of samples sent to each candidate."""
-        return self._held.shares(self._chosen)
+        held, _, choice = self._held
+        return held.shares(choice)
 
     @property
     def regret(self) -> float:
         """Mean cost of v's choices above that of an oracle's; 0 is perfect."""
-        costs = self._held_costs
-        return _mean(costs, self._chosen) - float(costs.amin(dim=1).mean())
+        _, costs, choice = self._held
+        return _mean(costs, choice) - float(costs.amin(dim=1).mean())
 
     @property
     def regret_to_single(self) -> float:
         """Mean cost of v's choices above that of the best single candidate; below 0 is a gain."""
-        costs = self._held_costs
-        return _mean(costs, self._chosen) - float(costs.mean(dim=0).min())
+        _, costs, choice = self._held
+        return _mean(costs, choice) - float(costs.mean(dim=0).min())
 
     @property
     def best_single(self) -> str:
         """The candidate with the smallest mean cost."""
-        return self.labels.names[int(self._held_costs.mean(dim=0).argmin())]
+        return self.labels.names[int(self._held[1].mean(dim=0).argmin())]
 
     @property
-    def _held(self) -> Labels:
-        return self.labels.of(self.held_out)
-
-    @property
-    def _chosen(self) -> Tensor:
-        return self.selection[self.held_out]
-
-    @property
-    def _held_costs(self) -> Tensor:
-        return self.costs[self.held_out]
+    def _held(self) -> tuple[Labels, Tensor, Tensor]:
+        """Labels, costs and v's choices of the held-out samples."""
+        index = self.held_out
+        return self.labels.of(index), self.costs[index], self.selection[index]
 
     def __str__(self) -> str:
         """Return a table of the candidates and of v beside them."""
-        held, costs, shares = self._held, self._held_costs, self.shares
+        (held, costs, selected), shares = self._held, self.shares
         rows: list[tuple[Any, ...]] = [
             (*single, f"{cost:.4g}", f"{shares[single[0]]:.0%}")
             for single, cost in zip(held.singles, costs.mean(dim=0).tolist(), strict=True)
         ]
-        for name, choice in (("selector", self._chosen), ("oracle", costs.argmin(dim=1))):
+        for name, choice in (("selector", selected), ("oracle", costs.argmin(dim=1))):
             means = held.mean_nfe(choice), held.accuracy(choice)
             rows.append((name, *means, f"{_mean(costs, choice):.4g}", ""))
         return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -30,6 +30,7 @@ from torchdiffeq_hyper.dise._costs import Cost
 from torchdiffeq_hyper.dise._report import Labels
 from torchdiffeq_hyper.errors import NonFiniteError, OptionError
 from torchdiffeq_hyper.evaluation._measure import Counted, unless_broken
+from torchdiffeq_hyper.evaluation._trials import distinct
 from torchdiffeq_hyper.fitting._context import Starts, bind
 from torchdiffeq_hyper.fitting._field import check_repeatable
 from torchdiffeq_hyper.fitting._guard import left_as_found
@@ -72,29 +73,32 @@ class Batch:
         return parts_of(self.y0)[0].device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the state's first part."""
+        return parts_of(self.y0)[0].dtype
+
+    @property
     def is_empty(self) -> bool:
         """Whether there are no numbers to solve for."""
         return not any(part.numel() for part in parts_of(self.y0))
 
-    def unchanged(self) -> State:
-        """Return the solution that stays at y0: that of an empty batch."""
-        return map_parts(lambda part: part.expand(len(self.t), *part.shape).clone(), self.y0)
+    def constant(self, y0: State) -> State:
+        """Return the solution that stays at a state."""
+        return map_parts(lambda part: part.expand(len(self.t), *part.shape).clone(), y0)
 
     def field(self, index: Tensor | None = None) -> Counted:
         """Return the field of the samples at ``index``; of all for None."""
-        return Counted(self.func, index, dtype=parts_of(self.y0)[0].dtype)
+        return Counted(self.func, index, dtype=self.dtype)
 
     def solve(self, candidate: Candidate, field: Counted, index: Tensor | None = None) -> State:
         """Return a candidate's solution for some samples; half precision in float32."""
-        y0, dtype = self.y0, parts_of(self.y0)[0].dtype
-        start = y0 if index is None else take(y0, index)
-        rtol, atol = (_restricted(tolerance, y0, index) for tolerance in (self.rtol, self.atol))
-        if is_half(dtype):
-            start = cast(start, torch.float32)
+        start = self.y0 if index is None else take(self.y0, index)
+        rtol, atol = (_restricted(given, self.y0, index) for given in (self.rtol, self.atol))
+        if not is_half(self.dtype):
+            return candidate.solve(field, start, self.t, rtol=rtol, atol=atol)
+        start = cast(start, torch.float32)
         solution = candidate.solve(field, start, self.t, rtol=rtol, atol=atol)
-        return (
-            map_parts(lambda part: cast_back(part, dtype), solution) if is_half(dtype) else solution
-        )
+        return map_parts(partial(cast_back, dtype=self.dtype), solution)
 
 
 def joined(solutions: Sequence[State]) -> State:
@@ -113,7 +117,7 @@ def dispatch(
     ``draft`` is the record of this solve, which learns of the groups; None if none is kept.
     """
     if batch.is_empty:
-        return batch.unchanged()
+        return batch.constant(batch.y0)
     selection = _check_selection(selection, len(batch), len(candidates)).to(batch.device)
     order = selection.argsort(stable=True)
     groups = order.split(torch.bincount(selection, minlength=len(candidates)).tolist())
@@ -193,16 +197,12 @@ def _restricted(tolerance: Any, y0: State, index: Tensor | None) -> Any:
     return tolerance.index_select(0, index) if has_batch else tolerance
 
 
-def collect(
+def labels_of(
     candidates: Sequence[Candidate],
-    func: VectorField,
-    y0: State,
-    t: Tensor,
+    batch: Batch,
     cost: Cost,
     *,
     known: Labels | None = None,
-    rtol: Any,
-    atol: Any,
     progress: bool,
 ) -> Labels:
     """Solve every sample with every candidate, alone, and return calls and right answers.
@@ -211,16 +211,22 @@ def collect(
     ``known`` from an earlier call is returned if it belongs to so many samples and candidates.
     """
     if known is not None:
-        return _checked(known, count_samples(y0), len(candidates))
-    if count_samples(y0) == 0:
+        if known.nfe.shape == (len(batch), len(candidates)):
+            return known
+        raise OptionError(
+            problem="labels are of {} samples and {} candidates.".format(*known.nfe.shape),
+            expected=f"those of these {len(batch)} samples and {len(candidates)} candidates.",
+            fix="labels=dise.suggest(func, y0, t, cost=cost).labels",
+        )
+    if len(batch) == 0:
         raise OptionError(
             problem="y0 is an empty batch.",
             expected="at least one sample.",
             fix="y0 = torch.randn(256, 2)",
         )
-    cost.check(count_samples(y0))
-    field = bind(vector_field(func), Starts(y0))
-    batch = Batch.of(field, y0, t, rtol=rtol, atol=atol)
+    cost.check(len(batch))
+    func, field = batch.func, bind(vector_field(batch.func), Starts(batch.y0))
+    batch = replace(batch, func=field)
     index = torch.arange(len(batch), device=batch.device)
     total, columns = len(batch) * len(candidates), []
     with (
@@ -235,36 +241,20 @@ def collect(
             solution, nfe = _solve_alone(candidate, batch, bar.update)
             is_right, weight = cost.judge(solution, index)
             columns.append((nfe, is_right & are_finite(solution), weight))
-    nfe, right, weight = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
-    return Labels(_distinct([candidate.label for candidate in candidates]), nfe, right, weight)
-
-
-def _checked(labels: Labels, batch: int, n_candidates: int) -> Labels:
-    if labels.nfe.shape == (batch, n_candidates):
-        return labels
-    of_samples, of_candidates = labels.nfe.shape
-    raise OptionError(
-        problem=f"labels are of {of_samples} samples and {of_candidates} candidates.",
-        expected=f"those of these {batch} samples and {n_candidates} candidates.",
-        fix="labels=dise.suggest(func, y0, t, cost=cost).labels",
-    )
-
-
-def _distinct(labels: list[str]) -> tuple[str, ...]:
-    """Return labels, numbered where they are the same."""
-    earlier = [labels[:position].count(label) for position, label in enumerate(labels)]
-    pairs = zip(labels, earlier, strict=True)
-    return tuple(f"{label} #{count + 1}" if count else label for label, count in pairs)
+    names: list[str] = []
+    for candidate in candidates:
+        names.append(distinct(candidate.label, names))
+    matrices = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
+    return Labels(tuple(names), *matrices)
 
 
 def _check_field(batch: Batch) -> None:
     """Refuse a field that draws fresh noise, or whose samples cannot be solved alone."""
     # As the host does: a func may concatenate its time with its state.
-    dtype = parts_of(batch.y0)[0].dtype
-    t0 = batch.t[0].to(dtype.to_real())
+    t0 = batch.t[0].to(batch.dtype.to_real())
     field, join = batch.field(), StateLayout.of(batch.y0).join
     first, second = (join(field(t0, batch.y0)) for _ in range(2))
-    check_repeatable(first, second, dtype, float(t0))
+    check_repeatable(first, second, batch.dtype, float(t0))
     check_independence(batch.func, batch.y0, batch.t, groups=_some_samples(batch).split(1))
 
 
@@ -319,16 +309,13 @@ def _one_by_one(
     for index in samples.split(1):
         field = batch.field(index)
         solution = unless_broken(partial(batch.solve, candidate, field, index))
-        solutions.append(_nans(batch) if solution is None else solution)
+        if solution is None:
+            nans = map_parts(lambda part: part * torch.nan, take(batch.y0, index))
+            solution = batch.constant(nans)
+        solutions.append(solution)
         nfe.append(field.calls)
         tick(1)
     return joined(solutions), torch.tensor(nfe, device=batch.device)
-
-
-def _nans(batch: Batch) -> State:
-    """Return the solution of one sample that could not be solved."""
-    shape = (len(batch.t), 1)
-    return map_parts(lambda part: part.new_full((*shape, *part.shape[1:]), torch.nan), batch.y0)
 
 
 def _some_samples(batch: Batch) -> Tensor:

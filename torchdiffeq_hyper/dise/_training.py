@@ -86,30 +86,17 @@ VALIDATIONS = 50
 class Scale:
     """The unit in which a selector predicts: costs are ``shift + scale * prediction``.
 
-    One unit for all candidates, so that the smallest prediction is the smallest cost. (A
-    logarithm would not do: v estimates a mean, and wrong answers must weigh in it.)
-
-    Attributes:
-        shift: mean cost.
-        scale: standard deviation of all costs.
+    Mean and standard deviation of all costs: one unit for all candidates, so that the smallest
+    prediction is the smallest cost. (A logarithm would not do: v estimates a mean, and wrong
+    answers must weigh in it.)
     """
 
     shift: float
     scale: float
 
-    @classmethod
-    def of(cls, costs: Tensor) -> Scale:
-        """Return the unit of a matrix of costs."""
-        deviation = float(costs.std(correction=0))
-        return cls(float(costs.mean()), deviation if deviation > 0 else 1.0)
-
 
 def split(y0: State, config: SelectorConfig) -> tuple[Tensor, Tensor]:
-    """Return the positions of the samples to train on and of those held out, at random.
-
-    Raises:
-        OptionError: there are fewer than two samples.
-    """
+    """Return the positions of the samples to train on and of those held out, at random."""
     batch = count_samples(y0)
     if batch < 2:
         raise OptionError(
@@ -125,14 +112,7 @@ def split(y0: State, config: SelectorConfig) -> tuple[Tensor, Tensor]:
 
 
 def predict(selector: Callable[[State], Tensor] | None, y0: State, n_candidates: int) -> Tensor:
-    """Return a selector's predictions (batch, candidates), in its own unit.
-
-    Raises:
-        MissingHypernetError: there is no selector.
-        StateTypeError: it returned no real tensor.
-        StateShapeError: it returned another shape.
-        NonFiniteError: it returned inf or nan.
-    """
+    """Return a selector's predictions (batch, candidates), in its own unit, checked."""
     if selector is None:
         raise MissingHypernetError(
             problem="this Dise has no selector.",
@@ -166,11 +146,7 @@ def predict(selector: Callable[[State], Tensor] | None, y0: State, n_candidates:
 
 
 def fittable(selector: object, y0: State, n_candidates: int, config: SelectorConfig) -> nn.Module:
-    """Return a selector that has something to fit; a new ready one for None.
-
-    Raises:
-        StateTypeError: it is no module, or has no parameters.
-    """
+    """Return a selector that has something to fit; a new ready one for None."""
     if selector is None:
         with own_random_state(config.seed):
             return ready(y0, n_candidates)
@@ -194,20 +170,16 @@ def train_selector(
     """Train a selector in place on costs (batch, candidates); return its unit and the losses.
 
     It ends in the state that was best on held-out samples, in evaluation mode and frozen; on an
-    error it is as it was before. The losses are (iteration, training loss, held-out loss), in
-    units squared.
-
-    Raises:
-        FitDivergedError: a loss is not finite.
+    error it is as it was before. The losses are those of `DiseReport`.
     """
     train, held_out = split(y0, config)
-    unit = Scale.of(costs[train])
+    unit = Scale(float(costs[train].mean()), float(costs[train].std(correction=0)) or 1.0)
     targets = (costs - unit.shift) / unit.scale
     with frozen_or_restored(selector), own_random_state(config.seed):
         if isinstance(selector, ReadySelector):
             selector.calibrate(take(y0, train))
         if not any(parameter.requires_grad for parameter in selector.parameters()):
-            selector.requires_grad_(True)  # noqa: FBT003 - an earlier fit froze it
+            selector.requires_grad_(requires_grad=True)  # an earlier fit froze it
         losses = _descend(selector, y0, targets, (train, held_out), config, progress=progress)
     return unit, losses
 

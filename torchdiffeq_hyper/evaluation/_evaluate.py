@@ -30,6 +30,7 @@ from torchdiffeq_hyper.evaluation._table import EvaluationRow, EvaluationTable
 from torchdiffeq_hyper.evaluation._trials import Trial, expand
 from torchdiffeq_hyper.fitting._context import bound
 from torchdiffeq_hyper.fitting._guard import ModuleState, modules_in
+from torchdiffeq_hyper.hypernets._ready import check_count
 from torchdiffeq_hyper.recording._cost import median_seconds
 from torchdiffeq_hyper.solvers._solver import Solver
 
@@ -109,10 +110,7 @@ def evaluate(
     field = bound(func, y0, context)
     problem = Problem.of(field, y0, t_span)
     trials = expand(methods, steps, tolerances)
-    if not isinstance(repeats, int) or repeats < 1:
-        raise OptionError(
-            problem=f"repeats is {repeats!r}.", expected="an int of at least 1.", fix="repeats=5"
-        )
+    check_count("repeats", repeats)
     total = 1 + len(trials) * (3 + repeats)
     with (
         _left_as_found(func, field, trials),

@@ -266,18 +266,14 @@ def errors(y: State, reference: State) -> Errors:
     if not all(bool(d.isfinite().all()) for d in off):
         return FAILED
     percent = [100 * _ratio(d, ref.abs()).flatten() for d, ref in zip(off, refs, strict=True)]
-    relative = _ratio(_norms(off), _norms(refs))
+    relative = _ratio(sample_norms(off)[0], sample_norms(refs)[0])
     return Errors(float(torch.cat(percent).mean()), float(relative.mean()), float(relative.max()))
 
 
 def _float64(y: State) -> tuple[Tensor, ...]:
-    # On the CPU, because some accelerators have no float64.
-    wide = [part.detach().cpu() for part in parts_of(y)]
+    """Return the parts, (1, batch, ...), on the CPU: some accelerators have no float64."""
+    wide = [part.detach().cpu().unsqueeze(0) for part in parts_of(y)]
     return tuple(p.to(torch.complex128 if p.is_complex() else torch.float64) for p in wide)
-
-
-def _norms(parts: tuple[Tensor, ...]) -> Tensor:
-    return sample_norms(tuple(part.unsqueeze(0) for part in parts))[0]
 
 
 def _ratio(off: Tensor, size: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 from torchdiffeq_hyper._state import State
 from torchdiffeq_hyper.errors import OptionError, StateTypeError, unknown_method
 from torchdiffeq_hyper.evaluation._measure import Problem
+from torchdiffeq_hyper.hypernets._ready import check_count
 from torchdiffeq_hyper.methods import _registry
-from torchdiffeq_hyper.solvers._grid import check_steps, equal_steps
+from torchdiffeq_hyper.solvers._grid import equal_steps
 from torchdiffeq_hyper.solvers._solver import Solver
 
 OWN_POINTS = 8
@@ -90,7 +91,7 @@ def expand(
     for method in methods:
         first = _first_trial(method)
         alike = (t for t in trials if None in (t.steps, first.steps) or t.steps == first.steps)
-        first = replace(first, label=_distinct(first.label, {trial.label for trial in alike}))
+        first = replace(first, label=distinct(first.label, {trial.label for trial in alike}))
         if first.follows_grid:
             trials += [replace(first, steps=n) for n in counts or [_own_steps(first)]]
         elif first.is_learned:  # all its steps belong to the fit
@@ -102,41 +103,36 @@ def expand(
 
 def _first_trial(method: str | Solver) -> Trial:
     """Return a trial of a method, its settings still to be filled in."""
-    if isinstance(method, Solver):
-        return _trial_of_solver(method, method.label)
+    entry = _registry.methods().get(method) if isinstance(method, str) else None
+    solver = method if entry is None else entry.fitted
+    if isinstance(solver, Solver):
+        return Trial(
+            method.label if isinstance(method, Solver) else method,
+            solver.method,
+            solver.follows_grid,
+            is_learned=True,
+            # So that its one warning is not used up here.
+            solver=solver.without_warnings(),
+            steps=None if solver.follows_grid else solver.n_steps,
+        )
     if not isinstance(method, str):
         raise StateTypeError(
             problem=f"a method is a {type(method).__name__}.",
             expected="a method's name or a HyperSolver.",
             fix='methods=["euler", tdh.HyperSolver("euler", net, steps=10)]',
         )
-    entry = _registry.methods().get(method)
-    if entry is None:
-        hosts = _registry.host_methods()
-        if method not in hosts:
-            raise unknown_method(method, [*_registry.methods(), *hosts], 'methods=["{}"]')
-        return Trial(method, method, hosts[method])
-    if isinstance(entry.fitted, Solver):
-        return _trial_of_solver(entry.fitted, method)
-    return Trial(
-        method,
-        method,
-        entry.follows_grid,
-        is_learned=entry.option == "solver",
-        steps_between_points=entry.option not in {None, "solver"},
-    )
-
-
-def _trial_of_solver(solver: Solver, label: str) -> Trial:
-    return Trial(
-        label,
-        solver.method,
-        solver.follows_grid,
-        is_learned=True,
-        # So that its one warning is not used up here.
-        solver=solver.without_warnings(),
-        steps=None if solver.follows_grid else solver.n_steps,
-    )
+    if entry is not None:
+        return Trial(
+            method,
+            method,
+            entry.follows_grid,
+            is_learned=entry.option == "solver",
+            steps_between_points=entry.option not in {None, "solver"},
+        )
+    hosts = _registry.host_methods()
+    if method not in hosts:
+        raise unknown_method(method, [*_registry.methods(), *hosts], 'methods=["{}"]')
+    return Trial(method, method, hosts[method])
 
 
 def _own_steps(trial: Trial) -> int:
@@ -149,7 +145,8 @@ def _own_steps(trial: Trial) -> int:
     )
 
 
-def _distinct(label: str, taken: set[str]) -> str:
+def distinct(label: str, taken: Collection[str]) -> str:
+    """Return a label, numbered where it is taken."""
     names = (label if i == 1 else f"{label} #{i}" for i in count(1))
     return next(name for name in names if name not in taken)
 
@@ -157,13 +154,9 @@ def _distinct(label: str, taken: set[str]) -> str:
 def _check_all_steps(steps: int | Sequence[int] | None) -> list[int]:
     if steps is None:
         return []
-    counts = [steps] if isinstance(steps, int) else list(steps)
-    if not counts or any(isinstance(n, tuple) or check_steps(n) is None for n in counts):
-        raise OptionError(
-            problem=f"steps is {steps!r}.",
-            expected="numbers of steps, each an int of at least 1, or None.",
-            fix="steps=[2, 4, 8]",
-        )
+    counts: list[Any] = [steps] if isinstance(steps, int) else list(steps)
+    for n in counts or [counts]:
+        check_count("steps", n)
     return counts
 
 

@@ -83,8 +83,8 @@ class Dise(nn.Module):
         # Moved, saved and frozen with the rest.
         self.solvers = nn.ModuleList([c.solver for c in self.candidates if c.solver is not None])
         if selector is not None:
-            fix = "selector=tdh.dise.selectors.MLP(n_inputs=2, n_candidates=3)"
-            check_callable("selector", selector, fix)
+            ready = "selector=tdh.dise.selectors.MLP(n_inputs=2, n_candidates=3)"
+            check_callable("selector", selector, fix=ready)
         self.selector = selector
         self.unit = Scale(0.0, 1.0)
         self.report: DiseReport | None = None
@@ -167,10 +167,7 @@ class Dise(nn.Module):
     def select(self, y0: State) -> Tensor:
         """Return the position of the candidate chosen for each sample, (batch,) int64.
 
-        Raises:
-            MissingHypernetError: there is no selector.
-            StateShapeError: v returned another shape than (batch, candidates).
-            NonFiniteError: v predicted inf or nan.
+        Raises as `predicted_costs` does.
         """
         return predict(self.selector, y0, len(self.candidates)).argmin(dim=1)
 
@@ -180,6 +177,8 @@ class Dise(nn.Module):
 
         Raises:
             MissingHypernetError: there is no selector.
+            StateShapeError: v returned another shape than (batch, candidates).
+            NonFiniteError: v predicted inf or nan.
         """
         predicted = predict(self.selector, y0, len(self.candidates))
         return predicted * self.unit.scale + self.unit.shift

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 from torchdiffeq_hyper._state import State, parts_of, take
@@ -175,31 +177,6 @@ def train_selector(
     train, held_out = split(y0, config)
     unit = Scale(float(costs[train].mean()), float(costs[train].std(correction=0)) or 1.0)
     targets = (costs - unit.shift) / unit.scale
-    with frozen_or_restored(selector), own_random_state(config.seed):
-        if isinstance(selector, ReadySelector):
-            selector.calibrate(take(y0, train))
-        if not any(parameter.requires_grad for parameter in selector.parameters()):
-            selector.requires_grad_(requires_grad=True)  # an earlier fit froze it
-        losses = _descend(selector, y0, targets, (train, held_out), config, progress=progress)
-    return unit, losses
-
-
-def _descend(
-    selector: nn.Module,
-    y0: State,
-    targets: Tensor,
-    positions: tuple[Tensor, Tensor],
-    config: SelectorConfig,
-    *,
-    progress: bool,
-) -> list[tuple[int, float, float]]:
-    train, held_out = positions
-    optimizer = torch.optim.AdamW(
-        selector.parameters(), lr=config.lr, weight_decay=config.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, config.iterations, eta_min=config.lr / 100
-    )
 
     def loss_on(index: Tensor) -> Tensor:
         out = predict(selector, take(y0, index), targets.shape[1])
@@ -207,13 +184,20 @@ def _descend(
 
     every = max(1, config.iterations // VALIDATIONS)
     losses: list[tuple[int, float, float]] = []
-    best, best_loss = copy.deepcopy(selector.state_dict()), math.inf
-    batches = _batches(train, config)
+    best_loss = math.inf
     bar = tqdm(total=config.iterations, disable=not progress, unit="it", desc="selector")
-    with bar, torch.enable_grad():
-        for iteration in range(1, config.iterations + 1):
+    with frozen_or_restored(selector), own_random_state(config.seed), bar, torch.enable_grad():
+        if isinstance(selector, ReadySelector):
+            selector.calibrate(take(y0, train))
+        if not any(parameter.requires_grad for parameter in selector.parameters()):
+            selector.requires_grad_(requires_grad=True)  # an earlier fit froze it
+        best = copy.deepcopy(selector.state_dict())
+        optimizer = AdamW(selector.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        schedule = CosineAnnealingLR(optimizer, config.iterations, eta_min=config.lr / 100)
+        numbers = range(1, config.iterations + 1)
+        for iteration, index in zip(numbers, _batches(train, config), strict=False):
             selector.train()
-            loss = loss_on(next(batches))
+            loss = loss_on(index)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -227,8 +211,8 @@ def _descend(
             losses.append((iteration, _checked(loss, iteration), held))
             if held < best_loss:
                 best, best_loss = copy.deepcopy(selector.state_dict()), held
-    selector.load_state_dict(best)
-    return losses
+        selector.load_state_dict(best)
+    return unit, losses
 
 
 def _batches(train: Tensor, config: SelectorConfig) -> Iterator[Tensor]:

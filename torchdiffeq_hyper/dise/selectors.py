@@ -54,15 +54,11 @@ class ReadySelector(nn.Module):
     def __init__(self, architecture: Mapping[str, Any], shape: Sequence[int]) -> None:
         super().__init__()
         for name, value in architecture.items():
-            rule = self.arguments[name]
             try:
-                rule.check(value, name)
+                self.arguments[name].check(value, name)
             except Mismatch as error:
-                raise OptionError(
-                    problem=f"{name} is {value!r}.",
-                    expected=f"{rule.expected}.",
-                    fix=f"{name}=...",
-                ) from error
+                problem, expected = f"{name} is {value!r}.", f"{self.arguments[name].expected}."
+                raise OptionError(problem=problem, expected=expected, fix=f"{name}=...") from error
         self.architecture: dict[str, Any] = {"kind": self.kind, **architecture}
         self.register_buffer("shift", torch.zeros(*shape))
         self.register_buffer("scale", torch.ones(*shape))
@@ -219,7 +215,7 @@ class ResidualConv(ReadySelector):
         super().__init__(own, (channels, *(1,) * n_spatial))
         convolution = CONVOLUTIONS[n_spatial]
         self.first = convolution(channels, hidden, 3, stride=2, padding=1)
-        self.blocks = nn.ModuleList(_Block(convolution, hidden) for _ in range(blocks))
+        self.blocks = nn.Sequential(*(_Block(convolution, hidden) for _ in range(blocks)))
         head = nn.Linear(hidden * 2**n_spatial, n_candidates)
         self.last = nn.Sequential(nn.ReLU(), _POOLS[n_spatial](2), nn.Flatten(), head)
 
@@ -229,10 +225,7 @@ class ResidualConv(ReadySelector):
 
     def forward(self, y0: State) -> Tensor:
         """Return predicted costs (batch, candidates)."""
-        x = self.first(self.normalised(y0))
-        for block in self.blocks:
-            x = block(x)
-        out: Tensor = self.last(x)
+        out: Tensor = self.last(self.blocks(self.first(self.normalised(y0))))
         return out
 
 

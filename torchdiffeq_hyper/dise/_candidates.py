@@ -149,7 +149,7 @@ class Candidate:
             return
         raise OptionError(
             problem=problem,
-            expected="steps for a method that follows a time grid, and no other word of that grid.",
+            expected="steps for a method on a time grid, and no other option for that grid.",
             fix='tdh.Candidate("rk4", steps=4)\ntdh.Candidate("dopri5", rtol=1e-3, atol=1e-3)',
         )
 

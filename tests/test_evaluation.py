@@ -345,6 +345,13 @@ def test_adaptive_method_that_runs_out_of_step_size_is_a_row() -> None:
     assert row.nfe > 0
 
 
+def test_per_sample_method_that_cannot_finish_is_a_row() -> None:
+    y0 = start(dtype=torch.float32)
+    (row,) = evaluate(y0=y0, methods=["dopri5_per_sample"], tolerances=[1e-30]).rows
+    assert row.failed
+    assert row.nfe > 0
+
+
 def test_assertions_of_func_itself_are_raised() -> None:
     def func(t: Tensor, y: Tensor) -> Tensor:
         assert torch.is_grad_enabled(), "not without gradients"

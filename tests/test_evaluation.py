@@ -345,6 +345,13 @@ def test_adaptive_method_that_runs_out_of_step_size_is_a_row() -> None:
     assert row.nfe > 0
 
 
+def test_per_sample_method_that_cannot_finish_is_a_row() -> None:
+    y0 = start(dtype=torch.float32)
+    (row,) = evaluate(y0=y0, methods=["dopri5_per_sample"], tolerances=[1e-30]).rows
+    assert row.failed
+    assert row.nfe > 0
+
+
 def test_assertions_of_func_itself_are_raised() -> None:
     def func(t: Tensor, y: Tensor) -> Tensor:
         assert torch.is_grad_enabled(), "not without gradients"
@@ -505,9 +512,9 @@ def test_progress_is_shown_only_where_asked_for(capsys: pytest.CaptureFixture[st
         ({"methods": ["dopri5"], "tolerances": 0.0}, OptionError, "tolerances is 0.0"),
         ({"methods": ["dopri5"], "tolerances": []}, OptionError, r"tolerances is \[\]"),
         ({"steps": [2], "repeats": 0}, OptionError, "repeats is 0"),
-        ({"steps": [2], "t_span": (1.0, 1.0)}, OptionError, "two different finite times"),
-        ({"steps": [2], "t_span": (0.0, math.inf)}, OptionError, "two different finite times"),
-        ({"steps": [2], "t_span": (0.0, 0.5, 1.0)}, OptionError, "two different finite times"),
+        ({"steps": [2], "t_span": (1.0, 1.0)}, OptionError, "two distinct finite times"),
+        ({"steps": [2], "t_span": (0.0, math.inf)}, OptionError, "two distinct finite times"),
+        ({"steps": [2], "t_span": (0.0, 0.5, 1.0)}, OptionError, "two distinct finite times"),
         ({"steps": [2], "y0": torch.zeros(0, 2)}, StateShapeError, r"\(0, 2\)"),
         ({"steps": [2], "y0": torch.tensor(1.0)}, StateShapeError, "unsqueeze"),
         ({"steps": [2], "y0": (torch.ones(2, 1), torch.ones(3))}, StateShapeError, "every part"),

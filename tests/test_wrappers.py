@@ -238,8 +238,8 @@ def test_wrappers_of_this_package_find_what_is_attached_inside(
     assert find(energy) is solver
     conditioned = tdh.Conditioned(field, torch.ones(4, 1))
     mine = tdh.attach(conditioned, tdh.HyperSolver("euler", zero, steps=5))
-    from torchdiffeq_hyper.dise._dispatch import GroupField
+    from torchdiffeq_hyper.evaluation._measure import Counted
 
     for index in (None, torch.tensor([0, 2])):
-        assert find(GroupField(conditioned, y0, index)) is mine
-        assert find(GroupField(field, y0, index)) is solver
+        assert find(Counted(conditioned, index)) is mine
+        assert find(Counted(field, index)) is solver

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 import torchdiffeq_hyper as tdh
-from torchdiffeq_hyper.evaluation._problem import Problem
+from torchdiffeq_hyper.evaluation._measure import Problem
 from torchdiffeq_hyper.solvers._grid import equal_steps
 
 CALLS_A_STEP = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}

@@ -17,8 +17,7 @@ from torchdiffeq_hyper._state import State
 from torchdiffeq_hyper.evaluation import EvaluationRow, EvaluationTable, describe_machine
 
 # Its measure is taken over whole: one definition of NFE, MACs, ms and errors.
-from torchdiffeq_hyper.evaluation._measure import Counted, errors
-from torchdiffeq_hyper.evaluation._problem import Problem
+from torchdiffeq_hyper.evaluation._measure import Counted, Problem, errors
 from torchdiffeq_hyper.recording._cost import median_seconds
 
 REFERENCE_TOLERANCE = 1e-6

@@ -83,7 +83,7 @@ def test_a_fitted_selector_is_near_the_oracle_and_better_than_any_candidate(fitt
     assert sum(report.shares.values()) == pytest.approx(1.0)
     assert max(report.shares.values()) < 0.8
     text = str(report)
-    for name in ("| selector |", "| oracle |", "rk4, 3 steps", "regret", report.best_single):
+    for name in ("| selector ", "| oracle ", "rk4, 3 steps", "regret", report.best_single):
         assert name in text
 
 
@@ -235,7 +235,7 @@ def test_suggest_sweeps_alpha_and_m_and_leaves_the_dise_as_it_is() -> None:
     assert curve.cheapest(accuracy=1.1) is None
     assert [name for name, _, _ in curve.singles] == list(curve.labels.names)
     assert curve.oracle[1] >= max(right for _, _, right in curve.singles)
-    assert "| alpha 1, M 10000 |" in str(curve)
+    assert "| alpha 1, M 10000 " in str(curve)
     refitted = dise.fit(whirl, Y0, T, cost=COST, labels=curve.labels, config=QUICK, progress=False)
     assert refitted.report is not None
     assert refitted.report.label_seconds < refitted.report.seconds

@@ -229,4 +229,4 @@ def test_the_oracle_dispatches() -> None:
     assert sum(oracle.shares.values()) == pytest.approx(1.0)
     y = dise.dispatch(net, Y0, T, oracle.selection)
     assert bool(((y[-1] - reference).abs().amax(1) <= 1e-2).all())
-    assert "| oracle |" in str(oracle)
+    assert "| oracle " in str(oracle)

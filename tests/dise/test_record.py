@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
 
+import torchdiffeq_hyper as tdh
 from stubs import MLPField, spiral
 from torchdiffeq_hyper._fields import is_probing
 from torchdiffeq_hyper.dise import Candidate, Dise
@@ -45,6 +46,17 @@ def test_a_dispatched_solve_is_recorded_with_choices_and_calls_by_sample() -> No
     assert nfe[0] == nfe[3] == 16
     assert nfe[1] == nfe[4] == groups["dopri5"].nfe
     assert nfe[2] == groups["dopri5_per_sample"].sample_nfe[0]
+
+
+@pytest.mark.parametrize("time", ["vmap", "loop"])
+def test_calls_of_a_conditioned_field_are_counted_in_every_group(time: str) -> None:
+    func = tdh.Conditioned(lambda t, y, rate: -rate * y, torch.linspace(1, 2, 5)[:, None])
+    candidates = [Candidate("rk4"), Candidate("dopri5_per_sample", options={"time": time})]
+    dise = Dise(candidates, lambda y0: _dealt(y0)[:, :2])
+    with record() as rec:
+        odeint(func, Y0, T, method="dise", options={"dise": dise}, **TOLERANCES)
+    solve = rec.solves[-1]
+    assert solve.nfe == sum(part.nfe for part in rec.solves[:-1])
 
 
 @pytest.mark.parametrize("t", [T, T.flip(0)], ids=["forward", "reverse"])

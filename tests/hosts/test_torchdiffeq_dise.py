@@ -302,7 +302,7 @@ def test_an_error_of_funcs_own_is_not_explained_away() -> None:
 
 def test_a_wrong_shape_of_the_whole_batch_is_named() -> None:
     dise = Dise([Candidate("euler")], Given(1))
-    with pytest.raises(StateShapeError, match="returned shapes"):
+    with pytest.raises(StateShapeError, match="returned shape"):
         _solve(dise, lambda t, y: y[:, :1], _starts(3), T)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -15,32 +15,10 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from torchdiffeq_hyper._state import State, VectorField
-from torchdiffeq_hyper.errors import (
-    OptionError,
-    StateTypeError,
-    unknown_method,
-)
+from torchdiffeq_hyper.errors import OptionError, StateTypeError, unknown_method
+from torchdiffeq_hyper.hypernets._ready import check_count
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._solver import Solver
-
-
-@contextmanager
-def _unknown_options_refused(candidate: str, method: str) -> Iterator[None]:
-    """Turn the host's warning about options that it ignores into an error."""
-    ignored = ".*Unexpected arguments"
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=ignored, category=UserWarning)
-        try:
-            yield
-        except UserWarning as warning:
-            if not re.match(ignored, str(warning)):
-                raise
-            raise OptionError(
-                problem=f"{candidate} has an option that torchdiffeq does not know ({warning}).",
-                expected=f'options of method "{method}".',
-                fix=f'tdh.Candidate("{method}")   # check the spelling of its options',
-            ) from warning
-
 
 # Methods on a grid that read no tolerance (the implicit ones iterate until they meet theirs).
 _EXPLICIT = frozenset({"euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams"})
@@ -80,8 +58,7 @@ class Candidate:
         self.solver = method if isinstance(method, Solver) else None
         self.method = method.method if isinstance(method, Solver) else method
         self.steps = steps
-        self.rtol = rtol
-        self.atol = atol
+        self.rtol, self.atol = rtol, atol
         self.options: dict[str, Any] = dict(options or {})
         self.follows_grid = _check_method(self.method)
         self._check_steps()
@@ -99,10 +76,8 @@ class Candidate:
         given = [self.method]
         if self.steps is not None:
             given.append(f"{self.steps} step" + "s" * (self.steps > 1))
-        if self.rtol is not None:
-            given.append(f"rtol {self.rtol:g}")
-        if self.atol is not None:
-            given.append(f"atol {self.atol:g}")
+        tolerances = (("rtol", self.rtol), ("atol", self.atol))
+        given += [f"{name} {value:g}" for name, value in tolerances if value is not None]
         return ", ".join(given + [f"{name} {value}" for name, value in self.options.items()])
 
     @property
@@ -131,14 +106,7 @@ class Candidate:
         return rtol if self.rtol is None else self.rtol, atol if self.atol is None else self.atol
 
     def solve(self, func: VectorField, y0: State, t: Tensor, *, rtol: Any, atol: Any) -> State:
-        """Return ``odeint`` of this method with these settings.
-
-        Args:
-            func: the vector field.
-            y0: tensor or tuple of tensors.
-            t: times, increasing or decreasing.
-            rtol: relative tolerance where the candidate has none.
-            atol: absolute tolerance where the candidate has none.
+        """Return ``odeint`` of this method with these settings; see `tolerances`.
 
         Raises:
             OptionError: the method has none of one of the options.
@@ -150,30 +118,39 @@ class Candidate:
         if self.solver is not None:
             options["solver"] = self.solver
         rtol, atol = self.tolerances(rtol, atol)
-        with _unknown_options_refused(repr(self), self.method) if self.options else nullcontext():
-            solution: State = odeint(
-                func, y0, t, rtol=rtol, atol=atol, method=self.method, options=options
-            )
-        return solution
+        run: Callable[[], State] = partial(
+            odeint, func, y0, t, rtol=rtol, atol=atol, method=self.method, options=options
+        )
+        if not self.options:
+            return run()
+        ignored = ".*Unexpected arguments"  # the host only warns of them
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=ignored, category=UserWarning)
+            try:
+                return run()
+            except UserWarning as warning:
+                if not re.match(ignored, str(warning)):
+                    raise
+                raise OptionError(
+                    problem=f"{self} has an option that torchdiffeq does not know ({warning}).",
+                    expected=f'options of method "{self.method}".',
+                    fix=f'tdh.Candidate("{self.method}")   # check the spelling of its options',
+                ) from warning
 
     def _check_steps(self) -> None:
-        steps = self.steps
-        if steps is None:
+        if self.steps is None:
             return
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            problem, fix = f"steps is {steps!r}.", "steps=4"
-        elif not self.follows_grid:
-            problem = f'"{self.method}" chooses its own steps, and steps is {steps}.'
-            fix = self._fix("rtol=1e-3, atol=1e-3")
+        check_count("steps", self.steps)
+        if not self.follows_grid:
+            problem = f'"{self.method}" chooses its own steps, and steps is {self.steps}.'
         elif self._own_grid:
             problem = f"both steps and the option {self._own_grid.pop()!r} are given."
-            fix = f'tdh.Candidate("{self.method}", steps={steps})'
         else:
             return
         raise OptionError(
             problem=problem,
-            expected="an int of at least 1, for methods that follow a time grid.",
-            fix=fix,
+            expected="steps for a method on a time grid, and no other option for that grid.",
+            fix='tdh.Candidate("rk4", steps=4)\ntdh.Candidate("dopri5", rtol=1e-3, atol=1e-3)',
         )
 
     def _check_tolerances(self) -> None:
@@ -184,31 +161,20 @@ class Candidate:
                 continue
             is_number = isinstance(value, float | int) and not isinstance(value, bool)
             if not is_number or not (math.isfinite(value) and value >= 0):
-                problem, fix = f"{name} is {value!r}.", f"{name}=1e-3"
+                problem = f"{name} is {value!r}."
             elif is_learned or self.method in _EXPLICIT:
                 problem = f'"{self.method}" has no error estimate to hold against {name}.'
-                fix = self._fix("steps=4")
             else:
                 continue
             raise OptionError(
                 problem=problem,
                 expected="a finite number of at least 0, for adaptive methods.",
-                fix=fix,
+                fix='tdh.Candidate("dopri5", rtol=1e-3, atol=1e-3)\ntdh.Candidate("rk4", steps=4)',
             )
-
-    def _fix(self, settings: str) -> str:
-        if self.solver is not None:
-            return "tdh.Candidate(solver)"
-        return f'tdh.Candidate("{self.method}", {settings})'
 
 
 def check_candidates(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """Return the candidates of a `Dise`.
-
-    Raises:
-        OptionError: none, or two that are the same.
-        StateTypeError: one is not a `Candidate`.
-    """
+    """Return the candidates of a `Dise`: at least one, and no two the same."""
     example = 'tdh.Dise([tdh.Candidate("euler", steps=2), tdh.Candidate("dopri5", rtol=1e-3)])'
     is_list = isinstance(candidates, Sequence) and not isinstance(candidates, str)
     others = [c for c in candidates if not isinstance(c, Candidate)] if is_list else [candidates]

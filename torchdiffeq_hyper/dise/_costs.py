@@ -52,27 +52,22 @@ class Cost(Protocol):
 
 def check_settings(alpha: float, penalty: float) -> tuple[float, float]:
     """Return alpha and M, after checking that both are finite numbers above 0."""
-    return (
-        _check_positive("alpha", alpha, "alpha=0.3"),
-        _check_positive("penalty", penalty, "penalty=1000.0"),
-    )
+    return _positive("alpha", alpha, 0.3), _positive("penalty", penalty, 1000.0)
 
 
-def _check_positive(name: str, value: Any, fix: str) -> float:
+def _positive(name: str, value: Any, example: float) -> float:
     is_number = isinstance(value, float | int) and not isinstance(value, bool)
     if not is_number or not (math.isfinite(value) and value > 0):
-        raise OptionError(
-            problem=f"{name} is {value!r}.", expected="a finite number above 0.", fix=fix
-        )
+        problem, fix = f"{name} is {value!r}.", f"{name}={example}"
+        raise OptionError(problem=problem, expected="a finite number above 0.", fix=fix)
     return float(value)
 
 
-def check_callable(name: str, value: Any, expected: str, fix: str) -> None:
+def check_callable(name: str, value: Any, fix: str) -> None:
     """Refuse what cannot be called."""
     if not callable(value):
-        raise StateTypeError(
-            problem=f"{name} is a {type(value).__name__}.", expected=expected, fix=fix
-        )
+        problem = f"{name} is a {type(value).__name__}."
+        raise StateTypeError(problem=problem, expected="a callable.", fix=fix)
 
 
 def _end(solution: State) -> State:
@@ -119,7 +114,7 @@ class ClassificationCost:
         alpha: float,
         penalty: float,
     ) -> None:
-        check_callable("predict", predict, "a callable.", "predict=model.classifier")
+        check_callable("predict", predict, "predict=model.classifier")
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
             got = labels.dtype if isinstance(labels, Tensor) else "no tensor"
             raise StateTypeError(
@@ -226,15 +221,14 @@ class RegressionCost:
         *,
         at: Literal["end", "all"] | None = None,
     ) -> None:
-        fix = "error=lambda y, index: (y - x[index]).norm(dim=1)"
-        check_callable("error", error, "a callable.", fix)
+        check_callable("error", error, "error=lambda y, index: (y - x[index]).norm(dim=1)")
         if at not in ("end", "all", None):
             raise OptionError(
                 problem=f"at is {at!r}.", expected='"end", "all" or None.', fix='at="end"'
             )
         self.error = error
         self.at = at
-        self.threshold = _check_positive("threshold", threshold, "threshold=0.1")
+        self.threshold = _positive("threshold", threshold, 0.1)
         self.alpha, self.penalty = check_settings(alpha, penalty)
 
     def check(self, batch: int) -> None:

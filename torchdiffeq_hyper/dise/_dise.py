@@ -16,9 +16,8 @@ from torchdiffeq_hyper._state import State, VectorField, parts_of, take
 from torchdiffeq_hyper.dise import _files
 from torchdiffeq_hyper.dise._candidates import Candidate, check_candidates
 from torchdiffeq_hyper.dise._costs import Cost, check_callable
-from torchdiffeq_hyper.dise._dispatch import Batch, dispatch, raise_non_finite
-from torchdiffeq_hyper.dise._labels import Labels, collect
-from torchdiffeq_hyper.dise._report import DiseReport, Oracle, TradeOff, one_candidate
+from torchdiffeq_hyper.dise._report import DiseReport, Labels, Oracle, TradeOff, one_candidate
+from torchdiffeq_hyper.dise._solves import Batch, dispatch, labels_of, raise_non_finite
 from torchdiffeq_hyper.dise._training import (
     Scale,
     SelectorConfig,
@@ -84,9 +83,8 @@ class Dise(nn.Module):
         # Moved, saved and frozen with the rest.
         self.solvers = nn.ModuleList([c.solver for c in self.candidates if c.solver is not None])
         if selector is not None:
-            expected = "a module that maps y0 to predicted costs (batch, candidates)."
-            fix = "selector=tdh.dise.selectors.MLP(n_inputs=2, n_candidates=3)"
-            check_callable("selector", selector, expected, fix)
+            ready = "selector=tdh.dise.selectors.MLP(n_inputs=2, n_candidates=3)"
+            check_callable("selector", selector, fix=ready)
         self.selector = selector
         self.unit = Scale(0.0, 1.0)
         self.report: DiseReport | None = None
@@ -122,7 +120,7 @@ class Dise(nn.Module):
                 integrated in float32 and cast for each call.
             t: 1-D floating tensor, strictly increasing or decreasing.
             rtol: relative tolerance of candidates without their own.
-            atol: absolute tolerance of candidates without their own.
+            atol: absolute tolerance of these.
 
         Returns:
             The state at every point of ``t``: like ``y0`` with ``len(t)`` in front.
@@ -137,7 +135,7 @@ class Dise(nn.Module):
         draft = recording.take_over(self)
         batch = Batch.of(func, y0, t, rtol=rtol, atol=atol)
         if batch.is_empty:
-            return batch.unchanged()
+            return batch.constant(y0)
         selection = self.select(y0)
         solution = dispatch(self.candidates, batch, selection, draft)
         # Candidates of the host do not look at what they return.
@@ -169,10 +167,7 @@ class Dise(nn.Module):
     def select(self, y0: State) -> Tensor:
         """Return the position of the candidate chosen for each sample, (batch,) int64.
 
-        Raises:
-            MissingHypernetError: there is no selector.
-            StateShapeError: v returned another shape than (batch, candidates).
-            NonFiniteError: v predicted inf or nan.
+        Raises as `predicted_costs` does.
         """
         return predict(self.selector, y0, len(self.candidates)).argmin(dim=1)
 
@@ -182,6 +177,8 @@ class Dise(nn.Module):
 
         Raises:
             MissingHypernetError: there is no selector.
+            StateShapeError: v returned another shape than (batch, candidates).
+            NonFiniteError: v predicted inf or nan.
         """
         predicted = predict(self.selector, y0, len(self.candidates))
         return predicted * self.unit.scale + self.unit.shift
@@ -215,7 +212,7 @@ class Dise(nn.Module):
             config: how v is trained.
             labels: what an earlier `suggest` or `oracle` measured of the same samples.
             rtol: relative tolerance of candidates without their own.
-            atol: absolute tolerance of candidates without their own.
+            atol: absolute tolerance of these.
             progress: whether to show bars.
 
         Raises:
@@ -232,8 +229,8 @@ class Dise(nn.Module):
         selector = fittable(self.selector, y0, n_candidates, config)
         with torch.no_grad():  # before the long part
             predict(selector.eval(), take(y0, held_out[:1]), n_candidates)
-        how = {"rtol": rtol, "atol": atol, "progress": progress}
-        labels = collect(self.candidates, func, y0, t, cost, known=labels, **how)
+        batch = Batch.of(func, y0, t, rtol=rtol, atol=atol)
+        labels = labels_of(self.candidates, batch, cost, known=labels, progress=progress)
         costs = labels.costs(cost.alpha, cost.penalty)
         label_seconds = time.perf_counter() - start
         self.unit, losses = train_selector(selector, y0, costs, config, progress=progress)
@@ -283,8 +280,8 @@ class Dise(nn.Module):
         split(y0, config)
         own = self.selector if isinstance(self.selector, nn.Module) else None
         selector = fittable(own, y0, len(self.candidates), config)
-        how = {"rtol": rtol, "atol": atol, "progress": progress}
-        labels = collect(self.candidates, func, y0, t, cost, known=labels, **how)
+        batch = Batch.of(func, y0, t, rtol=rtol, atol=atol)
+        labels = labels_of(self.candidates, batch, cost, known=labels, progress=progress)
         return sweep(
             labels, y0, selector, config, alphas=alphas, penalties=penalties, progress=progress
         )
@@ -305,9 +302,8 @@ class Dise(nn.Module):
         What a perfect selector would do with these candidates; needs no selector. The
         arguments are those of `fit`; one sample is enough.
         """
-        labels = collect(
-            self.candidates, func, y0, t, cost, rtol=rtol, atol=atol, progress=progress
-        )
+        batch = Batch.of(func, y0, t, rtol=rtol, atol=atol)
+        labels = labels_of(self.candidates, batch, cost, progress=progress)
         return Oracle(labels, labels.oracle())
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -1,13 +1,103 @@
-"""What was measured: by a fit of a selector, by an oracle, and at other costs."""
+"""What is known of every candidate on every sample, and the reports made of it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from torchdiffeq_hyper.dise._labels import Labels, chosen
+from torchdiffeq_hyper.errors import OptionError
+from torchdiffeq_hyper.evaluation._table import markdown
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What each candidate takes and achieves on each sample; matrices are (batch, candidates).
+
+    Attributes:
+        names: the candidates, as tables call them.
+        nfe: calls of func for each sample solved alone. In float32 that of an adaptive
+            method may be a step off: samples are measured together where that agrees, and
+            rounding can tip whether a step is accepted.
+        is_right: whether the answer is good enough.
+        weight: what a call counts for in a right answer (1; for regression, the error).
+    """
+
+    names: tuple[str, ...]
+    nfe: Tensor
+    is_right: Tensor
+    weight: Tensor
+
+    def __len__(self) -> int:
+        return len(self.nfe)
+
+    def costs(self, alpha: float, penalty: float) -> Tensor:
+        r"""Return :math:`(\Delta \Gamma)^\alpha` of right answers, :math:`M^\alpha` of wrong ones.
+
+        Raises:
+            OptionError: ``penalty`` is smaller than what a right answer costs.
+        """
+        calls = self.weighted_nfe
+        if len(calls) and penalty < float(calls.max()):
+            most, costliest = calls.amax(dim=0).max(dim=0)
+            raise OptionError(
+                problem=f"penalty M is {penalty:g}, and {self.names[int(costliest)]} costs "
+                f"{float(most):g}: a wrong answer would be cheaper than a right one.",
+                expected="a penalty larger than what any right answer costs.",
+                fix=f"penalty={10 * float(most):.3g}",
+            )
+        return torch.where(self.is_right, calls, penalty) ** alpha
+
+    def oracle(self) -> Tensor:
+        """Return for each sample the right candidate with the fewest calls of func.
+
+        Where none is right, the one with the fewest calls.
+        """
+        worst = self.nfe.max() + 1 if len(self) else 0
+        return (self.nfe + worst * ~self.is_right).argmin(dim=1)
+
+    def mean_nfe(self, selection: Tensor) -> float:
+        """Return the mean calls of func of a choice of candidates (batch,)."""
+        return _mean(self.nfe, selection)
+
+    def accuracy(self, selection: Tensor) -> float:
+        """Return the share of right answers of a choice of candidates (batch,)."""
+        return _mean(self.is_right, selection)
+
+    def shares(self, selection: Tensor) -> dict[str, float]:
+        """Return for each candidate the share of samples that a choice sends to it."""
+        counts = torch.bincount(selection, minlength=len(self.names)).double()
+        shares = counts / max(1, len(selection))
+        return dict(zip(self.names, shares.tolist(), strict=True))
+
+    def of(self, index: Tensor) -> Labels:
+        """Return the labels of some samples."""
+        return Labels(self.names, self.nfe[index], self.is_right[index], self.weight[index])
+
+    @property
+    def weighted_nfe(self) -> Tensor:
+        r"""What right answers cost at alpha = 1, :math:`\Delta \Gamma` (batch, candidates)."""
+        return self.nfe.double() * self.weight.double()
+
+    @property
+    def singles(self) -> tuple[tuple[str, float, float], ...]:
+        """Name, mean calls of func and share of right answers of each candidate alone."""
+        means = (matrix.double().mean(dim=0).tolist() for matrix in (self.nfe, self.is_right))
+        return tuple(zip(self.names, *means, strict=True))
+
+
+def _mean(matrix: Tensor, selection: Tensor) -> float:
+    """Return the mean entry of each sample's candidate, of a matrix (batch, candidates)."""
+    return float(matrix.gather(1, selection.unsqueeze(1)).double().mean())
+
+
+def _table(columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> str:
+    """Return a table of names, mean calls and shares of right answers, and further cells."""
+    cells = [(name, f"{nfe:.2f}", f"{right:.4f}", *rest) for name, nfe, right, *rest in rows]
+    return markdown([(columns[0], "mean NFE", "right", *columns[1:]), *cells])
 
 
 @dataclass(frozen=True)
@@ -39,12 +129,10 @@ class Oracle:
 
     def __str__(self) -> str:
         """Return a table of the candidates and of the oracle beside them."""
-        rows = [
-            (name, *_means(nfe, right), f"{self.shares[name]:.0%}")
-            for name, nfe, right in singles(self.labels)
-        ]
-        own = ("oracle", *_means(self.mean_nfe, self.accuracy), "")
-        return _table(("method", "mean NFE", "right", "selected"), *rows, own)
+        shares = self.shares
+        rows = [(*single, f"{shares[single[0]]:.0%}") for single in self.labels.singles]
+        rows.append(("oracle", self.mean_nfe, self.accuracy, ""))
+        return _table(("method", "selected"), rows)
 
 
 @dataclass(frozen=True)
@@ -88,20 +176,12 @@ class TradeOff:
 
     def __str__(self) -> str:
         """Return a table."""
-        rows = [
-            (
-                f"alpha {p.alpha:g}, M {p.penalty:g}",
-                *_means(p.mean_nfe, p.accuracy),
-                ", ".join(f"{name} {share:.0%}" for name, share in p.shares.items() if share),
-            )
-            for p in self.points
-        ]
-        rows += [(name, *_means(nfe, right), "") for name, nfe, right in self.singles]
-        rows.append(("oracle", *_means(*self.oracle), ""))
-        return _table(("setting", "mean NFE", "right", "selected"), *rows)
-
-
-_MATRICES = ("nfe", "is_right", "weight")
+        rows: list[tuple[Any, ...]] = []
+        for p in self.points:
+            chosen = ", ".join(f"{name} {share:.0%}" for name, share in p.shares.items() if share)
+            rows.append((f"alpha {p.alpha:g}, M {p.penalty:g}", p.mean_nfe, p.accuracy, chosen))
+        rows += [(*single, "") for single in (*self.singles, ("oracle", *self.oracle))]
+        return _table(("setting", "selected"), rows)
 
 
 @dataclass(frozen=True)
@@ -142,70 +222,61 @@ class DiseReport:
     @property
     def mean_nfe(self) -> float:
         """Mean calls of func with v's choices, each sample solved alone."""
-        return self._held.mean_nfe(self._chosen)
+        held, _, choice = self._held
+        return held.mean_nfe(choice)
 
     @property
     def accuracy(self) -> float:
         """Share of right answers with v's choices."""
-        return self._held.accuracy(self._chosen)
+        held, _, choice = self._held
+        return held.accuracy(choice)
 
     @property
     def shares(self) -> dict[str, float]:
         """Share of samples sent to each candidate."""
-        return self._held.shares(self._chosen)
+        held, _, choice = self._held
+        return held.shares(choice)
 
     @property
     def regret(self) -> float:
         """Mean cost of v's choices above that of an oracle's; 0 is perfect."""
-        return self._mean_cost - float(self._held_costs.amin(dim=1).mean())
+        _, costs, choice = self._held
+        return _mean(costs, choice) - float(costs.amin(dim=1).mean())
 
     @property
     def regret_to_single(self) -> float:
         """Mean cost of v's choices above that of the best single candidate; below 0 is a gain."""
-        return self._mean_cost - float(self._held_costs.mean(dim=0).min())
+        _, costs, choice = self._held
+        return _mean(costs, choice) - float(costs.mean(dim=0).min())
 
     @property
     def best_single(self) -> str:
         """The candidate with the smallest mean cost."""
-        return self.labels.names[int(self._held_costs.mean(dim=0).argmin())]
+        return self.labels.names[int(self._held[1].mean(dim=0).argmin())]
 
     @property
-    def _held(self) -> Labels:
-        return self.labels.of(self.held_out)
-
-    @property
-    def _chosen(self) -> Tensor:
-        return self.selection[self.held_out]
-
-    @property
-    def _held_costs(self) -> Tensor:
-        return self.costs[self.held_out]
-
-    @property
-    def _mean_cost(self) -> float:
-        return float(chosen(self._held_costs, self._chosen).mean())
+    def _held(self) -> tuple[Labels, Tensor, Tensor]:
+        """Labels, costs and v's choices of the held-out samples."""
+        index = self.held_out
+        return self.labels.of(index), self.costs[index], self.selection[index]
 
     def __str__(self) -> str:
         """Return a table of the candidates and of v beside them."""
-        held, costs = self._held, self._held_costs
-        best = costs.argmin(dim=1)
-        rows = [
-            (name, *_means(nfe, right), f"{cost:.4g}", f"{self.shares[name]:.0%}")
-            for (name, nfe, right), cost in zip(
-                singles(held), costs.mean(dim=0).tolist(), strict=True
-            )
+        (held, costs, selected), shares = self._held, self.shares
+        rows: list[tuple[Any, ...]] = [
+            (*single, f"{cost:.4g}", f"{shares[single[0]]:.0%}")
+            for single, cost in zip(held.singles, costs.mean(dim=0).tolist(), strict=True)
         ]
-        for name, choice in (("selector", self._chosen), ("oracle", best)):
-            means = _means(held.mean_nfe(choice), held.accuracy(choice))
-            rows.append((name, *means, f"{float(chosen(costs, choice).mean()):.4g}", ""))
-        summary = (
+        for name, choice in (("selector", selected), ("oracle", costs.argmin(dim=1))):
+            means = held.mean_nfe(choice), held.accuracy(choice)
+            rows.append((name, *means, f"{_mean(costs, choice):.4g}", ""))
+        return (
+            f"{_table(('method', 'mean cost', 'selected'), rows)}\n\n"
             f"{len(held)} held-out samples, alpha {self.alpha:g}, M {self.penalty:g}; regret "
             f"{self.regret:.3g} against the oracle, {self.regret_to_single:+.3g} against "
             f"{self.best_single} alone; {self.seconds:.1f} s ({self.label_seconds:.1f} s for "
             "solving every sample alone)"
         )
-        table = _table(("method", "mean NFE", "right", "mean cost", "selected"), *rows)
-        return f"{table}\n\n{summary}"
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the matrices and vectors, by name."""
@@ -214,75 +285,45 @@ class DiseReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all other fields as JSON-ready values."""
-        return {
-            "names": list(self.labels.names),
-            "alpha": self.alpha,
-            "penalty": self.penalty,
-            "losses": [list(point) for point in self.losses],
-            "label_seconds": self.label_seconds,
-            "seconds": self.seconds,
-        }
+        numbers = {name: getattr(self, name) for name in _NUMBERS}
+        losses = [list(point) for point in self.losses]
+        return {"names": list(self.labels.names), "losses": losses, **numbers}
 
     @classmethod
     def from_parts(cls, data: dict[str, Any], tensors: dict[str, Tensor]) -> DiseReport:
         """Rebuild from what `to_dict` and `to_tensors` returned."""
-        numbers = ("alpha", "penalty", "label_seconds", "seconds")
         return cls(
             labels=Labels(tuple(data["names"]), *(tensors[name] for name in _MATRICES)),
             selection=tensors["selection"],
             held_out=tensors["held_out"],
             losses=tuple((n, float(a), float(b)) for n, a, b in data["losses"]),
-            **{name: float(data[name]) for name in numbers},
+            **{name: float(data[name]) for name in _NUMBERS},
         )
 
 
-def singles(labels: Labels) -> tuple[tuple[str, float, float], ...]:
-    """Return name, mean calls of func and share of right answers of each candidate alone."""
-    nfe, right = (matrix.double().mean(dim=0).tolist() for matrix in (labels.nfe, labels.is_right))
-    return tuple(zip(labels.names, nfe, right, strict=True))
-
-
-def _means(nfe: float, right: float) -> tuple[str, str]:
-    return f"{nfe:.2f}", f"{right:.4f}"
-
-
-def _table(head: tuple[str, ...], *rows: tuple[str, ...]) -> str:
-    """Return a Markdown table."""
-    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
-    return "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]])
+_MATRICES = ("nfe", "is_right", "weight")
+_NUMBERS = ("alpha", "penalty", "label_seconds", "seconds")
 
 
 def one_candidate(labels: Labels, position: int, alpha: float, penalty: float) -> str:
-    """Return the warning that a selector always takes one candidate, and how to change that.
-
-    Args:
-        labels: what every candidate takes and achieves.
-        position: the candidate's position.
-        alpha: of the cost.
-        penalty: M of the cost.
-    """
-    name = labels.names[position]
-    text = f"the selector sends every sample to {name!r}. "
-    costs = labels.costs(alpha, penalty)
-    if bool((costs.argmin(dim=1) == position).all()):
+    """Return the warning that a selector always takes one candidate, and how to change that."""
+    text = f"the selector sends every sample to {labels.names[position]!r}. "
+    if bool((labels.costs(alpha, penalty).argmin(dim=1) == position).all()):
         return text + (
             "It is the cheapest right one for each of them, at any alpha and M: there is nothing "
             "to select. Use that method by itself, or add cheaper candidates."
         )
-    _, nfe, right = zip(*singles(labels), strict=True)
+    _, nfe, right = zip(*labels.singles, strict=True)
     is_most_accurate, is_cheapest = right[position] == max(right), nfe[position] == min(nfe)
-    fewer_calls = (
-        f"to save calls of func, make wrong answers weigh less: penalty M down from {penalty:g} "
-        f"(towards the largest NFE, {int(labels.nfe.max())}) or alpha down from {alpha:g}"
-    )
-    more_right = (
-        "to get more right answers, make wrong ones weigh more: penalty M up "
-        f"(penalty={10 * penalty:g}) or alpha up (alpha={2 * alpha:g})"
-    )
-    if is_most_accurate and not is_cheapest:
-        advice = fewer_calls
-    elif is_cheapest and not is_most_accurate:
-        advice = more_right
-    else:
-        advice = f"{fewer_calls}; {more_right}"
-    return text + advice[0].upper() + advice[1:] + ". dise.suggest(...) shows the trade-off."
+    if is_most_accurate or not is_cheapest:
+        text += (
+            "To save calls of func, make wrong answers weigh less: penalty M down from "
+            f"{penalty:g} (towards the largest NFE, {int(labels.nfe.max())}) or alpha down from "
+            f"{alpha:g}. "
+        )
+    if is_cheapest or not is_most_accurate:
+        text += (
+            "To get more right answers, make wrong ones weigh more: penalty M up "
+            f"(penalty={10 * penalty:g}) or alpha up (alpha={2 * alpha:g}). "
+        )
+    return text + "dise.suggest(...) shows the trade-off."

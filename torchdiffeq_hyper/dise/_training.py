@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 from torchdiffeq_hyper._state import State, parts_of, take
 from torchdiffeq_hyper.dise._costs import check_settings
-from torchdiffeq_hyper.dise._dispatch import count_samples
-from torchdiffeq_hyper.dise._labels import Labels
-from torchdiffeq_hyper.dise._report import TradeOff, TradeOffPoint, singles
+from torchdiffeq_hyper.dise._report import Labels, TradeOff, TradeOffPoint
+from torchdiffeq_hyper.dise._solves import count_samples
 from torchdiffeq_hyper.dise.selectors import ReadySelector, ready
 from torchdiffeq_hyper.errors import (
     FitDivergedError,
@@ -87,30 +88,17 @@ VALIDATIONS = 50
 class Scale:
     """The unit in which a selector predicts: costs are ``shift + scale * prediction``.
 
-    One unit for all candidates, so that the smallest prediction is the smallest cost. (A
-    logarithm would not do: v estimates a mean, and wrong answers must weigh in it.)
-
-    Attributes:
-        shift: mean cost.
-        scale: standard deviation of all costs.
+    Mean and standard deviation of all costs: one unit for all candidates, so that the smallest
+    prediction is the smallest cost. (A logarithm would not do: v estimates a mean, and wrong
+    answers must weigh in it.)
     """
 
     shift: float
     scale: float
 
-    @classmethod
-    def of(cls, costs: Tensor) -> Scale:
-        """Return the unit of a matrix of costs."""
-        deviation = float(costs.std(correction=0))
-        return cls(float(costs.mean()), deviation if deviation > 0 else 1.0)
-
 
 def split(y0: State, config: SelectorConfig) -> tuple[Tensor, Tensor]:
-    """Return the positions of the samples to train on and of those held out, at random.
-
-    Raises:
-        OptionError: there are fewer than two samples.
-    """
+    """Return the positions of the samples to train on and of those held out, at random."""
     batch = count_samples(y0)
     if batch < 2:
         raise OptionError(
@@ -126,14 +114,7 @@ def split(y0: State, config: SelectorConfig) -> tuple[Tensor, Tensor]:
 
 
 def predict(selector: Callable[[State], Tensor] | None, y0: State, n_candidates: int) -> Tensor:
-    """Return a selector's predictions (batch, candidates), in its own unit.
-
-    Raises:
-        MissingHypernetError: there is no selector.
-        StateTypeError: it returned no real tensor.
-        StateShapeError: it returned another shape.
-        NonFiniteError: it returned inf or nan.
-    """
+    """Return a selector's predictions (batch, candidates), in its own unit, checked."""
     if selector is None:
         raise MissingHypernetError(
             problem="this Dise has no selector.",
@@ -167,11 +148,7 @@ def predict(selector: Callable[[State], Tensor] | None, y0: State, n_candidates:
 
 
 def fittable(selector: object, y0: State, n_candidates: int, config: SelectorConfig) -> nn.Module:
-    """Return a selector that has something to fit; a new ready one for None.
-
-    Raises:
-        StateTypeError: it is no module, or has no parameters.
-    """
+    """Return a selector that has something to fit; a new ready one for None."""
     if selector is None:
         with own_random_state(config.seed):
             return ready(y0, n_candidates)
@@ -195,40 +172,11 @@ def train_selector(
     """Train a selector in place on costs (batch, candidates); return its unit and the losses.
 
     It ends in the state that was best on held-out samples, in evaluation mode and frozen; on an
-    error it is as it was before. The losses are (iteration, training loss, held-out loss), in
-    units squared.
-
-    Raises:
-        FitDivergedError: a loss is not finite.
+    error it is as it was before. The losses are those of `DiseReport`.
     """
     train, held_out = split(y0, config)
-    unit = Scale.of(costs[train])
+    unit = Scale(float(costs[train].mean()), float(costs[train].std(correction=0)) or 1.0)
     targets = (costs - unit.shift) / unit.scale
-    with frozen_or_restored(selector), own_random_state(config.seed):
-        if isinstance(selector, ReadySelector):
-            selector.calibrate(take(y0, train))
-        if not any(parameter.requires_grad for parameter in selector.parameters()):
-            selector.requires_grad_(True)  # noqa: FBT003 - an earlier fit froze it
-        losses = _descend(selector, y0, targets, (train, held_out), config, progress=progress)
-    return unit, losses
-
-
-def _descend(
-    selector: nn.Module,
-    y0: State,
-    targets: Tensor,
-    positions: tuple[Tensor, Tensor],
-    config: SelectorConfig,
-    *,
-    progress: bool,
-) -> list[tuple[int, float, float]]:
-    train, held_out = positions
-    optimizer = torch.optim.AdamW(
-        selector.parameters(), lr=config.lr, weight_decay=config.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, config.iterations, eta_min=config.lr / 100
-    )
 
     def loss_on(index: Tensor) -> Tensor:
         out = predict(selector, take(y0, index), targets.shape[1])
@@ -236,13 +184,20 @@ def _descend(
 
     every = max(1, config.iterations // VALIDATIONS)
     losses: list[tuple[int, float, float]] = []
-    best, best_loss = copy.deepcopy(selector.state_dict()), math.inf
-    batches = _batches(train, config)
+    best_loss = math.inf
     bar = tqdm(total=config.iterations, disable=not progress, unit="it", desc="selector")
-    with bar, torch.enable_grad():
-        for iteration in range(1, config.iterations + 1):
+    with frozen_or_restored(selector), own_random_state(config.seed), bar, torch.enable_grad():
+        if isinstance(selector, ReadySelector):
+            selector.calibrate(take(y0, train))
+        if not any(parameter.requires_grad for parameter in selector.parameters()):
+            selector.requires_grad_(requires_grad=True)  # an earlier fit froze it
+        best = copy.deepcopy(selector.state_dict())
+        optimizer = AdamW(selector.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        schedule = CosineAnnealingLR(optimizer, config.iterations, eta_min=config.lr / 100)
+        numbers = range(1, config.iterations + 1)
+        for iteration, index in zip(numbers, _batches(train, config), strict=False):
             selector.train()
-            loss = loss_on(next(batches))
+            loss = loss_on(index)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -256,8 +211,8 @@ def _descend(
             losses.append((iteration, _checked(loss, iteration), held))
             if held < best_loss:
                 best, best_loss = copy.deepcopy(selector.state_dict()), held
-    selector.load_state_dict(best)
-    return losses
+        selector.load_state_dict(best)
+    return unit, losses
 
 
 def _batches(train: Tensor, config: SelectorConfig) -> Iterator[Tensor]:
@@ -309,7 +264,7 @@ def sweep(
     best = held.oracle()
     return TradeOff(
         points=tuple(sorted(points, key=lambda point: point.mean_nfe)),
-        singles=singles(held),
+        singles=held.singles,
         oracle=(held.mean_nfe(best), held.accuracy(best)),
         labels=labels,
     )

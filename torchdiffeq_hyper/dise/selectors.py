@@ -8,7 +8,7 @@ and one with tanh activations. Any module that maps y0 to (batch, candidates) do
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +28,7 @@ from torchdiffeq_hyper._files import (
     checked,
     refused,
 )
-from torchdiffeq_hyper._state import State, is_half, parts_of
+from torchdiffeq_hyper._state import State, parts_of, stepped_dtype
 from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS
 
@@ -54,15 +54,11 @@ class ReadySelector(nn.Module):
     def __init__(self, architecture: Mapping[str, Any], shape: Sequence[int]) -> None:
         super().__init__()
         for name, value in architecture.items():
-            rule = self.arguments[name]
             try:
-                rule.check(value, name)
+                self.arguments[name].check(value, name)
             except Mismatch as error:
-                raise OptionError(
-                    problem=f"{name} is {value!r}.",
-                    expected=f"{rule.expected}.",
-                    fix=f"{name}=...",
-                ) from error
+                problem, expected = f"{name} is {value!r}.", f"{self.arguments[name].expected}."
+                raise OptionError(problem=problem, expected=expected, fix=f"{name}=...") from error
         self.architecture: dict[str, Any] = {"kind": self.kind, **architecture}
         self.register_buffer("shift", torch.zeros(*shape))
         self.register_buffer("scale", torch.ones(*shape))
@@ -79,10 +75,10 @@ class ReadySelector(nn.Module):
     def calibrate(self, y0: State) -> None:
         """Set the normalisation from samples: every channel to mean 0, deviation 1."""
         x = self.features(y0).to(self.shift.dtype)
-        dims = [dim for dim in range(x.dim()) if dim != 1]
+        dims = [0, *range(2, x.dim())]
         variance, mean = torch.var_mean(x, dims, correction=0)
-        scale = torch.where(variance > 0, variance, 1.0).rsqrt()
         self.shift.copy_(mean.view_as(self.shift))
+        scale = torch.where(variance > 0, variance, 1.0).rsqrt()
         self.scale.copy_(scale.view_as(self.scale))
 
     def forward(self, y0: State) -> Tensor:
@@ -97,11 +93,9 @@ def flattened(y0: State) -> Tensor:
     return torch.cat([part.flatten(1) if part.dim() > 1 else part[:, None] for part in parts], 1)
 
 
-def _perceptron(widths: Sequence[int], between: Sequence[nn.Module]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for n_in, n_out in pairwise(widths):
-        layers += [nn.Linear(n_in, n_out), *between]
-    return nn.Sequential(*layers[: -len(between)])
+def _perceptron(widths: Sequence[int], *between: nn.Module) -> nn.Sequential:
+    layers = [(nn.Linear(*pair), *between) for pair in pairwise(widths)]
+    return nn.Sequential(*chain(*layers[:-1]), layers[-1][0])
 
 
 _PERCEPTRON: dict[str, Rule] = {
@@ -145,8 +139,8 @@ class MLP(ReadySelector):
     ) -> None:
         own = {"n_inputs": n_inputs, "n_candidates": n_candidates, "hidden": list(hidden)}
         super().__init__({**own, "dropout": float(dropout)}, (n_inputs,))
-        between = (nn.ReLU(), nn.Dropout(dropout))
-        self.layers = _perceptron([n_inputs, *hidden, n_candidates], between)
+        widths = [n_inputs, *hidden, n_candidates]
+        self.layers = _perceptron(widths, nn.ReLU(), nn.Dropout(dropout))
 
 
 class TanhMLP(ReadySelector):
@@ -173,7 +167,7 @@ class TanhMLP(ReadySelector):
     def __init__(self, n_inputs: int, n_candidates: int, hidden: Sequence[int] = (64, 64)) -> None:
         own = {"n_inputs": n_inputs, "n_candidates": n_candidates, "hidden": list(hidden)}
         super().__init__(own, (n_inputs,))
-        self.layers = _perceptron([n_inputs, *hidden, n_candidates], (nn.Tanh(),))
+        self.layers = _perceptron([n_inputs, *hidden, n_candidates], nn.Tanh())
 
 
 class ResidualConv(ReadySelector):
@@ -221,7 +215,7 @@ class ResidualConv(ReadySelector):
         super().__init__(own, (channels, *(1,) * n_spatial))
         convolution = CONVOLUTIONS[n_spatial]
         self.first = convolution(channels, hidden, 3, stride=2, padding=1)
-        self.blocks = nn.ModuleList(_Block(convolution, hidden) for _ in range(blocks))
+        self.blocks = nn.Sequential(*(_Block(convolution, hidden) for _ in range(blocks)))
         head = nn.Linear(hidden * 2**n_spatial, n_candidates)
         self.last = nn.Sequential(nn.ReLU(), _POOLS[n_spatial](2), nn.Flatten(), head)
 
@@ -231,10 +225,7 @@ class ResidualConv(ReadySelector):
 
     def forward(self, y0: State) -> Tensor:
         """Return predicted costs (batch, candidates)."""
-        x = self.first(self.normalised(y0))
-        for block in self.blocks:
-            x = block(x)
-        out: Tensor = self.last(x)
+        out: Tensor = self.last(self.blocks(self.first(self.normalised(y0))))
         return out
 
 
@@ -277,8 +268,7 @@ def ready(y0: State, n_candidates: int) -> ReadySelector:
         net = ResidualConv(first.shape[1], n_candidates, n_spatial=first.dim() - 2)
     else:
         net = MLP(flattened(y0).shape[1], n_candidates)
-    dtype = first.dtype.to_real() if first.dtype.is_complex else first.dtype
-    return net.to(first.device, torch.float32 if is_half(dtype) else dtype)
+    return net.to(first.device, stepped_dtype(first.dtype.to_real()))
 
 
 def from_architecture(
@@ -290,12 +280,9 @@ def from_architecture(
 ) -> ReadySelector:
     """Rebuild a ready selector, with new weights, from its ``architecture``.
 
-    Args:
-        architecture: the selector's.
-        weights: its ``state_dict()``: a larger one is refused before it is built. None for
-            any size.
-        what: what the description was read from, for messages.
-        at: its place in there.
+    A selector larger than ``weights``, its ``state_dict()``, is refused before it is built;
+    None for any size. Messages name ``what`` the description was read from, and its place ``at``
+    in there.
 
     Raises:
         FileFormatError: the kind is unknown, or an argument is impossible.

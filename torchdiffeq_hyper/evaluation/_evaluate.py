@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -20,15 +20,17 @@ from torchdiffeq_hyper.errors import OptionError, OutsideFitWarning
 from torchdiffeq_hyper.evaluation._measure import (
     FAILED,
     Counted,
+    Problem,
     count_macs,
     describe_machine,
     errors,
+    unless_broken,
 )
-from torchdiffeq_hyper.evaluation._problem import Problem, unless_broken
 from torchdiffeq_hyper.evaluation._table import EvaluationRow, EvaluationTable
 from torchdiffeq_hyper.evaluation._trials import Trial, expand
 from torchdiffeq_hyper.fitting._context import bound
 from torchdiffeq_hyper.fitting._guard import ModuleState, modules_in
+from torchdiffeq_hyper.hypernets._ready import check_count
 from torchdiffeq_hyper.recording._cost import median_seconds
 from torchdiffeq_hyper.solvers._solver import Solver
 
@@ -56,25 +58,21 @@ def evaluate(
     Every method goes through torchdiffeq's `odeint` from ``t_span[0]`` to ``t_span[1]``,
     without gradients. Errors are those of the final state against a dopri5 solution at
     tight tolerances. A method that follows a grid takes exactly n equal steps for each n
-    in ``steps``, an adaptive one is run at each of ``tolerances``. Each row is solved
-    once to count calls of func and to get its error, once to count MACs, and then for
-    the clock: ``repeats`` rounds go through all rows in turn, a turn being one solve, or
-    20 ms of them. Errors along the span take one more solve. So the cost is about
-    ``repeats + 3`` solves a row, and the reference.
+    in ``steps``, an adaptive one is run at each of ``tolerances``. A row costs three solves
+    (for calls and errors, for MACs, for errors along the span), and for the clock a turn in
+    each of ``repeats`` rounds through all rows: one solve, or 20 ms of them.
 
-    ``func`` is used as it is: call ``func.eval()`` first if it has dropout or batch
-    norm. Its mode, buffers and attributes (a count of calls, say), and the buffers of the
-    hypernets, come back as they were. That
-    a solver is used outside its fitted range is not warned about: the table shows it.
+    ``func`` is used as it is: call ``func.eval()`` first if it has dropout or batch norm.
+    Its mode, buffers and attributes, and the hypernets' buffers, come back as they were.
+    Use of a solver outside its fitted range is not warned about: the table shows it.
     A method that breaks off or ends in inf or nan gets a row with infinite errors.
 
     Args:
         func: called as ``func(t, y)``; or a torchdyn `NeuralODE`, whose field is taken.
         y0: tensor, or tuple of tensors; dimension 0 of each is the batch.
         t_span: start and end; the end may be the earlier one (reverse time).
-        methods: names of torchdiffeq's, registered or published methods, and
-            fitted `Solver` objects. Learned methods given by name need a solver that is
-            attached to func, in scope, or published.
+        methods: names of methods, and fitted `Solver` objects. Learned methods given by
+            name need a solver that is attached to func, in scope, or published.
         steps: numbers of steps; None runs every fitted one at its own.
         tolerances: rtol = atol of the adaptive methods.
         metric: ``metric(y_final) -> float``, e.g. an accuracy.
@@ -91,13 +89,11 @@ def evaluate(
         A table with a row a method and setting.
 
     Raises:
-        OptionError: no methods, impossible ``steps``, ``tolerances``, ``t_span`` or
-            ``repeats``, or a grid method without ``steps``.
+        OptionError: an argument is impossible, or a grid method has no ``steps``.
         UnknownMethodError: no method has that name.
         StateTypeError: ``y0`` is not a state, a method is neither name nor solver, or
             func's answer is not built like the state.
-        StateShapeError: the batch is empty or differs between parts, or func's answer
-            has another shape.
+        StateShapeError: the batch is empty, or parts or func's answer have another shape.
         NoisyFieldError: func answers differently twice at one point.
         NonFiniteError: the reference solution is not finite, or dopri5 cannot reach it.
         MissingHypernetError: a learned method was given by name and nothing is bound.
@@ -114,20 +110,16 @@ def evaluate(
     field = bound(func, y0, context)
     problem = Problem.of(field, y0, t_span)
     trials = expand(methods, steps, tolerances)
-    if not isinstance(repeats, int) or repeats < 1:
-        raise OptionError(
-            problem=f"repeats is {repeats!r}.", expected="an int of at least 1.", fix="repeats=5"
-        )
+    check_count("repeats", repeats)
     total = 1 + len(trials) * (3 + repeats)
     with (
         _left_as_found(func, field, trials),
         torch.no_grad(),
         tqdm(total=total, disable=not progress, unit="solve", desc="reference") as bar,
     ):
-        checked = replace(problem, func=Counted(field))
-        rtol, atol = checked.tolerances(rtol, atol)
+        rtol, atol = problem.tolerances(rtol, atol)
         shares = sorted({share for trial in trials for share in trial.shares()})
-        reference = checked.reference(rtol, atol, shares)
+        reference = problem.reference(rtol, atol, shares)
         bar.update()
         rows = [_row(trial, problem, reference, metric, bar) for trial in trials]
         rows = _timed(rows, trials, problem, repeats, bar)
@@ -143,15 +135,15 @@ def evaluate(
 @contextmanager
 def _left_as_found(func: object, field: object, trials: list[Trial]) -> Iterator[None]:
     """Give func and the hypernets back as they were; do not warn of use outside a fit."""
-    used = (func, *(trial.solver for trial in trials))
-    states = [ModuleState(module) for item in used for module in modules_in(item)]
-    with warnings.catch_warnings(), attributes_as_found(func), model_as_found(field):
+    with ExitStack() as stack:
+        for item in (func, *(trial.solver for trial in trials)):
+            for module in modules_in(item):
+                stack.callback(ModuleState(module).restore)
+        stack.enter_context(attributes_as_found(func))
+        stack.enter_context(model_as_found(field))
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", OutsideFitWarning)
-        try:
-            yield
-        finally:
-            for state in states:
-                state.restore()
+        yield
 
 
 def _row(
@@ -164,17 +156,15 @@ def _row(
     """Return a trial's row, its time still open: calls and errors, then MACs, then errors along."""
     bar.set_description(trial.label)
     counted = Counted(problem.func)
-    y = unless_broken(lambda: trial.solve(replace(problem, func=counted)))
-    bar.update()
-    off, along, macs = FAILED, math.inf, (math.nan, math.nan)
-    if y is not None:
-        off = errors(y, reference[1.0])
+    end = unless_broken(lambda: trial.solve(replace(problem, func=counted)))
+    off, along, macs, value = FAILED, math.inf, (math.nan, math.nan), None
+    if end is not None:
+        off = errors(end[0], reference[1.0])
         macs = count_macs(trial.solve, problem, has_hypernet=trial.is_learned)
-    bar.update()
-    if y is not None:
         along = _along(trial, problem, reference)
-    bar.update()
-    is_finite = math.isfinite(off.worst_relative_l2)
+        if metric is not None and math.isfinite(off.worst_relative_l2):
+            value = _number(metric(end[0]))
+    bar.update(3)
     return EvaluationRow(
         method=trial.label,
         steps=trial.steps,
@@ -184,7 +174,7 @@ def _row(
         macs_g=macs[1],
         ms=math.nan,
         **off._asdict(),
-        metric=_number(metric(y)) if metric is not None and is_finite else None,
+        metric=value,
         is_learned=trial.is_learned,
         along=along,
     )
@@ -195,7 +185,7 @@ def _along(trial: Trial, problem: Problem, reference: dict[float, State]) -> flo
     if trial.steps_between_points:
         return math.nan
     shares = trial.shares()
-    states = unless_broken(lambda: trial.solve_at(problem, shares))
+    states = unless_broken(lambda: trial.solve(problem, shares))
     if states is None:
         return math.inf
     pairs = zip(states, shares, strict=True)
@@ -211,8 +201,10 @@ def _timed(
     bar.total -= repeats * (len(rows) - len(whole))
     runs = [partial(trials[i].solve, problem) for i in whole]
     seconds = median_seconds(runs, problem.t.device, repeats, bar.update)
-    times = dict(zip(whole, seconds, strict=True))
-    return [replace(row, ms=1000 * times.get(i, math.nan)) for i, row in enumerate(rows)]
+    timed = list(rows)
+    for i, each in zip(whole, seconds, strict=True):
+        timed[i] = replace(rows[i], ms=1000 * each)
+    return timed
 
 
 def _number(value: Any) -> float:

@@ -1,58 +1,230 @@
-"""What a solve costs and how far off it ends: calls, MACs, errors, and on which machine."""
+"""The problem that `evaluate` solves over and over, and what a solve of it costs and misses by."""
 
 from __future__ import annotations
 
+import contextvars
 import math
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torchdiffeq import odeint
 
-from torchdiffeq_hyper._fields import can_restrict, check_answer, is_probing, look_through, restrict
-from torchdiffeq_hyper._state import State, VectorField, parts_of, sample_norms
-from torchdiffeq_hyper.evaluation._problem import Problem
+from torchdiffeq_hyper._fields import (
+    can_restrict,
+    check_answer,
+    is_probing,
+    look_through,
+    own,
+    restrict,
+)
+from torchdiffeq_hyper._state import (
+    RowLayout,
+    State,
+    StateLayout,
+    VectorField,
+    cast,
+    is_half,
+    n_samples,
+    parts_of,
+    sample_norms,
+)
+from torchdiffeq_hyper.errors import NonFiniteError, StateShapeError, UnfinishedSolveError
+from torchdiffeq_hyper.fitting._field import check_repeatable
+from torchdiffeq_hyper.fitting._reference import BROKEN_DOWN, check_span
+from torchdiffeq_hyper.fitting._units import Units
 from torchdiffeq_hyper.recording._cost import FlopCounter
+
+# In float32, tighter than 1e-7 gains nothing over rounding; in half precision every answer
+# of func is rounded to about 1e-3 (float16) or 1e-2 (bfloat16).
+_TOLERANCES = {
+    torch.float64: 1e-10,
+    torch.complex128: 1e-10,
+    torch.float16: 1e-3,
+    torch.bfloat16: 1e-2,
+}
+
+Solution = TypeVar("Solution")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An initial value problem on a batch.
+
+    Attributes:
+        func: the vector field.
+        y0: the start; dimension 0 of each part is the batch.
+        t: start and end time, at least float32.
+    """
+
+    func: VectorField
+    y0: State
+    t: Tensor
+
+    @classmethod
+    def of(cls, func: VectorField, y0: State, t_span: tuple[float, float]) -> Problem:
+        """Return the problem, after checking state and span."""
+        RowLayout.of(y0)
+        parts = parts_of(y0)
+        if not all(part.numel() for part in parts):
+            raise StateShapeError(
+                problem=f"y0 has no numbers: {', '.join(str(tuple(p.shape)) for p in parts)}.",
+                expected="at least one sample along dim 0.",
+                fix="y0 = torch.randn(256, 2)",
+            )
+        dtype = torch.promote_types(_dtype_of(y0).to_real(), torch.float32)
+        return cls(func, y0, torch.tensor(check_span(t_span), dtype=dtype, device=parts[0].device))
+
+    @property
+    def batch(self) -> int:
+        """Number of samples."""
+        return n_samples(self.y0)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The state's dtype; for tuples, the one that the parts promote to."""
+        return _dtype_of(self.y0)
+
+    def solve(self, shares: Sequence[float], **how: Any) -> list[State]:
+        """Return the host's states at some shares of the span, rising, above 0 and up to 1."""
+        passed = torch.tensor([0.0, *shares]).to(self.t)
+        t = torch.lerp(self.t[0], self.t[1], passed)
+        solution = odeint(self.func, self.y0, t, **how)
+        states = zip(*solution, strict=True) if isinstance(solution, tuple) else solution
+        return list(states)[1:]
+
+    def tolerances(self, rtol: float | None, atol: float | None) -> tuple[float, float]:
+        """Return the reference's tolerances, filled in: those that suit dtype and size."""
+        if rtol is None:
+            rtol = _TOLERANCES.get(self.dtype, 1e-7)
+        if atol is None:
+            join = StateLayout.of(self.y0).join
+            start, end = self.t.tolist()
+            k = Counted(self.func)(self.t[0], self.y0)
+            atol = rtol * Units.of((start, end), join(self.y0), join(k)).state
+        return rtol, atol
+
+    def reference(self, rtol: float, atol: float, shares: Sequence[float]) -> dict[float, State]:
+        """Return dopri5's states by share of the span; half precision is integrated in float32.
+
+        Raises:
+            NoisyFieldError: func answers differently twice at one point.
+            NonFiniteError: a state is not finite, or dopri5 breaks off on the way.
+        """
+        dtype = self.dtype
+        y0 = cast(self.y0, torch.float32) if is_half(dtype) else self.y0
+        field = Counted(self.func, dtype=dtype)
+        # An adaptive solve of a noisy field may never end.
+        join = StateLayout.of(y0).join
+        first, second = (join(field(self.t[0], y0)) for _ in range(2))
+        check_repeatable(first, second, dtype, float(self.t[0]))
+        # An empty context: no scope of ours may replace or record the reference.
+        run = contextvars.Context().run
+        solve = Problem(field, y0, self.t).solve
+        how = {"method": "dopri5", "rtol": rtol, "atol": atol}
+        states = unless_broken(lambda: run(solve, shares, **how)) or []
+        parts = [part for state in states for part in parts_of(state)]
+        if not parts or not all(bool(torch.isfinite(part).all()) for part in parts):
+            raise NonFiniteError(
+                problem=f"dopri5 finds no reference solution at rtol {rtol:g}, atol {atol:g}.",
+                expected="a func that is finite along the solution, and tolerances that "
+                f"{dtype} can meet.",
+                fix="evaluate(..., rtol=1e-4, atol=1e-4)",
+            )
+        return dict(zip(shares, states, strict=True))
+
+
+def _dtype_of(y: State) -> torch.dtype:
+    return reduce(torch.promote_types, (part.dtype for part in parts_of(y)))
+
+
+def unless_broken(solve: Callable[[], Solution]) -> Solution | None:
+    """Return what ``solve`` does, or None where the method cannot go on.
+
+    torchdiffeq's adaptive methods say so by assertions; other assertions are func's own.
+    """
+    try:
+        return solve()
+    except (NonFiniteError, UnfinishedSolveError):
+        return None
+    except AssertionError as error:
+        if not str(error).startswith(BROKEN_DOWN):
+            raise
+        return None
 
 
 class Counted:
-    """A vector field that counts its calls and, if asked to (it is slow), its FLOPs."""
+    """A vector field that counts its calls and, if asked to (it is slow), its FLOPs.
 
-    def __init__(self, func: VectorField, *, counts_flops: bool = False) -> None:
-        self.base_func = func
+    Args:
+        func: the field of a whole batch.
+        index: positions of the samples that it is called on; None for all.
+        dtype: the state's, for a solver that steps half precision in float32: func is called in
+            this dtype, and its answers come back in memory of their own, in the solver's
+            dtype. None calls func as it is.
+        counts_flops: whether to count them.
+        counter: the field that counts the calls of this one.
+    """
+
+    def __init__(
+        self,
+        func: VectorField,
+        index: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        counts_flops: bool = False,
+        counter: Counted | None = None,
+    ) -> None:
+        self.base_func = func if index is None else restrict(func, index)
+        self.whole = func
         self.calls = 0
         self.flops = 0
+        self._dtype = dtype
         self._counts_flops = counts_flops
-        self._counter = self
-        if can_restrict(func):
-            self.restrict = self._of_samples
-
-    def _of_samples(self, index: Tensor) -> Counted:
-        part = Counted(restrict(self.base_func, index), counts_flops=self._counts_flops)
-        part._counter = self._counter
-        return part
+        self._counter = counter or self
+        if can_restrict(self.base_func):
+            self.restrict = partial(
+                Counted,
+                self.base_func,
+                dtype=dtype,
+                counts_flops=counts_flops,
+                counter=self._counter,
+            )
 
     def __call__(self, t: Tensor, y: State) -> State:
         """Return ``func(t, y)``, checked to be like ``y``."""
+        state, dtype = y, self._dtype
+        if dtype is not None and is_half(dtype):
+            t, state = t.to(dtype), cast(y, dtype)
         self._counter.calls += not is_probing()
         counts_flops = self._counts_flops and not is_probing()
         with FlopCounter() if counts_flops else nullcontext() as counter:
-            k: State = self.base_func(t, y)
+            k = self.base_func(t, state)
         self._counter.flops += 0 if counter is None else counter.get_total_flops()
         check_answer(k, y)
-        return tuple(k) if isinstance(k, list) else k
+        answer: State = tuple(k) if isinstance(k, list) else k
+        if dtype is None:
+            return answer
+        if any(is_half(part.dtype) for part in parts_of(answer)):
+            return cast(answer, parts_of(y)[0].dtype)
+        # The host keeps answers over later calls of func, which may write into the same buffer;
+        # those of tuples it copies itself.
+        return own(answer) if isinstance(answer, Tensor) else answer
 
 
-look_through(Counted, "base_func")
+# What is restricted is a copy; what is attached to the whole serves its samples.
+look_through(Counted, "base_func", "whole")
 
 
 def count_macs(
-    solve: Callable[[Problem], State], problem: Problem, *, has_hypernet: bool
+    solve: Callable[[Problem], object], problem: Problem, *, has_hypernet: bool
 ) -> tuple[float, float]:
     """Return the multiply-accumulates per sample of one solve: inside func, and outside it.
 
@@ -85,27 +257,23 @@ _FLOOR = 1e-3
 def errors(y: State, reference: State) -> Errors:
     """Return the errors of ``y``, in float64; dimension 0 of every part is the batch.
 
-    The norms run over all parts of a sample together. Denominators that happen to lie
-    near zero would make up the means, so none is smaller than 1e-3 of their root mean
-    square: for percentages that of |y_ref| over the part, else that of the samples' norms.
+    The norms run over all parts of a sample together. Denominators near zero would make up
+    the means, so none is smaller than 1e-3 of their root mean square: for percentages that of
+    |y_ref| over the part, else that of the samples' norms.
     """
     ys, refs = _float64(y), _float64(reference)
     off = tuple((a - b).abs() for a, b in zip(ys, refs, strict=True))
     if not all(bool(d.isfinite().all()) for d in off):
         return FAILED
     percent = [100 * _ratio(d, ref.abs()).flatten() for d, ref in zip(off, refs, strict=True)]
-    relative = _ratio(_norms(off), _norms(refs))
+    relative = _ratio(sample_norms(off)[0], sample_norms(refs)[0])
     return Errors(float(torch.cat(percent).mean()), float(relative.mean()), float(relative.max()))
 
 
 def _float64(y: State) -> tuple[Tensor, ...]:
-    # On the CPU, because some accelerators have no float64.
-    wide = [part.detach().cpu() for part in parts_of(y)]
+    """Return the parts, (1, batch, ...), on the CPU: some accelerators have no float64."""
+    wide = [part.detach().cpu().unsqueeze(0) for part in parts_of(y)]
     return tuple(p.to(torch.complex128 if p.is_complex() else torch.float64) for p in wide)
-
-
-def _norms(parts: tuple[Tensor, ...]) -> Tensor:
-    return sample_norms(tuple(part.unsqueeze(0) for part in parts))[0]
 
 
 def _ratio(off: Tensor, size: Tensor) -> Tensor:

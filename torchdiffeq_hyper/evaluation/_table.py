@@ -8,7 +8,7 @@ import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from itertools import count
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,10 +109,7 @@ class EvaluationTable:
         # Without a task metric there is no such column.
         lines = [head, *map(_cells, self.rows)]
         lines = lines if self._has_metric else [line[:-1] for line in lines]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
-        lines.insert(1, rule)
-        return "\n".join([*(_aligned(line, widths) for line in lines), "", self.measured])
+        return f"{markdown(lines)}\n\n{self.measured}"
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the rows to a CSV file, in full precision; columns are `EvaluationRow`'s.
@@ -176,10 +173,18 @@ def _cells(row: EvaluationRow) -> list[str]:
     return [row.method, row.setting, str(row.nfe), *cost, *shown, metric]
 
 
-def _aligned(cells: list[str], widths: list[int]) -> str:
-    first = cells[0].ljust(widths[0])
-    rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-    return "| " + " | ".join([first, *rest]) + " |"
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table of a head and rows, the first column to the left.
+
+    >>> print(markdown([("method", "NFE"), ("rk4", "40")]))
+    | method | NFE |
+    | :----- | --: |
+    | rk4    |  40 |
+    """
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    rule = [":" + "-" * (first - 1), *("-" * (width - 1) + ":" for width in others)]
+    row = "| " + " | ".join([f"{{:<{first}}}", *(f"{{:>{width}}}" for width in others)]) + " |"
+    return "\n".join(row.format(*line) for line in (lines[0], rule, *lines[1:]))
 
 
 def _csv_cell(value: object) -> object:
@@ -217,11 +222,15 @@ def with_suffix(value: float) -> str:
 
 
 _FORMATS = (".png", ".pdf", ".svg")
-_MARKERS = "osD^vP*X"
 _COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf")
 _GREYS = ("#9a9a9a", "#5f5f5f", "#b5a17a", "#7d8fa8", "#b0808e")
 _LEARNED: dict[str, Any] = {"markersize": 8, "linewidth": 2.5, "zorder": 3}
-_PLAIN = {"markersize": 6, "markerfacecolor": "white", "linewidth": 1.2, "linestyle": "--"}
+_PLAIN: dict[str, Any] = {
+    "markersize": 6,
+    "markerfacecolor": "white",
+    "linewidth": 1.2,
+    "linestyle": "--",
+}
 
 
 def _check_format(path: str | os.PathLike[str]) -> None:
@@ -251,24 +260,22 @@ def _draw(axes: Axes, rows: Sequence[EvaluationRow], cost: str) -> None:
     """Draw one line a method: error against ``cost``, an attribute of the rows."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    numbers = {True: count(), False: count()}
+    looks = {
+        is_learned: (cycle(colours), cycle("osD^vP*X"))
+        for is_learned, colours in ((True, _COLOURS), (False, _GREYS))
+    }
     for method in dict.fromkeys(row.method for row in rows):
         line = sorted((row for row in rows if row.method == method), key=lambda row: row.nfe)
         is_learned = line[0].is_learned
-        style = _style(next(numbers[is_learned]), is_learned=is_learned)
+        colour, marker = map(next, looks[is_learned])
+        style = _LEARNED if is_learned else _PLAIN
         points = [(getattr(row, cost), row.relative_l2) for row in line]
         drawn = [point for point in points if all(0 < value < math.inf for value in point)]
-        axes.plot([x for x, _ in drawn], [y for _, y in drawn], label=method, **style)
+        xs, ys = [x for x, _ in drawn], [y for _, y in drawn]
+        axes.plot(xs, ys, label=method, color=colour, marker=marker, **style)
     axes.set(xscale="log", yscale="log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(which="major", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _style(i: int, *, is_learned: bool) -> dict[str, Any]:
-    """Return the looks of the i-th line of its kind."""
-    colours = _COLOURS if is_learned else _GREYS
-    looks = {"color": colours[i % len(colours)], "marker": _MARKERS[i % len(_MARKERS)]}
-    return looks | (_LEARNED if is_learned else _PLAIN)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 from torchdiffeq_hyper._state import State
 from torchdiffeq_hyper.errors import OptionError, StateTypeError, unknown_method
-from torchdiffeq_hyper.evaluation._problem import Problem
+from torchdiffeq_hyper.evaluation._measure import Problem
+from torchdiffeq_hyper.hypernets._ready import check_count
 from torchdiffeq_hyper.methods import _registry
-from torchdiffeq_hyper.solvers._grid import check_steps, equal_steps
+from torchdiffeq_hyper.solvers._grid import equal_steps
 from torchdiffeq_hyper.solvers._solver import Solver
 
 OWN_POINTS = 8
@@ -39,7 +41,7 @@ class Trial:
     label: str
     method: str
     follows_grid: bool
-    is_learned: bool
+    is_learned: bool = False
     solver: Solver | None = None
     steps: int | None = None
     tolerance: float | None = None
@@ -56,11 +58,7 @@ class Trial:
         every = -(-n // MOST_POINTS)
         return [k / n for k in range(n, 0, -every)][::-1]
 
-    def solve(self, problem: Problem) -> State:
-        """Return the state at the end of the problem's span."""
-        return self.solve_at(problem, [1.0])[0]
-
-    def solve_at(self, problem: Problem, shares: Sequence[float]) -> list[State]:
+    def solve(self, problem: Problem, shares: Sequence[float] = (1.0,)) -> list[State]:
         """Return the states at some shares of the problem's span, of those in `shares`."""
         options: dict[str, object] = {}
         how: dict[str, Any] = {"method": self.method, "options": options}
@@ -79,13 +77,7 @@ def expand(
     steps: int | Sequence[int] | None,
     tolerances: float | Sequence[float],
 ) -> list[Trial]:
-    """Return the trials of `evaluate`, in the order of ``methods``.
-
-    Raises:
-        OptionError: impossible settings, or a method that follows a grid without steps.
-        UnknownMethodError: no method has that name.
-        StateTypeError: a method is neither a name nor a `HyperSolver`.
-    """
+    """Return the trials of `evaluate`, in the order of ``methods``, after checking all three."""
     if isinstance(methods, str | Solver) or len(methods) == 0:
         got = "a single method" if isinstance(methods, str | Solver) else "empty"
         raise OptionError(
@@ -99,8 +91,7 @@ def expand(
     for method in methods:
         first = _first_trial(method)
         alike = (t for t in trials if None in (t.steps, first.steps) or t.steps == first.steps)
-        label = _distinct(first.label, {trial.label for trial in alike})
-        first = replace(first, label=label)
+        first = replace(first, label=distinct(first.label, {trial.label for trial in alike}))
         if first.follows_grid:
             trials += [replace(first, steps=n) for n in counts or [_own_steps(first)]]
         elif first.is_learned:  # all its steps belong to the fit
@@ -112,41 +103,36 @@ def expand(
 
 def _first_trial(method: str | Solver) -> Trial:
     """Return a trial of a method, its settings still to be filled in."""
-    if isinstance(method, Solver):
-        return _trial_of_solver(method, method.label)
+    entry = _registry.methods().get(method) if isinstance(method, str) else None
+    solver = method if entry is None else entry.fitted
+    if isinstance(solver, Solver):
+        return Trial(
+            method.label if isinstance(method, Solver) else method,
+            solver.method,
+            solver.follows_grid,
+            is_learned=True,
+            # So that its one warning is not used up here.
+            solver=solver.without_warnings(),
+            steps=None if solver.follows_grid else solver.n_steps,
+        )
     if not isinstance(method, str):
         raise StateTypeError(
             problem=f"a method is a {type(method).__name__}.",
             expected="a method's name or a HyperSolver.",
             fix='methods=["euler", tdh.HyperSolver("euler", net, steps=10)]',
         )
-    entry = _registry.methods().get(method)
-    if entry is None:
-        hosts = _registry.host_methods()
-        if method not in hosts:
-            raise unknown_method(method, [*_registry.methods(), *hosts], 'methods=["{}"]')
-        return Trial(method, method, hosts[method], is_learned=False)
-    if isinstance(entry.fitted, Solver):
-        return _trial_of_solver(entry.fitted, method)
-    return Trial(
-        method,
-        method,
-        entry.follows_grid,
-        is_learned=entry.option == "solver",
-        steps_between_points=entry.option not in {None, "solver"},
-    )
-
-
-def _trial_of_solver(solver: Solver, label: str) -> Trial:
-    return Trial(
-        label,
-        solver.method,
-        solver.follows_grid,
-        is_learned=True,
-        # So that its one warning is not used up here.
-        solver=solver.without_warnings(),
-        steps=None if solver.follows_grid else solver.n_steps,
-    )
+    if entry is not None:
+        return Trial(
+            method,
+            method,
+            entry.follows_grid,
+            is_learned=entry.option == "solver",
+            steps_between_points=entry.option not in {None, "solver"},
+        )
+    hosts = _registry.host_methods()
+    if method not in hosts:
+        raise unknown_method(method, [*_registry.methods(), *hosts], 'methods=["{}"]')
+    return Trial(method, method, hosts[method])
 
 
 def _own_steps(trial: Trial) -> int:
@@ -159,21 +145,18 @@ def _own_steps(trial: Trial) -> int:
     )
 
 
-def _distinct(label: str, taken: set[str]) -> str:
-    names = (label if i == 1 else f"{label} #{i}" for i in range(1, len(taken) + 2))
+def distinct(label: str, taken: Collection[str]) -> str:
+    """Return a label, numbered where it is taken."""
+    names = (label if i == 1 else f"{label} #{i}" for i in count(1))
     return next(name for name in names if name not in taken)
 
 
 def _check_all_steps(steps: int | Sequence[int] | None) -> list[int]:
     if steps is None:
         return []
-    counts = [steps] if isinstance(steps, int) else list(steps)
-    if not counts or any(isinstance(n, tuple) or check_steps(n) is None for n in counts):
-        raise OptionError(
-            problem=f"steps is {steps!r}.",
-            expected="numbers of steps, each an int of at least 1, or None.",
-            fix="steps=[2, 4, 8]",
-        )
+    counts: list[Any] = [steps] if isinstance(steps, int) else list(steps)
+    for n in counts or [counts]:
+        check_count("steps", n)
     return counts
 
 

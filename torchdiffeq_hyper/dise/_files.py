@@ -11,10 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._files import (
-    FLOATS,
     HEADER,
-    Anything,
-    Default,
+    checked,
+    damage_reported,
+    described_in,
+    refused,
+    tensors_under,
+)
+from torchdiffeq_hyper._files import read as read_file
+from torchdiffeq_hyper._files import write as write_file
+from torchdiffeq_hyper._rules import (
+    ANYTHING,
+    FLOATS,
     Items,
     Maybe,
     Mismatch,
@@ -26,18 +34,11 @@ from torchdiffeq_hyper._files import (
     Tagged,
     TensorOf,
     Text,
+    Value,
     Whole,
-    check_weights,
-    checked,
-    damage_reported,
-    described_in,
     mismatch,
-    refused,
     shown,
-    tensors_under,
 )
-from torchdiffeq_hyper._files import read as read_file
-from torchdiffeq_hyper._files import write as write_file
 from torchdiffeq_hyper.dise._candidates import Candidate, check_candidates
 from torchdiffeq_hyper.dise._report import DiseReport
 from torchdiffeq_hyper.dise._training import Scale
@@ -48,12 +49,23 @@ from torchdiffeq_hyper.errors import (
     MissingHypernetError,
     StateTypeError,
 )
-from torchdiffeq_hyper.hypernets._files import load_weights
+from torchdiffeq_hyper.hypernets._files import check_weights, load_weights
 from torchdiffeq_hyper.solvers._files import MOST_STEPS
 from torchdiffeq_hyper.solvers._solver import Weights, solver_class
 
 KIND = "dise"
 _SETTINGS = ("steps", "rtol", "atol", "options")
+
+
+def _is_option(value: Any, levels: int = 50) -> bool:
+    """Return whether a value read from JSON is not nan anywhere, nor nested without end."""
+    if isinstance(value, list | dict):
+        items = [*value, *value.values()] if isinstance(value, dict) else value
+        return levels > 0 and all(_is_option(item, levels - 1) for item in items)
+    return Text().holds(value) if isinstance(value, str) else value == value  # noqa: PLR0124 - nan
+
+
+_OPTION = Value(_is_option, "a number, string, bool, None, or lists and dictionaries of these")
 _TOLERANCE = Maybe(Real(low=0.0))
 _CANDIDATE = Record(
     {
@@ -61,32 +73,30 @@ _CANDIDATE = Record(
         "steps": Maybe(Whole(1, MOST_STEPS)),
         "rtol": _TOLERANCE,
         "atol": _TOLERANCE,
-        "options": Table(Anything(is_json=True)),
-        "solver": Default(Maybe(Table(Anything())), None),  # checked as it is rebuilt
-    }
+        "options": Table(_OPTION),
+    },
+    optional={"solver": Maybe(Table(ANYTHING))},  # checked as it is rebuilt
 )
 _SECONDS = Real(low=0.0)
-DISE = Record(
+_REPORT = Record(
+    {
+        "names": Items(Text(), most=1000),
+        "alpha": Real(above=0.0),
+        "penalty": Real(above=0.0),
+        "losses": Items(Row(Whole(), Real(is_finite=False), Real(is_finite=False))),
+        "label_seconds": _SECONDS,
+        "seconds": _SECONDS,
+    }
+)
+_DISE = Record(
     {
         "candidates": Items(_CANDIDATE, least=1, most=1000),
-        "selector": Tagged("kind", {**ARCHITECTURES, "custom": Record({"class": Text(1000)})}),
-        "unit": Row((Real(), Real(above=0.0))),
-        "report": Maybe(
-            Record(
-                {
-                    "names": Items(Text(), most=1000),
-                    "alpha": Real(above=0.0),
-                    "penalty": Real(above=0.0),
-                    "losses": Items(Row((Whole(), Real(is_finite=False), Real(is_finite=False)))),
-                    "label_seconds": _SECONDS,
-                    "seconds": _SECONDS,
-                }
-            )
-        ),
+        "selector": Tagged({**ARCHITECTURES, "custom": Record({"class": Text(1000)})}),
+        "unit": Row(Real(), Real(above=0.0)),
+        "report": Maybe(_REPORT),
     },
-    ignored=tuple(HEADER),
+    optional=HEADER,
 )
-"""The description in a file of kind "dise"."""
 
 
 def write(
@@ -156,7 +166,7 @@ def read(
 ) -> tuple[tuple[Candidate, ...], nn.Module, Scale, DiseReport | None]:
     """Return what `write` wrote; see `Dise.load`. Weights are loaded once all of it is right."""
     tensors, metadata = read_file(path, KIND)
-    found = checked(DISE, metadata, described_in(path))
+    found = checked(_DISE, metadata, described_in(path))
     with refused(described_in(path)):
         _check_owners(tensors, found)
         n_candidates = len(found["candidates"])
@@ -186,7 +196,7 @@ def _check_owners(tensors: Mapping[str, Tensor], found: Mapping[str, Any]) -> No
     owners = [
         f"candidates.{position}"
         for position, settings in enumerate(found["candidates"])
-        if settings["solver"] is not None
+        if settings.get("solver") is not None
     ]
     owners += ["selector"] if found["report"] is None else ["report", "selector"]
     for name in tensors:
@@ -239,7 +249,7 @@ def _rebuild(
 ) -> tuple[Candidate, Weights | None]:
     """Return a candidate, and the weights that its hypernet still lacks."""
     given = {name: settings[name] for name in _SETTINGS}
-    described = settings["solver"]
+    described = settings.get("solver")
     if described is None:
         with damage_reported(path):
             return Candidate(settings["method"], **given), None

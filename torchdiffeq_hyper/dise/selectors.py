@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._files import (
-    Default,
+from torchdiffeq_hyper._files import checked, refused
+from torchdiffeq_hyper._rules import (
     Items,
     Mismatch,
     Real,
@@ -24,12 +24,10 @@ from torchdiffeq_hyper._files import (
     Such,
     Tagged,
     Whole,
-    built,
-    checked,
-    refused,
 )
 from torchdiffeq_hyper._state import State, is_half, parts_of
 from torchdiffeq_hyper.errors import OptionError
+from torchdiffeq_hyper.hypernets._files import built
 from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS
 
 _POOLS = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
@@ -250,10 +248,11 @@ class _Block(nn.Module):
 
 
 _KINDS: dict[str, type[ReadySelector]] = {net.kind: net for net in (MLP, TanhMLP, ResidualConv)}
-_REQUIRED = ("n_inputs", "n_candidates", "channels")
+_REQUIRED = {"n_inputs", "n_candidates", "channels"}
 ARCHITECTURES: dict[str, Record] = {
     kind: Record(
-        {name: rule if name in _REQUIRED else Default(rule) for name, rule in net.arguments.items()}
+        {name: rule for name, rule in net.arguments.items() if name in _REQUIRED},
+        optional={name: rule for name, rule in net.arguments.items() if name not in _REQUIRED},
     )
     for kind, net in _KINDS.items()
 }
@@ -300,6 +299,6 @@ def from_architecture(
     Raises:
         FileFormatError: the kind is unknown, or an argument is impossible.
     """
-    arguments = checked(Tagged("kind", ARCHITECTURES), architecture, what, at)
+    arguments = checked(Tagged(ARCHITECTURES), architecture, what, at)
     with refused(what):
         return built(_KINDS, arguments, weights, at)

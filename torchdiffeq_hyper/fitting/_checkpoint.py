@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._files import (
+from torchdiffeq_hyper._files import checked, refused
+from torchdiffeq_hyper._rules import (
+    ANYTHING,
     FLAG,
-    Anything,
     Choice,
     Items,
     Maybe,
@@ -26,17 +27,14 @@ from torchdiffeq_hyper._files import (
     TensorOf,
     Text,
     Whole,
-    check_sizes,
-    checked,
     mismatch,
     missing,
     record_of,
-    refused,
     shown,
 )
 from torchdiffeq_hyper.errors import FileFormatError, FileWriteError, first_line
 from torchdiffeq_hyper.fitting._signature import check_same_fit
-from torchdiffeq_hyper.hypernets._files import ARCHITECTURES
+from torchdiffeq_hyper.hypernets._files import ARCHITECTURES, check_sizes
 from torchdiffeq_hyper.solvers._files import REPORT
 from torchdiffeq_hyper.solvers._report import LossPoint
 
@@ -124,22 +122,22 @@ _RULES: dict[str, Rule] = {
             "note": Text(),
         }
     ),
-    "choice": Maybe(Record({"architecture": Tagged("kind", ARCHITECTURES), "note": Text()})),
+    "choice": Maybe(Record({"architecture": Tagged(ARCHITECTURES), "note": Text()})),
     "random": Items(TensorOf((torch.uint8,), (None,)), most=1025),
     "seconds": Real(low=0.0),
-    "fallback": Choice(("", "weights", "start")),
+    "fallback": Choice("", "weights", "start"),
     "report": Maybe(REPORT),
 }
 """Rules of fields of a `FitState`; the others' come from their annotations."""
 
 
-_FILE = Record({"format": Choice((FORMAT,)), "signature": Table(Anything()), "state": Anything()})
+_FILE = Record({"format": Choice(FORMAT), "signature": Table(ANYTHING), "state": ANYTHING})
 
 
 def _state_rule(phases: Sequence[type[PhaseState]]) -> Record:
     """Return what the state of a fit with these phases may be."""
     kinds = {kind.kind: record_of(kind, is_complete=True, **kind.rules) for kind in phases}
-    rules = {**_RULES, "phase": Whole(0, len(phases)), "training": Maybe(Tagged("kind", kinds))}
+    rules = {**_RULES, "phase": Whole(0, len(phases)), "training": Maybe(Tagged(kinds))}
     return record_of(FitState, is_complete=True, **rules)
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from torchdiffeq_hyper._files import (
+from torchdiffeq_hyper._files import checked, described_in, refused
+from torchdiffeq_hyper._rules import (
+    FLOATS,
     Choice,
-    Default,
     Items,
+    Mismatch,
     Real,
     Record,
     Rule,
@@ -21,11 +23,8 @@ from torchdiffeq_hyper._files import (
     Tagged,
     TensorOf,
     Whole,
-    built,
-    check_weights,
-    checked,
-    described_in,
-    refused,
+    mismatch,
+    under,
 )
 from torchdiffeq_hyper._state import Hypernet
 from torchdiffeq_hyper.errors import (
@@ -39,35 +38,38 @@ from torchdiffeq_hyper.hypernets._concat import NAMES, ConcatHypernet
 from torchdiffeq_hyper.hypernets._kinds import MLP, Bottleneck, Conv, Linear
 from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS, TIME_UNIT, ReadyHypernet
 
+NetT = TypeVar("NetT", bound=nn.Module)
+
 KINDS: dict[str, type[ReadyHypernet]] = {net.kind: net for net in (Linear, MLP, Conv, Bottleneck)}
 
-MOST_LAYERS = 1000
-MOST_STAGES = 1000
-
-NAMES_OF_INPUTS = Items(Choice(NAMES), least=1, most=1000)
+NAMES_OF_INPUTS = Items(Choice(*NAMES), least=1, most=1000)
 _COUNT = Whole(1)
-_COMMON: dict[str, Rule | Default] = {
-    "channels": _COUNT,
-    "inputs": Default(NAMES_OF_INPUTS),
-    "n_stages": Default(Whole(1, MOST_STAGES)),
-    "n_context": Default(Whole()),
-    "time_unit": Default(Real(above=0.0)),
-    "order": Default(Whole(0, MOST_STAGES)),
+_CONVOLUTION: dict[str, Rule] = {
+    "hidden": _COUNT,
+    "kernel_size": Such(_COUNT, lambda k: k % 2 == 1, "odd"),
+    "n_spatial": Whole(min(CONVOLUTIONS), max(CONVOLUTIONS)),
 }
-_CONVOLUTION: dict[str, Rule | Default] = {
-    **_COMMON,
-    "hidden": Default(_COUNT),
-    "kernel_size": Default(Such(_COUNT, lambda k: k % 2 == 1, "odd")),
-    "n_spatial": Default(Whole(min(CONVOLUTIONS), max(CONVOLUTIONS))),
-}
+
+
+def _architecture(**own: Rule) -> Record:
+    """Return the rules of a ready net's description: its own arguments, and those of all."""
+    others = {
+        "inputs": NAMES_OF_INPUTS,
+        "n_stages": Whole(1, 1000),
+        "n_context": Whole(),
+        "time_unit": Real(above=0.0),
+        "order": Whole(0, 1000),
+    }
+    return Record({"channels": _COUNT}, optional={**others, **own})
+
+
 ARCHITECTURES: dict[str, Record] = {
-    Linear.kind: Record(_COMMON),
-    MLP.kind: Record({**_COMMON, "hidden": Default(Items(_COUNT, most=MOST_LAYERS))}),
-    Conv.kind: Record(_CONVOLUTION),
-    Bottleneck.kind: Record(_CONVOLUTION),
+    Linear.kind: _architecture(),
+    MLP.kind: _architecture(hidden=Items(_COUNT, most=1000)),
+    Conv.kind: _architecture(**_CONVOLUTION),
+    Bottleneck.kind: _architecture(**_CONVOLUTION),
 }
-"""What describes a ready net of each kind in a file. A field that a later version adds is a
-`Default` with the value that nets of older files have."""
+"""What describes a ready net of each kind in a file."""
 
 UNSEEN: nn.Module = nn.Identity()
 """Stands for a net of the user's own whose class is not at hand, to look at a file without it."""
@@ -99,7 +101,7 @@ def rebuilt(
     It is read from ``what``, at the place ``at``; one larger than its weights is refused before
     it is built.
     """
-    arguments = checked(Tagged("kind", ARCHITECTURES), architecture, what, at)
+    arguments = checked(Tagged(ARCHITECTURES), architecture, what, at)
     # Files of before time units have none.
     time_unit, order = arguments.pop("time_unit", 1.0), arguments.pop("order", 0)
     with refused(what):
@@ -107,6 +109,71 @@ def rebuilt(
         net = built(KINDS, arguments, weights, at, but=("n_stages", "n_context"))
     net.measure_time_in(time_unit, order)
     return net
+
+
+def check_sizes(
+    description: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    at: str,
+    but: Sequence[str] = (),
+) -> None:
+    """Refuse a net described as larger than its tensors are, before it is built.
+
+    Args:
+        description: the net's; its ints are sizes, lists of ints one size a layer.
+        tensors: its weights.
+        at: the place of the description, for the message.
+        but: ints that are no sizes.
+
+    Raises:
+        Mismatch: a size is above all numbers in the tensors, or there are more layers.
+    """
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    for name, value in description.items():
+        sizes = value if isinstance(value, list) else [value]
+        is_size = name not in but and all(type(size) is int for size in sizes)
+        if is_size and (max(sizes, default=0) > numbers or len(sizes) > len(tensors)):
+            expected = f"sizes that fit the {numbers:,} numbers in {len(tensors)} tensors"
+            raise mismatch(under(at, name), value, expected)
+
+
+def built(
+    kinds: Mapping[str, type[NetT]],
+    arguments: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None,
+    at: str,
+    *,
+    but: Sequence[str] = (),
+) -> NetT:
+    """Return the net of a checked description: its "kind" out of ``kinds``, and arguments.
+
+    A net larger than its ``weights`` is refused before it is built; None for any size. For
+    ``at`` and ``but`` see `check_sizes`.
+
+    Raises:
+        Mismatch: its sizes do not fit the weights, or are impossible.
+    """
+    own = {name: value for name, value in arguments.items() if name != "kind"}
+    if weights is not None:
+        check_sizes(own, weights, at, but)
+    kind = arguments["kind"]
+    try:
+        return kinds[kind](**own)
+    except RuntimeError as error:  # tensors of more numbers than can be counted
+        problem = f"a net of kind {kind!r} cannot be built: {error}"
+        raise Mismatch(problem, "sizes that fit its weights") from error
+
+
+def check_weights(tensors: Mapping[str, Tensor], what: str, prefix: str = "") -> None:
+    """Refuse weights that no ready net can have: all of one dtype, and finite.
+
+    Raises:
+        FileFormatError: they are not; ``what`` they were read from, as ``prefix`` + name.
+    """
+    dtypes = {tensor.dtype for tensor in tensors.values()} & {*FLOATS}
+    rule = TensorOf(tuple(dtypes)[:1] or FLOATS, is_finite=True)
+    for name, tensor in tensors.items():
+        checked(rule, tensor, what, f"the tensor {prefix + name!r}")
 
 
 def pack(hypernet: Hypernet) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -46,10 +46,7 @@ def write(
     """Write tensors and their JSON-ready description to ``path``, replacing what is there.
 
     Tensors may share memory, have any strides and lie on any device. ``kind`` is what the
-    file holds, e.g. "hypersolver"; `read` asks for it.
-
-    Raises:
-        FileWriteError: the file cannot be written; nothing half-written is left.
+    file holds, e.g. "hypersolver"; `read` asks for it. For errors see `write_bytes`.
     """
     # Tied and strided weights are copied apart: the format knows neither.
     copies = {
@@ -61,12 +58,10 @@ def write(
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write ``data`` to ``path``, in a folder that exists.
-
-    The file appears complete or not at all; an old file stays until then.
+    """Write ``data`` to ``path``: complete, or not at all; an old file stays until then.
 
     Raises:
-        FileWriteError: the file cannot be written; nothing half-written is left.
+        FileWriteError: the file cannot be written.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
@@ -150,10 +145,9 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 @contextmanager
 def refused(what: str, fix: str = FIX) -> Iterator[None]:
-    """Turn a `Mismatch`, or another refusal of what was read, into a `FileFormatError`.
+    """Turn the refusal of what was read, e.g. "the checkpoint", into a `FileFormatError`.
 
-    ``what`` was read, e.g. "the description in 'a.safetensors'"; a `Mismatch` has a fix of
-    its own.
+    A `Mismatch` has a fix of its own.
     """
     try:
         yield

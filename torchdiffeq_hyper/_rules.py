@@ -72,11 +72,7 @@ class Rule(ABC):
 
     @abstractmethod
     def check(self, value: Any, name: str) -> Any:
-        """Return the value at the place ``name``.
-
-        Raises:
-            Mismatch: it is something else.
-        """
+        """Return the value at the place ``name``, or raise `Mismatch`."""
 
 
 class Value(Rule):
@@ -302,9 +298,6 @@ class Tagged(Rule):
             raise mismatch(under(name, "kind"), kind, self._known, UPGRADE)
         others = {key: item for key, item in value.items() if key != "kind"}
         return {"kind": kind, **self._kinds[kind].check(others, name)}
-
-
-# Rules of dataclasses
 
 
 def record_of(cls: type, *, is_complete: bool = False, **own: Rule) -> Record:

@@ -46,6 +46,7 @@ from torchdiffeq_hyper.dise.selectors import ARCHITECTURES, ReadySelector, from_
 from torchdiffeq_hyper.errors import (
     BaseMismatchError,
     FileFormatError,
+    HyperError,
     MissingHypernetError,
     StateTypeError,
 )
@@ -193,25 +194,17 @@ def read(
 
 def _check_owners(tensors: Mapping[str, Tensor], found: Mapping[str, Any]) -> None:
     """Refuse tensors that belong to nothing in the description."""
-    owners = [
-        f"candidates.{position}"
-        for position, settings in enumerate(found["candidates"])
-        if settings.get("solver") is not None
-    ]
-    owners += ["selector"] if found["report"] is None else ["report", "selector"]
+    candidates = enumerate(found["candidates"])
+    owners = [f"candidates.{i}." for i, settings in candidates if settings.get("solver")]
+    owners += ["selector."] if found["report"] is None else ["report.", "selector."]
     for name in tensors:
-        if not name.startswith(tuple(f"{owner}." for owner in owners)):
+        if not name.startswith(tuple(owners)):
             problem = f"the tensor {name!r} belongs to nothing described."
             raise Mismatch(problem, f"tensors of {', '.join(owners[-8:])}")
 
 
 def _report(described: dict[str, Any], own: Mapping[str, Tensor], n_candidates: int) -> DiseReport:
-    """Return the report, after checking that it is of these candidates.
-
-    Raises:
-        Mismatch: it is not.
-        OptionError: its M is smaller than what a right answer costs.
-    """
+    """Return the report, after checking that it is of these candidates."""
     names = Items(Text(), least=n_candidates, most=n_candidates)
     names.check(described["names"], "report.names")
     batch = own["nfe"].shape[0] if "nfe" in own and own["nfe"].dim() == 2 else None
@@ -227,7 +220,7 @@ def _report(described: dict[str, Any], own: Mapping[str, Tensor], n_candidates: 
         }
     )
     report = DiseReport.from_parts(described, rules.check(own, "report"))
-    _ = report.costs
+    _ = report.costs  # refuses an M smaller than what a right answer costs
     return report
 
 
@@ -276,30 +269,31 @@ def _rebuild(
 def _rebuild_selector(
     description: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    selector: nn.Module | None,
+    given: nn.Module | None,
     path: str | os.PathLike[str],
 ) -> nn.Module:
     """Return the selector, its weights not yet loaded."""
-    is_own = selector is not None
-    if selector is None:
-        if description["kind"] == "custom":
-            raise FileFormatError(
-                problem=f"{os.fspath(path)!r} holds the weights of a selector of your own, a "
-                f"{description['class']}, and no code.",
-                expected="an instance of that module to load them into.",
-                fix=f"tdh.Dise.load({os.fspath(path)!r}, selector=MySelector())",
-            )
-        check_weights(tensors, repr(os.fspath(path)), "selector.")
+    name = repr(os.fspath(path))
+    error: type[HyperError]
+    if given is not None:
+        selector, error, owner = given, BaseMismatchError, "the instance given"
+    elif description["kind"] == "custom":
+        raise FileFormatError(
+            problem=f"{name} holds the weights of a selector of your own, a "
+            f"{description['class']}, and no code.",
+            expected="an instance of that module to load them into.",
+            fix=f"tdh.Dise.load({name}, selector=MySelector())",
+        )
+    else:
+        check_weights(tensors, name, "selector.")
+        what = described_in(path)
         with torch.device("meta"):
-            what = described_in(path)
             selector = from_architecture(description, tensors, what=what, at="selector")
-    expected = {name: tensor.shape for name, tensor in selector.state_dict().items()}
-    if expected != {name: tensor.shape for name, tensor in tensors.items()}:
-        raise (BaseMismatchError if is_own else FileFormatError)(
-            problem=(
-                f"the selector's weights in {os.fspath(path)!r} are not those of "
-                + ("the instance given." if is_own else "its own description.")
-            ),
+        error, owner = FileFormatError, "its own description"
+    own = selector.state_dict()
+    if {key: own[key].shape for key in own} != {key: tensors[key].shape for key in tensors}:
+        raise error(
+            problem=f"the selector's weights in {name} are not those of {owner}.",
             expected="a module built with the arguments of the one saved.",
             fix="print({name: w.shape for name, w in selector.state_dict().items()})",
         )

@@ -32,7 +32,6 @@ from torchdiffeq_hyper.errors import (
     FileFormatError,
     StateShapeError,
     StateTypeError,
-    first_line,
 )
 from torchdiffeq_hyper.hypernets._concat import NAMES, ConcatHypernet
 from torchdiffeq_hyper.hypernets._kinds import MLP, Bottleneck, Conv, Linear
@@ -71,16 +70,22 @@ ARCHITECTURES: dict[str, Record] = {
 }
 """What describes a ready net of each kind in a file."""
 
+_UNIT = Such(
+    TensorOf((torch.float64,), (2,), is_finite=True),
+    lambda unit: float(unit[0]) > 0 and float(unit[1]) >= 0,
+    "above 0",
+)
+"""The tensor with a ready net's time unit and order."""
+
 UNSEEN: nn.Module = nn.Identity()
 """Stands for a net of the user's own whose class is not at hand, to look at a file without it."""
 
 
 def from_architecture(architecture: Mapping[str, Any]) -> ReadyHypernet:
-    """Rebuild a ready net, with new weights, from its ``architecture``.
+    """Rebuild a ready net, with new weights, from its `ReadyHypernet.architecture`.
 
     Args:
-        architecture: the net's `ReadyHypernet.architecture`, also after a round trip
-            through JSON.
+        architecture: the net's, also after a round trip through JSON.
 
     Raises:
         FileFormatError: the kind is unknown, or an argument is impossible.
@@ -96,11 +101,7 @@ def from_architecture(architecture: Mapping[str, Any]) -> ReadyHypernet:
 def rebuilt(
     architecture: Mapping[str, Any], weights: Mapping[str, Tensor] | None, what: str, at: str
 ) -> ReadyHypernet:
-    """Return the same as `from_architecture` for a net with these weights (None: of any size).
-
-    It is read from ``what``, at the place ``at``; one larger than its weights is refused before
-    it is built.
-    """
+    """Return the same as `from_architecture`, not larger than its ``weights`` (None: any)."""
     arguments = checked(Tagged(ARCHITECTURES), architecture, what, at)
     # Files of before time units have none.
     time_unit, order = arguments.pop("time_unit", 1.0), arguments.pop("order", 0)
@@ -119,14 +120,7 @@ def check_sizes(
 ) -> None:
     """Refuse a net described as larger than its tensors are, before it is built.
 
-    Args:
-        description: the net's; its ints are sizes, lists of ints one size a layer.
-        tensors: its weights.
-        at: the place of the description, for the message.
-        but: ints that are no sizes.
-
-    Raises:
-        Mismatch: a size is above all numbers in the tensors, or there are more layers.
+    The description's ints are sizes, except those ``but``; lists of ints one size a layer.
     """
     numbers = sum(tensor.numel() for tensor in tensors.values())
     for name, value in description.items():
@@ -145,13 +139,9 @@ def built(
     *,
     but: Sequence[str] = (),
 ) -> NetT:
-    """Return the net of a checked description: its "kind" out of ``kinds``, and arguments.
+    """Return the net of a checked description, not larger than its ``weights`` (None: any).
 
-    A net larger than its ``weights`` is refused before it is built; None for any size. For
-    ``at`` and ``but`` see `check_sizes`.
-
-    Raises:
-        Mismatch: its sizes do not fit the weights, or are impossible.
+    For ``at`` and ``but`` see `check_sizes`.
     """
     own = {name: value for name, value in arguments.items() if name != "kind"}
     if weights is not None:
@@ -165,11 +155,7 @@ def built(
 
 
 def check_weights(tensors: Mapping[str, Tensor], what: str, prefix: str = "") -> None:
-    """Refuse weights that no ready net can have: all of one dtype, and finite.
-
-    Raises:
-        FileFormatError: they are not; ``what`` they were read from, as ``prefix`` + name.
-    """
+    """Refuse weights that no ready net can have: all of one dtype, and finite."""
     dtypes = {tensor.dtype for tensor in tensors.values()} & {*FLOATS}
     rule = TensorOf(tuple(dtypes)[:1] or FLOATS, is_finite=True)
     for name, tensor in tensors.items():
@@ -231,40 +217,32 @@ def match(
         path: the file, for messages.
         at: the place of the description in it.
     """
-    if description["kind"] != "custom":
-        _check_numbers(tensors, path)
-        hypernet = None if hypernet is UNSEEN else hypernet
-    elif hypernet is UNSEEN:
+    is_custom = description["kind"] == "custom"
+    if is_custom and hypernet is UNSEEN:
         return hypernet
-    elif hypernet is None:
-        _raise_custom(description, path)
-    if hypernet is None:
-        with torch.device("meta"):
-            net = rebuilt(description, tensors, described_in(path), at)
-        try:
-            _check_names_and_shapes(net, tensors, path)
-        except (BaseMismatchError, StateShapeError) as error:
-            raise FileFormatError(
-                problem=f"the weights in {path!r} do not fit its own description: "
-                f"{first_line(error)}",
-                expected="a file as `save` wrote it.",
-                fix="fit and save again",
-            ) from error
-        return net
-    _check_description(description, hypernet, path)
-    _check_names_and_shapes(hypernet, tensors, path)
-    _check_dtypes(hypernet, tensors, path)
-    return hypernet
-
-
-def _check_numbers(tensors: Mapping[str, Tensor], path: str) -> None:
-    """Refuse weights that no ready net can have: all of one dtype, and finite."""
-    if TIME_UNIT in tensors:
-        unit = TensorOf((torch.float64,), (2,), is_finite=True)
-        positive = Such(unit, lambda unit: float(unit[0]) > 0 and float(unit[1]) >= 0, "above 0")
-        checked(positive, tensors[TIME_UNIT], repr(path), f"the tensor {TIME_UNIT!r}")
-    others = {name: tensor for name, tensor in tensors.items() if name != TIME_UNIT}
-    check_weights(others, repr(path))
+    if is_custom and hypernet is None:
+        raise _no_instance(description, path)
+    weights = {name: tensor for name, tensor in tensors.items() if name != TIME_UNIT}
+    if not is_custom:
+        if TIME_UNIT in tensors:
+            checked(_UNIT, tensors[TIME_UNIT], repr(path), f"the tensor {TIME_UNIT!r}")
+        check_weights(weights, repr(path))
+    if hypernet is not None and hypernet is not UNSEEN:
+        _check_description(description, hypernet, path)
+        _check_names_and_shapes(hypernet, weights, path)
+        _check_dtypes(hypernet, weights, path)
+        return hypernet
+    with torch.device("meta"):
+        net = rebuilt(description, tensors, described_in(path), at)
+    try:
+        _check_names_and_shapes(net, weights, path)
+    except (BaseMismatchError, StateShapeError) as error:
+        raise FileFormatError(
+            problem=f"the weights in {path!r} do not fit its own description: {error.problem}",
+            expected="a file as `save` wrote it.",
+            fix="fit and save again",
+        ) from error
+    return net
 
 
 def load_weights(
@@ -272,13 +250,8 @@ def load_weights(
 ) -> None:
     """Load the weights of one or more nets; all of them, or none.
 
-    Args:
-        parts: for each net itself, its weights, and whether it is an instance of the
-            caller's; one that is not was built on the "meta" device.
-        path: the file, for messages.
-
-    Raises:
-        BaseMismatchError: an instance cannot take its weights.
+    ``parts`` has for each net itself, its weights, and whether it is an instance of the
+    caller's; one that is not was built on the "meta" device.
     """
     own = [net for net, _, is_own in parts if is_own]
     times = [(net, net.time_unit, net.order) for net in own if isinstance(net, ReadyHypernet)]
@@ -306,12 +279,12 @@ def load_weights(
         ) from error
 
 
-def _raise_custom(description: Mapping[str, Any], path: str) -> None:
+def _no_instance(description: Mapping[str, Any], path: str) -> FileFormatError:
     name = str(description.get("class", "MyNet"))
     instance = name.rpartition(".")[2] + "()"
     if "inputs" in description:
         instance = f"tdh.ConcatHypernet(net, inputs={tuple(description['inputs'])!r})"
-    raise FileFormatError(
+    return FileFormatError(
         problem=f"{path!r} holds the weights of a net of your own, a {name}, and no code.",
         expected="an instance of that net to load them into.",
         fix=f"HyperSolver.load({path!r}, hypernet={instance})",
@@ -334,19 +307,23 @@ def _check_description(description: Mapping[str, Any], hypernet: nn.Module, path
             )
 
 
-def _check_names_and_shapes(hypernet: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
-    own = {name: value for name, value in hypernet.state_dict().items() if name != TIME_UNIT}
-    given = tensors.keys() - {TIME_UNIT}
-    missing, extra = sorted(own.keys() - given), sorted(given - own.keys())
-    if missing or extra:
+def _weights_of(net: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in net.state_dict().items() if name != TIME_UNIT}
+
+
+def _check_names_and_shapes(net: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
+    own = _weights_of(net)
+    unlike = [
+        f"{len(names)} {what}, e.g. {min(names)!r}"
+        for names, what in (
+            (tensors.keys() - own.keys(), "only in the file"),
+            (own.keys() - tensors.keys(), "only in the net"),
+        )
+        if names
+    ]
+    if unlike:
         raise BaseMismatchError(
-            problem=f"the weights in {path!r} are another net's: "
-            + "; ".join(
-                f"{len(names)} {what}, e.g. {names[0]!r}"
-                for names, what in ((extra, "only in the file"), (missing, "only in the net"))
-                if names
-            )
-            + ".",
+            problem=f"the weights in {path!r} are another net's: {'; '.join(unlike)}.",
             expected="an instance of the class that was saved, built with the same arguments.",
             fix="print(hypernet.state_dict().keys())",
         )
@@ -360,10 +337,8 @@ def _check_names_and_shapes(hypernet: nn.Module, tensors: Mapping[str, Tensor], 
             )
 
 
-def _check_dtypes(hypernet: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
-    for name, tensor in hypernet.state_dict().items():
-        if name == TIME_UNIT:
-            continue
+def _check_dtypes(net: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
+    for name, tensor in _weights_of(net).items():
         saved = tensors[name].dtype
         if tensor.dtype != saved:
             raise StateTypeError(

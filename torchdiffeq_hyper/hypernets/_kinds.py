@@ -272,8 +272,7 @@ def suited(net: ReadyHypernet, y: Tensor) -> ReadyHypernet:
         StateTypeError: ``y`` is of integers, or complex.
     """
     StateLayout.of(y)
-    if y.is_complex():
-        refuse_complex(y)
+    refuse_complex(y)
     return net.to(y.device, stepped_dtype(y.dtype))
 
 

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from torchdiffeq_hyper._state import State, StepInput, map_parts
 from torchdiffeq_hyper.errors import OptionError, StateShapeError
-from torchdiffeq_hyper.hypernets._concat import SCALARS, ConcatHypernet, check_inputs
+from torchdiffeq_hyper.hypernets._concat import ConcatHypernet, channel_counts, check_inputs
 
 CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
     1: nn.Conv1d,
@@ -60,25 +60,11 @@ class Scaled(nn.Module):
                 return self._evaluate(x)
             return self._evaluate(x.movedim(1, -1)).movedim(-1, 1)
         if x.dim() != self.n_spatial + 2:
-            raise self._wrong_dimensions(x.dim() - 2, self.n_spatial)
+            raise _wrong_dimensions(x.dim() - 2, self.n_spatial)
         first, last = self.layers[0], self.layers[-1]
         if _is_pointwise(first) and first is not last and isinstance(last, _ConvNd):
             return self._evaluate_folded(x, first, last)
         return self._evaluate(x)
-
-    def _wrong_dimensions(self, found: int, wanted: int) -> StateShapeError:
-        if found in CONVOLUTIONS:
-            fix = f"tdh.hypernets.Conv(..., n_spatial={found})"
-        else:
-            fix = "tdh.hypernets.MLP(...), which takes any number of dimensions"
-        if found == wanted - 1:  # torch would take a missing dimension for an unbatched input
-            fix = f"y0 = y0.unsqueeze(0)   # if the batch dimension is missing\n{fix}"
-        return StateShapeError(
-            problem=f"the hypernet convolves over n_spatial={wanted} dimensions, the "
-            f"state has {found} after (batch, channels).",
-            expected=f"a state of {wanted + 2} dimensions.",
-            fix=fix,
-        )
 
     def _evaluate(self, x: Tensor) -> Tensor:
         # One fused kernel in place of a subtraction and a division.
@@ -126,6 +112,20 @@ class Scaled(nn.Module):
         size = torch.maximum(size, 1e-3 * size.max())
         size = torch.where(size > 0, size, 1.0) * unit
         self.output_scale.copy_(size.view_as(self.output_scale))
+
+
+def _wrong_dimensions(found: int, wanted: int) -> StateShapeError:
+    fix = "tdh.hypernets.MLP(...), which takes any number of dimensions"
+    if found in CONVOLUTIONS:
+        fix = f"tdh.hypernets.Conv(..., n_spatial={found})"
+    if found == wanted - 1:  # torch would take a missing dimension for an unbatched input
+        fix = f"y0 = y0.unsqueeze(0)   # if the batch dimension is missing\n{fix}"
+    return StateShapeError(
+        problem=f"the hypernet convolves over n_spatial={wanted} dimensions, the state has "
+        f"{found} after (batch, channels).",
+        expected=f"a state of {wanted + 2} dimensions.",
+        fix=fix,
+    )
 
 
 def _is_pointwise(layer: nn.Module) -> TypeGuard[_ConvNd]:
@@ -186,7 +186,19 @@ class ReadyHypernet(ConcatHypernet):
         n_context: int,
         **arguments: Any,
     ) -> None:
-        n_in = sum(_channel_counts(channels, inputs, n_stages, n_context))
+        check_count("channels", channels)
+        check_count("n_stages", n_stages)
+        names = check_inputs(inputs)
+        if "context" in names:
+            check_count("n_context", n_context)
+        elif n_context != 0:
+            raise OptionError(
+                problem=f"n_context is {n_context!r}, and the inputs are {names!r}, without "
+                '"context".',
+                expected="both or neither.",
+                fix=f"inputs={(*names, 'context')!r}",
+            )
+        n_in = sum(channel_counts(names, channels, n_stages, n_context))
         net = Scaled(layers(n_in), n_in, channels, arguments.get("n_spatial"))
         super().__init__(net, inputs)
         self.channels = channels
@@ -283,31 +295,12 @@ class ReadyHypernet(ConcatHypernet):
             >>> g.net.output_scale
             tensor([30., 30.])
         """
-        counts = _channel_counts(self.channels, self.inputs, self.n_stages, self.n_context)
+        counts = channel_counts(self.inputs, self.channels, self.n_stages, self.n_context)
         steady: list[float] = []
         for name, count in zip(self.inputs, counts, strict=True):
             # Steps cut from one float32 grid differ in their last digits, yet are one size.
             steady += [1e-3 if name == "dt" else 1e-5] * count
         self.net.calibrate(inputs, residual, steady, unit)
-
-
-def _channel_counts(
-    channels: int, inputs: Sequence[str], n_stages: int, n_context: int = 0
-) -> list[int]:
-    """Return the number of channels of each input."""
-    check_count("channels", channels)
-    check_count("n_stages", n_stages)
-    names = check_inputs(inputs)
-    if "context" in names:
-        check_count("n_context", n_context)
-    elif n_context != 0:
-        raise OptionError(
-            problem=f'n_context is {n_context!r}, and the inputs are {names!r}, without "context".',
-            expected="both or neither.",
-            fix=f"inputs={(*names, 'context')!r}",
-        )
-    sizes = {"stages": n_stages * channels, "context": n_context, **dict.fromkeys(SCALARS, 1)}
-    return [sizes.get(name, channels) for name in names]
 
 
 def check_count(name: str, value: object) -> None:

@@ -1,8 +1,9 @@
-r"""The ready hypernets: linear maps, perceptrons, convolutions; and those that suit a state."""
+"""The ready hypernets: linear maps, perceptrons, convolutions; and those that suit a state."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ class MLP(ReadyHypernet):
         n_stages: int = 1,
         n_context: int = 0,
     ) -> None:
-        widths = list(_check_widths(hidden))
+        widths = _widths(hidden)
 
         def layers(n_in: int) -> nn.Sequential:
             sizes = [n_in, *widths]
@@ -144,16 +145,7 @@ class Bottleneck(ReadyHypernet):
     the state's size. Costs hidden * (channels_in + k^n_spatial * channels) multiply-adds a
     point.
 
-    Args:
-        channels: channels of the state, all parts of a tuple state together.
-        hidden: channels between the two convolutions.
-        kernel_size: k, odd.
-        n_spatial: spatial dimensions of the state: 1, 2 or 3.
-        inputs, n_stages, n_context: see `ReadyHypernet`.
-
-    Raises:
-        OptionError: an argument is impossible.
-        StateShapeError: (when called) the state has other spatial dimensions.
+    Arguments and errors are those of `Conv`.
 
     Example:
         >>> from torchdiffeq_hyper.hypernets import Bottleneck, Conv
@@ -206,7 +198,7 @@ def _convolutions(
     return layers
 
 
-def _check_widths(hidden: object) -> Sequence[int]:
+def _widths(hidden: object) -> list[int]:
     """Return the widths of hidden layers."""
     if not isinstance(hidden, Sequence) or isinstance(hidden, str):
         raise OptionError(
@@ -216,7 +208,7 @@ def _check_widths(hidden: object) -> Sequence[int]:
         )
     for width in hidden:
         check_count("a width in hidden", width)
-    return hidden
+    return list(hidden)
 
 
 INPUTS = ("y", "stages", "dt", "t")
@@ -284,16 +276,8 @@ def families(y0: State, tableau: Tableau, *, time_unit: float = 1.0) -> list[lis
 
     States with 1 to 3 spatial dimensions get linear maps, perceptrons of the channels at
     each point, `Bottleneck` of kernel size 3 and 5, and `Conv`; all others linear maps and
-    perceptrons of one and two hidden layers. Kinds that have done well come last.
-
-    Args:
-        y0: the state, with its batch dimension.
-        tableau: the base method.
-        time_unit: see `ReadyHypernet.measure_time_in`.
-
-    Raises:
-        StateTypeError: the state is of integers, or complex.
-        StateShapeError: the parts of a tuple state cannot be concatenated.
+    perceptrons of one and two hidden layers. Kinds that have done well come last. Arguments
+    and errors are those of `ready`.
 
     Example:
         >>> import torch
@@ -313,7 +297,7 @@ def families(y0: State, tableau: Tableau, *, time_unit: float = 1.0) -> list[lis
         found += [[kind(channels, width, k, **given) for width in WIDTHS] for kind, k in kinds]
     else:
         found += [[MLP(channels, (width,) * n, **given) for width in WIDTHS] for n in (1, 2)]
-    for net in (net for family in found for net in family):
+    for net in chain.from_iterable(found):
         net.measure_time_in(time_unit, tableau.order)
         suited(net, joined)
     return found

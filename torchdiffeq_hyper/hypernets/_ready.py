@@ -28,12 +28,8 @@ class Scaled(nn.Module):
 
     The last layer starts at zero. The scales start as the identity; `calibrate` sets them.
 
-    Args:
-        layers: what lies between.
-        n_in: input channels.
-        n_out: output channels.
-        n_spatial: number of spatial dimensions that ``layers`` convolve over; None if
-            they act on the last dimension, which then is the channels' at every point.
+    ``n_spatial`` is the number of spatial dimensions that the layers convolve over; None if
+    they act on the last dimension, which then is the channels' at every point.
     """
 
     input_scale: Tensor
@@ -234,15 +230,11 @@ class ReadyHypernet(ConcatHypernet):
             parameter.zero_()
 
     def measure_time_in(self, time_unit: float, order: int) -> None:
-        """Let what the layers return be the residual of a time unit of this length.
+        """Let what the layers return be the residual of a time unit, for a base of this order p.
 
         `forward` returns R in true units all the same. A solver multiplies what `scaled`
         returns by (dt / time_unit)^(p+1) instead: the power of a dt in nanoseconds or in
         years would leave the range of float32, and so would R.
-
-        Args:
-            time_unit: its length, above 0.
-            order: order p of the base.
         """
         self.time_unit, self.order = float(time_unit), order
 

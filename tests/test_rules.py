@@ -28,6 +28,7 @@ from torchdiffeq_hyper._rules import (
     Text,
     Value,
     Whole,
+    checked_arguments,
     record_of,
     shown,
 )
@@ -142,6 +143,15 @@ def test_a_dataclass_gives_its_rules() -> None:
         record_of(Outer, is_complete=True).check(least, "")
     with pytest.raises(Mismatch, match="count is 3"):
         record_of(Outer, count=Whole(5)).check({**least, "count": 3}, "")
+
+
+def test_impossible_arguments_are_refused_by_name() -> None:
+    rules = {"hidden": Items(Whole(1)), "dropout": Real(low=0.0)}
+    found = checked_arguments(rules, {"hidden": (3, 4), "dropout": 0, "other": None})
+    assert found == {"hidden": [3, 4], "dropout": 0}
+    with pytest.raises(OptionError, match=r"hidden is \(3, 0\)") as caught:
+        checked_arguments(rules, {"hidden": (3, 0), "dropout": 0})
+    assert "each an int of at least 1." in str(caught.value)
 
 
 def test_sizes_are_held_against_the_tensors() -> None:

@@ -22,13 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper.errors import HyperError
+from torchdiffeq_hyper.errors import HyperError, OptionError
 
 FIX = "copy the file again, or fit and save again"
 UPGRADE = "pip install -U torchdiffeq_hyper   # if a later version wrote the file"
 
 MOST = 2**62
-MOST_ITEMS = 1_000_000
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What a net can compute in."""
 
@@ -73,6 +72,18 @@ class Rule(ABC):
     @abstractmethod
     def check(self, value: Any, name: str) -> Any:
         """Return the value at the place ``name``, or raise `Mismatch`."""
+
+
+def checked_arguments(rules: Mapping[str, Rule], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a net, or raise `OptionError` if one is not what its rule says."""
+    found: dict[str, Any] = {}
+    for name, rule in rules.items():
+        try:
+            found[name] = rule.check(arguments[name], name)
+        except Mismatch as error:
+            problem = f"{name} is {shown(arguments[name])}."
+            raise OptionError(problem, f"{rule.expected}.", f"{name}=...") from error
+    return found
 
 
 class Value(Rule):
@@ -146,12 +157,9 @@ class Choice(Value):
 
 
 class TensorOf(Value):
-    """A tensor without nan; of some dtypes, shape and finiteness if these are given.
+    """A tensor without nan (or inf); of one of some dtypes and of a shape, if these are given.
 
-    Args:
-        dtypes: any of them, all if empty.
-        shape: None for any size of a dimension; None in place of a shape for any.
-        is_finite: whether inf is refused, too; nan always is.
+    None in a shape stands for any size.
     """
 
     def __init__(
@@ -175,8 +183,7 @@ class TensorOf(Value):
 
         of = " of " + " or ".join(map(str, dtypes)) if dtypes else ""
         sizes = "" if shape is None else f" {shape}".replace("None", "any")
-        without = "inf or nan" if is_finite else "nan"
-        super().__init__(holds, f"a tensor{sizes}{of} without {without}")
+        super().__init__(holds, f"a tensor{sizes}{of} without {'inf or ' * is_finite}nan")
 
 
 FLAG = Value(lambda value: isinstance(value, bool), "True or False")
@@ -215,7 +222,7 @@ class Maybe(Rule):
 class Items(Rule):
     """A list of what a rule says."""
 
-    def __init__(self, rule: Rule, least: int = 0, most: int = MOST_ITEMS) -> None:
+    def __init__(self, rule: Rule, least: int = 0, most: int = 1_000_000) -> None:
         self._rule, self._least, self._most = rule, least, most
         self.expected = f"a list of {least:,} to {most:,}, each {rule.expected}"
 
@@ -272,14 +279,13 @@ class Record(Rule):
             if key not in self.fields:
                 problem = f"{under(name, str(key))} is a field that this version does not know."
                 raise Mismatch(problem, self.expected, UPGRADE)
-        for key in self._required:
-            if key not in value:
-                raise missing(under(name, key), self.fields[key].expected)
-        return {
-            key: rule.check(value[key], under(name, key))
-            for key, rule in self.fields.items()
-            if key in value
-        }
+        found: dict[str, Any] = {}
+        for key, rule in self.fields.items():
+            if key in value:
+                found[key] = rule.check(value[key], under(name, key))
+            elif key in self._required:
+                raise missing(under(name, key), rule.expected)
+        return found
 
 
 class Tagged(Rule):
@@ -303,12 +309,8 @@ class Tagged(Rule):
 def record_of(cls: type, *, is_complete: bool = False, **own: Rule) -> Record:
     """Return the rules that a dataclass's annotations give, fields with a default optional.
 
-    Ints are counts, floats are measurements: of at least 0, and may be inf or nan.
-
-    Args:
-        cls: the dataclass.
-        is_complete: whether fields with a default have to be there all the same.
-        own: rules of some of its fields, in place of what the annotation gives.
+    Ints are counts, floats are measurements: of at least 0, and may be inf or nan. ``own``
+    are the rules of some fields in place of these; where ``is_complete``, none is optional.
     """
     hints = typing.get_type_hints(cls)
     required: dict[str, Rule] = {}

@@ -17,16 +17,15 @@ from torch import Tensor, nn
 from torchdiffeq_hyper._files import checked, refused
 from torchdiffeq_hyper._rules import (
     Items,
-    Mismatch,
     Real,
     Record,
     Rule,
     Such,
     Tagged,
     Whole,
+    checked_arguments,
 )
 from torchdiffeq_hyper._state import State, is_half, parts_of
-from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.hypernets._files import built
 from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS
 
@@ -51,16 +50,7 @@ class ReadySelector(nn.Module):
 
     def __init__(self, architecture: Mapping[str, Any], shape: Sequence[int]) -> None:
         super().__init__()
-        for name, value in architecture.items():
-            rule = self.arguments[name]
-            try:
-                rule.check(value, name)
-            except Mismatch as error:
-                raise OptionError(
-                    problem=f"{name} is {value!r}.",
-                    expected=f"{rule.expected}.",
-                    fix=f"{name}=...",
-                ) from error
+        checked_arguments(self.arguments, architecture)
         self.architecture: dict[str, Any] = {"kind": self.kind, **architecture}
         self.register_buffer("shift", torch.zeros(*shape))
         self.register_buffer("scale", torch.ones(*shape))

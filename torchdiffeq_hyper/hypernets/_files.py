@@ -35,38 +35,23 @@ from torchdiffeq_hyper.errors import (
 )
 from torchdiffeq_hyper.hypernets._concat import NAMES, ConcatHypernet
 from torchdiffeq_hyper.hypernets._kinds import MLP, Bottleneck, Conv, Linear
-from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS, TIME_UNIT, ReadyHypernet
+from torchdiffeq_hyper.hypernets._ready import SIZES, TIME_UNIT, ReadyHypernet
 
 NetT = TypeVar("NetT", bound=nn.Module)
 
 KINDS: dict[str, type[ReadyHypernet]] = {net.kind: net for net in (Linear, MLP, Conv, Bottleneck)}
 
 NAMES_OF_INPUTS = Items(Choice(*NAMES), least=1, most=1000)
-_COUNT = Whole(1)
-_CONVOLUTION: dict[str, Rule] = {
-    "hidden": _COUNT,
-    "kernel_size": Such(_COUNT, lambda k: k % 2 == 1, "odd"),
-    "n_spatial": Whole(min(CONVOLUTIONS), max(CONVOLUTIONS)),
+_OPTIONAL: dict[str, Rule] = {
+    "inputs": NAMES_OF_INPUTS,
+    "n_stages": SIZES["n_stages"],
+    "n_context": Whole(),
+    "time_unit": Real(above=0.0),
+    "order": Whole(0, 1000),
 }
-
-
-def _architecture(**own: Rule) -> Record:
-    """Return the rules of a ready net's description: its own arguments, and those of all."""
-    others = {
-        "inputs": NAMES_OF_INPUTS,
-        "n_stages": Whole(1, 1000),
-        "n_context": Whole(),
-        "time_unit": Real(above=0.0),
-        "order": Whole(0, 1000),
-    }
-    return Record({"channels": _COUNT}, optional={**others, **own})
-
-
 ARCHITECTURES: dict[str, Record] = {
-    Linear.kind: _architecture(),
-    MLP.kind: _architecture(hidden=Items(_COUNT, most=1000)),
-    Conv.kind: _architecture(**_CONVOLUTION),
-    Bottleneck.kind: _architecture(**_CONVOLUTION),
+    kind: Record({"channels": SIZES["channels"]}, optional={**_OPTIONAL, **net.rules})
+    for kind, net in KINDS.items()
 }
 """What describes a ready net of each kind in a file."""
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from torchdiffeq_hyper._rules import Items, Rule, Such, Whole
 from torchdiffeq_hyper._state import State, StateLayout, stepped_dtype
-from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.hypernets._concat import join_channels, refuse_complex
-from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS, ReadyHypernet, check_count
+from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS, COUNT, ReadyHypernet
 from torchdiffeq_hyper.tableaus import Tableau
 
 
@@ -72,6 +72,7 @@ class MLP(ReadyHypernet):
     """
 
     kind = "mlp"
+    rules: ClassVar[Mapping[str, Rule]] = {"hidden": Items(COUNT, most=1000)}
 
     def __init__(
         self,
@@ -82,17 +83,22 @@ class MLP(ReadyHypernet):
         n_stages: int = 1,
         n_context: int = 0,
     ) -> None:
-        widths = _widths(hidden)
-
         def layers(n_in: int) -> nn.Sequential:
-            sizes = [n_in, *widths]
+            sizes = [n_in, *hidden]
             stack: list[nn.Module] = []
-            for before, after in zip(sizes, widths, strict=False):
+            for before, after in zip(sizes, hidden, strict=False):
                 # SiLU is smooth, and several times cheaper than tanh on CPUs.
                 stack += [nn.Linear(before, after), nn.SiLU()]
             return nn.Sequential(*stack, nn.Linear(sizes[-1], channels))
 
-        super().__init__(layers, channels, inputs, n_stages, n_context, hidden=widths)
+        super().__init__(layers, channels, inputs, n_stages, n_context, hidden=hidden)
+
+
+_CONVOLUTION: dict[str, Rule] = {
+    "hidden": COUNT,
+    "kernel_size": Such(COUNT, lambda k: k % 2 == 1, "odd, which keeps the state's size"),
+    "n_spatial": Whole(min(CONVOLUTIONS), max(CONVOLUTIONS)),
+}
 
 
 class Conv(ReadyHypernet):
@@ -120,6 +126,7 @@ class Conv(ReadyHypernet):
     """
 
     kind = "conv"
+    rules = _CONVOLUTION
 
     def __init__(
         self,
@@ -132,7 +139,7 @@ class Conv(ReadyHypernet):
         n_stages: int = 1,
         n_context: int = 0,
     ) -> None:
-        layers = _convolutions(hidden, channels, n_spatial, kernel_size, (kernel_size, 1))
+        layers = _convolutions(hidden, channels, n_spatial, (kernel_size, 1))
         own = {"hidden": hidden, "kernel_size": kernel_size, "n_spatial": n_spatial}
         super().__init__(layers, channels, inputs, n_stages, n_context, **own)
 
@@ -156,6 +163,7 @@ class Bottleneck(ReadyHypernet):
     """
 
     kind = "bottleneck"
+    rules = _CONVOLUTION
 
     def __init__(
         self,
@@ -168,27 +176,19 @@ class Bottleneck(ReadyHypernet):
         n_stages: int = 1,
         n_context: int = 0,
     ) -> None:
-        layers = _convolutions(hidden, channels, n_spatial, kernel_size, (1, kernel_size))
+        layers = _convolutions(hidden, channels, n_spatial, (1, kernel_size))
         own = {"hidden": hidden, "kernel_size": kernel_size, "n_spatial": n_spatial}
         super().__init__(layers, channels, inputs, n_stages, n_context, **own)
 
 
 def _convolutions(
-    hidden: int, channels: int, n_spatial: int, kernel_size: int, kernels: tuple[int, int]
+    hidden: int, channels: int, n_spatial: int, kernels: tuple[int, int]
 ) -> Callable[[int], nn.Sequential]:
     """Return what makes two convolutions of these kernel sizes, given the input channels."""
-    check_count("hidden", hidden)
-    check_count("kernel_size", kernel_size)
-    if n_spatial not in CONVOLUTIONS or kernel_size % 2 == 0:
-        raise OptionError(
-            problem=f"kernel_size is {kernel_size!r} and n_spatial is {n_spatial!r}.",
-            expected="an odd kernel_size (the state's size is kept) and 1, 2 or 3 for n_spatial.",
-            fix="kernel_size=3, n_spatial=2",
-        )
-    convolution = CONVOLUTIONS[n_spatial]
     first, last = kernels
 
     def layers(n_in: int) -> nn.Sequential:
+        convolution = CONVOLUTIONS[n_spatial]
         return nn.Sequential(
             convolution(n_in, hidden, first, padding=first // 2),
             nn.SiLU(),
@@ -196,19 +196,6 @@ def _convolutions(
         )
 
     return layers
-
-
-def _widths(hidden: object) -> list[int]:
-    """Return the widths of hidden layers."""
-    if not isinstance(hidden, Sequence) or isinstance(hidden, str):
-        raise OptionError(
-            problem=f"hidden is {hidden!r}.",
-            expected="a sequence of ints.",
-            fix=f"hidden=({hidden},)",
-        )
-    for width in hidden:
-        check_count("a width in hidden", width)
-    return list(hidden)
 
 
 INPUTS = ("y", "stages", "dt", "t")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeGuard
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
+from torchdiffeq_hyper._rules import Rule, Whole, checked_arguments
 from torchdiffeq_hyper._state import State, StepInput, map_parts
 from torchdiffeq_hyper.errors import OptionError, StateShapeError
 from torchdiffeq_hyper.hypernets._concat import ConcatHypernet, channel_counts, check_inputs
@@ -19,6 +20,10 @@ CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
     2: nn.Conv2d,
     3: nn.Conv3d,
 }
+
+COUNT = Whole(1)
+SIZES: dict[str, Rule] = {"channels": COUNT, "n_stages": Whole(1, 1000)}
+"""What the arguments that all ready nets have may be; `ReadyHypernet.rules` is of the others."""
 
 _FUNCTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
 
@@ -164,13 +169,15 @@ class ReadyHypernet(ConcatHypernet):
         n_stages: stages of the base method; matters if ``inputs`` has "stages".
         n_context: channels of the context, all its tensors together; if ``inputs`` has
             "context".
-        arguments: what the subclass was given besides, JSON-ready.
+        arguments: what the subclass was given besides, JSON-ready; its ``rules`` say what
+            they may be.
 
     Raises:
         OptionError: an argument is impossible.
     """
 
     kind: ClassVar[str]
+    rules: ClassVar[Mapping[str, Rule]] = {}
     net: Scaled
 
     def __init__(
@@ -182,11 +189,11 @@ class ReadyHypernet(ConcatHypernet):
         n_context: int,
         **arguments: Any,
     ) -> None:
-        check_count("channels", channels)
-        check_count("n_stages", n_stages)
+        checked_arguments(SIZES, {"channels": channels, "n_stages": n_stages})
+        own = {**arguments, **checked_arguments(self.rules, arguments)}
         names = check_inputs(inputs)
         if "context" in names:
-            check_count("n_context", n_context)
+            checked_arguments({"n_context": COUNT}, {"n_context": n_context})
         elif n_context != 0:
             raise OptionError(
                 problem=f"n_context is {n_context!r}, and the inputs are {names!r}, without "
@@ -202,7 +209,7 @@ class ReadyHypernet(ConcatHypernet):
         self.time_unit = 1.0
         self.order = 0
         self.n_context = n_context
-        self._arguments = arguments
+        self._arguments = own
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -293,13 +300,3 @@ class ReadyHypernet(ConcatHypernet):
             # Steps cut from one float32 grid differ in their last digits, yet are one size.
             steady += [1e-3 if name == "dt" else 1e-5] * count
         self.net.calibrate(inputs, residual, steady, unit)
-
-
-def check_count(name: str, value: object) -> None:
-    """Refuse what is not an int of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise OptionError(
-            problem=f"{name} is {value!r}.",
-            expected="an int of at least 1.",
-            fix="1, or a larger int",
-        )

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -193,10 +194,10 @@ def in_one_go(folder: Path) -> Any:
 
 
 def other_clocks(folder: Path) -> Any:
-    """One process's clock runs a thousand times faster."""
-    clock, rank = time.perf_counter, ProcessGroup.current().rank
-    if rank == 0:
-        time.perf_counter = lambda: 50.0 * clock()
+    """Each reading moves a process's clock on: one's fifty times as far as the other's."""
+    clock, readings = time.perf_counter, count()
+    tick = 0.1 if ProcessGroup.current().rank == 0 else 0.002
+    time.perf_counter = lambda: tick * next(readings)
     try:
         return fit(config=replace(BRIEF, iterations=100_000, max_seconds=100.0))
     finally:

@@ -17,7 +17,7 @@ from typing import Any
 class HyperError(Exception):
     """Base of every error raised by this package.
 
-    Args:
+    Attributes:
         problem: what was wrong, a sentence; or the whole text.
         expected: what was expected.
         fix: lines to paste.
@@ -30,6 +30,7 @@ class HyperError(Exception):
 
     def __init__(self, problem: str, expected: str = "", fix: str = "") -> None:
         super().__init__(explain(problem, expected, fix) if expected else problem)
+        self.problem, self.expected, self.fix = problem, expected, fix
 
 
 class MissingHypernetError(HyperError, ValueError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -218,11 +220,10 @@ def test_a_checkpoint_that_cannot_be_written_is_reported_before_the_work(tmp_pat
 def test_a_failed_write_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(content: Any, path: Path) -> None:
-        path.write_bytes(b"half")
-        raise RuntimeError
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(FileWriteError, match="cannot be written"):
         fit(config=replace(CONFIG, checkpoint=tmp_path / "fit.pt"))
     assert not list(tmp_path.iterdir())

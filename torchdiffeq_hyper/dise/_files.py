@@ -11,10 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._files import (
-    FLOATS,
     HEADER,
-    Anything,
-    Default,
+    checked,
+    damage_reported,
+    described_in,
+    refused,
+    tensors_under,
+)
+from torchdiffeq_hyper._files import read as read_file
+from torchdiffeq_hyper._files import write as write_file
+from torchdiffeq_hyper._rules import (
+    ANYTHING,
+    FLOATS,
     Items,
     Maybe,
     Mismatch,
@@ -26,18 +34,11 @@ from torchdiffeq_hyper._files import (
     Tagged,
     TensorOf,
     Text,
+    Value,
     Whole,
-    check_weights,
-    checked,
-    damage_reported,
-    described_in,
     mismatch,
-    refused,
     shown,
-    tensors_under,
 )
-from torchdiffeq_hyper._files import read as read_file
-from torchdiffeq_hyper._files import write as write_file
 from torchdiffeq_hyper.dise._candidates import Candidate, check_candidates
 from torchdiffeq_hyper.dise._report import DiseReport
 from torchdiffeq_hyper.dise._training import Scale
@@ -45,15 +46,27 @@ from torchdiffeq_hyper.dise.selectors import ARCHITECTURES, ReadySelector, from_
 from torchdiffeq_hyper.errors import (
     BaseMismatchError,
     FileFormatError,
+    HyperError,
     MissingHypernetError,
     StateTypeError,
 )
-from torchdiffeq_hyper.hypernets._files import load_weights
+from torchdiffeq_hyper.hypernets._files import check_weights, load_weights
 from torchdiffeq_hyper.solvers._files import MOST_STEPS
 from torchdiffeq_hyper.solvers._solver import Weights, solver_class
 
 KIND = "dise"
 _SETTINGS = ("steps", "rtol", "atol", "options")
+
+
+def _is_option(value: Any, levels: int = 50) -> bool:
+    """Return whether a value read from JSON is not nan anywhere, nor nested without end."""
+    if isinstance(value, list | dict):
+        items = [*value, *value.values()] if isinstance(value, dict) else value
+        return levels > 0 and all(_is_option(item, levels - 1) for item in items)
+    return Text().holds(value) if isinstance(value, str) else value == value  # noqa: PLR0124 - nan
+
+
+_OPTION = Value(_is_option, "a number, string, bool, None, or lists and dictionaries of these")
 _TOLERANCE = Maybe(Real(low=0.0))
 _CANDIDATE = Record(
     {
@@ -61,32 +74,30 @@ _CANDIDATE = Record(
         "steps": Maybe(Whole(1, MOST_STEPS)),
         "rtol": _TOLERANCE,
         "atol": _TOLERANCE,
-        "options": Table(Anything(is_json=True)),
-        "solver": Default(Maybe(Table(Anything())), None),  # checked as it is rebuilt
-    }
+        "options": Table(_OPTION),
+    },
+    optional={"solver": Maybe(Table(ANYTHING))},  # checked as it is rebuilt
 )
 _SECONDS = Real(low=0.0)
-DISE = Record(
+_REPORT = Record(
+    {
+        "names": Items(Text(), most=1000),
+        "alpha": Real(above=0.0),
+        "penalty": Real(above=0.0),
+        "losses": Items(Row(Whole(), Real(is_finite=False), Real(is_finite=False))),
+        "label_seconds": _SECONDS,
+        "seconds": _SECONDS,
+    }
+)
+_DISE = Record(
     {
         "candidates": Items(_CANDIDATE, least=1, most=1000),
-        "selector": Tagged("kind", {**ARCHITECTURES, "custom": Record({"class": Text(1000)})}),
-        "unit": Row((Real(), Real(above=0.0))),
-        "report": Maybe(
-            Record(
-                {
-                    "names": Items(Text(), most=1000),
-                    "alpha": Real(above=0.0),
-                    "penalty": Real(above=0.0),
-                    "losses": Items(Row((Whole(), Real(is_finite=False), Real(is_finite=False)))),
-                    "label_seconds": _SECONDS,
-                    "seconds": _SECONDS,
-                }
-            )
-        ),
+        "selector": Tagged({**ARCHITECTURES, "custom": Record({"class": Text(1000)})}),
+        "unit": Row(Real(), Real(above=0.0)),
+        "report": Maybe(_REPORT),
     },
-    ignored=tuple(HEADER),
+    optional=HEADER,
 )
-"""The description in a file of kind "dise"."""
 
 
 def write(
@@ -156,7 +167,7 @@ def read(
 ) -> tuple[tuple[Candidate, ...], nn.Module, Scale, DiseReport | None]:
     """Return what `write` wrote; see `Dise.load`. Weights are loaded once all of it is right."""
     tensors, metadata = read_file(path, KIND)
-    found = checked(DISE, metadata, described_in(path))
+    found = checked(_DISE, metadata, described_in(path))
     with refused(described_in(path)):
         _check_owners(tensors, found)
         n_candidates = len(found["candidates"])
@@ -183,25 +194,17 @@ def read(
 
 def _check_owners(tensors: Mapping[str, Tensor], found: Mapping[str, Any]) -> None:
     """Refuse tensors that belong to nothing in the description."""
-    owners = [
-        f"candidates.{position}"
-        for position, settings in enumerate(found["candidates"])
-        if settings["solver"] is not None
-    ]
-    owners += ["selector"] if found["report"] is None else ["report", "selector"]
+    candidates = enumerate(found["candidates"])
+    owners = [f"candidates.{i}." for i, settings in candidates if settings.get("solver")]
+    owners += ["selector."] if found["report"] is None else ["report.", "selector."]
     for name in tensors:
-        if not name.startswith(tuple(f"{owner}." for owner in owners)):
+        if not name.startswith(tuple(owners)):
             problem = f"the tensor {name!r} belongs to nothing described."
             raise Mismatch(problem, f"tensors of {', '.join(owners[-8:])}")
 
 
 def _report(described: dict[str, Any], own: Mapping[str, Tensor], n_candidates: int) -> DiseReport:
-    """Return the report, after checking that it is of these candidates.
-
-    Raises:
-        Mismatch: it is not.
-        OptionError: its M is smaller than what a right answer costs.
-    """
+    """Return the report, after checking that it is of these candidates."""
     names = Items(Text(), least=n_candidates, most=n_candidates)
     names.check(described["names"], "report.names")
     batch = own["nfe"].shape[0] if "nfe" in own and own["nfe"].dim() == 2 else None
@@ -217,7 +220,7 @@ def _report(described: dict[str, Any], own: Mapping[str, Tensor], n_candidates: 
         }
     )
     report = DiseReport.from_parts(described, rules.check(own, "report"))
-    _ = report.costs
+    _ = report.costs  # refuses an M smaller than what a right answer costs
     return report
 
 
@@ -239,7 +242,7 @@ def _rebuild(
 ) -> tuple[Candidate, Weights | None]:
     """Return a candidate, and the weights that its hypernet still lacks."""
     given = {name: settings[name] for name in _SETTINGS}
-    described = settings["solver"]
+    described = settings.get("solver")
     if described is None:
         with damage_reported(path):
             return Candidate(settings["method"], **given), None
@@ -266,30 +269,31 @@ def _rebuild(
 def _rebuild_selector(
     description: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    selector: nn.Module | None,
+    given: nn.Module | None,
     path: str | os.PathLike[str],
 ) -> nn.Module:
     """Return the selector, its weights not yet loaded."""
-    is_own = selector is not None
-    if selector is None:
-        if description["kind"] == "custom":
-            raise FileFormatError(
-                problem=f"{os.fspath(path)!r} holds the weights of a selector of your own, a "
-                f"{description['class']}, and no code.",
-                expected="an instance of that module to load them into.",
-                fix=f"tdh.Dise.load({os.fspath(path)!r}, selector=MySelector())",
-            )
-        check_weights(tensors, repr(os.fspath(path)), "selector.")
+    name = repr(os.fspath(path))
+    error: type[HyperError]
+    if given is not None:
+        selector, error, owner = given, BaseMismatchError, "the instance given"
+    elif description["kind"] == "custom":
+        raise FileFormatError(
+            problem=f"{name} holds the weights of a selector of your own, a "
+            f"{description['class']}, and no code.",
+            expected="an instance of that module to load them into.",
+            fix=f"tdh.Dise.load({name}, selector=MySelector())",
+        )
+    else:
+        check_weights(tensors, name, "selector.")
+        what = described_in(path)
         with torch.device("meta"):
-            what = described_in(path)
             selector = from_architecture(description, tensors, what=what, at="selector")
-    expected = {name: tensor.shape for name, tensor in selector.state_dict().items()}
-    if expected != {name: tensor.shape for name, tensor in tensors.items()}:
-        raise (BaseMismatchError if is_own else FileFormatError)(
-            problem=(
-                f"the selector's weights in {os.fspath(path)!r} are not those of "
-                + ("the instance given." if is_own else "its own description.")
-            ),
+        error, owner = FileFormatError, "its own description"
+    own = selector.state_dict()
+    if {key: own[key].shape for key in own} != {key: tensors[key].shape for key in tensors}:
+        raise error(
+            problem=f"the selector's weights in {name} are not those of {owner}.",
             expected="a module built with the arguments of the one saved.",
             fix="print({name: w.shape for name, w in selector.state_dict().items()})",
         )

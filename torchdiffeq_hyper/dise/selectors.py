@@ -14,22 +14,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._files import (
-    Default,
+from torchdiffeq_hyper._files import checked, refused
+from torchdiffeq_hyper._rules import (
     Items,
-    Mismatch,
     Real,
     Record,
     Rule,
     Such,
     Tagged,
     Whole,
-    built,
-    checked,
-    refused,
+    checked_arguments,
 )
 from torchdiffeq_hyper._state import State, parts_of, stepped_dtype
-from torchdiffeq_hyper.errors import OptionError
+from torchdiffeq_hyper.hypernets._files import built
 from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS
 
 _POOLS = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
@@ -53,12 +50,7 @@ class ReadySelector(nn.Module):
 
     def __init__(self, architecture: Mapping[str, Any], shape: Sequence[int]) -> None:
         super().__init__()
-        for name, value in architecture.items():
-            try:
-                self.arguments[name].check(value, name)
-            except Mismatch as error:
-                problem, expected = f"{name} is {value!r}.", f"{self.arguments[name].expected}."
-                raise OptionError(problem=problem, expected=expected, fix=f"{name}=...") from error
+        checked_arguments(self.arguments, architecture)
         self.architecture: dict[str, Any] = {"kind": self.kind, **architecture}
         self.register_buffer("shift", torch.zeros(*shape))
         self.register_buffer("scale", torch.ones(*shape))
@@ -241,10 +233,11 @@ class _Block(nn.Module):
 
 
 _KINDS: dict[str, type[ReadySelector]] = {net.kind: net for net in (MLP, TanhMLP, ResidualConv)}
-_REQUIRED = ("n_inputs", "n_candidates", "channels")
+_REQUIRED = {"n_inputs", "n_candidates", "channels"}
 ARCHITECTURES: dict[str, Record] = {
     kind: Record(
-        {name: rule if name in _REQUIRED else Default(rule) for name, rule in net.arguments.items()}
+        {name: rule for name, rule in net.arguments.items() if name in _REQUIRED},
+        optional={name: rule for name, rule in net.arguments.items() if name not in _REQUIRED},
     )
     for kind, net in _KINDS.items()
 }
@@ -287,6 +280,6 @@ def from_architecture(
     Raises:
         FileFormatError: the kind is unknown, or an argument is impossible.
     """
-    arguments = checked(Tagged("kind", ARCHITECTURES), architecture, what, at)
+    arguments = checked(Tagged(ARCHITECTURES), architecture, what, at)
     with refused(what):
         return built(_KINDS, arguments, weights, at)

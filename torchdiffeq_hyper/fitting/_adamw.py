@@ -10,7 +10,8 @@ from typing import ClassVar
 from torch import Tensor, nn, optim
 from torch.nn.utils import clip_grad_norm_
 
-from torchdiffeq_hyper._files import (
+from torchdiffeq_hyper._files import refused
+from torchdiffeq_hyper._rules import (
     FLOATS,
     Items,
     Maybe,
@@ -20,7 +21,6 @@ from torchdiffeq_hyper._files import (
     Such,
     TensorOf,
     Whole,
-    refused,
 )
 from torchdiffeq_hyper.errors import FitDivergedError, NonFiniteError
 from torchdiffeq_hyper.fitting._budget import Budget

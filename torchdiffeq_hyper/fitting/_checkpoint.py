@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from errno import ENOENT
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._files import (
+from torchdiffeq_hyper._files import checked, refused, write_bytes
+from torchdiffeq_hyper._rules import (
+    ANYTHING,
     FLAG,
-    Anything,
     Choice,
     Items,
     Maybe,
@@ -26,17 +29,14 @@ from torchdiffeq_hyper._files import (
     TensorOf,
     Text,
     Whole,
-    check_sizes,
-    checked,
     mismatch,
     missing,
     record_of,
-    refused,
     shown,
 )
-from torchdiffeq_hyper.errors import FileFormatError, FileWriteError, first_line
+from torchdiffeq_hyper.errors import FileFormatError, first_line, unwritable
 from torchdiffeq_hyper.fitting._signature import check_same_fit
-from torchdiffeq_hyper.hypernets._files import ARCHITECTURES
+from torchdiffeq_hyper.hypernets._files import ARCHITECTURES, check_sizes
 from torchdiffeq_hyper.solvers._files import REPORT
 from torchdiffeq_hyper.solvers._report import LossPoint
 
@@ -124,22 +124,22 @@ _RULES: dict[str, Rule] = {
             "note": Text(),
         }
     ),
-    "choice": Maybe(Record({"architecture": Tagged("kind", ARCHITECTURES), "note": Text()})),
+    "choice": Maybe(Record({"architecture": Tagged(ARCHITECTURES), "note": Text()})),
     "random": Items(TensorOf((torch.uint8,), (None,)), most=1025),
     "seconds": Real(low=0.0),
-    "fallback": Choice(("", "weights", "start")),
+    "fallback": Choice("", "weights", "start"),
     "report": Maybe(REPORT),
 }
 """Rules of fields of a `FitState`; the others' come from their annotations."""
 
 
-_FILE = Record({"format": Choice((FORMAT,)), "signature": Table(Anything()), "state": Anything()})
+_FILE = Record({"format": Choice(FORMAT), "signature": Table(ANYTHING), "state": ANYTHING})
 
 
 def _state_rule(phases: Sequence[type[PhaseState]]) -> Record:
     """Return what the state of a fit with these phases may be."""
     kinds = {kind.kind: record_of(kind, is_complete=True, **kind.rules) for kind in phases}
-    rules = {**_RULES, "phase": Whole(0, len(phases)), "training": Maybe(Tagged("kind", kinds))}
+    rules = {**_RULES, "phase": Whole(0, len(phases)), "training": Maybe(Tagged(kinds))}
     return record_of(FitState, is_complete=True, **rules)
 
 
@@ -165,7 +165,7 @@ class Store:
         self._signature = dict(signature)
         self._phases = phases
         if self._path is not None and not self._path.parent.is_dir():
-            raise _not_writable(self._path, "there is no such folder")
+            raise unwritable(self._path, FileNotFoundError(ENOENT, "there is no such folder"))
 
     def write(self, state: FitState) -> None:
         """Write a state; the file is the old one or the new one, never half of one.
@@ -179,14 +179,9 @@ class Store:
         if state.training is not None:
             values["training"] = {"kind": state.training.kind, **vars(state.training)}
         content = {"format": FORMAT, "signature": self._signature, "state": values}
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
-        try:
-            torch.save(content, temporary)
-            temporary.replace(self._path)
-        except (OSError, RuntimeError) as error:  # torch reports some failures as the latter
-            raise _not_writable(self._path, str(error)) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_bytes(self._path, buffer.getvalue())
 
     def read(self) -> FitState | None:
         """Return the state in the file, None if there is no file; runs no code from it.
@@ -218,15 +213,7 @@ class Store:
 
 
 def _check_state(values: Mapping[str, Any], signature: Mapping[str, Any]) -> None:
-    """Refuse a state that is not of this fit, or that no fit can be in.
-
-    Args:
-        values: the fields of a `FitState`, each checked by its own rule.
-        signature: what tells this fit from others; the shapes of its weights among it.
-
-    Raises:
-        Mismatch: it is no state of this fit.
-    """
+    """Refuse fields, each right by itself, that are not of this fit, or that no fit can have."""
     shapes = signature.get("weights", signature.get("hypernet"))
     if isinstance(shapes, dict):
         for place in ("net", "best"):
@@ -237,27 +224,27 @@ def _check_state(values: Mapping[str, Any], signature: Mapping[str, Any]) -> Non
         architecture, at = values["choice"]["architecture"], "state.choice.architecture"
         check_sizes(architecture, values["best"], at, but=("n_stages", "order"))
     if values["phase_start"] > values["iteration"]:
-        start, expected = values["phase_start"], "no more than the iterations"
-        raise mismatch(name="state.phase_start", value=start, expected=expected)
-    if values["random"]:
-        _check_generator(values["random"][0])
+        start = values["phase_start"]
+        raise mismatch(
+            name="state.phase_start", value=start, expected="no more than the iterations"
+        )
+    for generator in values["random"][:1]:
+        try:
+            torch.Generator().set_state(generator)
+        except (RuntimeError, TypeError) as error:
+            raise mismatch(
+                name="state.random[0]", value=generator, expected="a generator's state"
+            ) from error
 
 
 def _weights_of(shapes: Mapping[str, list[Any]]) -> Record:
     """Return the rule for weights of known shapes and dtypes."""
-    rules: dict[str, Any] = {}
-    for name, (*shape, dtype) in shapes.items():
-        rules[name] = TensorOf((getattr(torch, dtype.removeprefix("torch.")),), tuple(shape))
-    return Record(rules)
-
-
-def _check_generator(state: Tensor) -> None:
-    """Refuse a state that the generator would not take."""
-    try:
-        torch.Generator().set_state(state)
-    except (RuntimeError, TypeError) as error:
-        expected = "a generator's state"
-        raise mismatch(name="state.random[0]", value=state, expected=expected) from error
+    return Record(
+        {
+            name: TensorOf((getattr(torch, dtype.removeprefix("torch.")),), tuple(shape))
+            for name, (*shape, dtype) in shapes.items()
+        }
+    )
 
 
 def _unusable(path: Path, reason: str) -> FileFormatError:
@@ -270,11 +257,3 @@ def _unusable(path: Path, reason: str) -> FileFormatError:
 
 def _remedy(path: Path) -> str:
     return f'remove it, or choose another: FitConfig(checkpoint="{path.stem}-2.pt")'
-
-
-def _not_writable(path: Path, reason: str) -> FileWriteError:
-    return FileWriteError(
-        problem=f"the checkpoint {str(path)!r} cannot be written: {reason}",
-        expected="a file name in an existing folder that you may write to.",
-        fix=f"os.makedirs({str(path.parent)!r}, exist_ok=True)",
-    )

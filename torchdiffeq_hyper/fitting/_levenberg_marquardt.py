@@ -19,7 +19,8 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._files import Maybe, Real, Row, Rule, TensorOf, Whole, refused
+from torchdiffeq_hyper._files import refused
+from torchdiffeq_hyper._rules import Maybe, Real, Row, Rule, TensorOf, Whole
 from torchdiffeq_hyper.fitting._budget import Budget, Pace
 from torchdiffeq_hyper.fitting._checkpoint import PhaseState
 from torchdiffeq_hyper.fitting._chunks import Chunk, TrainingChunks
@@ -76,7 +77,7 @@ class LevenbergMarquardtState(PhaseState):
     rules: ClassVar[Mapping[str, Rule]] = {
         "damping": Real(above=0.0),
         "count": Whole(1),
-        "memory": Maybe(Row((_SQUARE, _VECTOR))),
+        "memory": Maybe(Row(_SQUARE, _VECTOR)),
     }
 
     start: int = 0
@@ -139,7 +140,7 @@ class LevenbergMarquardt(Phase):
             if saved.memory is not None:
                 size = n_weights(self._n)
                 with refused("the checkpoint"):
-                    rule = Row((TensorOf(shape=(size, size)), TensorOf(shape=(size,))))
+                    rule = Row(TensorOf(shape=(size, size)), TensorOf(shape=(size,)))
                     rule.check(saved.memory, "state.training.memory")
         return False
 

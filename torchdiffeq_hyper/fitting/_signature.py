@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._files import shown
+from torchdiffeq_hyper._rules import shown
 from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.fitting._field import SHARES
 from torchdiffeq_hyper.fitting._units import differing, fingerprint

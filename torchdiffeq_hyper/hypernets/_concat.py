@@ -3,7 +3,7 @@ r"""The paper's hypernet layout: any net on the concatenation of a step's inputs
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,8 +110,7 @@ class ConcatHypernet(nn.Module):
         # Then `join_channels` would return states as they are: this runs at every step.
         is_joined = isinstance(step.y, Tensor) and step.y.dim() > 1
         y: Any = step.y if is_joined else join_channels(step.y)
-        if y.is_complex():
-            refuse_complex(y)
+        refuse_complex(y)
         scalar = (y.shape[0], 1, *y.shape[2:])
         columns: list[Tensor] = []
         for name in self.inputs:
@@ -133,36 +132,35 @@ class ConcatHypernet(nn.Module):
         layer, wanted = next((pair for pair in sized if pair[1]), (None, joined.shape[1]))
         if wanted == joined.shape[1]:
             return
-        per_state = join_channels(step.y).shape[1]
-        sizes = {"stages": len(step.stages) * per_state, **dict.fromkeys(SCALARS, 1)}
-        sizes["context"] = sum(_n_channels(part) for part in step.context)
-        if self._is_without_batch(step.y, wanted, sizes):
+        first = f"the net's first layer, a {type(layer).__name__},"
+        n_stages, n_context = len(step.stages), sum(map(_n_channels, step.context))
+        without_batch = sum(part.shape[0] if part.dim() else 1 for part in parts_of(step.y))
+        if sum(channel_counts(self.inputs, without_batch, n_stages, n_context)) == wanted:
             shape = tuple(step.y.shape) if isinstance(step.y, Tensor) else "a tuple"
             raise StateShapeError(
                 problem=f"the state ({shape}) has no batch dimension: dim 0 was taken for the "
-                f"samples, and the net's first layer, a {type(layer).__name__}, got "
-                f"{joined.shape[1]} channels in place of {wanted}.",
+                f"samples, and {first} got {joined.shape[1]} channels in place of {wanted}.",
                 expected="the samples along dim 0, the channels along dim 1.",
                 fix=how_to_batch(step.y),
             ) from error
-        given = ", ".join(f'"{name}" {sizes.get(name, per_state)}' for name in self.inputs)
+        channels = join_channels(step.y).shape[1]
+        counts = channel_counts(self.inputs, channels, n_stages, n_context)
+        given = ", ".join(f'"{name}" {n}' for name, n in zip(self.inputs, counts, strict=True))
         raise StateShapeError(
-            problem=f"the net's first layer, a {type(layer).__name__}, takes {wanted} channels; "
-            f"the inputs have {joined.shape[1]} along dim 1: {given}.",
+            problem=f"{first} takes {wanted} channels; the inputs have {joined.shape[1]} along "
+            f"dim 1: {given}.",
             expected="as many input channels as the inputs have together.",
             fix=f"a first layer with {joined.shape[1]} input channels, or other inputs than "
             f"{self.inputs}",
         ) from error
 
-    def _is_without_batch(self, y: State, wanted: int, sizes: dict[str, int]) -> bool:
-        """Return whether the net would fit if the first dimension were the channels'."""
-        channels = sum(part.shape[0] if part.dim() else 1 for part in parts_of(y))
-        per_state = join_channels(y).shape[1]
-        sizes = {
-            name: size * channels // per_state if name == "stages" else size
-            for name, size in sizes.items()
-        }
-        return sum(sizes.get(name, channels) for name in self.inputs) == wanted
+
+def channel_counts(
+    inputs: Sequence[str], channels: int, n_stages: int, n_context: int
+) -> list[int]:
+    """Return the number of channels of each input, for a state of so many channels."""
+    sizes = {"stages": n_stages * channels, "context": n_context, **dict.fromkeys(SCALARS, 1)}
+    return [sizes.get(name, channels) for name in inputs]
 
 
 def _context_columns(context: tuple[Tensor, ...], y: Tensor) -> list[Tensor]:
@@ -177,8 +175,7 @@ def _context_columns(context: tuple[Tensor, ...], y: Tensor) -> list[Tensor]:
 
 
 def _as_channels(part: Tensor, y: Tensor) -> Tensor:
-    if part.is_complex():
-        refuse_complex(part)
+    refuse_complex(part)
     spatial = y.shape[2:]
     if part.shape[:1] != y.shape[:1] or part.shape[2:] not in (spatial, ()):
         raise StateShapeError(
@@ -234,13 +231,14 @@ def check_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def refuse_complex(y: Tensor) -> NoReturn:
-    """Raise the error about a complex state."""
-    raise StateTypeError(
-        problem=f"the state is complex ({y.dtype}), nets take real channels.",
-        expected="a real state, or a hypernet of your own that handles complex numbers.",
-        fix="a func on torch.view_as_real(y), real and imaginary parts being channels",
-    )
+def refuse_complex(y: Tensor) -> None:
+    """Refuse complex states: nets take real channels."""
+    if y.is_complex():
+        raise StateTypeError(
+            problem=f"the state is complex ({y.dtype}), nets take real channels.",
+            expected="a real state, or a hypernet of your own that handles complex numbers.",
+            fix="a func on torch.view_as_real(y), real and imaginary parts being channels",
+        )
 
 
 def join_channels(state: State) -> Tensor:
@@ -276,9 +274,8 @@ def join_channels(state: State) -> Tensor:
                 expected="parts of one batch size and one spatial shape (or none).",
                 fix="a hypernet of your own, called as g(step) and returning a tuple like step.y",
             )
-        channels = part.shape[1] if part.dim() > 1 else 1
         column = part.reshape(*part.shape, *(1,) * (widest.dim() - part.dim()))
-        columns.append(column.expand(batch, channels, *spatial))
+        columns.append(column.expand(batch, _n_channels(part), *spatial))
     return torch.cat(columns, dim=1)
 
 
@@ -304,7 +301,7 @@ def split_channels(joined: Tensor, like: State) -> State:
     """
     if isinstance(like, Tensor):
         return joined if like.dim() > 1 else _drop_channel(joined, like)
-    channels = [part.shape[1] if part.dim() > 1 else 1 for part in like]
+    channels = [_n_channels(part) for part in like]
     if joined.dim() < 2 or joined.shape[1] != sum(channels):
         raise StateShapeError(
             problem=f"the net returned shape {tuple(joined.shape)} for a tuple state of "

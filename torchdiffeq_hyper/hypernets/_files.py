@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from torchdiffeq_hyper._files import (
+from torchdiffeq_hyper._files import checked, described_in, refused
+from torchdiffeq_hyper._rules import (
+    FLOATS,
     Choice,
-    Default,
     Items,
+    Mismatch,
     Real,
     Record,
     Rule,
@@ -21,11 +23,8 @@ from torchdiffeq_hyper._files import (
     Tagged,
     TensorOf,
     Whole,
-    built,
-    check_weights,
-    checked,
-    described_in,
-    refused,
+    mismatch,
+    under,
 )
 from torchdiffeq_hyper._state import Hypernet
 from torchdiffeq_hyper.errors import (
@@ -33,52 +32,45 @@ from torchdiffeq_hyper.errors import (
     FileFormatError,
     StateShapeError,
     StateTypeError,
-    first_line,
 )
 from torchdiffeq_hyper.hypernets._concat import NAMES, ConcatHypernet
 from torchdiffeq_hyper.hypernets._kinds import MLP, Bottleneck, Conv, Linear
-from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS, TIME_UNIT, ReadyHypernet
+from torchdiffeq_hyper.hypernets._ready import SIZES, TIME_UNIT, ReadyHypernet
+
+NetT = TypeVar("NetT", bound=nn.Module)
 
 KINDS: dict[str, type[ReadyHypernet]] = {net.kind: net for net in (Linear, MLP, Conv, Bottleneck)}
 
-MOST_LAYERS = 1000
-MOST_STAGES = 1000
-
-NAMES_OF_INPUTS = Items(Choice(NAMES), least=1, most=1000)
-_COUNT = Whole(1)
-_COMMON: dict[str, Rule | Default] = {
-    "channels": _COUNT,
-    "inputs": Default(NAMES_OF_INPUTS),
-    "n_stages": Default(Whole(1, MOST_STAGES)),
-    "n_context": Default(Whole()),
-    "time_unit": Default(Real(above=0.0)),
-    "order": Default(Whole(0, MOST_STAGES)),
-}
-_CONVOLUTION: dict[str, Rule | Default] = {
-    **_COMMON,
-    "hidden": Default(_COUNT),
-    "kernel_size": Default(Such(_COUNT, lambda k: k % 2 == 1, "odd")),
-    "n_spatial": Default(Whole(min(CONVOLUTIONS), max(CONVOLUTIONS))),
+NAMES_OF_INPUTS = Items(Choice(*NAMES), least=1, most=1000)
+_OPTIONAL: dict[str, Rule] = {
+    "inputs": NAMES_OF_INPUTS,
+    "n_stages": SIZES["n_stages"],
+    "n_context": Whole(),
+    "time_unit": Real(above=0.0),
+    "order": Whole(0, 1000),
 }
 ARCHITECTURES: dict[str, Record] = {
-    Linear.kind: Record(_COMMON),
-    MLP.kind: Record({**_COMMON, "hidden": Default(Items(_COUNT, most=MOST_LAYERS))}),
-    Conv.kind: Record(_CONVOLUTION),
-    Bottleneck.kind: Record(_CONVOLUTION),
+    kind: Record({"channels": SIZES["channels"]}, optional={**_OPTIONAL, **net.rules})
+    for kind, net in KINDS.items()
 }
-"""What describes a ready net of each kind in a file. A field that a later version adds is a
-`Default` with the value that nets of older files have."""
+"""What describes a ready net of each kind in a file."""
+
+_UNIT = Such(
+    TensorOf((torch.float64,), (2,), is_finite=True),
+    lambda unit: float(unit[0]) > 0 and float(unit[1]) >= 0,
+    "above 0",
+)
+"""The tensor with a ready net's time unit and order."""
 
 UNSEEN: nn.Module = nn.Identity()
 """Stands for a net of the user's own whose class is not at hand, to look at a file without it."""
 
 
 def from_architecture(architecture: Mapping[str, Any]) -> ReadyHypernet:
-    """Rebuild a ready net, with new weights, from its ``architecture``.
+    """Rebuild a ready net, with new weights, from its `ReadyHypernet.architecture`.
 
     Args:
-        architecture: the net's `ReadyHypernet.architecture`, also after a round trip
-            through JSON.
+        architecture: the net's, also after a round trip through JSON.
 
     Raises:
         FileFormatError: the kind is unknown, or an argument is impossible.
@@ -94,12 +86,8 @@ def from_architecture(architecture: Mapping[str, Any]) -> ReadyHypernet:
 def rebuilt(
     architecture: Mapping[str, Any], weights: Mapping[str, Tensor] | None, what: str, at: str
 ) -> ReadyHypernet:
-    """Return the same as `from_architecture` for a net with these weights (None: of any size).
-
-    It is read from ``what``, at the place ``at``; one larger than its weights is refused before
-    it is built.
-    """
-    arguments = checked(Tagged("kind", ARCHITECTURES), architecture, what, at)
+    """Return the same as `from_architecture`, not larger than its ``weights`` (None: any)."""
+    arguments = checked(Tagged(ARCHITECTURES), architecture, what, at)
     # Files of before time units have none.
     time_unit, order = arguments.pop("time_unit", 1.0), arguments.pop("order", 0)
     with refused(what):
@@ -107,6 +95,56 @@ def rebuilt(
         net = built(KINDS, arguments, weights, at, but=("n_stages", "n_context"))
     net.measure_time_in(time_unit, order)
     return net
+
+
+def check_sizes(
+    description: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    at: str,
+    but: Sequence[str] = (),
+) -> None:
+    """Refuse a net described as larger than its tensors are, before it is built.
+
+    The description's ints are sizes, except those ``but``; lists of ints one size a layer.
+    """
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    for name, value in description.items():
+        sizes = value if isinstance(value, list) else [value]
+        is_size = name not in but and all(type(size) is int for size in sizes)
+        if is_size and (max(sizes, default=0) > numbers or len(sizes) > len(tensors)):
+            expected = f"sizes that fit the {numbers:,} numbers in {len(tensors)} tensors"
+            raise mismatch(under(at, name), value, expected)
+
+
+def built(
+    kinds: Mapping[str, type[NetT]],
+    arguments: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None,
+    at: str,
+    *,
+    but: Sequence[str] = (),
+) -> NetT:
+    """Return the net of a checked description, not larger than its ``weights`` (None: any).
+
+    For ``at`` and ``but`` see `check_sizes`.
+    """
+    own = {name: value for name, value in arguments.items() if name != "kind"}
+    if weights is not None:
+        check_sizes(own, weights, at, but)
+    kind = arguments["kind"]
+    try:
+        return kinds[kind](**own)
+    except RuntimeError as error:  # tensors of more numbers than can be counted
+        problem = f"a net of kind {kind!r} cannot be built: {error}"
+        raise Mismatch(problem, "sizes that fit its weights") from error
+
+
+def check_weights(tensors: Mapping[str, Tensor], what: str, prefix: str = "") -> None:
+    """Refuse weights that no ready net can have: all of one dtype, and finite."""
+    dtypes = {tensor.dtype for tensor in tensors.values()} & {*FLOATS}
+    rule = TensorOf(tuple(dtypes)[:1] or FLOATS, is_finite=True)
+    for name, tensor in tensors.items():
+        checked(rule, tensor, what, f"the tensor {prefix + name!r}")
 
 
 def pack(hypernet: Hypernet) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -164,40 +202,32 @@ def match(
         path: the file, for messages.
         at: the place of the description in it.
     """
-    if description["kind"] != "custom":
-        _check_numbers(tensors, path)
-        hypernet = None if hypernet is UNSEEN else hypernet
-    elif hypernet is UNSEEN:
+    is_custom = description["kind"] == "custom"
+    if is_custom and hypernet is UNSEEN:
         return hypernet
-    elif hypernet is None:
-        _raise_custom(description, path)
-    if hypernet is None:
-        with torch.device("meta"):
-            net = rebuilt(description, tensors, described_in(path), at)
-        try:
-            _check_names_and_shapes(net, tensors, path)
-        except (BaseMismatchError, StateShapeError) as error:
-            raise FileFormatError(
-                problem=f"the weights in {path!r} do not fit its own description: "
-                f"{first_line(error)}",
-                expected="a file as `save` wrote it.",
-                fix="fit and save again",
-            ) from error
-        return net
-    _check_description(description, hypernet, path)
-    _check_names_and_shapes(hypernet, tensors, path)
-    _check_dtypes(hypernet, tensors, path)
-    return hypernet
-
-
-def _check_numbers(tensors: Mapping[str, Tensor], path: str) -> None:
-    """Refuse weights that no ready net can have: all of one dtype, and finite."""
-    if TIME_UNIT in tensors:
-        unit = TensorOf((torch.float64,), (2,), is_finite=True)
-        positive = Such(unit, lambda unit: float(unit[0]) > 0 and float(unit[1]) >= 0, "above 0")
-        checked(positive, tensors[TIME_UNIT], repr(path), f"the tensor {TIME_UNIT!r}")
-    others = {name: tensor for name, tensor in tensors.items() if name != TIME_UNIT}
-    check_weights(others, repr(path))
+    if is_custom and hypernet is None:
+        raise _no_instance(description, path)
+    weights = {name: tensor for name, tensor in tensors.items() if name != TIME_UNIT}
+    if not is_custom:
+        if TIME_UNIT in tensors:
+            checked(_UNIT, tensors[TIME_UNIT], repr(path), f"the tensor {TIME_UNIT!r}")
+        check_weights(weights, repr(path))
+    if hypernet is not None and hypernet is not UNSEEN:
+        _check_description(description, hypernet, path)
+        _check_names_and_shapes(hypernet, weights, path)
+        _check_dtypes(hypernet, weights, path)
+        return hypernet
+    with torch.device("meta"):
+        net = rebuilt(description, tensors, described_in(path), at)
+    try:
+        _check_names_and_shapes(net, weights, path)
+    except (BaseMismatchError, StateShapeError) as error:
+        raise FileFormatError(
+            problem=f"the weights in {path!r} do not fit its own description: {error.problem}",
+            expected="a file as `save` wrote it.",
+            fix="fit and save again",
+        ) from error
+    return net
 
 
 def load_weights(
@@ -205,13 +235,8 @@ def load_weights(
 ) -> None:
     """Load the weights of one or more nets; all of them, or none.
 
-    Args:
-        parts: for each net itself, its weights, and whether it is an instance of the
-            caller's; one that is not was built on the "meta" device.
-        path: the file, for messages.
-
-    Raises:
-        BaseMismatchError: an instance cannot take its weights.
+    ``parts`` has for each net itself, its weights, and whether it is an instance of the
+    caller's; one that is not was built on the "meta" device.
     """
     own = [net for net, _, is_own in parts if is_own]
     times = [(net, net.time_unit, net.order) for net in own if isinstance(net, ReadyHypernet)]
@@ -239,12 +264,12 @@ def load_weights(
         ) from error
 
 
-def _raise_custom(description: Mapping[str, Any], path: str) -> None:
+def _no_instance(description: Mapping[str, Any], path: str) -> FileFormatError:
     name = str(description.get("class", "MyNet"))
     instance = name.rpartition(".")[2] + "()"
     if "inputs" in description:
         instance = f"tdh.ConcatHypernet(net, inputs={tuple(description['inputs'])!r})"
-    raise FileFormatError(
+    return FileFormatError(
         problem=f"{path!r} holds the weights of a net of your own, a {name}, and no code.",
         expected="an instance of that net to load them into.",
         fix=f"HyperSolver.load({path!r}, hypernet={instance})",
@@ -267,19 +292,23 @@ def _check_description(description: Mapping[str, Any], hypernet: nn.Module, path
             )
 
 
-def _check_names_and_shapes(hypernet: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
-    own = {name: value for name, value in hypernet.state_dict().items() if name != TIME_UNIT}
-    given = tensors.keys() - {TIME_UNIT}
-    missing, extra = sorted(own.keys() - given), sorted(given - own.keys())
-    if missing or extra:
+def _weights_of(net: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in net.state_dict().items() if name != TIME_UNIT}
+
+
+def _check_names_and_shapes(net: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
+    own = _weights_of(net)
+    unlike = [
+        f"{len(names)} {what}, e.g. {min(names)!r}"
+        for names, what in (
+            (tensors.keys() - own.keys(), "only in the file"),
+            (own.keys() - tensors.keys(), "only in the net"),
+        )
+        if names
+    ]
+    if unlike:
         raise BaseMismatchError(
-            problem=f"the weights in {path!r} are another net's: "
-            + "; ".join(
-                f"{len(names)} {what}, e.g. {names[0]!r}"
-                for names, what in ((extra, "only in the file"), (missing, "only in the net"))
-                if names
-            )
-            + ".",
+            problem=f"the weights in {path!r} are another net's: {'; '.join(unlike)}.",
             expected="an instance of the class that was saved, built with the same arguments.",
             fix="print(hypernet.state_dict().keys())",
         )
@@ -293,10 +322,8 @@ def _check_names_and_shapes(hypernet: nn.Module, tensors: Mapping[str, Tensor], 
             )
 
 
-def _check_dtypes(hypernet: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
-    for name, tensor in hypernet.state_dict().items():
-        if name == TIME_UNIT:
-            continue
+def _check_dtypes(net: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
+    for name, tensor in _weights_of(net).items():
         saved = tensors[name].dtype
         if tensor.dtype != saved:
             raise StateTypeError(

@@ -1,16 +1,17 @@
-r"""The ready hypernets: linear maps, perceptrons, convolutions; and those that suit a state."""
+"""The ready hypernets: linear maps, perceptrons, convolutions; and those that suit a state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from torchdiffeq_hyper._rules import Items, Rule, Such, Whole
 from torchdiffeq_hyper._state import State, StateLayout, stepped_dtype
-from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.hypernets._concat import join_channels, refuse_complex
-from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS, ReadyHypernet, check_count
+from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS, COUNT, ReadyHypernet
 from torchdiffeq_hyper.tableaus import Tableau
 
 
@@ -71,6 +72,7 @@ class MLP(ReadyHypernet):
     """
 
     kind = "mlp"
+    rules: ClassVar[Mapping[str, Rule]] = {"hidden": Items(COUNT, most=1000)}
 
     def __init__(
         self,
@@ -81,17 +83,22 @@ class MLP(ReadyHypernet):
         n_stages: int = 1,
         n_context: int = 0,
     ) -> None:
-        widths = list(_check_widths(hidden))
-
         def layers(n_in: int) -> nn.Sequential:
-            sizes = [n_in, *widths]
+            sizes = [n_in, *hidden]
             stack: list[nn.Module] = []
-            for before, after in zip(sizes, widths, strict=False):
+            for before, after in zip(sizes, hidden, strict=False):
                 # SiLU is smooth, and several times cheaper than tanh on CPUs.
                 stack += [nn.Linear(before, after), nn.SiLU()]
             return nn.Sequential(*stack, nn.Linear(sizes[-1], channels))
 
-        super().__init__(layers, channels, inputs, n_stages, n_context, hidden=widths)
+        super().__init__(layers, channels, inputs, n_stages, n_context, hidden=hidden)
+
+
+_CONVOLUTION: dict[str, Rule] = {
+    "hidden": COUNT,
+    "kernel_size": Such(COUNT, lambda k: k % 2 == 1, "odd, which keeps the state's size"),
+    "n_spatial": Whole(min(CONVOLUTIONS), max(CONVOLUTIONS)),
+}
 
 
 class Conv(ReadyHypernet):
@@ -119,6 +126,7 @@ class Conv(ReadyHypernet):
     """
 
     kind = "conv"
+    rules = _CONVOLUTION
 
     def __init__(
         self,
@@ -131,7 +139,7 @@ class Conv(ReadyHypernet):
         n_stages: int = 1,
         n_context: int = 0,
     ) -> None:
-        layers = _convolutions(hidden, channels, n_spatial, kernel_size, (kernel_size, 1))
+        layers = _convolutions(hidden, channels, n_spatial, (kernel_size, 1))
         own = {"hidden": hidden, "kernel_size": kernel_size, "n_spatial": n_spatial}
         super().__init__(layers, channels, inputs, n_stages, n_context, **own)
 
@@ -144,16 +152,7 @@ class Bottleneck(ReadyHypernet):
     the state's size. Costs hidden * (channels_in + k^n_spatial * channels) multiply-adds a
     point.
 
-    Args:
-        channels: channels of the state, all parts of a tuple state together.
-        hidden: channels between the two convolutions.
-        kernel_size: k, odd.
-        n_spatial: spatial dimensions of the state: 1, 2 or 3.
-        inputs, n_stages, n_context: see `ReadyHypernet`.
-
-    Raises:
-        OptionError: an argument is impossible.
-        StateShapeError: (when called) the state has other spatial dimensions.
+    Arguments and errors are those of `Conv`.
 
     Example:
         >>> from torchdiffeq_hyper.hypernets import Bottleneck, Conv
@@ -164,6 +163,7 @@ class Bottleneck(ReadyHypernet):
     """
 
     kind = "bottleneck"
+    rules = _CONVOLUTION
 
     def __init__(
         self,
@@ -176,27 +176,19 @@ class Bottleneck(ReadyHypernet):
         n_stages: int = 1,
         n_context: int = 0,
     ) -> None:
-        layers = _convolutions(hidden, channels, n_spatial, kernel_size, (1, kernel_size))
+        layers = _convolutions(hidden, channels, n_spatial, (1, kernel_size))
         own = {"hidden": hidden, "kernel_size": kernel_size, "n_spatial": n_spatial}
         super().__init__(layers, channels, inputs, n_stages, n_context, **own)
 
 
 def _convolutions(
-    hidden: int, channels: int, n_spatial: int, kernel_size: int, kernels: tuple[int, int]
+    hidden: int, channels: int, n_spatial: int, kernels: tuple[int, int]
 ) -> Callable[[int], nn.Sequential]:
     """Return what makes two convolutions of these kernel sizes, given the input channels."""
-    check_count("hidden", hidden)
-    check_count("kernel_size", kernel_size)
-    if n_spatial not in CONVOLUTIONS or kernel_size % 2 == 0:
-        raise OptionError(
-            problem=f"kernel_size is {kernel_size!r} and n_spatial is {n_spatial!r}.",
-            expected="an odd kernel_size (the state's size is kept) and 1, 2 or 3 for n_spatial.",
-            fix="kernel_size=3, n_spatial=2",
-        )
-    convolution = CONVOLUTIONS[n_spatial]
     first, last = kernels
 
     def layers(n_in: int) -> nn.Sequential:
+        convolution = CONVOLUTIONS[n_spatial]
         return nn.Sequential(
             convolution(n_in, hidden, first, padding=first // 2),
             nn.SiLU(),
@@ -204,19 +196,6 @@ def _convolutions(
         )
 
     return layers
-
-
-def _check_widths(hidden: object) -> Sequence[int]:
-    """Return the widths of hidden layers."""
-    if not isinstance(hidden, Sequence) or isinstance(hidden, str):
-        raise OptionError(
-            problem=f"hidden is {hidden!r}.",
-            expected="a sequence of ints.",
-            fix=f"hidden=({hidden},)",
-        )
-    for width in hidden:
-        check_count("a width in hidden", width)
-    return hidden
 
 
 INPUTS = ("y", "stages", "dt", "t")
@@ -272,8 +251,7 @@ def suited(net: ReadyHypernet, y: Tensor) -> ReadyHypernet:
         StateTypeError: ``y`` is of integers, or complex.
     """
     StateLayout.of(y)
-    if y.is_complex():
-        refuse_complex(y)
+    refuse_complex(y)
     return net.to(y.device, stepped_dtype(y.dtype))
 
 
@@ -285,16 +263,8 @@ def families(y0: State, tableau: Tableau, *, time_unit: float = 1.0) -> list[lis
 
     States with 1 to 3 spatial dimensions get linear maps, perceptrons of the channels at
     each point, `Bottleneck` of kernel size 3 and 5, and `Conv`; all others linear maps and
-    perceptrons of one and two hidden layers. Kinds that have done well come last.
-
-    Args:
-        y0: the state, with its batch dimension.
-        tableau: the base method.
-        time_unit: see `ReadyHypernet.measure_time_in`.
-
-    Raises:
-        StateTypeError: the state is of integers, or complex.
-        StateShapeError: the parts of a tuple state cannot be concatenated.
+    perceptrons of one and two hidden layers. Kinds that have done well come last. Arguments
+    and errors are those of `ready`.
 
     Example:
         >>> import torch
@@ -314,7 +284,7 @@ def families(y0: State, tableau: Tableau, *, time_unit: float = 1.0) -> list[lis
         found += [[kind(channels, width, k, **given) for width in WIDTHS] for kind, k in kinds]
     else:
         found += [[MLP(channels, (width,) * n, **given) for width in WIDTHS] for n in (1, 2)]
-    for net in (net for family in found for net in family):
+    for net in chain.from_iterable(found):
         net.measure_time_in(time_unit, tableau.order)
         suited(net, joined)
     return found

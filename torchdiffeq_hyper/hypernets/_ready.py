@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeGuard
 
 import torch
@@ -10,15 +10,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
+from torchdiffeq_hyper._rules import Rule, Whole, checked_arguments
 from torchdiffeq_hyper._state import State, StepInput, map_parts
 from torchdiffeq_hyper.errors import OptionError, StateShapeError
-from torchdiffeq_hyper.hypernets._concat import SCALARS, ConcatHypernet, check_inputs
+from torchdiffeq_hyper.hypernets._concat import ConcatHypernet, channel_counts, check_inputs
 
 CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
     1: nn.Conv1d,
     2: nn.Conv2d,
     3: nn.Conv3d,
 }
+
+COUNT = Whole(1)
+SIZES: dict[str, Rule] = {"channels": COUNT, "n_stages": Whole(1, 1000)}
+"""What the arguments that all ready nets have may be; `ReadyHypernet.rules` is of the others."""
 
 _FUNCTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
 
@@ -28,12 +33,8 @@ class Scaled(nn.Module):
 
     The last layer starts at zero. The scales start as the identity; `calibrate` sets them.
 
-    Args:
-        layers: what lies between.
-        n_in: input channels.
-        n_out: output channels.
-        n_spatial: number of spatial dimensions that ``layers`` convolve over; None if
-            they act on the last dimension, which then is the channels' at every point.
+    ``n_spatial`` is the number of spatial dimensions that the layers convolve over; None if
+    they act on the last dimension, which then is the channels' at every point.
     """
 
     input_scale: Tensor
@@ -60,25 +61,11 @@ class Scaled(nn.Module):
                 return self._evaluate(x)
             return self._evaluate(x.movedim(1, -1)).movedim(-1, 1)
         if x.dim() != self.n_spatial + 2:
-            raise self._wrong_dimensions(x.dim() - 2, self.n_spatial)
+            raise _wrong_dimensions(x.dim() - 2, self.n_spatial)
         first, last = self.layers[0], self.layers[-1]
         if _is_pointwise(first) and first is not last and isinstance(last, _ConvNd):
             return self._evaluate_folded(x, first, last)
         return self._evaluate(x)
-
-    def _wrong_dimensions(self, found: int, wanted: int) -> StateShapeError:
-        if found in CONVOLUTIONS:
-            fix = f"tdh.hypernets.Conv(..., n_spatial={found})"
-        else:
-            fix = "tdh.hypernets.MLP(...), which takes any number of dimensions"
-        if found == wanted - 1:  # torch would take a missing dimension for an unbatched input
-            fix = f"y0 = y0.unsqueeze(0)   # if the batch dimension is missing\n{fix}"
-        return StateShapeError(
-            problem=f"the hypernet convolves over n_spatial={wanted} dimensions, the "
-            f"state has {found} after (batch, channels).",
-            expected=f"a state of {wanted + 2} dimensions.",
-            fix=fix,
-        )
 
     def _evaluate(self, x: Tensor) -> Tensor:
         # One fused kernel in place of a subtraction and a division.
@@ -128,6 +115,20 @@ class Scaled(nn.Module):
         self.output_scale.copy_(size.view_as(self.output_scale))
 
 
+def _wrong_dimensions(found: int, wanted: int) -> StateShapeError:
+    fix = "tdh.hypernets.MLP(...), which takes any number of dimensions"
+    if found in CONVOLUTIONS:
+        fix = f"tdh.hypernets.Conv(..., n_spatial={found})"
+    if found == wanted - 1:  # torch would take a missing dimension for an unbatched input
+        fix = f"y0 = y0.unsqueeze(0)   # if the batch dimension is missing\n{fix}"
+    return StateShapeError(
+        problem=f"the hypernet convolves over n_spatial={wanted} dimensions, the state has "
+        f"{found} after (batch, channels).",
+        expected=f"a state of {wanted + 2} dimensions.",
+        fix=fix,
+    )
+
+
 def _is_pointwise(layer: nn.Module) -> TypeGuard[_ConvNd]:
     return isinstance(layer, _ConvNd) and all(size == 1 for size in layer.kernel_size)
 
@@ -168,13 +169,15 @@ class ReadyHypernet(ConcatHypernet):
         n_stages: stages of the base method; matters if ``inputs`` has "stages".
         n_context: channels of the context, all its tensors together; if ``inputs`` has
             "context".
-        arguments: what the subclass was given besides, JSON-ready.
+        arguments: what the subclass was given besides, JSON-ready; its ``rules`` say what
+            they may be.
 
     Raises:
         OptionError: an argument is impossible.
     """
 
     kind: ClassVar[str]
+    rules: ClassVar[Mapping[str, Rule]] = {}
     net: Scaled
 
     def __init__(
@@ -186,7 +189,19 @@ class ReadyHypernet(ConcatHypernet):
         n_context: int,
         **arguments: Any,
     ) -> None:
-        n_in = sum(_channel_counts(channels, inputs, n_stages, n_context))
+        checked_arguments(SIZES, {"channels": channels, "n_stages": n_stages})
+        own = {**arguments, **checked_arguments(self.rules, arguments)}
+        names = check_inputs(inputs)
+        if "context" in names:
+            checked_arguments({"n_context": COUNT}, {"n_context": n_context})
+        elif n_context != 0:
+            raise OptionError(
+                problem=f"n_context is {n_context!r}, and the inputs are {names!r}, without "
+                '"context".',
+                expected="both or neither.",
+                fix=f"inputs={(*names, 'context')!r}",
+            )
+        n_in = sum(channel_counts(names, channels, n_stages, n_context))
         net = Scaled(layers(n_in), n_in, channels, arguments.get("n_spatial"))
         super().__init__(net, inputs)
         self.channels = channels
@@ -194,7 +209,7 @@ class ReadyHypernet(ConcatHypernet):
         self.time_unit = 1.0
         self.order = 0
         self.n_context = n_context
-        self._arguments = arguments
+        self._arguments = own
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -222,15 +237,11 @@ class ReadyHypernet(ConcatHypernet):
             parameter.zero_()
 
     def measure_time_in(self, time_unit: float, order: int) -> None:
-        """Let what the layers return be the residual of a time unit of this length.
+        """Let what the layers return be the residual of a time unit, for a base of this order p.
 
         `forward` returns R in true units all the same. A solver multiplies what `scaled`
         returns by (dt / time_unit)^(p+1) instead: the power of a dt in nanoseconds or in
         years would leave the range of float32, and so would R.
-
-        Args:
-            time_unit: its length, above 0.
-            order: order p of the base.
         """
         self.time_unit, self.order = float(time_unit), order
 
@@ -283,38 +294,9 @@ class ReadyHypernet(ConcatHypernet):
             >>> g.net.output_scale
             tensor([30., 30.])
         """
-        counts = _channel_counts(self.channels, self.inputs, self.n_stages, self.n_context)
+        counts = channel_counts(self.inputs, self.channels, self.n_stages, self.n_context)
         steady: list[float] = []
         for name, count in zip(self.inputs, counts, strict=True):
             # Steps cut from one float32 grid differ in their last digits, yet are one size.
             steady += [1e-3 if name == "dt" else 1e-5] * count
         self.net.calibrate(inputs, residual, steady, unit)
-
-
-def _channel_counts(
-    channels: int, inputs: Sequence[str], n_stages: int, n_context: int = 0
-) -> list[int]:
-    """Return the number of channels of each input."""
-    check_count("channels", channels)
-    check_count("n_stages", n_stages)
-    names = check_inputs(inputs)
-    if "context" in names:
-        check_count("n_context", n_context)
-    elif n_context != 0:
-        raise OptionError(
-            problem=f'n_context is {n_context!r}, and the inputs are {names!r}, without "context".',
-            expected="both or neither.",
-            fix=f"inputs={(*names, 'context')!r}",
-        )
-    sizes = {"stages": n_stages * channels, "context": n_context, **dict.fromkeys(SCALARS, 1)}
-    return [sizes.get(name, channels) for name in names]
-
-
-def check_count(name: str, value: object) -> None:
-    """Refuse what is not an int of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise OptionError(
-            problem=f"{name} is {value!r}.",
-            expected="an int of at least 1.",
-            fix="1, or a larger int",
-        )

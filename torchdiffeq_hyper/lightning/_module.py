@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn, optim
 
 from torchdiffeq_hyper._fields import Conditioned, model_as_found
-from torchdiffeq_hyper._files import Anything, Default, Maybe, Record, Table, checked, record_of
+from torchdiffeq_hyper._files import checked
+from torchdiffeq_hyper._rules import ANYTHING, Maybe, Record, Table, record_of
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.fitting._adamw import annealed
@@ -49,10 +50,8 @@ else:
     LightningModule = find_lightning().LightningModule
 
 CHECKPOINT = Record(
-    {
-        "torchdiffeq_hyper": record_of(History),
-        "torchdiffeq_hyper_field": Default(Maybe(Table(Anything())), None),
-    }
+    {"torchdiffeq_hyper": record_of(History)},
+    optional={"torchdiffeq_hyper_field": Maybe(Table(ANYTHING))},
 )
 """What the module adds to a checkpoint; earlier versions did not tell fields apart."""
 
@@ -305,7 +304,7 @@ class HyperSolverModule(LightningModule):
         names = CHECKPOINT.fields
         own = {name: checkpoint[name] for name in names if name in checkpoint}
         own = checked(CHECKPOINT, own, "the checkpoint")
-        check_same_field(own["torchdiffeq_hyper_field"], self._signs)
+        check_same_field(own.get("torchdiffeq_hyper_field"), self._signs)
         self._history = History.from_dict(own["torchdiffeq_hyper"])
 
     def _measure(self, key: tuple[Any, ...], batch: Any) -> Batch:

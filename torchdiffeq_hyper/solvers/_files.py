@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._files import (
-    FLAG,
-    FLOATS,
     HEADER,
+    checked,
+    damage_reported,
+    described_in,
+    tensors_under,
+)
+from torchdiffeq_hyper._rules import (
+    FLOATS,
     Choice,
-    Default,
-    Either,
     Items,
     Maybe,
     Real,
@@ -27,12 +30,9 @@ from torchdiffeq_hyper._files import (
     Tagged,
     TensorOf,
     Text,
+    Value,
     Whole,
-    checked,
-    damage_reported,
-    described_in,
     record_of,
-    tensors_under,
     under,
 )
 from torchdiffeq_hyper.errors import BaseMismatchError
@@ -49,90 +49,85 @@ if TYPE_CHECKING:
 MOST_STEPS = 1_000_000
 """Steps that a solver can be meant to take between two points."""
 
-STATE_DTYPES = Choice(
-    ("float16", "bfloat16", "float32", "float64", "complex32", "complex64", "complex128")
-)
-
 _STEPS = Whole(1, MOST_STEPS)
-STEPS = Either((_STEPS, Such(Row((_STEPS, _STEPS)), lambda s: s[0] <= s[1], "the first no larger")))
 
-_WIDTH = Such(
-    Row((Real(), Real())),
+
+def _is_range(steps: Any) -> bool:
+    if not isinstance(steps, list):
+        return _STEPS.holds(steps)
+    return len(steps) == 2 and all(map(_STEPS.holds, steps)) and steps[0] <= steps[1]
+
+
+_SPAN = Such(
+    Row(Real(), Real()),
     lambda span: span[0] != span[1] and math.isfinite(span[1] - span[0]),
     "that differ",
 )
-_SHAPE = Items(Whole(), most=64)
 _DIRECTIONS = Such(
-    Items(Choice((1, -1)), least=1, most=2), lambda signs: len({*signs}) == len(signs), "once each"
+    Items(Choice(1, -1), least=1, most=2), lambda signs: len({*signs}) == len(signs), "once each"
 )
-
-DOMAIN = record_of(
-    FitDomain,
-    span=_WIDTH,
-    dt_min=Real(above=0.0),
-    dt_max=Real(above=0.0),
-    directions=_DIRECTIONS,
-    shapes=Items(_SHAPE, least=1, most=1000),
-    is_tuple=FLAG,
-    dtype=STATE_DTYPES,
-).on_condition(
-    (lambda domain: domain["dt_min"] <= domain["dt_max"], "dt_min no larger than dt_max"),
-    (
-        lambda domain: domain["is_tuple"] or len(domain["shapes"]) == 1,
-        "one shape where the state is no tuple",
+_DTYPES = ("float16", "bfloat16", "float32", "float64", "complex32", "complex64", "complex128")
+_DOMAIN = Such(
+    record_of(
+        FitDomain,
+        span=_SPAN,
+        dt_min=Real(above=0.0),
+        dt_max=Real(above=0.0),
+        directions=_DIRECTIONS,
+        shapes=Items(Items(Whole(), most=64), least=1, most=1000),
+        dtype=Choice(*_DTYPES),
     ),
+    lambda domain: (
+        domain["dt_min"] <= domain["dt_max"] and (domain["is_tuple"] or len(domain["shapes"]) == 1)
+    ),
+    "dt_min no larger than dt_max, and one shape where the state is no tuple",
 )
 
 _SECONDS = Real(low=0.0)
-
+_MEASURED = Real(low=0.0, is_finite=False)
 REPORT = record_of(
     FitReport,
-    delta=Table(Real(low=0.0, is_finite=False), required=("0.5", "max")),
-    base_delta=Table(Real(low=0.0, is_finite=False), required=("0.5",)),
+    delta=Table(_MEASURED, required=("0.5", "max")),
+    base_delta=Table(_MEASURED, required=("0.5",)),
     seconds=_SECONDS,
     reference_seconds=_SECONDS,
-    worst_time=Maybe(Row((Real(), Real(low=0.0, is_finite=False)))),
+    worst_time=Maybe(Row(Real(), _MEASURED)),
     seed=Whole(-(2**63), 2**64),
     break_even=Maybe(
         record_of(
-            BreakEven,
-            predictions=Maybe(_SECONDS),
-            seconds=_SECONDS,
-            alternative_seconds=_SECONDS,
+            BreakEven, predictions=Maybe(_SECONDS), seconds=_SECONDS, alternative_seconds=_SECONDS
         )
     ),
 )
 
-CUSTOM = Record({"class": Default(Text(1000)), "inputs": Default(NAMES_OF_INPUTS)})
-NET = Tagged("kind", {**ARCHITECTURES, "custom": CUSTOM})
-
-HYPERSOLVER = Record(
+_CUSTOM = Record({}, optional={"class": Text(1000), "inputs": NAMES_OF_INPUTS})
+_NET = Tagged({**ARCHITECTURES, "custom": _CUSTOM})
+_FIT = {"domain": Maybe(_DOMAIN), "report": Maybe(REPORT)}
+_HYPERSOLVER = Record(
     {
-        "domain": Maybe(DOMAIN),
-        "report": Maybe(REPORT),
+        **_FIT,
         "base": Text(100),
         "alpha": Maybe(Real(1e-6, 1e6)),
-        "steps": Maybe(STEPS),
-        "hypernet": NET,
+        "steps": Maybe(Value(_is_range, f"{_STEPS.expected}, or [low, high] of two such")),
+        "hypernet": _NET,
     },
-    ignored=tuple(HEADER),
+    optional=HEADER,
 )
-BESPOKE = Record(
+_BESPOKE = Record(
     {
-        "domain": Maybe(DOMAIN),
-        "report": Maybe(REPORT),
-        "base": Choice(("bns",)),
-        "alpha": Choice((None,)),
+        **_FIT,
+        "base": Choice("bns"),
+        "alpha": Choice(None),
         "steps": _STEPS,
-        "hypernet": Maybe(NET),
+        "hypernet": Maybe(_NET),
     },
-    ignored=tuple(HEADER),
+    optional=HEADER,
 )
 
 
 KIND = "hypersolver"
 BNS = "bns"
-_NET = "hypernet."
+_PREFIX = "hypernet."
 """What the names of a net's tensors begin with in the file of a bespoke solver."""
 
 
@@ -155,7 +150,7 @@ def describe_bespoke(solver: BespokeSolver) -> tuple[dict[str, Tensor], dict[str
     description = None
     if solver.hypernet is not None:
         packed, description = pack(solver.hypernet)
-        tensors |= {_NET + name: tensor for name, tensor in packed.items()}
+        tensors |= {_PREFIX + name: tensor for name, tensor in packed.items()}
     return tensors, {
         "base": BNS,
         "alpha": None,
@@ -191,7 +186,7 @@ def rebuild_hypersolver(
 
     The settings lie at a place in a file. Raises what `Solver.rebuild` raises.
     """
-    settings = checked(HYPERSOLVER, metadata, described_in(path), at)
+    settings = checked(_HYPERSOLVER, metadata, described_in(path), at)
     steps = settings["steps"]
     arguments: dict[str, Any] = {
         "base": settings["base"],
@@ -214,9 +209,9 @@ def rebuild_bespoke(
 ) -> tuple[dict[str, Any], nn.Module | None, dict[str, Tensor]]:
     """Return the same of a bespoke solver, which may have no net."""
     what = described_in(path)
-    settings = checked(BESPOKE, metadata, what, at)
-    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(_NET)}
-    weights = tensors_under(_NET, tensors)
+    settings = checked(_BESPOKE, metadata, what, at)
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PREFIX)}
+    weights = tensors_under(_PREFIX, tensors)
     checked(_tensors(settings["steps"], own), own, f"a solver in {os.fspath(path)!r}")
     arguments: dict[str, Any] = {
         "weights": own["weights"],

@@ -18,12 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from torchdiffeq_hyper._files._records import Default, Record, Table
-from torchdiffeq_hyper._files._rules import Anything, Mismatch, Rule, Text, Whole, refused
-from torchdiffeq_hyper.errors import FileFormatError, unwritable
+from torchdiffeq_hyper._rules import ANYTHING, FIX, Mismatch, Record, Rule, Table, Text, Whole
+from torchdiffeq_hyper.errors import FileFormatError, HyperError, unwritable
 
 FORMAT_VERSION = 1
-HEADER: dict[str, Rule | Default] = {"format_version": Whole(1), "kind": Text(100)}
+HEADER: dict[str, Rule] = {"format_version": Whole(1), "kind": Text(100)}
 """What every file says of itself; the rest depends on the kind."""
 
 _KEY = "torchdiffeq_hyper"
@@ -47,10 +46,7 @@ def write(
     """Write tensors and their JSON-ready description to ``path``, replacing what is there.
 
     Tensors may share memory, have any strides and lie on any device. ``kind`` is what the
-    file holds, e.g. "hypersolver"; `read` asks for it.
-
-    Raises:
-        FileWriteError: the file cannot be written; nothing half-written is left.
+    file holds, e.g. "hypersolver"; `read` asks for it. For errors see `write_bytes`.
     """
     # Tied and strided weights are copied apart: the format knows neither.
     copies = {
@@ -62,12 +58,10 @@ def write(
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write ``data`` to ``path``, in a folder that exists.
-
-    The file appears complete or not at all; an old file stays until then.
+    """Write ``data`` to ``path``: complete, or not at all; an old file stays until then.
 
     Raises:
-        FileWriteError: the file cannot be written; nothing half-written is left.
+        FileWriteError: the file cannot be written.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
@@ -137,7 +131,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         except (ValueError, RecursionError) as error:
             problem = f"it is no JSON: {error}"
             raise Mismatch(problem, "what `save` writes") from error
-        Table(Anything()).check(metadata, "")
+        Table(ANYTHING).check(metadata, "")
         header = {name: metadata[name] for name in HEADER if name in metadata}
         version = Record(HEADER).check(header, "")["format_version"]
     if version > FORMAT_VERSION:
@@ -147,6 +141,44 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
             fix="pip install -U torchdiffeq_hyper",
         )
     return dict(metadata)
+
+
+@contextmanager
+def refused(what: str, fix: str = FIX) -> Iterator[None]:
+    """Turn the refusal of what was read, e.g. "the checkpoint", into a `FileFormatError`.
+
+    A `Mismatch` has a fix of its own.
+    """
+    try:
+        yield
+    except FileFormatError:
+        raise
+    except HyperError as error:
+        raise FileFormatError(
+            problem=f"{what} cannot be used: {error.problem}",
+            expected=error.expected or "what `save` wrote.",
+            fix=error.fix if isinstance(error, Mismatch) else fix,
+        ) from error
+
+
+def checked(rule: Rule, value: object, what: str, at: str = "") -> Any:
+    """Return what was read from ``what``, at the place ``at`` in it, if its rule takes it.
+
+    Raises:
+        FileFormatError: it is something else; the text names the field.
+
+    Example:
+        >>> from torchdiffeq_hyper._files import checked
+        >>> from torchdiffeq_hyper._rules import Record, Whole
+        >>> checked(Record({"steps": Whole(1, 9)}), {"steps": 0}, "the file")
+        Traceback (most recent call last):
+            ...
+        torchdiffeq_hyper.errors.FileFormatError: the file cannot be used: steps is 0.
+          expected: an int from 1 to 9.
+          fix:      copy the file again, or fit and save again
+    """
+    with refused(what):
+        return rule.check(value, at)
 
 
 def described_in(path: str | os.PathLike[str]) -> str:

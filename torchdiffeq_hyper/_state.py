@@ -137,6 +137,11 @@ def stepped_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if is_half(dtype) else dtype
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which differences of nearly equal states are formed."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @dataclass(frozen=True)
 class StateLayout:
     """How a state lies in one tensor: as it is, or parts behind each other, as in the host.

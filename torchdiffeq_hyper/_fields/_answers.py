@@ -153,11 +153,7 @@ def _check_part(out: Tensor, y: Tensor, time_dtype: torch.dtype, where: str) -> 
 
 
 def check_call(func: VectorField, n_context: int = 0) -> VectorField:
-    """Return func after checking that it can be called as ``func(t, y, *context)``.
-
-    Raises:
-        StateTypeError: it cannot.
-    """
+    """Return func after checking that it can be called as ``func(t, y, *context)``."""
     if not callable(func):
         raise StateTypeError(
             problem=f"func is a {type(func).__name__}.",
@@ -174,19 +170,20 @@ def check_call(func: VectorField, n_context: int = 0) -> VectorField:
     except TypeError as error:
         what = f"func takes {signature} and cannot be called as func(t, y"
         if n_context:
-            raise StateTypeError(
-                problem=f"{what}, *context) with {n_context} "
-                f"tensor{'s' * (n_context > 1)} of context: {error}.",
-                expected="a vector field that takes the context after t and y.",
-                fix="func = lambda t, y, labels: model(y, labels)",
-            ) from error
-        raise StateTypeError(
-            problem=f"{what}): {error}.",
-            expected="a vector field func(t, y), or a torchdyn NeuralODE; what else it takes of "
-            "each sample is its context.",
-            fix="func = lambda t, y: model(y)\n"
-            "or func = tdh.Conditioned(func, labels)   # calls func(t, y, labels)",
-        ) from error
+            what += f", *context) with {n_context} tensor{'s' * (n_context > 1)} of context"
+            expected = "a vector field that takes the context after t and y."
+            fix = "func = lambda t, y, labels: model(y, labels)"
+        else:
+            what += ")"
+            expected = (
+                "a vector field func(t, y), or a torchdyn NeuralODE; what else it takes of each "
+                "sample is its context."
+            )
+            fix = (
+                "func = lambda t, y: model(y)\n"
+                "or func = tdh.Conditioned(func, labels)   # calls func(t, y, labels)"
+            )
+        raise StateTypeError(problem=f"{what}: {error}.", expected=expected, fix=fix) from error
     return func
 
 

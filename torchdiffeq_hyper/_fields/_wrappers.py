@@ -45,11 +45,7 @@ class ModelField(ABC):
 
     @abstractmethod
     def given(self, y0: State) -> VectorField:
-        """Return the field of the solve that starts at ``y0``.
-
-        Raises:
-            StateTypeError: the host solves no such states.
-        """
+        """Return the field of the solve that starts at ``y0``."""
 
     @abstractmethod
     def as_found(self) -> AbstractContextManager[None]:
@@ -82,11 +78,7 @@ def vector_field(func: VectorField) -> VectorField:
 
 
 def check_shareable(func: VectorField, n_processes: int) -> None:
-    """Refuse to share noise among processes: each would draw its own.
-
-    Raises:
-        OptionError: func is a host's model with a noisy trace estimator.
-    """
+    """Refuse to share noise among processes: each would draw its own."""
     if n_processes > 1 and isinstance(func, ModelField) and func.has_noise:
         raise OptionError(
             problem=f"func estimates a trace from noise, and {n_processes} processes fit together.",

@@ -26,7 +26,7 @@ from torchdiffeq_hyper.errors import (
     OptionError,
     UnfinishedSolveError,
 )
-from torchdiffeq_hyper.fitting._context import Starts, bind
+from torchdiffeq_hyper.fitting._batches import Starts, bind
 from torchdiffeq_hyper.fitting._guard import left_as_found
 from torchdiffeq_hyper.fitting._reference import BROKEN_DOWN
 from torchdiffeq_hyper.solvers.per_sample import PerSampleDopri5

@@ -25,9 +25,8 @@ from torchdiffeq_hyper._state import (
     parts_of,
 )
 from torchdiffeq_hyper.errors import NonFiniteError, OptionError, StateShapeError
-from torchdiffeq_hyper.fitting._field import check_repeatable
+from torchdiffeq_hyper.fitting._field import Units, check_repeatable
 from torchdiffeq_hyper.fitting._reference import BROKEN_DOWN
-from torchdiffeq_hyper.fitting._units import Units
 
 # In float32, tighter than 1e-7 gains nothing over rounding; in half precision every answer
 # of func is rounded to about 1e-3 (float16) or 1e-2 (bfloat16).

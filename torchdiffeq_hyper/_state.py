@@ -117,6 +117,17 @@ def how_to_batch(y0: State) -> str:
     )
 
 
+def check_samples_first(y0: State, fix: str) -> None:
+    """Refuse states without the same number of samples along dim 0 in all parts."""
+    shapes = [tuple(part.shape) for part in parts_of(y0)]
+    if len({shape[:1] for shape in shapes}) > 1 or not shapes[0]:
+        raise StateShapeError(
+            problem=f"y0 has shape{'s' * (len(shapes) > 1)} {', '.join(map(str, shapes))}.",
+            expected="the samples along dim 0, as many in every part.",
+            fix=fix,
+        )
+
+
 def check_dtype(dtype: torch.dtype, *, is_tuple: bool = False) -> None:
     """Refuse states of integers, the dtype being a state's or that of a part of a tuple."""
     if not (dtype.is_floating_point or dtype.is_complex):
@@ -137,23 +148,21 @@ def stepped_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if is_half(dtype) else dtype
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which differences of nearly equal states are formed."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @dataclass(frozen=True)
 class StateLayout:
-    """How a state lies in one tensor: as it is, or parts behind each other, as in the host.
-
-    Attributes:
-        shapes: the parts' shapes for a tuple state, None for one tensor.
-    """
+    """How a state lies in one tensor: as it is, or parts behind each other, as in the host."""
 
     shapes: tuple[tuple[int, ...], ...] | None
+    """The parts' shapes for a tuple state, None for one tensor."""
 
     @classmethod
     def of(cls, y: State) -> StateLayout:
-        """Return the layout of a state, after checking that it is one.
-
-        Raises:
-            StateTypeError: not a tensor or a tuple of tensors, or of integers.
-        """
+        """Return the layout of a state, after checking that it is one, and not of integers."""
         if isinstance(y, Tensor):
             check_dtype(y.dtype)
             return _TENSOR
@@ -196,30 +205,18 @@ _TENSOR = StateLayout(None)
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How the samples of a state lie in a matrix of shape (samples, numbers of a sample).
-
-    Attributes:
-        shapes: each part's shape without its batch dimension.
-        is_tuple: whether the state is a tuple.
-    """
+    """How the samples of a state lie in a matrix of shape (samples, numbers of a sample)."""
 
     shapes: tuple[tuple[int, ...], ...]
+    """Each part's shape without its batch dimension."""
     is_tuple: bool
 
     @classmethod
     def of(cls, y: State) -> RowLayout:
         """Return the layout of a state, after checking that it has samples along dim 0."""
         StateLayout.of(y)
-        parts = parts_of(y)
-        sizes = {part.shape[0] if part.dim() else None for part in parts}
-        if len(sizes) != 1 or None in sizes:
-            raise StateShapeError(
-                problem="y0 has shape" + "s" * (len(parts) > 1) + " "
-                f"{', '.join(str(tuple(part.shape)) for part in parts)}.",
-                expected="the samples along dim 0, as many in every part.",
-                fix=how_to_batch(y),
-            )
-        return cls(tuple(tuple(part.shape[1:]) for part in parts), isinstance(y, tuple))
+        check_samples_first(y, how_to_batch(y))
+        return cls(tuple(tuple(part.shape[1:]) for part in parts_of(y)), isinstance(y, tuple))
 
     @property
     def widths(self) -> list[int]:
@@ -288,17 +285,20 @@ def _rows(part: Tensor, n_leading: int) -> Tensor:
 def select(norms: Sequence[Tensor], layout: StateLayout, part: int | None) -> Tensor:
     """Return one part's norms, or those of all parts that have a batch dimension.
 
-    Args:
-        norms: per part, (..., batch of the part).
-        layout: the state's parts.
-        part: index of a part of a tuple state; None for all.
-
-    Raises:
-        OptionError: there is no such part.
-        StateShapeError: all parts are asked for and their batches differ.
+    ``norms`` has for each part (..., batch of the part); where all are asked for, the parts'
+    batches have to be the same.
     """
     if part is not None:
-        return norms[_check_part(part, layout)]
+        n_parts = 0 if layout.shapes is None else len(layout.shapes)
+        if isinstance(part, bool) or not isinstance(part, int) or not 0 <= part < n_parts:
+            raise OptionError(
+                problem=f"part is {part!r}.",
+                expected=f"None, or an index of one of the state's {n_parts} parts."
+                if n_parts
+                else "None: the state is one tensor.",
+                fix="part=0" if n_parts else "part=None",
+            )
+        return norms[part]
     if layout.shapes is None:
         return norms[0]
     with_batch = [n for n, shape in zip(norms, layout.shapes, strict=True) if shape] or list(norms)
@@ -310,19 +310,6 @@ def select(norms: Sequence[Tensor], layout: StateLayout, part: int | None) -> Te
         )
     joint: Tensor = torch.linalg.vector_norm(torch.stack(with_batch, -1), dim=-1)
     return joint
-
-
-def _check_part(part: int, layout: StateLayout) -> int:
-    n_parts = 0 if layout.shapes is None else len(layout.shapes)
-    if isinstance(part, bool) or not isinstance(part, int) or not 0 <= part < n_parts:
-        raise OptionError(
-            problem=f"part is {part!r}.",
-            expected=f"None, or an index of one of the state's {n_parts} parts."
-            if n_parts
-            else "None: the state is one tensor.",
-            fix="part=0" if n_parts else "part=None",
-        )
-    return part
 
 
 def values_of(tensor: Tensor) -> list[float] | None:

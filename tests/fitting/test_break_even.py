@@ -19,11 +19,11 @@ from torchdiffeq_hyper.fitting import _break_even
 from torchdiffeq_hyper.fitting._batches import Batches
 from torchdiffeq_hyper.fitting._break_even import FIXED
 from torchdiffeq_hyper.fitting._budget import Budget
-from torchdiffeq_hyper.fitting._data import Batch, Data
+from torchdiffeq_hyper.fitting._data import Batch, Data, References
 from torchdiffeq_hyper.fitting._distributed import ProcessGroup
 from torchdiffeq_hyper.fitting._errors import end_errors
+from torchdiffeq_hyper.fitting._field import Units
 from torchdiffeq_hyper.fitting._reference import Plan, Tolerances
-from torchdiffeq_hyper.fitting._units import Units
 from torchdiffeq_hyper.solvers._report import BreakEven
 from torchdiffeq_hyper.tableaus import EULER
 
@@ -47,14 +47,16 @@ def fit(func: Any = damped_wave, y0: Any = Y0, **arguments: Any) -> tdh.FitRepor
 def held_out(func: Any = damped_wave, y0: Any = Y0) -> Batch:
     config = tdh.FitConfig(rtol=1e-10)
     data = Data(
-        func,
+        References(
+            func,
+            Plan.of(SPAN, 4, "forward"),
+            Tolerances.of(config, torch.float64, Units(0.0, 2.0)),
+            Units(0.0, 2.0),
+            EULER,
+        ),
         Batches(y0, config),
-        tableau=EULER,
-        plan=Plan.of(SPAN, 4, "forward"),
-        tolerances=Tolerances.of(config, torch.float64, Units(0.0, 2.0)),
-        units=Units(0.0, 2.0),
-        budget=Budget(math.inf),
-        group=ProcessGroup(),
+        Budget(math.inf),
+        ProcessGroup(),
     )
     return data.held_out
 

@@ -16,11 +16,11 @@ from torchdiffeq_hyper.fitting import _report as report_module
 from torchdiffeq_hyper.fitting._batches import Batches
 from torchdiffeq_hyper.fitting._break_even import FIXED
 from torchdiffeq_hyper.fitting._budget import Budget
-from torchdiffeq_hyper.fitting._data import Batch, Data
+from torchdiffeq_hyper.fitting._data import Batch, Data, References
 from torchdiffeq_hyper.fitting._distributed import ProcessGroup
 from torchdiffeq_hyper.fitting._errors import end_errors, errors_along
+from torchdiffeq_hyper.fitting._field import Units
 from torchdiffeq_hyper.fitting._reference import Plan, Tolerances
-from torchdiffeq_hyper.fitting._units import Units
 from torchdiffeq_hyper.solvers._report import ErrorSummary, FitReport, Rival
 from torchdiffeq_hyper.tableaus import EULER
 
@@ -47,14 +47,16 @@ class Clock:
 def held_out(func: Any = damped_wave, y0: Any = Y0) -> Batch:
     config = tdh.FitConfig(rtol=1e-10, validation=0.5, batch_size=64)
     data = Data(
-        func,
+        References(
+            func,
+            Plan.of(SPAN, 4, "forward"),
+            Tolerances("dopri5", 1e-10, 1e-10),
+            Units(0.0, 2.0),
+            EULER,
+        ),
         Batches(y0, config),
-        tableau=EULER,
-        plan=Plan.of(SPAN, 4, "forward"),
-        tolerances=Tolerances("dopri5", 1e-10, 1e-10),
-        units=Units(0.0, 2.0),
-        budget=Budget(math.inf),
-        group=ProcessGroup(),
+        Budget(math.inf),
+        ProcessGroup(),
     )
     return data.held_out
 

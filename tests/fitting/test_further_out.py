@@ -21,21 +21,23 @@ RK4 = FIXED["rk4"].with_steps("rk4", 8).run
 def batch(y0: Any = Y0) -> Any:
     from torchdiffeq_hyper.fitting._batches import Batches
     from torchdiffeq_hyper.fitting._budget import Budget
-    from torchdiffeq_hyper.fitting._data import Data
+    from torchdiffeq_hyper.fitting._data import Data, References
     from torchdiffeq_hyper.fitting._distributed import ProcessGroup
+    from torchdiffeq_hyper.fitting._field import Units
     from torchdiffeq_hyper.fitting._reference import Plan, Tolerances
-    from torchdiffeq_hyper.fitting._units import Units
     from torchdiffeq_hyper.tableaus import EULER
 
     return Data(
-        damped_wave if isinstance(y0, Tensor) else waves,
+        References(
+            damped_wave if isinstance(y0, Tensor) else waves,
+            Plan.of((0.0, 1.0), 2, "forward"),
+            Tolerances("dopri5", 1e-6, 1e-6),
+            Units(),
+            EULER,
+        ),
         Batches(y0, tdh.FitConfig(batch_size=64)),
-        tableau=EULER,
-        plan=Plan.of((0.0, 1.0), 2, "forward"),
-        tolerances=Tolerances("dopri5", 1e-6, 1e-6),
-        units=Units(),
-        budget=Budget(1e9),
-        group=ProcessGroup(),
+        Budget(1e9),
+        ProcessGroup(),
     ).first
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 import torchdiffeq_hyper as tdh
 from stubs import damped_wave
 from torchdiffeq_hyper.fitting import _break_even, _budget, _data
+from torchdiffeq_hyper.fitting._batches import Starts
 from torchdiffeq_hyper.fitting._budget import CallCost
-from torchdiffeq_hyper.fitting._context import Starts
 from torchdiffeq_hyper.hypernets import MLP
 from torchdiffeq_hyper.solvers.bespoke import classical
 

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from stubs import Counted, damped_wave, spiral, spiral_solution
+from torchdiffeq_hyper.fitting._batches import Starts
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._config import FitConfig
-from torchdiffeq_hyper.fitting._context import Starts
 from torchdiffeq_hyper.fitting._data import References, Samples, measure_residuals
-from torchdiffeq_hyper.fitting._field import Field
+from torchdiffeq_hyper.fitting._field import Field, Units
 from torchdiffeq_hyper.fitting._reference import Plan, Tolerances, solve_reference, step_counts
-from torchdiffeq_hyper.fitting._units import Units
 from torchdiffeq_hyper.methods._registry import find_tableau
 
 Y0 = torch.tensor([[1.0, 0.5], [-0.3, 0.8], [0.2, -1.1]], dtype=torch.float64)

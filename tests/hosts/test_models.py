@@ -14,8 +14,7 @@ from torchdiffeq import odeint
 import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import MLPField
-from torchdiffeq_hyper._fields import _models
-from torchdiffeq_hyper._fields._models import ModelField
+from torchdiffeq_hyper._fields import ModelField, _wrappers
 from torchdiffeq_hyper._state import State
 
 T = torch.tensor([0.0, 1.0])
@@ -64,8 +63,8 @@ class Inside(ModelField):
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Model:
-    monkeypatch.setattr(_models, "_hosts", list(_models._hosts))
-    _models.add_models(lambda func: Inside(func) if isinstance(func, Model) else None)
+    monkeypatch.setattr(_wrappers, "_hosts", list(_wrappers._hosts))
+    _wrappers.add_models(lambda func: Inside(func) if isinstance(func, Model) else None)
     torch.manual_seed(0)
     return Model()
 

@@ -2,6 +2,7 @@
 
 from torchdiffeq_hyper._fields._answers import (
     check_answer,
+    check_call,
     check_correction,
     check_derivative,
     check_hypernet,
@@ -21,21 +22,18 @@ from torchdiffeq_hyper._fields._context import (
     restrict,
 )
 from torchdiffeq_hyper._fields._independence import check_independence, find_coupling, is_probing
-from torchdiffeq_hyper._fields._models import (
-    ModelField,
-    add_models,
-    check_call,
-    check_shareable,
-    model_as_found,
-    vector_field,
-)
 from torchdiffeq_hyper._fields._wrappers import (
+    ModelField,
     Owner,
+    add_models,
     attributes_as_found,
+    check_shareable,
     look_through,
     look_through_by,
+    model_as_found,
     owner_of,
     owners_in,
+    vector_field,
 )
 
 __all__ = [

@@ -1,14 +1,15 @@
-"""What func and a hypernet may return, and derivatives in memory that func writes into again."""
+"""What func and a hypernet may be and return; derivatives in memory that func writes into again."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._state import Hypernet, State, parts_of
+from torchdiffeq_hyper._state import Hypernet, State, VectorField, parts_of
 from torchdiffeq_hyper.errors import StateShapeError, StateTypeError
 from torchdiffeq_hyper.tableaus import Edge, StageCall
 
@@ -149,6 +150,41 @@ def _check_part(out: Tensor, y: Tensor, time_dtype: torch.dtype, where: str) -> 
             expected=f"one on the state's device, {y.device}.",
             fix=f'hypernet.to("{y.device}")',
         )
+
+
+def check_call(func: VectorField, n_context: int = 0) -> VectorField:
+    """Return func after checking that it can be called as ``func(t, y, *context)``."""
+    if not callable(func):
+        raise StateTypeError(
+            problem=f"func is a {type(func).__name__}.",
+            expected="a callable func(t, y).",
+            fix="func=model",
+        )
+    called = func.forward if isinstance(func, nn.Module) else func
+    try:
+        signature = inspect.signature(called)
+    except (TypeError, ValueError):  # built-in and scripted functions do not tell
+        return func
+    try:
+        signature.bind("t", "y", *["context"] * n_context)
+    except TypeError as error:
+        what = f"func takes {signature} and cannot be called as func(t, y"
+        if n_context:
+            what += f", *context) with {n_context} tensor{'s' * (n_context > 1)} of context"
+            expected = "a vector field that takes the context after t and y."
+            fix = "func = lambda t, y, labels: model(y, labels)"
+        else:
+            what += ")"
+            expected = (
+                "a vector field func(t, y), or a torchdyn NeuralODE; what else it takes of each "
+                "sample is its context."
+            )
+            fix = (
+                "func = lambda t, y: model(y)\n"
+                "or func = tdh.Conditioned(func, labels)   # calls func(t, y, labels)"
+            )
+        raise StateTypeError(problem=f"{what}: {error}.", expected=expected, fix=fix) from error
+    return func
 
 
 # func may answer in one buffer (``out=``). A method of several stages keeps a derivative over

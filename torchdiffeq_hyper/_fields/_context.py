@@ -5,21 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from types import MethodType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._fields._wrappers import look_through, owners_in, registered_in
-from torchdiffeq_hyper._state import State, VectorField, map_parts, parts_of, shapes_of
-from torchdiffeq_hyper.errors import (
-    CoupledSamplesError,
-    HyperError,
-    StateShapeError,
-    StateTypeError,
-    explain,
-    first_line,
-)
+from torchdiffeq_hyper._state import State, VectorField, parts_of
+from torchdiffeq_hyper.errors import CoupledSamplesError, StateShapeError, StateTypeError
 
 
 class Conditioned(nn.Module):
@@ -102,19 +95,15 @@ HOW_TO_RESTRICT = (
 def restrict(func: VectorField, index: Tensor) -> VectorField:
     """Return the field of the samples at ``index``; ``func`` itself if it holds nothing of them.
 
-    Args:
-        func: with a method ``restrict`` (or a bound method of an object that has one) if
-            it holds something of every sample.
-        index: positions along the batch, 1-D.
+    One that does has a method ``restrict``, or is a bound method of an object that has one.
     """
     method = _method_of(func)
     if method is None:
         return func
-    if isinstance(func, MethodType) and getattr(func, "restrict", None) is None:
-        restricted: VectorField = getattr(method(index), func.__name__)
-        return restricted
-    found: VectorField = method(index)
-    return found
+    part: Any = method(index)
+    is_of_instance = isinstance(func, MethodType) and getattr(func, "restrict", None) is None
+    restricted: VectorField = getattr(part, func.__name__) if is_of_instance else part
+    return restricted
 
 
 def can_restrict(func: VectorField) -> bool:
@@ -128,48 +117,22 @@ def _method_of(func: Any) -> Callable[[Tensor], Any] | None:
     return method if callable(method) else None
 
 
-Alone: TypeAlias = Callable[[Tensor, State, Tensor], State]
-"""``alone(t, y, index)``: the derivatives of the samples at positions ``index``, whose state is
-``y``, without the other samples."""
-
-
-def by_restricting(func: VectorField, y0: State) -> Alone:
-    """Return calls of func on some of the samples of ``y0``."""
-
-    def alone(t: Tensor, y: State, index: Tensor) -> State:
-        try:
-            k: State = restrict(func, index)(t, y)
-        except HyperError:
-            raise
-        except SHAPE_CLASHES as error:
-            refusal = cannot_take_part(f"fails ({first_line(error)})", y0)
-            raise refusal from error
-        if shapes_of(k) != shapes_of(y):
-            what = f"returned shapes {shapes_of(k)[1]} for {shapes_of(y)[1]}"
-            raise cannot_take_part(what, y0)
-        return map_parts(lambda part: part.detach().clone(), k)
-
-    return alone
-
-
 def cannot_take_part(what: str, y0: State) -> StateShapeError | CoupledSamplesError:
-    """Return the error about a func that takes the whole batch ``y0`` only.
+    """Return the error about a func that does ``what`` with part of the batch ``y0``.
 
     A state that is a vector (D,) may be a single sample, whose numbers func needs together.
-    ``what`` is what func does with part of the batch.
     """
     parts = parts_of(y0)
     is_vector = all(part.dim() == 1 for part in parts)
-    text = explain(
-        f"func {what}, part of a batch of {len(parts[0])}.",
-        "a derivative of the state's own shape for any part of the batch; a func that holds "
-        "something of every sample (noise, controls, conditioning) must say which part of it "
-        "belongs to which sample.",
-        (ways_of_one_sample(y0) if is_vector else "")
+    return (CoupledSamplesError if is_vector else StateShapeError)(
+        problem=f"func {what}, part of a batch of {len(parts[0])}.",
+        expected="a derivative of the state's own shape for any part of the batch; a func that "
+        "holds something of every sample (noise, controls, conditioning) must say which part of "
+        "it belongs to which sample.",
+        fix=(ways_of_one_sample(y0) if is_vector else "")
         + f"{HOW_TO_RESTRICT}\n"
         + "or, if batch norm in training mode couples the samples: func.eval()",
     )
-    return CoupledSamplesError(text) if is_vector else StateShapeError(text)
 
 
 def ways_of_one_sample(y0: State) -> str:

@@ -9,10 +9,10 @@ what couples samples may vanish at the start.
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from torch import Tensor
 from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._fields._context import (
     HOW_TO_RESTRICT,
-    Alone,
-    by_restricting,
+    SHAPE_CLASHES,
+    cannot_take_part,
     restrict,
     ways_of_one_sample,
 )
@@ -34,11 +34,10 @@ from torchdiffeq_hyper._state import (
     parts_of,
     shapes_of,
     take,
+    values_of,
+    wide_dtype,
 )
-from torchdiffeq_hyper.errors import (
-    CoupledSamplesError,
-    StateShapeError,
-)
+from torchdiffeq_hyper.errors import CoupledSamplesError, HyperError, StateShapeError, first_line
 
 SLACK = 1e-5
 """Relative difference that other kernels for another batch size, or the tolerance of a solver
@@ -49,6 +48,10 @@ SECOND_TIME = 0.3819
 """Where in the span the second point lies: no round number, where much is zero."""
 MOST = 16
 """Samples to look at: func has one rule for batches of all sizes."""
+
+Alone: TypeAlias = Callable[[Tensor, State, Tensor], State]
+"""``alone(t, y, index)``: the derivatives of the samples at positions ``index``, whose state is
+``y``, without the other samples."""
 
 _probing: contextvars.ContextVar[bool] = contextvars.ContextVar("probing", default=False)
 
@@ -70,12 +73,7 @@ def _probe() -> Iterator[None]:
 
 
 class Coupling(NamedTuple):
-    """Where a sample's derivative was found to depend on the other samples.
-
-    Attributes:
-        sample: its position.
-        time: the time.
-    """
+    """The position and time at which a sample's derivative depends on the other samples."""
 
     sample: int
     time: float
@@ -92,10 +90,6 @@ def check_independence(
     """Refuse a func whose samples depend on each other, before a solve that takes them apart.
 
     ``t`` are the solve's times; the rest is as in `find_coupling`.
-
-    Raises:
-        CoupledSamplesError: they do.
-        StateShapeError: func takes the whole batch only.
     """
     ends = t.detach()[[0, -1]]
     times = torch.stack([ends[0], torch.lerp(ends[0], ends[1], SECOND_TIME)])
@@ -128,7 +122,8 @@ def find_coupling(
     coupling from rounding and from noise.
 
     None too where there is nothing to compare: a single sample, a func that does not take the
-    batch as it is (a solve says so better), values that cannot be looked at.
+    batch as it is (a solve says so better), values that cannot be looked at. A func that takes
+    the whole batch only is refused.
 
     Args:
         func: the vector field; one with a method ``restrict`` is restricted.
@@ -138,19 +133,15 @@ def find_coupling(
         groups: positions in the batch of the samples that are called together; two halves by
             default.
         alone: calls func on some of the samples; by restricting it by default.
-
-    Raises:
-        StateShapeError: func takes the whole batch only.
-        CoupledSamplesError: the same, and the state may be a single sample.
     """
     batch = n_samples(y0)
-    if batch < 2 or not _has_values(y0):
+    if batch < 2 or values_of(parts_of(y0)[0].sum().isfinite()) is None:
         return None
     # Views: func may set requires_grad on what it is given.
     y0 = map_parts(lambda part: part.view_as(part), y0)
     positions = torch.linspace(0, batch - 1, min(batch, MOST), dtype=torch.float64).long()
     positions = positions.to(parts_of(y0)[0].device)
-    restricted = by_restricting(func, y0)
+    restricted = _by_restricting(func, y0)
     groups = _groups_among(positions, groups or ())
     y = take(y0, positions)
     with _probe():
@@ -168,14 +159,23 @@ def find_coupling(
     return None
 
 
-def _has_values(y: State) -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    try:
-        parts_of(y)[0].sum().item()
-    except RuntimeError:  # no values to look at: vmap, fake and meta tensors
-        return False
-    return True
+def _by_restricting(func: VectorField, y0: State) -> Alone:
+    """Return calls of func on some of the samples of ``y0``."""
+
+    def alone(t: Tensor, y: State, index: Tensor) -> State:
+        try:
+            k: State = restrict(func, index)(t, y)
+        except HyperError:
+            raise
+        except SHAPE_CLASHES as error:
+            what = f"fails ({first_line(error)})"
+            raise cannot_take_part(what, y0) from error
+        if shapes_of(k) != shapes_of(y):
+            what = f"returned shapes {shapes_of(k)[1]} for {shapes_of(y)[1]}"
+            raise cannot_take_part(what, y0)
+        return _copied(k)
+
+    return alone
 
 
 def _groups_among(positions: Tensor, groups: Sequence[Tensor]) -> list[Tensor]:
@@ -235,7 +235,7 @@ class _Together:
             answer = func(t, y)
         except Exception:  # noqa: BLE001 - the solve says so, if it matters there
             return None
-        return cls(func, t, y, _own(answer)) if shapes_of(answer) == shapes_of(y) else None
+        return cls(func, t, y, _copied(answer)) if shapes_of(answer) == shapes_of(y) else None
 
     def first_coupled(
         self, alone: Alone, positions: Tensor, groups: Sequence[Tensor]
@@ -273,7 +273,8 @@ class _Together:
     def _change_by_others(self, index: Tensor) -> Tensor:
         """Return how far samples' derivatives move when half of the others become other ones.
 
-        Those are smaller copies of samples: where func can be called, and unlike what was.
+        Those are copies of samples at half their size: where func can be called, and unlike
+        what was.
         """
         everyone = torch.arange(n_samples(self.y), device=index.device)
         change = torch.zeros_like(_largest(self.answer))
@@ -289,7 +290,7 @@ class _Together:
         return _difference(take(self.answer, index), take(self.func(self.t, y), index))
 
 
-def _own(k: State) -> State:
+def _copied(k: State) -> State:
     """Return a copy of an answer: func may write its next one to the same memory."""
     return map_parts(lambda part: part.detach().clone(), k)
 
@@ -306,8 +307,8 @@ def _largest(k: State) -> Tensor:
 
 
 def _wide(part: Tensor) -> Tensor:
-    wide = torch.float32 if part.device.type == "mps" else torch.float64
-    return part.detach().to(torch.complex128 if part.dtype.is_complex else wide)
+    wide = torch.complex128 if part.dtype.is_complex else wide_dtype(part.device)
+    return part.detach().to(wide)
 
 
 def _relative_slack(y: State) -> Tensor:

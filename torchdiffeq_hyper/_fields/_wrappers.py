@@ -1,23 +1,96 @@
-"""What is inside a vector field: wrappers that change nothing, and objects with attributes.
+"""What is inside a vector field: wrappers that change nothing, a host's model, attributes.
 
 Wrappers are known by their type. Whoever has such a wrapper registers its type here. An
 attribute's name alone says nothing: a user's module may call what it holds as ``module`` or
-``func`` and return something else.
+``func`` and return something else. A host adds how its models are told and what their field
+is; fits, evaluation, dise and look-ups of attached solvers ask here, and know no host.
 """
 
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import FunctionType, MethodType, MethodWrapperType, ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from torchdiffeq_hyper._fields._models import model_field
+from torchdiffeq_hyper._state import State, VectorField
+from torchdiffeq_hyper.errors import OptionError
+
+
+class ModelField(ABC):
+    """The vector field inside a host's model, as ``func(t, y)``."""
+
+    model: nn.Module
+    """The host's model."""
+
+    @property
+    @abstractmethod
+    def field(self) -> VectorField:
+        """What the model solves."""
+
+    @property
+    @abstractmethod
+    def has_noise(self) -> bool:
+        """Whether each solve of the model draws noise at its start."""
+
+    @abstractmethod
+    def __call__(self, t: Tensor, y: Tensor) -> Any:
+        """Return dy/dt."""
+
+    @abstractmethod
+    def given(self, y0: State) -> VectorField:
+        """Return the field of the solve that starts at ``y0``."""
+
+    @abstractmethod
+    def as_found(self) -> AbstractContextManager[None]:
+        """Give the model's parts back what solves inside the block set on them."""
+
+
+FieldIn: TypeAlias = Callable[[object], ModelField | None]
+"""Returns the field inside a host's model; None for other objects."""
+
+_hosts: list[FieldIn] = []
+
+
+def add_models(field_in: FieldIn) -> None:
+    """Let the models that ``field_in`` knows stand for their vector field."""
+    _hosts.append(field_in)
+
+
+def model_field(func: object) -> ModelField | None:
+    """Return the field inside a host's model; None for other objects."""
+    for field_in in _hosts:
+        field = field_in(func)
+        if field is not None:
+            return field
+    return None
+
+
+def vector_field(func: VectorField) -> VectorField:
+    """Return func, or the field inside it where func is a host's model."""
+    return model_field(func) or func
+
+
+def check_shareable(func: VectorField, n_processes: int) -> None:
+    """Refuse to share noise among processes: each would draw its own."""
+    if n_processes > 1 and isinstance(func, ModelField) and func.has_noise:
+        raise OptionError(
+            problem=f"func estimates a trace from noise, and {n_processes} processes fit together.",
+            expected="an exact trace, or a fit in one process.",
+            fix="CNF(net, trace_estimator=autograd_trace)",
+        )
+
+
+def model_as_found(func: object) -> AbstractContextManager[None]:
+    """Give a host's model back what its solves set on it; other funcs are left alone."""
+    return func.as_found() if isinstance(func, ModelField) else nullcontext()
+
 
 Look: TypeAlias = Callable[[object], object | None]
 """Returns what an object wraps or stands for, None where it does not know the object."""
@@ -29,10 +102,8 @@ _looks: list[Look] = []
 def look_through(wrapper: type, *attributes: str) -> None:
     """Let look-ups go through the objects of a class, as long as they are called as it is.
 
-    Args:
-        wrapper: the class. A subclass that overrides ``__call__`` or ``forward`` is no
-            such wrapper.
-        attributes: where an object holds what it wraps; the first one is looked at first.
+    So a subclass that overrides ``__call__`` or ``forward`` is no such wrapper. ``attributes``
+    are where an object holds what it wraps; the first one is looked at first.
     """
     _attributes[wrapper] = attributes
 
@@ -43,12 +114,7 @@ def look_through_by(look: Look) -> None:
 
 
 class Owner(NamedTuple):
-    """What a solver is attached to.
-
-    Attributes:
-        target: the object.
-        function: the function of a bound method of it; None for the object itself.
-    """
+    """What a solver is attached to: an object, or the function of a bound method of it."""
 
     target: object
     function: object | None

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
+from torchdiffeq_hyper._rules import Whole, checked_arguments
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import OptionError, StateTypeError, unknown_method
-from torchdiffeq_hyper.hypernets._ready import check_count
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._solver import Solver
 
@@ -140,7 +140,7 @@ class Candidate:
     def _check_steps(self) -> None:
         if self.steps is None:
             return
-        check_count("steps", self.steps)
+        checked_arguments({"steps": Whole(1)}, {"steps": self.steps})
         if not self.follows_grid:
             problem = f'"{self.method}" chooses its own steps, and steps is {self.steps}.'
         elif self._own_grid:

@@ -31,7 +31,7 @@ from torchdiffeq_hyper.dise._report import Labels
 from torchdiffeq_hyper.errors import NonFiniteError, OptionError
 from torchdiffeq_hyper.evaluation._measure import Counted, unless_broken
 from torchdiffeq_hyper.evaluation._trials import distinct
-from torchdiffeq_hyper.fitting._context import Starts, bind
+from torchdiffeq_hyper.fitting._batches import Starts, bind
 from torchdiffeq_hyper.fitting._field import check_repeatable
 from torchdiffeq_hyper.fitting._guard import left_as_found
 from torchdiffeq_hyper.solvers._finite import cast_back

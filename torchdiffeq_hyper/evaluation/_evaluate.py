@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from torchdiffeq_hyper._fields import attributes_as_found, model_as_found
+from torchdiffeq_hyper._rules import Whole, checked_arguments
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import OptionError, OutsideFitWarning
 from torchdiffeq_hyper.evaluation._measure import (
@@ -28,9 +29,8 @@ from torchdiffeq_hyper.evaluation._measure import (
 )
 from torchdiffeq_hyper.evaluation._table import EvaluationRow, EvaluationTable
 from torchdiffeq_hyper.evaluation._trials import Trial, expand
-from torchdiffeq_hyper.fitting._context import bound
+from torchdiffeq_hyper.fitting._batches import bound
 from torchdiffeq_hyper.fitting._guard import ModuleState, modules_in
-from torchdiffeq_hyper.hypernets._ready import check_count
 from torchdiffeq_hyper.recording._cost import median_seconds
 from torchdiffeq_hyper.solvers._solver import Solver
 
@@ -110,7 +110,7 @@ def evaluate(
     field = bound(func, y0, context)
     problem = Problem.of(field, y0, t_span)
     trials = expand(methods, steps, tolerances)
-    check_count("repeats", repeats)
+    checked_arguments({"repeats": Whole(1)}, {"repeats": repeats})
     total = 1 + len(trials) * (3 + repeats)
     with (
         _left_as_found(func, field, trials),

@@ -37,9 +37,8 @@ from torchdiffeq_hyper._state import (
     sample_norms,
 )
 from torchdiffeq_hyper.errors import NonFiniteError, StateShapeError, UnfinishedSolveError
-from torchdiffeq_hyper.fitting._field import check_repeatable
+from torchdiffeq_hyper.fitting._field import Units, check_repeatable
 from torchdiffeq_hyper.fitting._reference import BROKEN_DOWN, check_span
-from torchdiffeq_hyper.fitting._units import Units
 from torchdiffeq_hyper.recording._cost import FlopCounter
 
 # In float32, tighter than 1e-7 gains nothing over rounding; in half precision every answer

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
+from torchdiffeq_hyper._rules import Whole, checked_arguments
 from torchdiffeq_hyper._state import State
 from torchdiffeq_hyper.errors import OptionError, StateTypeError, unknown_method
 from torchdiffeq_hyper.evaluation._measure import Problem
-from torchdiffeq_hyper.hypernets._ready import check_count
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._grid import equal_steps
 from torchdiffeq_hyper.solvers._solver import Solver
@@ -156,7 +156,7 @@ def _check_all_steps(steps: int | Sequence[int] | None) -> list[int]:
         return []
     counts: list[Any] = [steps] if isinstance(steps, int) else list(steps)
     for n in counts or [counts]:
-        check_count("steps", n)
+        checked_arguments({"steps": Whole(1)}, {"steps": n})
     return counts
 
 

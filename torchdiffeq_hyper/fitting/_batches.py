@@ -1,41 +1,80 @@
-"""y0 and context as held-out samples and a sequence of training batches."""
+"""y0 and context as held-out samples and a sequence of training batches.
+
+Context is what belongs to each sample of a fit beside its state.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import overload
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._state import State, StateLayout, how_to_batch, map_parts, parts_of, take
+from torchdiffeq_hyper._fields import Conditioned, ModelField, check_call, vector_field
+from torchdiffeq_hyper._state import (
+    State,
+    StateLayout,
+    VectorField,
+    check_samples_first,
+    how_to_batch,
+    map_parts,
+    parts_of,
+    take,
+)
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError
 from torchdiffeq_hyper.fitting._config import FitConfig
-from torchdiffeq_hyper.fitting._context import (
-    Context,
-    Starts,
-    check_context_like,
-    check_rows,
-    many_batches,
-    one_batch,
-    owned,
-)
+
+Context: TypeAlias = tuple[Tensor, ...] | Literal["batch"]
+"""Tensors with the samples along dim 0; or "batch", where each batch brings its own."""
 
 MOST_HELD_OUT = 2
 """Batches that are held out at most: a validation must cost little beside training."""
+
+
+@dataclass(frozen=True)
+class Starts:
+    """Some samples: the state they start at, and their context (empty where func takes none)."""
+
+    y0: State
+    context: tuple[Tensor, ...] = ()
+
+
+def n_samples(samples: State | Starts) -> int:
+    """Return the number of samples."""
+    return len(parts_of(samples.y0 if isinstance(samples, Starts) else samples)[0])
+
+
+@overload
+def select(samples: Starts, index: Tensor) -> Starts: ...
+@overload
+def select(samples: State, index: Tensor) -> State: ...
+def select(samples: State | Starts, index: Tensor) -> State | Starts:
+    """Return some of the samples, with their context."""
+    if isinstance(samples, Starts):
+        return Starts(take(samples.y0, index), parts_of(take(samples.context, index)))
+    return take(samples, index)
+
+
+def head(starts: Starts, count: int) -> Starts:
+    """Return the first samples, at most ``count``."""
+    return starts if n_samples(starts) <= count else select(starts, torch.arange(count))
+
+
+def bind(func: VectorField, starts: Starts) -> VectorField:
+    """Return the field ``func(t, y)`` of some samples; costs no copy of their context."""
+    if isinstance(func, ModelField):
+        return func.given(starts.y0)
+    return Conditioned(func, *starts.context) if starts.context else func
 
 
 class Batches:
     """Training batches by number, and the held-out samples.
 
     Batches of an iterable are pulled when first asked for and never again: one-shot
-    generators work. Numbers beyond the last batch start over.
-
-    Args:
-        y0: a tensor, a tuple of tensors, or an iterable of such.
-        config: batch size, held-out fraction and seed.
-        context: of all samples of one state; "batch" where ``y0`` is an iterable of batches
-            (state, *context).
+    generators work. Numbers beyond the last batch start over. ``context`` is that of all
+    samples of one state, or "batch" where ``y0`` is an iterable of batches (state, *context).
 
     Attributes:
         held_out: the samples that are not trained on.
@@ -47,21 +86,18 @@ class Batches:
     ) -> None:
         self._most: int | None = None
         self._kept: int | None = None
-        has_context = context == "batch"
         self._source: Iterator[Starts]
         if isinstance(y0, Tensor | tuple):
             if context == "batch":
                 raise one_batch()
             starts = _checked_starts(y0, context)
             rest, held = _split(starts, config)
-            self._source = _chunks(starts, rest, config.batch_size)
+            chunks = rest.tensor_split(-(-len(rest) // config.batch_size))
+            self._source = (select(starts, index) for index in chunks)
             self._pulled = [next(self._source)]
         else:
-            if context and not has_context:
-                raise many_batches()
-            batches = _iterate(y0)
-            self._source = (checked_batch(each, has_context=has_context) for each in batches)
-            starts = _first(self._source)
+            self._source = _checked_batches(y0, context)
+            starts = next(self._source)
             rest, held = _split(starts, config)
             self._pulled = [select(starts, rest)]
         self.count = n_samples(starts)
@@ -70,16 +106,11 @@ class Batches:
     def __getitem__(self, number: int) -> Starts:
         """Return a batch."""
         batch = self._pulled[self.position(number)]
-        return batch if self._kept is None else _head(batch, self._kept)
-
-    @property
-    def size(self) -> int:
-        """Number of samples in the first training batch."""
-        return n_samples(self[0])
+        return batch if self._kept is None else head(batch, self._kept)
 
     def keep(self, held_out: int, batch: int) -> None:
         """Keep the first samples only of the held-out state and of each training batch."""
-        self.held_out = _head(self.held_out, held_out)
+        self.held_out = head(self.held_out, held_out)
         self._kept = batch
 
     def limit(self, most: int) -> None:
@@ -96,6 +127,49 @@ class Batches:
                 return number % len(self._pulled)
             self._pulled.append(_moved_to(batch, self._pulled[0]))
         return number
+
+
+def _split(starts: Starts, config: FitConfig) -> tuple[Tensor, Tensor]:
+    """Return the positions along dim 0 to train on and those to hold out."""
+    count = n_samples(starts)
+    if count < 2:
+        raise OptionError(
+            problem="y0 has a single sample: none would be left to measure the fit on.",
+            expected="at least two samples along dim 0, better hundreds.",
+            fix="y0 = torch.randn(256, 2)   # starts like those the solver will meet",
+        )
+    wanted = min(round(config.validation * count), MOST_HELD_OUT * config.batch_size)
+    held = min(max(1, wanted), count - 1)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))
+    return order[held:], order[:held]
+
+
+def _moved_to(batch: Starts, first: Starts) -> Starts:
+    """Return a batch on the device and in the dtype of the first one."""
+    check_like(batch, first)
+    y0 = map_parts(lambda part, other: part.to(other), batch.y0, first.y0)
+    context = (part.to(other) for part, other in zip(batch.context, first.context, strict=True))
+    return Starts(y0, tuple(context))
+
+
+def _checked_batches(y0: object, context: Context) -> Iterator[Starts]:
+    if context and context != "batch":
+        raise many_batches()
+    if not isinstance(y0, Iterable):
+        raise StateTypeError(
+            problem=f"y0 is a {type(y0).__name__}.",
+            expected="a tensor, a tuple of tensors, or an iterable of batches.",
+            fix="y0 = torch.as_tensor(y0)",
+        )
+    batch = None
+    for batch in y0:
+        yield checked_batch(batch, has_context=context == "batch")
+    if batch is None:
+        raise OptionError(
+            problem="y0 yields no batch.",
+            expected="at least one batch.",
+            fix="y0 = [torch.randn(256, 2)]",
+        )
 
 
 def checked_batch(batch: object, *, has_context: bool = False) -> Starts:
@@ -115,7 +189,23 @@ def checked_batch(batch: object, *, has_context: bool = False) -> Starts:
             fix="DataLoader(TensorDataset(y0, labels), batch_size=256)",
         )
     state, *context = items
-    return _checked_starts(_unwrapped(state), tuple(map(owned, context)))
+    return _checked_starts(_unwrapped(state), tuple(map(_owned, context)))
+
+
+def _unwrapped(batch: object) -> State:
+    """Return the state in a batch: a list stands for its elements."""
+    if not isinstance(batch, list):
+        return batch  # type: ignore[return-value]
+    tensors = [part for part in batch if isinstance(part, Tensor)]
+    if len(batch) > 1 and not all(p.is_floating_point() or p.is_complex() for p in tensors):
+        raise StateTypeError(
+            problem=f"a batch is a list of {len(batch)} tensors, one of them of integers "
+            "(labels?).",
+            expected="a list of the state's parts only, or word that the rest is context.",
+            fix='tdh.fit(func, loader, ..., context="batch")   # func(t, y, labels)\n'
+            "y0 = (batch[0] for batch in loader)          # if func needs no labels",
+        )
+    return batch[0] if len(batch) == 1 else tuple(batch)
 
 
 def _checked_starts(state: State, context: tuple[Tensor, ...]) -> Starts:
@@ -128,123 +218,131 @@ def _checked_starts(state: State, context: tuple[Tensor, ...]) -> Starts:
             expected="a real state: hypernets take real channels.",
             fix="func on torch.view_as_real(y), with real and imaginary parts as channels",
         )
-    sizes = {part.shape[0] if part.dim() else None for part in parts}
-    if len(sizes) > 1 or None in sizes:
-        raise StateShapeError(
-            problem=f"y0 has shape{'s' * (len(parts) > 1)} "
-            f"{', '.join(str(tuple(part.shape)) for part in parts)}.",
-            expected="the samples along dim 0, as many in every part.",
-            fix=how_to_batch(state)
-            if len(parts) > 1
-            else "y0 = torch.stack(starts)   # a fit takes many samples",
-        )
+    check_samples_first(
+        state, how_to_batch(state) if len(parts) > 1 else "y0 = torch.stack(starts)"
+    )
     if not any(part.numel() for part in parts):
         raise OptionError(
             problem="y0 is empty.", expected="at least two samples.", fix="y0 = torch.randn(256, 2)"
         )
     check_rows(context, state)
-    return Starts(map_parts(owned, state), context)
+    return Starts(map_parts(_owned, state), context)
 
 
-def _unwrapped(batch: object) -> State:
-    """Return the state in a batch: a list stands for its elements."""
-    if not isinstance(batch, list):
-        return batch  # type: ignore[return-value]
-    if len(batch) > 1 and any(_is_integer(part) for part in batch):
-        raise StateTypeError(
-            problem=f"a batch is a list of {len(batch)} tensors, one of them of integers "
-            "(labels?).",
-            expected="a list of the state's parts only, or word that the rest is context.",
-            fix='tdh.fit(func, loader, ..., context="batch")   # func(t, y, labels)\n'
-            "y0 = (batch[0] for batch in loader)          # if func needs no labels",
-        )
-    return batch[0] if len(batch) == 1 else tuple(batch)
-
-
-def _is_integer(part: object) -> bool:
-    return isinstance(part, Tensor) and not (part.is_floating_point() or part.is_complex())
-
-
-def _iterate(y0: object) -> Iterator[object]:
-    if not isinstance(y0, Iterable):
-        raise StateTypeError(
-            problem=f"y0 is a {type(y0).__name__}.",
-            expected="a tensor, a tuple of tensors, or an iterable of batches.",
-            fix="y0 = torch.as_tensor(y0)",
-        )
-    return iter(y0)
-
-
-def _first(source: Iterator[Starts]) -> Starts:
-    for batch in source:
-        return batch
-    raise OptionError(
-        problem="y0 yields no batch.",
-        expected="at least one batch.",
-        fix="y0 = [torch.randn(256, 2)]",
-    )
-
-
-def _moved_to(batch: Starts, first: Starts) -> Starts:
-    """Return a batch on the device and in the dtype of the first one."""
-    check_like(batch, first)
-    y0 = map_parts(_to, batch.y0, first.y0)
-    return Starts(y0, parts_of(map_parts(_to, batch.context, first.context)))
-
-
-def _to(part: Tensor, other: Tensor) -> Tensor:
-    return part.to(other)
+def _owned(part: Tensor) -> Tensor:
+    """Return a tensor that can take part in a fit, without gradient."""
+    # A tensor made under inference mode cannot take part in a fit; its copy can.
+    return part.clone() if part.is_inference() else part.detach()
 
 
 def check_like(batch: Starts, first: Starts) -> Starts:
     """Return a batch after checking that it is built as the first one."""
     shapes, expected = ([tuple(p.shape[1:]) for p in parts_of(s.y0)] for s in (batch, first))
     if shapes != expected or isinstance(batch.y0, tuple) != isinstance(first.y0, tuple):
-        raise StateShapeError(
-            problem=f"a batch has trailing shapes {shapes}.",
-            expected=f"{expected}, as the first batch.",
-            fix="batches that differ in their number of samples only",
-        )
-    check_context_like(batch.context, first.context)
-    return batch
+        built = f"trailing shapes {shapes}", f"{expected}"
+    elif context_signature(batch.context) != context_signature(first.context):
+        found, wanted = (context_signature(s.context) or [] for s in (batch, first))
+        built = f"the context {found} (trailing shapes and dtypes)", f"{wanted}"
+    else:
+        return batch
+    raise StateShapeError(
+        problem=f"a batch has {built[0]}.",
+        expected=f"{built[1]}, as the first batch.",
+        fix="batches that differ in their number of samples only",
+    )
 
 
-def _split(starts: Starts, config: FitConfig) -> tuple[Tensor, Tensor]:
-    """Return the positions along dim 0 to train on and those to hold out."""
-    count = n_samples(starts)
-    if count < 2:
+def context_signature(context: tuple[Tensor, ...]) -> list[list[Any]] | None:
+    """Return trailing shape and dtype of each tensor, as plain values; None without context."""
+    return [[list(part.shape[1:]), str(part.dtype)] for part in context] or None
+
+
+def split_context(func: VectorField, context: object) -> tuple[VectorField, Context]:
+    """Return the field and the context it takes, from a `Conditioned` func or an argument."""
+    if isinstance(func, Conditioned):
+        if context is not None:
+            raise OptionError(
+                problem="func is a Conditioned, and context is given, too.",
+                expected="one of the two: they mean the same.",
+                fix="tdh.fit(func.func, y0, t_span, ..., context=context)",
+            )
+        context, func = func.inputs, func.func
+    checked = _checked_context(context)
+    field = vector_field(func)
+    if checked and isinstance(field, ModelField):
         raise OptionError(
-            problem="y0 has a single sample: none would be left to measure the fit on.",
-            expected="at least two samples along dim 0, better hundreds.",
-            fix="y0 = torch.randn(256, 2)   # starts like those the solver will meet",
+            problem=f"context is given, and func is a {type(func).__name__}: torchdyn calls its "
+            "field with t and y alone.",
+            expected="the field itself, called as func(t, y, *context).",
+            fix="tdh.fit(net, y0, t_span, ..., context=labels)",
         )
-    wanted = min(round(config.validation * count), MOST_HELD_OUT * config.batch_size)
-    held = min(max(1, wanted), count - 1)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))
-    return order[held:], order[:held]
+    # How many tensors a batch brings is only known once there is one.
+    return (field if checked == "batch" else check_call(field, len(checked))), checked
 
 
-def _chunks(starts: Starts, positions: Tensor, size: int) -> Iterator[Starts]:
-    """Yield batches of nearly equal sizes, none above ``size``."""
-    for index in positions.tensor_split(-(-len(positions) // size)):
-        yield select(starts, index)
+def bound(func: VectorField, y0: State, context: object) -> VectorField:
+    """Return the field of the samples that start at ``y0``, with their context checked."""
+    field, found = split_context(func, context)
+    if found == "batch":
+        raise one_batch()
+    check_rows(found, y0)
+    # What is attached to a Conditioned is found through that very object.
+    return func if isinstance(func, Conditioned) else bind(field, Starts(y0, found))
 
 
-def _head(starts: Starts, count: int) -> Starts:
-    return starts if n_samples(starts) <= count else select(starts, torch.arange(count))
+def _checked_context(context: object) -> Context:
+    if context is None:
+        return ()
+    if isinstance(context, str):
+        if context == "batch":
+            return "batch"
+        raise OptionError(
+            problem=f"context is {context!r}.",
+            expected='a tensor or a tuple of tensors; "batch" where each batch of y0 brings its '
+            "own.",
+            fix='context="batch"',
+        )
+    parts: Sequence[Any] = context if isinstance(context, tuple | list) else (context,)
+    kinds = [type(part).__name__ for part in parts if not isinstance(part, Tensor)]
+    if kinds or not parts:
+        raise StateTypeError(
+            problem=f"context {'holds a ' + kinds[0] if kinds else 'is empty'}.",
+            expected="a tensor or a tuple of tensors, with the samples along dim 0.",
+            fix="context=torch.as_tensor(labels)",
+        )
+    return tuple(map(_owned, parts))
 
 
-def n_samples(samples: State | Starts) -> int:
-    """Return the number of samples."""
-    return parts_of(samples.y0 if isinstance(samples, Starts) else samples)[0].shape[0]
+def check_rows(context: tuple[Tensor, ...], y0: State) -> None:
+    """Refuse a context of other samples than those of a state."""
+    if not context:
+        return
+    StateLayout.of(y0)  # refuses what is not a state
+    first = parts_of(y0)[0]
+    if any(part.shape[:1] != first.shape[:1] for part in context):
+        shapes = ", ".join(str(tuple(part.shape)) for part in context)
+        raise StateShapeError(
+            problem=f"the context has shape{'s' * (len(context) > 1)} {shapes}, and y0 has "
+            f"{len(first) if first.dim() else 'no'} samples.",
+            expected="the samples of y0 along dim 0, in the same order.",
+            fix="context=labels   # of shape (batch, ...)",
+        )
 
 
-@overload
-def select(samples: Starts, index: Tensor) -> Starts: ...
-@overload
-def select(samples: State, index: Tensor) -> State: ...
-def select(samples: State | Starts, index: Tensor) -> State | Starts:
-    """Return some of the samples, with their context."""
-    if isinstance(samples, Starts):
-        return Starts(take(samples.y0, index), parts_of(take(samples.context, index)))
-    return take(samples, index)
+def one_batch() -> OptionError:
+    """Return the error for "batch" where ``y0`` is one state."""
+    return OptionError(
+        problem='context is "batch", and y0 is one state (a tensor, or a tuple: a tuple state).',
+        expected="an iterable of batches, each a state and its context; or the context itself.",
+        fix="context=labels\nor y0=[(y0, labels)]   # or a DataLoader that yields such",
+    )
+
+
+def many_batches() -> OptionError:
+    """Return the error for one context where ``y0`` is many batches."""
+    return OptionError(
+        problem="y0 is an iterable of batches, and the context is one for all samples: which rows "
+        "belong to which batch cannot be told.",
+        expected='context="batch" with batches (state, *context), and func without them.',
+        fix='tdh.fit(func, loader, t_span, ..., context="batch")',
+    )

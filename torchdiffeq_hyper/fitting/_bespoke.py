@@ -16,7 +16,7 @@ from torchdiffeq_hyper.errors import FitDivergedError, OptionError
 from torchdiffeq_hyper.fitting._adamw import AdamWPhase, AdamWState
 from torchdiffeq_hyper.fitting._auto import AUTO, check_auto
 from torchdiffeq_hyper.fitting._batches import n_samples
-from torchdiffeq_hyper.fitting._budget import LAST_PHASE, ReferencePlan
+from torchdiffeq_hyper.fitting._budget import ENDLESS, LAST_PHASE, ReferencePlan
 from torchdiffeq_hyper.fitting._checkpoint import FitState, snapshot
 from torchdiffeq_hyper.fitting._chunks import (
     Chunk,
@@ -37,7 +37,6 @@ from torchdiffeq_hyper.fitting._levenberg_marquardt import (
 )
 from torchdiffeq_hyper.fitting._noise import noise_at_end, refuse_exact
 from torchdiffeq_hyper.fitting._objectives import EndObjective
-from torchdiffeq_hyper.fitting._prepare import ENDLESS
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._reference import Tolerances
 from torchdiffeq_hyper.fitting._sensitivities import n_weights

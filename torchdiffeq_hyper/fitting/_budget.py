@@ -11,17 +11,16 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from torchdiffeq_hyper._state import StateLayout, VectorField
+from torchdiffeq_hyper._state import VectorField, wide_dtype
 from torchdiffeq_hyper.errors import HyperError
-from torchdiffeq_hyper.fitting._batches import n_samples, select
-from torchdiffeq_hyper.fitting._context import Starts
-from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError, wide_dtype
+from torchdiffeq_hyper.fitting._batches import Starts, head, n_samples
+from torchdiffeq_hyper.fitting._data import References
+from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError
 from torchdiffeq_hyper.fitting._reference import Tolerances, solve_reference
-from torchdiffeq_hyper.fitting._units import Units
 
 FIRST_PHASE = 0.4
 """Share of the time left that a phase followed by another may take."""
@@ -38,12 +37,8 @@ EARLIEST = 4
 class Budget:
     """Wall time, counted on over interruptions.
 
-    Args:
-        max_seconds: the time there is.
-        shared_clock: in seconds, the same in all processes of a fit; this process's by default.
-
-    Attributes:
-        reserved: seconds wanted for measuring the result.
+    ``shared_clock`` is the same in all processes of a fit, this process's by default;
+    ``reserved`` are the seconds wanted for measuring the result.
     """
 
     def __init__(self, max_seconds: float, shared_clock: Callable[[], float] | None = None) -> None:
@@ -135,6 +130,8 @@ class Pace:
         return min(self._wanted, done + int(max(0.0, self._deadline - now) / max(each, 1e-9)))
 
 
+ENDLESS = Budget(math.inf)
+
 PROBES = 8
 """Samples that calls are timed, and the noise is measured, on."""
 FEWEST = 16
@@ -159,12 +156,9 @@ ORDERS = {"dopri8": 8, "bosh3": 3, "fehlberg2": 2, "adaptive_heun": 2}
 class ReferencePlan:
     """What is solved, and how exactly.
 
-    Attributes:
-        tolerances: of the solutions.
-        held_out: held-out samples to keep.
-        batch: samples to keep of each training batch.
-        has_noise: whether there is time to measure the noise in them.
-        note: what was cut, for people; "" for nothing.
+    ``held_out`` and ``batch`` are the samples to keep of the held-out ones and of each training
+    batch, ``has_noise`` whether there is time to measure the noise in the solutions, and
+    ``note`` what was cut, for people ("" for nothing).
     """
 
     tolerances: Tolerances
@@ -172,6 +166,11 @@ class ReferencePlan:
     batch: int
     has_noise: bool = True
     note: str = ""
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ReferencePlan:
+        """Rebuild from what `dataclasses.asdict` returned."""
+        return cls(**{**data, "tolerances": Tolerances(**data["tolerances"])})
 
     @property
     def is_looser(self) -> bool:
@@ -191,7 +190,7 @@ class CallCost:
         """Time a call on all samples, and one on a few of them."""
         count = n_samples(starts)
         few = min(PROBES, count)
-        seconds = [_seconds(func, select(starts, torch.arange(n)), span) for n in (few, count)]
+        seconds = [_seconds(func, head(starts, n), span) for n in (few, count)]
         if count == few:
             return cls(seconds[0], 0.0)
         per_sample = max(0.0, (seconds[1] - seconds[0]) / (count - few))
@@ -215,40 +214,31 @@ class CallCost:
 @torch.no_grad()
 def _seconds(func: VectorField, starts: Starts, span: tuple[float, float]) -> float:
     """Return the wall time of one call, the shorter of two."""
-    flat = StateLayout.of(starts.y0).join(starts.y0)
-    field = Field(func, starts, Budget(math.inf))
-    wide = wide_dtype(flat.device)
-    t = torch.tensor(span[0], dtype=wide, device=flat.device)
-    times = []
+    field = Field(func, starts, ENDLESS)
+    y = field.flat.to(wide_dtype(field.flat.device))
+    t, times = y.new_tensor(span[0]), []
     for _ in range(2):
         began = time.perf_counter()
-        float(field(t, flat.to(wide)).sum())  # waits for the device
+        float(field(t, y).sum())  # waits for the device
         times.append(time.perf_counter() - began)
     return min(times)
 
 
 def plan_references(
-    func: VectorField,
-    sizes: tuple[Starts, int],
-    times: Tensor,
-    *,
-    wanted: Tolerances,
-    units: Units,
-    budget: Budget,
+    references: References, held_out: Starts, in_batch: int, budget: Budget
 ) -> ReferencePlan:
     """Return what can be solved in the time that references may take.
 
-    ``sizes`` are the held-out samples, and the number of samples in a training batch; ``wanted``
-    are the tolerances if there is time.
+    ``references`` has the tolerances wanted if there is time; ``in_batch`` is the number of
+    samples in a training batch.
     """
-    held_out, in_batch = sizes
-    count = n_samples(held_out)
+    wanted, times, count = references.tolerances, references.plan.times, n_samples(held_out)
+    cost = CallCost.measure(references.func, held_out, (float(times[0]), float(times[-1])))
     allowed = REFERENCES * budget.max_seconds - budget.elapsed
-    cost = CallCost.measure(func, held_out, (float(times[0]), float(times[-1])))
     if PLENTY * cost.of(max(count, in_batch)) <= allowed:
         return ReferencePlan(wanted, count, in_batch)
     loose = max(LOOSEST, wanted.rtol)
-    calls = _calls(func, held_out, times, wanted.loosened(loose), units=units, budget=budget)
+    calls = _calls(references, held_out, wanted.loosened(loose), budget)
     allowed = max(0.0, REFERENCES * budget.max_seconds - budget.elapsed)
     rtol, has_noise = wanted.rtol, True
     while True:
@@ -278,21 +268,12 @@ def plan_references(
     return ReferencePlan(wanted.loosened(rtol), kept, trained, has_noise, note)
 
 
-def _calls(
-    func: VectorField,
-    starts: Starts,
-    times: Tensor,
-    tolerances: Tolerances,
-    *,
-    units: Units,
-    budget: Budget,
-) -> int:
+def _calls(references: References, starts: Starts, loose: Tolerances, budget: Budget) -> int:
     """Return the calls of a loose solution of a few samples, as far as it came."""
-    probes = select(starts, torch.arange(min(PROBES, n_samples(starts))))
-    until = budget.elapsed + PROBE_SHARE * budget.max_seconds
-    field = Field(func, probes, Deadline(budget, until), units)
+    until = Deadline(budget, budget.elapsed + PROBE_SHARE * budget.max_seconds)
+    field = Field(references.func, head(starts, PROBES), until, references.units)
     try:
-        solve_reference(field, StateLayout.of(probes.y0).join(probes.y0), times, tolerances)
+        solve_reference(field, field.flat, references.plan.times, loose)
     except OutOfTimeError:
         return 2 * field.calls
     except HyperError:  # it is reported where the solution is needed

@@ -15,13 +15,12 @@ from torchdiffeq_hyper._state import (
     VectorField,
     parts_of,
     sample_sizes,
+    stepped_dtype,
 )
-from torchdiffeq_hyper.fitting._batches import Batches, n_samples, select
-from torchdiffeq_hyper.fitting._context import Starts, bind
+from torchdiffeq_hyper.fitting._batches import Batches, Starts, bind, n_samples, select
 from torchdiffeq_hyper.fitting._distributed import ProcessGroup
-from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError, Timer, state_dtype
+from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError, Timer, Units
 from torchdiffeq_hyper.fitting._reference import Plan, TimeGrid, Tolerances, solve_reference
-from torchdiffeq_hyper.fitting._units import Units
 from torchdiffeq_hyper.tableaus import Tableau
 
 
@@ -31,20 +30,18 @@ class Samples:
 
     All are in the dtype in which a solver steps the state; states are flat. All but the
     residuals are in true units: they are what a hypernet is given.
-
-    Attributes:
-        times: (n + 1,) times.
-        dt: (n,) signed step sizes.
-        y: (n + 1, ...) the solution.
-        stages: for each stage of the base, (n, ...) its derivatives; empty without a base.
-        residual: (n, ...) the residuals R_n, in units of `Units.residual`; (0, ...) without a base.
     """
 
     times: Tensor
+    """(n + 1,) times."""
     dt: Tensor
+    """(n,) signed step sizes."""
     y: Tensor
+    """(n + 1, ...) the solution."""
     stages: tuple[Tensor, ...]
+    """For each stage of the base, (n, ...) its derivatives; empty without a base."""
     residual: Tensor
+    """(n, ...) the residuals R_n, in units of `Units.residual`; (0, ...) without a base."""
 
 
 def states_along(field: Field, grid: TimeGrid, solution: Tensor) -> Samples:
@@ -52,7 +49,7 @@ def states_along(field: Field, grid: TimeGrid, solution: Tensor) -> Samples:
 
     The solution is (m, ...), in the field's units; ``grid.points`` are those on the grid.
     """
-    narrow = state_dtype(field.dtype)
+    narrow = stepped_dtype(field.dtype)
     y = (solution[grid.points.to(solution.device)] * field.units.state).to(narrow)
     # The step sizes must be those that a solve in the state's dtype takes.
     times = grid.times.to(y.device, narrow)
@@ -68,7 +65,7 @@ def measure_residuals(field: Field, tableau: Tableau, grid: TimeGrid, solution: 
     Costs s calls of func a step. The differences are formed in the solution's own dtype
     (float64 where the device has it): they are differences of nearly equal numbers.
     """
-    narrow, units = state_dtype(field.dtype), field.units
+    narrow, units = stepped_dtype(field.dtype), field.units
     y = solution[grid.points.to(solution.device)]
     times = units.times(grid.times).to(y)
     residuals, stages = [], []
@@ -87,12 +84,8 @@ def measure_residuals(field: Field, tableau: Tableau, grid: TimeGrid, solution: 
 class Batch:
     """A batch of starts with the reference solution along every grid.
 
-    Attributes:
-        grids: what was measured, one entry a grid.
-        y0: the starts, at the first time of the span.
-        units: those in which norms and residuals are.
-        weight: share of the samples of the whole batch, of which this may be a part.
-        context: what else func is called with, as many samples along dim 0.
+    Norms and residuals are in ``units``; ``weight`` is the share of the samples of the whole
+    batch, of which this may be a part.
     """
 
     layout: StateLayout
@@ -175,16 +168,11 @@ class References:
     seconds: float = 0.0
 
     def solve(self, starts: Starts, budget: Timer) -> Batch:
-        """Return a batch with its reference solution.
-
-        Raises:
-            NonFiniteError: a start or the solution is not finite.
-            OutOfTimeError: the time ended.
-        """
+        """Return a batch with its reference solution; `OutOfTimeError` where the time ends."""
         began = time.perf_counter()
         field = Field(self.func, starts, budget, self.units)
         layout = StateLayout.of(starts.y0)
-        y = solve_reference(field, layout.join(starts.y0), self.plan.times, self.tolerances)
+        y = solve_reference(field, field.flat, self.plan.times, self.tolerances)
         if self.tableau is None:
             found = [states_along(field, grid, y) for grid in self.plan.grids]
         else:
@@ -205,18 +193,9 @@ class Data:
     """
 
     def __init__(
-        self,
-        func: VectorField,
-        batches: Batches,
-        *,
-        tableau: Tableau | None,
-        plan: Plan,
-        tolerances: Tolerances,
-        units: Units,
-        budget: Timer,
-        group: ProcessGroup,
+        self, references: References, batches: Batches, budget: Timer, group: ProcessGroup
     ) -> None:
-        self._references = References(func, plan, tolerances, units, tableau)
+        self._references = references
         self._batches = batches
         self.budget = budget
         self._group = group
@@ -266,17 +245,9 @@ class Data:
         """Number of grids."""
         return len(self._references.plan.grids)
 
-    def limit(self, most: int) -> None:
-        """Start over after ``most`` distinct training batches."""
-        self._batches.limit(most)
-
     def _measure_held_out(self) -> Batch:
         """Measure the held-out batch, in every process; what one cannot do in time, none does."""
-        batch: Batch | None
-        try:
-            batch = self._solve(self._batches.held_out)
-        except OutOfTimeError:
-            batch = None
+        batch = self._solved(self._batches.held_out)
         if any(self._group.gather(batch is None)):
             raise OutOfTimeError
         assert batch is not None
@@ -291,22 +262,21 @@ class Data:
         new = [p for p in dict.fromkeys(following) if p not in self._measured]
         mine = new[self._group.rank] if self._group.rank < len(new) else None
         before = self.calls
-        batch: Batch | OutOfTimeError | None
-        try:
-            batch = None if mine is None else self._solve(self._batches[mine])
-        except OutOfTimeError as error:  # the others hear of it: all end the phase alike
-            batch = error
+        batch = None if mine is None else self._solved(self._batches[mine])
         device = self.held_out.grids[0].y.device
         gathered = self._group.gather((batch, self.calls - before), device)
         self._references.calls = before + sum(calls for _, calls in gathered)
-        for found, _ in gathered:
-            if isinstance(found, OutOfTimeError):
-                raise found
-        for place, (found, _) in zip(new, gathered, strict=False):
-            assert isinstance(found, Batch)
+        found = [whole for whole, _ in gathered[: len(new)] if whole is not None]
+        if len(found) < len(new):  # the others hear of it, too: all end the phase alike
+            raise OutOfTimeError
+        for place, whole in zip(new, found, strict=True):
             if place == 0:
-                self._first = found
-            self._measured[place] = found.share_of(self._group)
+                self._first = whole
+            self._measured[place] = whole.share_of(self._group)
 
-    def _solve(self, starts: Starts) -> Batch:
-        return self._references.solve(starts, self.budget)
+    def _solved(self, starts: Starts) -> Batch | None:
+        """Return a batch with its reference solution, None where the time ends."""
+        try:
+            return self._references.solve(starts, self.budget)
+        except OutOfTimeError:
+            return None

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from torchdiffeq_hyper import errors
+from torchdiffeq_hyper._state import wide_dtype
 from torchdiffeq_hyper.errors import HyperError, HyperWarning, RankError
-from torchdiffeq_hyper.fitting._budget import Budget
-from torchdiffeq_hyper.fitting._field import wide_dtype
 
 T = TypeVar("T")
 
@@ -27,12 +26,10 @@ _COLLECTIVES = ("begin", "gradients", "gather", "from_first", "end")
 class ProcessGroup:
     """The processes that fit one net together: one, or all of the default process group.
 
-    All processes do the same, each on its share of a batch, and whatever is decided by
-    measuring (an error, a time) is decided by rank 0. Before every collective call an
-    ``all_reduce`` tells the others three things: whether this process failed, which call it
-    means, and rank 0's clock. So nobody waits for a process that broke off, processes that
-    took different paths find out, and all read the same clock. A single process exchanges
-    nothing.
+    All do the same, each on its share of a batch; rank 0 decides by what it measures. Before
+    every collective call an ``all_reduce`` tells the others whether this process failed, which
+    call it means, and rank 0's clock. So nobody waits for a process that broke off, processes
+    that took different paths find out, and all read the same clock.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
@@ -57,6 +54,11 @@ class ProcessGroup:
                 stacklevel=4,
             )
         return cls()
+
+    @property
+    def clock(self) -> Callable[[], float] | None:
+        """Rank 0's clock in seconds, by which all processes decide; None for one process."""
+        return None if self.size == 1 else lambda: self.now
 
     @property
     def is_first(self) -> bool:
@@ -88,9 +90,8 @@ class ProcessGroup:
 
         Where there are too few it is the first sample, with weight 0.
 
-        Example:
-            >>> ProcessGroup(rank=1, size=3).share(7), ProcessGroup(rank=0, size=2).share(1)
-            ((slice(2, 4, None), 0.2857142857142857), (slice(0, 1, None), 0.0))
+        >>> ProcessGroup(rank=1, size=3).share(7), ProcessGroup(rank=0, size=2).share(1)
+        ((slice(2, 4, None), 0.2857142857142857), (slice(0, 1, None), 0.0))
         """
         low, high = (count * rank // self.size for rank in (self.rank, self.rank + 1))
         if low == high:
@@ -101,9 +102,8 @@ class ProcessGroup:
         """Return the weighted sum of all processes' losses; do the same to the gradients.
 
         With the weights of `share` and losses that are means over samples, both are those
-        of the whole batch. Costs one ``all_reduce`` of as many numbers as there are
-        parameters, summed in float64 where the device has it. Called after ``backward``; a
-        parameter that has no ``.grad`` in any process gets none.
+        of the whole batch. One ``all_reduce`` after ``backward``, in float64 where the device
+        has it; a parameter that has no ``.grad`` in any process gets none.
         """
         loss = loss.detach()
         if self.size == 1:
@@ -179,11 +179,6 @@ class ProcessGroup:
         self._is_heard = False  # should it break off, nobody would listen any more
         collective(*args, **kwargs)
         self._is_heard = True
-
-
-def budget_of(group: ProcessGroup, max_seconds: float) -> Budget:
-    """Return a budget on rank 0's clock, so that all processes decide alike."""
-    return Budget(max_seconds, None if group.size == 1 else lambda: group.now)
 
 
 def _error_of_first(reports: Sequence[tuple[str, str] | None]) -> HyperError:

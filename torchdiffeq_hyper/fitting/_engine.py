@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import asdict
 
 import torch
 
@@ -11,11 +12,10 @@ from torchdiffeq_hyper._fields import model_as_found
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import NoiseFloorError
 from torchdiffeq_hyper.fitting._auto import measuring_time_in
-from torchdiffeq_hyper.fitting._batches import Batches, n_samples, select
+from torchdiffeq_hyper.fitting._batches import Batches, head
 from torchdiffeq_hyper.fitting._budget import PROBES, Budget, Deadline, ReferencePlan
 from torchdiffeq_hyper.fitting._checkpoint import FitState, Store, snapshot
 from torchdiffeq_hyper.fitting._data import Data
-from torchdiffeq_hyper.fitting._distributed import budget_of
 from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError
 from torchdiffeq_hyper.fitting._guard import frozen_or_restored, left_as_found, own_random_state
 from torchdiffeq_hyper.fitting._loop import Loop, Progress
@@ -26,7 +26,6 @@ from torchdiffeq_hyper.fitting._prepare import (
     most_batches,
     planned,
     reserve,
-    to_keep,
 )
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._report import reported, without_references
@@ -47,7 +46,7 @@ def run(target: Target, func: VectorField, y0: State | Iterable[object], *, show
     """
     problem = target.problem
     with _undisturbed(func, problem):
-        budget = budget_of(problem.group, problem.config.max_seconds)
+        budget = Budget(problem.config.max_seconds, problem.group.clock)
         batches = Batches(y0, target.config_for(y0), problem.context)
         first = batches.held_out.y0
         target.open(first)
@@ -126,7 +125,7 @@ class _Fit:
         except OutOfTimeError:
             return self._without_references(state)
         state = self._started(data, plan, noise, state, store)
-        data.limit(state.most_batches)
+        self._batches.limit(state.most_batches)
         reserve(self._problem, target.comparison().run, data, self._budget)
         loop = Loop(target, state, self._budget, self._progress, store)
         loop.run()
@@ -166,13 +165,14 @@ class _Fit:
             NoiseFloorError: what is fitted to does not stand above the noise.
         """
         kept = None if state is None else state.references
-        plan = planned(self._problem, self._batches, check, budget=self._budget, kept=kept)
+        references = check.references(self._problem)
+        plan = planned(self._problem, self._batches, references, budget=self._budget, kept=kept)
         noise = self._noise(plan, check) if state is None else None
         data, plan = measured(
             self._problem,
             self._batches,
+            references,
             plan,
-            check.units,
             self._budget,
             goes_on=state is not None,
         )
@@ -183,7 +183,7 @@ class _Fit:
         noise = None
         if plan.has_noise:
             held_out = self._batches.held_out
-            probes = select(held_out, torch.arange(min(PROBES, n_samples(held_out))))
+            probes = head(held_out, PROBES)
             until = Deadline(self._budget, NOISE_LATEST * self._budget.max_seconds)
             field = Field(self._problem.func, probes, until, check.units)
             try:
@@ -219,7 +219,7 @@ class _Fit:
             base_error=start.base_error,
             noise=start.noise,
             most_batches=most_batches(data, self._budget),
-            references=to_keep(plan),
+            references=asdict(plan),
             choice=choice,
         )
         new = group.from_first(lambda: new)

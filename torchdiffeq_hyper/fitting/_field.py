@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextvars
-from typing import NoReturn, Protocol
+import math
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._fields import SHAPE_CLASHES, ModelField, check_answer, check_call
-from torchdiffeq_hyper._state import State, StateLayout, VectorField, is_half, parts_of
+from torchdiffeq_hyper._state import RowLayout, State, StateLayout, VectorField, wide_dtype
 from torchdiffeq_hyper.errors import (
     CoupledSamplesError,
     NoisyFieldError,
@@ -17,21 +20,64 @@ from torchdiffeq_hyper.errors import (
     StateShapeError,
     first_line,
 )
-from torchdiffeq_hyper.fitting._batches import n_samples, select
-from torchdiffeq_hyper.fitting._context import Starts, bind
-from torchdiffeq_hyper.fitting._units import SEED, Units, size_of
+from torchdiffeq_hyper.fitting._batches import Starts, bind, n_samples, select
 from torchdiffeq_hyper.solvers._finite import is_finite
 from torchdiffeq_hyper.tableaus import Edge
 
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype in which differences of nearly equal states are formed."""
-    return torch.float32 if device.type == "mps" else torch.float64
+SEED = 2020
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which a solver steps states of ``dtype``."""
-    return torch.float32 if is_half(dtype) else dtype
+def size_of(value: Tensor) -> float:
+    """Return the root mean square, without overflow or underflow on the way."""
+    wide = value.detach().cpu().abs().double().flatten()
+    largest = float(wide.max()) if wide.numel() else 0.0
+    if largest == 0 or not math.isfinite(largest):
+        return largest
+    return largest * float((wide / largest).square().mean().sqrt())
+
+
+DRIVEN = 1e-2
+"""Share of the way that the first derivative would go over the span, below which starts count as
+zero: the size of their solutions comes from func."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """What dimensionless time and states are multiplied by.
+
+    In these, tolerances, noise and losses are numbers of order one whatever units func is
+    written in, and no power of a step size leaves the range of float32.
+    """
+
+    start: float = 0.0
+    """The time at dimensionless time 0."""
+    time: float = 1.0
+    """Length of the span, above 0; dimensionless time has the sign of true time."""
+    state: float = 1.0
+    """Size of the states, above 0."""
+
+    @classmethod
+    def of(cls, span: tuple[float, float], y0: Tensor, f0: Tensor) -> Units:
+        """Return the units of a problem with flat starts ``y0`` and derivatives ``f0`` there."""
+        width = abs(span[1] - span[0])
+        size = max(size_of(y0), DRIVEN * width * size_of(f0))
+        return cls(span[0], width, size if 0 < size < math.inf else 1.0)
+
+    def times(self, t: Tensor) -> Tensor:
+        """Return true times as dimensionless ones."""
+        return (t - self.start) / self.time
+
+    def time_of(self, t: float) -> float:
+        """Return one true time as a dimensionless one."""
+        return (t - self.start) / self.time
+
+    def residual(self, order: int) -> float:
+        """Return the unit of the residuals of a base of some order: state / time^(p+1)."""
+        # One factor at a time: the power itself may leave the range of numbers.
+        unit = self.state
+        for _ in range(order + 1):
+            unit /= self.time
+        return unit
 
 
 class OutOfTimeError(Exception):
@@ -41,22 +87,14 @@ class OutOfTimeError(Exception):
 class Timer(Protocol):
     """Some time that ends."""
 
-    def is_over(self) -> bool:
-        """Return whether it has ended."""
+    def is_over(self) -> bool: ...
 
 
 class Field:
     """A vector field on flat states of any precision, called in the data's own dtype.
 
-    Args:
-        func: the user's ``func(t, y, *context)``.
-        starts: samples, or a state; its layout and dtype are what func is called with.
-        budget: the time there is.
-        units: those of the times and states that the field is called with.
-
-    Attributes:
-        dtype: what func is called in.
-        calls: calls of func so far.
+    The times and states that it is called with are in ``units``; func is called in true ones,
+    with the layout and dtype of ``starts`` (``flat``: their state, flat, in true units).
     """
 
     def __init__(
@@ -72,7 +110,8 @@ class Field:
         self.units = Units() if units is None else units
         self._bound = bind(func, self.starts)
         self._layout = StateLayout.of(self.starts.y0)
-        self.dtype = self._layout.join(self.starts.y0).dtype
+        self.flat = self._layout.join(self.starts.y0)
+        self.dtype = self.flat.dtype
         self._context = contextvars.copy_context()
         self.calls = 0
 
@@ -110,10 +149,8 @@ SHARES = (0.0, 0.1, 0.5, 1.0, 0.0, 0.77)
 def check_field(field: Field, span: tuple[float, float], y0: Tensor) -> tuple[Tensor, ...]:
     """Refuse a field that has no solution to fit, before one is looked for.
 
-    Returns:
-        The field at the start and a little later, which have to be finite; and, to tell it
-        from others, at the middle and end of the span and at perturbed states; each like
-        the flat ``y0``.
+    Returns the field at the start and a little later, which have to be finite; and, to tell it
+    from others, at the middle and end of the span and at perturbed states.
     """
     check_start(y0)
     start = torch.tensor(span[0], dtype=wide_dtype(y0.device), device=y0.device)
@@ -122,22 +159,15 @@ def check_field(field: Field, span: tuple[float, float], y0: Tensor) -> tuple[Te
     # Noise may vanish at the start, e.g. at y = 0: look a step further, too.
     later = y0 + SHARES[1] * (span[1] - span[0]) * k
     second = _answer(field, times[1], later)
-    states = (later, later, *_perturbed(y0, later))
-    others = (field(t, y) for t, y in zip(times[2:], states, strict=True))
-    return k, second, *others
-
-
-def _perturbed(y0: Tensor, later: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two states near ``later``: each number off by a tenth of it and of its way there.
-
-    In their own units, and small enough that what has to be positive mostly stays so.
-    """
+    states = [later, later]
+    # Each number off by a tenth of it and of its way there: in their own units, and small
+    # enough that what has to be positive mostly stays so.
     generator = torch.Generator().manual_seed(SEED)
-    way, states = later - y0, []
     for _ in range(2):
         draws = (2 * torch.rand(2, *y0.shape, generator=generator) - 1).to(y0)
-        states.append(later + 0.1 * (draws[0] * later + draws[1] * way))
-    return states[0], states[1]
+        states.append(later + 0.1 * (draws[0] * later + draws[1] * (later - y0)))
+    others = (field(t, y) for t, y in zip(times[2:], states, strict=True))
+    return k, second, *others
 
 
 def _answer(field: Field, t: Tensor, y: Tensor) -> Tensor:
@@ -202,52 +232,36 @@ def check_samples(field: Field, count: int, span: tuple[float, float]) -> None:
             return
         again = torch.linalg.vector_norm(_derivatives(field, some, t) - k)
     except SHAPE_CLASHES as error:
-        if _takes(field, count, t):
-            _refuse_size(field, count, len(some), error)
-        raise
+        takes_all = False
+        with suppress(*SHAPE_CLASHES):
+            _derivatives(field, torch.arange(count), t)
+            takes_all = True
+        if not takes_all:
+            raise
+        raise StateShapeError(
+            problem=f"func takes all {count} samples and fails on {len(some)} "
+            f"({first_line(error)}): it holds something of every sample (labels, controls, noise) "
+            "and does not say which row is whose.",
+            expected="a func of any of the samples, called with the rows that are theirs.",
+            fix=_how_to_condition(field),
+        ) from error
     # One that answers otherwise at each call is refused by `check_field`.
     if not bool(again > NOISE * change):
-        _refuse_order(field, t)
+        raise CoupledSamplesError(
+            problem=f"func gives the same samples other derivatives at t = {t:.6g} where their "
+            "order is another: it holds something of every sample (labels, controls, noise), or "
+            "dim 0 of y0 is not that of samples.",
+            expected="a derivative of each sample that does not depend on its place in the batch.",
+            fix=_how_to_condition(field),
+        )
 
 
 def _derivatives(field: Field, order: Tensor, t: float) -> Tensor:
     """Return the derivatives of some of the field's samples, in an order, one a row."""
     starts = select(field.starts, order % n_samples(field.starts))
-    layout = StateLayout.of(starts.y0)
-    y = layout.join(starts.y0)
-    wide = wide_dtype(y.device)
-    time = torch.tensor(t, dtype=wide, device=y.device)
-    k = layout.split(Field(field.func, starts, field.budget)(time, y.to(wide)))
-    return torch.cat([part.reshape(len(part), -1) for part in parts_of(k)], dim=1)
-
-
-def _takes(field: Field, count: int, t: float) -> bool:
-    """Return whether func takes ``count`` samples."""
-    try:
-        _derivatives(field, torch.arange(count), t)
-    except SHAPE_CLASHES:
-        return False
-    return True
-
-
-def _refuse_order(field: Field, t: float) -> NoReturn:
-    raise CoupledSamplesError(
-        problem=f"func gives the same samples other derivatives at t = {t:.6g} where their order "
-        "is another: it holds something of every sample (labels, controls, noise), or dim 0 of y0 "
-        "is not that of samples.",
-        expected="a derivative of each sample that does not depend on its place in the batch.",
-        fix=_how_to_condition(field),
-    )
-
-
-def _refuse_size(field: Field, count: int, some: int, error: Exception) -> NoReturn:
-    reason = first_line(error)
-    raise StateShapeError(
-        problem=f"func takes all {count} samples and fails on {some} ({reason}): it holds "
-        "something of every sample (labels, controls, noise) and does not say which row is whose.",
-        expected="a func of any of the samples, called with the rows that are theirs.",
-        fix=_how_to_condition(field),
-    ) from error
+    part = Field(field.func, starts, field.budget)
+    y = part.flat.to(wide_dtype(part.flat.device))
+    return RowLayout.of(starts.y0).join(StateLayout.of(starts.y0).split(part(y.new_tensor(t), y)))
 
 
 def _how_to_condition(field: Field) -> str:

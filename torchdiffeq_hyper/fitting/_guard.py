@@ -6,14 +6,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import MethodType
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._fields import Conditioned, attributes_as_found
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 class ModuleState:
@@ -80,11 +77,11 @@ def modules_in(func: object) -> list[nn.Module]:
 
 
 @contextmanager
-def frozen_or_restored(hypernet: Module) -> Iterator[Module]:
+def frozen_or_restored(hypernet: nn.Module) -> Iterator[None]:
     """Train a net in place: frozen in evaluation mode at the end, as before on any error."""
     before = ModuleState(hypernet, values=True)
     try:
-        yield hypernet
+        yield
     except BaseException:
         before.restore()
         raise

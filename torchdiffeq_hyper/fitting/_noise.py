@@ -7,10 +7,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._state import State, StateLayout, sample_norms
+from torchdiffeq_hyper._state import State, StateLayout, sample_norms, stepped_dtype
 from torchdiffeq_hyper.errors import NoiseFloorError
 from torchdiffeq_hyper.fitting._data import measure_residuals
-from torchdiffeq_hyper.fitting._field import Field, state_dtype
+from torchdiffeq_hyper.fitting._field import Field
 from torchdiffeq_hyper.fitting._reference import Plan, TimeGrid, Tolerances, solve_reference
 from torchdiffeq_hyper.tableaus import Tableau
 
@@ -35,7 +35,7 @@ def measure_noise(
     tight = 10.0 if tolerances.rtol / 10 >= TIGHTEST else 0.1
     solution = solve_reference(field, flat, plan.times, tolerances)
     finer = solve_reference(field, flat, _refined(plan.times), tolerances.tightened(tight))[::2]
-    half_unit = torch.finfo(state_dtype(flat.dtype)).eps / 2
+    half_unit = torch.finfo(stepped_dtype(flat.dtype)).eps / 2
     noises, unit = [], units.residual(tableau.order)
     for grid in plan.grids:
         first = measure_residuals(field, tableau, grid, solution)
@@ -91,7 +91,7 @@ def noise_at_end(field: Field, y0: State, times: Tensor, tolerances: Tolerances)
         float(sample_norms(layout.split(state)).mean()) for state in (first, first - second)
     )
     # Half a unit in the last place of the state, and half of one of the state in true units.
-    return noise / (size or 1.0) + torch.finfo(state_dtype(flat.dtype)).eps
+    return noise / (size or 1.0) + torch.finfo(stepped_dtype(flat.dtype)).eps
 
 
 def refuse_exact(name: str, n: int, error: float, noise: float, dtype: torch.dtype) -> NoReturn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._state import StateLayout
-from torchdiffeq_hyper.fitting._batches import Batches
+from torchdiffeq_hyper.fitting._batches import Batches, Starts, context_signature, n_samples
 from torchdiffeq_hyper.fitting._budget import (
+    ENDLESS,
     FEWEST,
     LOOSEST,
     Budget,
@@ -20,14 +19,18 @@ from torchdiffeq_hyper.fitting._budget import (
     ReferencePlan,
     plan_references,
 )
-from torchdiffeq_hyper.fitting._context import Starts, context_signature
 from torchdiffeq_hyper.fitting._data import Data, References
 from torchdiffeq_hyper.fitting._errors import Run, end_errors
-from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError, check_field, check_samples
+from torchdiffeq_hyper.fitting._field import (
+    Field,
+    OutOfTimeError,
+    Units,
+    check_field,
+    check_samples,
+)
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._reference import Tolerances
 from torchdiffeq_hyper.fitting._signature import signs_of_field
-from torchdiffeq_hyper.fitting._units import Units
 
 SOLVES_OF_REPORT = 20
 """Solves of the held-out samples that a report takes, about."""
@@ -37,18 +40,14 @@ NOISE_LATEST = 0.25
 """Share of all time after which the measurement of the noise is given up."""
 MOST_BYTES = 2**30
 """Memory that the reference solutions kept may take."""
-ENDLESS = Budget(math.inf)
 
 
 @dataclass(frozen=True)
 class FieldCheck:
     """What the check of a field that can be fitted has told.
 
-    Attributes:
-        dtype: the flat state's.
-        signs: what tells the starts and the field from others.
-        units: those of the solutions.
-        tolerances: those wanted of reference solutions.
+    ``dtype`` is the flat state's, ``signs`` tell the starts and the field from others, and
+    ``tolerances`` are those wanted of reference solutions.
     """
 
     dtype: torch.dtype
@@ -59,13 +58,12 @@ class FieldCheck:
     @classmethod
     def of(cls, problem: Problem, starts: Starts, count: int) -> FieldCheck:
         """Look at the field on some of ``count`` samples; refuse one that cannot be fitted."""
-        flat = StateLayout.of(starts.y0).join(starts.y0)
         field = Field(problem.func, starts, ENDLESS)
         check_samples(field, count, problem.span)
-        answers = check_field(field, problem.span, flat)
-        units = Units.of(problem.span, flat, answers[0])
-        tolerances = Tolerances.of(problem.config, flat.dtype, units)
-        return cls(flat.dtype, signs_of_field((flat, *answers)), units, tolerances)
+        answers = check_field(field, problem.span, field.flat)
+        units = Units.of(problem.span, field.flat, answers[0])
+        tolerances = Tolerances.of(problem.config, field.dtype, units)
+        return cls(field.dtype, signs_of_field((field.flat, *answers)), units, tolerances)
 
     def references(self, problem: Problem) -> References:
         """Return what solves references at the wanted tolerances."""
@@ -89,26 +87,17 @@ class FieldCheck:
 def planned(
     problem: Problem,
     batches: Batches,
-    field_check: FieldCheck,
+    references: References,
     *,
     budget: Budget,
     kept: dict[str, Any] | None,
 ) -> ReferencePlan:
-    """Return what can be solved in the time there is; as it was where a fit goes on.
-
-    Then ``kept`` is what `to_keep` returned in the interrupted run.
-    """
+    """Return what can be solved in the time there is; as ``kept`` where a fit goes on."""
     if kept is not None:
-        return ReferencePlan(**{**kept, "tolerances": Tolerances(**kept["tolerances"])})
+        return ReferencePlan.from_dict(kept)
+    in_batch = n_samples(batches[0])
     return problem.group.from_first(
-        lambda: plan_references(
-            problem.func,
-            (batches.held_out, batches.size),
-            problem.plan.times,
-            wanted=field_check.tolerances,
-            units=field_check.units,
-            budget=budget,
-        )
+        lambda: plan_references(references, batches.held_out, in_batch, budget)
     )
 
 
@@ -130,16 +119,11 @@ def most_batches(data: Data, budget: Budget) -> int:
     return min(in_time, max(1, MOST_BYTES // data.first.nbytes))
 
 
-def to_keep(plan: ReferencePlan) -> dict[str, Any]:
-    """Return a plan as plain values."""
-    return asdict(plan)
-
-
 def measured(
     problem: Problem,
     batches: Batches,
+    references: References,
     plan: ReferencePlan,
-    units: Units,
     budget: Budget,
     *,
     goes_on: bool,
@@ -147,15 +131,12 @@ def measured(
     """Return the data, its held-out and its first training batch measured, and what was cut.
 
     Where a plan made just now takes longer than foreseen, loose solutions of a few samples
-    are tried; a fit that goes on has to meet its data again.
-
-    Raises:
-        OutOfTimeError: there was no time for these either.
+    are tried; a fit that goes on has to meet its data again. `OutOfTimeError` where there
+    was no time for these either.
     """
     seconds = "less than planned: the first solutions took too long"
-    hurried = replace(
-        plan,
-        tolerances=plan.tolerances.loosened(max(LOOSEST, plan.tolerances.rtol)),
+    hurried = ReferencePlan(
+        plan.tolerances.loosened(max(LOOSEST, plan.tolerances.rtol)),
         held_out=min(plan.held_out, FEWEST // 2),
         batch=min(plan.batch, FEWEST // 2),
         has_noise=False,
@@ -165,17 +146,10 @@ def measured(
     for attempt, share in attempts:
         batches.keep(attempt.held_out, attempt.batch)
         now = budget.elapsed
+        deadline = Deadline(budget, now + share * (budget.max_seconds - now))
+        solver = replace(references, tolerances=attempt.tolerances)
         try:
-            data = Data(
-                problem.func,
-                batches,
-                tableau=problem.tableau,
-                plan=problem.plan,
-                tolerances=attempt.tolerances,
-                units=units,
-                budget=Deadline(budget, now + share * (budget.max_seconds - now)),
-                group=problem.group,
-            )
+            data = Data(solver, batches, deadline, problem.group)
             assert data.first.grids  # measured by all processes together
         except OutOfTimeError:
             continue

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, parts_of
+from torchdiffeq_hyper.fitting._batches import Context, split_context
 from torchdiffeq_hyper.fitting._config import FitConfig
-from torchdiffeq_hyper.fitting._context import Context, split_context
 from torchdiffeq_hyper.fitting._distributed import ProcessGroup
 from torchdiffeq_hyper.fitting._reference import Plan, check_choice, check_span, step_counts
 from torchdiffeq_hyper.methods import _registry

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from torchdiffeq_hyper._state import is_half
+from torchdiffeq_hyper._state import is_half, stepped_dtype, wide_dtype
 from torchdiffeq_hyper.errors import NonFiniteError, OptionError, closest
 from torchdiffeq_hyper.fitting._config import FitConfig
-from torchdiffeq_hyper.fitting._field import Field, check_start, state_dtype, wide_dtype
-from torchdiffeq_hyper.fitting._units import Units
+from torchdiffeq_hyper.fitting._field import Field, Units, check_start
 from torchdiffeq_hyper.solvers._grid import Steps, check_steps, equal_steps
 
 DIRECTIONS = ("forward", "reverse", "both")
@@ -25,15 +24,12 @@ MOST_STEP_COUNTS = 4
 
 @dataclass(frozen=True)
 class TimeGrid:
-    """One way through the span: equal steps in one direction.
-
-    Attributes:
-        times: (n + 1,) float64 times in the order they are visited.
-        points: for each of them, its position in the reference solution.
-    """
+    """One way through the span: equal steps in one direction."""
 
     times: Tensor
+    """(n + 1,) float64 times in the order they are visited."""
     points: Tensor
+    """For each of them, its position in the reference solution."""
 
     @property
     def n_steps(self) -> int:
@@ -43,15 +39,12 @@ class TimeGrid:
 
 @dataclass(frozen=True)
 class Plan:
-    """The times at which reference solutions are wanted, and the grids through them.
-
-    Attributes:
-        times: (m,) float64 times in the order of the span, all distinct.
-        grids: the grids; their ``points`` index ``times``.
-    """
+    """The times at which reference solutions are wanted, and the grids through them."""
 
     times: Tensor
+    """(m,) float64 times in the order of the span, all distinct."""
     grids: tuple[TimeGrid, ...]
+    """The grids; their ``points`` index ``times``."""
 
     @classmethod
     def of(cls, span: tuple[float, float], steps: Steps, direction: str) -> Plan:
@@ -85,9 +78,8 @@ def step_counts(steps: Steps) -> list[int]:
     They are spread evenly in the logarithm, since errors go by ratios of dt, and hold
     both ends.
 
-    Example:
-        >>> step_counts(10), step_counts((4, 16)), step_counts((2, 3))
-        ([10], [4, 6, 10, 16], [2, 3])
+    >>> step_counts(10), step_counts((4, 16)), step_counts((2, 3))
+    ([10], [4, 6, 10, 16], [2, 3])
     """
     checked = check_steps(steps)
     if checked is None:
@@ -143,13 +135,7 @@ ENOUGH_FOR_FLOAT32 = 1e-4
 
 @dataclass(frozen=True)
 class Tolerances:
-    """What reference solutions are computed with.
-
-    Attributes:
-        method: torchdiffeq's name of the method.
-        rtol: relative tolerance.
-        atol: absolute tolerance, in units of the states' size.
-    """
+    """The host's method of reference solutions; ``atol`` is in units of the states' size."""
 
     method: str
     rtol: float
@@ -184,20 +170,14 @@ class Tolerances:
 def solve_reference(field: Field, y0: Tensor, times: Tensor, tolerances: Tolerances) -> Tensor:
     """Return the solution at ``times``, held in float64 where the device has it.
 
-    Args:
-        field: the vector field.
-        y0: flat state at ``times[0]``, in true units.
-        times: (m,) float64 times, monotonic, in true units.
-        tolerances: method and tolerances.
-
-    Returns:
-        (m, *y0.shape) states, in the field's units.
+    The flat ``y0`` at ``times[0]`` and the (m,) float64 times are in true units, the
+    (m, *y0.shape) states of the solution in the field's.
     """
     check_start(y0)
     wide = wide_dtype(y0.device)
     t = field.units.times(times).to(device=y0.device, dtype=wide)
     if tolerances.rtol >= ENOUGH_FOR_FLOAT32:
-        wide = state_dtype(field.dtype)
+        wide = stepped_dtype(field.dtype)
     options = {"step_t": t} if tolerances.method in STEP_TIMES_METHODS else None
     with _explained(tolerances.method):
         solution: Tensor = contextvars.Context().run(
@@ -210,7 +190,14 @@ def solve_reference(field: Field, y0: Tensor, times: Tensor, tolerances: Toleran
             method=tolerances.method,
             options=options,
         )
-    _check_finite(solution, times)
+    finite = torch.isfinite(solution).flatten(1).all(1)
+    if not bool(finite.all()):
+        first = float(times[int(finite.int().argmin())])
+        raise NonFiniteError(
+            problem=f"the reference solution holds inf or nan from t = {first:.6g} on.",
+            expected="a finite solution over the whole span.",
+            fix="a shorter t_span, or starts that stay finite",
+        )
     return solution
 
 
@@ -235,15 +222,3 @@ def _explained(method: str) -> Iterator[None]:
             expected="a method of torchdiffeq that controls its error.",
             fix='FitConfig(method="dopri5")',
         ) from error
-
-
-def _check_finite(solution: Tensor, times: Tensor) -> None:
-    finite = torch.isfinite(solution).flatten(1).all(1)
-    if not bool(finite.all()):
-        first = int(finite.int().argmin())
-        raise NonFiniteError(
-            problem=f"the reference solution holds inf or nan from t = {float(times[first]):.6g} "
-            "on.",
-            expected="a finite solution over the whole span.",
-            fix="a shorter t_span, or starts that stay finite",
-        )

@@ -23,9 +23,9 @@ from torchdiffeq_hyper.fitting._errors import (
     errors_along,
     solved,
 )
+from torchdiffeq_hyper.fitting._field import size_of
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._target import Target
-from torchdiffeq_hyper.fitting._units import size_of
 from torchdiffeq_hyper.hypernets import join_channels
 from torchdiffeq_hyper.solvers._report import BreakEven, ErrorSummary, FitReport, Rival
 

@@ -2,15 +2,93 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._rules import shown
 from torchdiffeq_hyper.errors import OptionError
-from torchdiffeq_hyper.fitting._field import SHARES
-from torchdiffeq_hyper.fitting._units import differing, fingerprint
+from torchdiffeq_hyper.fitting._field import SEED, SHARES, size_of
+
+N_DIRECTIONS = 4
+SLACK = 1e-4
+"""By which a field may differ relative to its size: sums depend on the number of threads."""
+ROUNDINGS = 64
+"""Roundings, relative to the largest size of all points, that a value may differ by as well:
+where terms cancel, little else is left of it."""
+HALF_SLACK = 4
+"""Roundings that a field in half precision may differ by."""
+
+Fingerprint: TypeAlias = dict[str, Any]
+
+
+@torch.no_grad()
+def fingerprint(points: Sequence[Tensor], dtype: torch.dtype) -> list[Fingerprint | None]:
+    """Return what tells values, computed in ``dtype``, from others: sizes and projections.
+
+    The projections are relative to the sizes, so that they overflow for no unit. What is not
+    finite gives None.
+
+    Example:
+        >>> import torch
+        >>> (one,) = fingerprint([torch.ones(100)], torch.float32)
+        >>> one["size"], len(one["projections"])
+        (1.0, 4)
+    """
+    values = [_as_numbers(point) for point in points]
+    count = values[0].numel()
+    generator = torch.Generator().manual_seed(SEED)
+    directions = [
+        torch.randn(count, generator=generator, dtype=torch.float64) for _ in range(N_DIRECTIONS)
+    ]
+    return [_fingerprint_of(value, directions, torch.finfo(dtype).eps) for value in values]
+
+
+def _as_numbers(value: Tensor) -> Tensor:
+    """Return all numbers in a tensor, float64, on the CPU."""
+    real = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+    return real.detach().cpu().double().flatten()
+
+
+def _fingerprint_of(value: Tensor, directions: Sequence[Tensor], eps: float) -> Fingerprint | None:
+    if not bool(torch.isfinite(value).all()):
+        return None
+    size = size_of(value)
+    relative = value / size if size > 0 else value
+    # Of the order of one, whatever the number of values.
+    projections = [float(relative @ d) / math.sqrt(max(1, len(value))) for d in directions]
+    return {"size": size, "projections": projections, "eps": eps}
+
+
+def differing(first: object, second: object) -> int | None:
+    """Return the first point at which two fingerprints differ, None if at none.
+
+    The first may be anything that was read from a file, the second is of `fingerprint`.
+    """
+    assert isinstance(second, list)
+    if not isinstance(first, list) or len(first) != len(second):
+        return 0
+    largest = max((one["size"] for one in second if one is not None), default=0.0)
+    pairs = enumerate(zip(first, second, strict=True))
+    return next((n for n, (one, other) in pairs if not _alike(one, other, largest)), None)
+
+
+def _alike(one: Any, other: Fingerprint | None, largest: float) -> bool:
+    if one is None or other is None:
+        return one is other
+    try:
+        sizes = float(one["size"]), float(other["size"])
+        pairs = list(zip(one["projections"], other["projections"], strict=True))
+        size, eps = max(sizes), float(other["eps"])
+        slack = max(SLACK, HALF_SLACK * eps) * size + ROUNDINGS * eps * largest
+        differences = [abs(a * sizes[0] - b * sizes[1]) for a, b in pairs]
+        return all(found <= slack for found in [abs(sizes[0] - sizes[1]), *differences])
+    except (KeyError, TypeError, ValueError):
+        return False
+
 
 FUNC = "func(t, y)"
 POINTS_OF: dict[str, Sequence[str]] = {

@@ -17,29 +17,40 @@ from torch import Tensor, nn, optim
 from torchdiffeq_hyper._fields import Conditioned, model_as_found
 from torchdiffeq_hyper._files import checked
 from torchdiffeq_hyper._rules import ANYTHING, Maybe, Record, Table, record_of
-from torchdiffeq_hyper._state import State, VectorField
+from torchdiffeq_hyper._state import State, VectorField, wide_dtype
 from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.fitting._adamw import annealed
 from torchdiffeq_hyper.fitting._auto import calibrate, measuring_time_in
-from torchdiffeq_hyper.fitting._batches import check_like, checked_batch, n_samples
+from torchdiffeq_hyper.fitting._batches import (
+    check_like,
+    checked_batch,
+    head,
+    many_batches,
+    n_samples,
+)
+from torchdiffeq_hyper.fitting._budget import ENDLESS, PROBES
 from torchdiffeq_hyper.fitting._config import FitConfig
-from torchdiffeq_hyper.fitting._context import many_batches
 from torchdiffeq_hyper.fitting._data import Batch
-from torchdiffeq_hyper.fitting._field import wide_dtype
+from torchdiffeq_hyper.fitting._field import Field
 from torchdiffeq_hyper.fitting._fit import check_hypernet
 from torchdiffeq_hyper.fitting._guard import left_as_found, modules_in, own_random_state
+from torchdiffeq_hyper.fitting._noise import measure_noise
 from torchdiffeq_hyper.fitting._objectives import (
     delta_quantiles,
     no_correction,
     objectives_of,
     usable_scale,
 )
-from torchdiffeq_hyper.fitting._prepare import ENDLESS, FieldCheck
+from torchdiffeq_hyper.fitting._prepare import FieldCheck
 from torchdiffeq_hyper.fitting._problem import HypersolverProblem
 from torchdiffeq_hyper.fitting._signature import check_same_field
 from torchdiffeq_hyper.hypernets import ready
-from torchdiffeq_hyper.lightning._measured import History, KnownBatches, noise_floor
-from torchdiffeq_hyper.lightning._trainer import FieldAsFound, find_lightning
+from torchdiffeq_hyper.lightning._trainer import (
+    FieldAsFound,
+    History,
+    KnownBatches,
+    find_lightning,
+)
 from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 from torchdiffeq_hyper.solvers._report import FitReport, LossPoint
@@ -76,16 +87,11 @@ class HyperSolverModule(LightningModule):
     ``load_from_checkpoint(path, func=func, y0=y0, t_span=..., base=..., steps=...)``.
 
     Args:
-        func: as in `fit`.
+        func, t_span, steps, alpha, objective, direction: as in `fit`.
         y0: a batch of starts, a tensor or a tuple of them: the net is made for these, and
             its scales and the noise floor are measured on them, here. Not trained on.
-        t_span: as in `fit`.
         base: as in `fit`, but for "bns".
-        steps: as in `fit`.
         hypernet: as in `fit`; trained in place.
-        alpha: as in `fit`.
-        objective: as in `fit`.
-        direction: as in `fit`.
         context: "batch" where a batch, ``y0`` too, is (state, *context): func is then called
             ``func(t, y, *context)``, as in `fit`.
         config: ``lr``, ``weight_decay``, ``rtol``, ``atol``, ``method`` and ``seed`` (of a
@@ -140,7 +146,7 @@ class HyperSolverModule(LightningModule):
         with torch.enable_grad(), own_random_state(self._problem.config.seed), self._measuring():
             self._prepare(hypernet)
         self._ends: tuple[int, ...] = ()
-        self._train = [0.0, 0.0]
+        self._train: list[float] = []
         self._sums = [0.0, 0.0, 0.0]
         self._history = History()
         self._began = 0.0
@@ -150,7 +156,11 @@ class HyperSolverModule(LightningModule):
         problem, starts = self._problem, self._starts
         check = FieldCheck.of(problem, starts, n_samples(starts))
         self._signs = check.signs
-        self._noise = noise_floor(problem, starts, check)
+        probes = head(starts, PROBES)
+        field = Field(problem.func, probes, ENDLESS, check.units)
+        self._noise = measure_noise(
+            field, probes.y0, problem.tableau, problem.plan, check.tolerances
+        )
         batch = check.references(problem).solve(starts, ENDLESS)
         self._known = KnownBatches(check.references(problem))
         if net is None:
@@ -193,8 +203,7 @@ class HyperSolverModule(LightningModule):
         grid = self.global_step % len(measured.grids)
         with torch.inference_mode(mode=False):
             loss = self._phases[number].loss(measured, grid)
-        self._train[0] += float(loss.detach())
-        self._train[1] += 1
+        self._train.append(float(loss.detach()))
         relative = loss / self._scales[number][grid]
         self.log("train_loss", relative, prog_bar=True, batch_size=n_samples(measured.y0))
         return relative
@@ -224,18 +233,14 @@ class HyperSolverModule(LightningModule):
         history.validation, history.base_validation = error / count, base_error / count
         self.log("validation", history.validation, prog_bar=True, sync_dist=True)
         self.log("validation_base", history.base_validation, sync_dist=True)
-        if self._train[1]:
+        if self._train:
             phase = self._phases[self._phase_at(max(0, self.global_step - 1))].name
-            loss = self._train[0] / self._train[1]
+            loss = sum(self._train) / len(self._train)
             history.losses.append(LossPoint(self.global_step, phase, loss, history.validation))
-            self._train = [0.0, 0.0]
+            self._train = []
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision that would leave func in another dtype.
-
-        Raises:
-            OptionError: the Trainer would cast the module, and func with it.
-        """
+        """Refuse a precision that would leave func in another dtype, by `OptionError`."""
         precision = str(self.trainer.precision)
         if precision.endswith("-true") and precision != "32-true":
             raise OptionError(
@@ -257,8 +262,7 @@ class HyperSolverModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Return AdamW on the hypernet, annealed over the steps that the Trainer will do.
 
-        Raises:
-            OptionError: the Trainer would never end.
+        A Trainer that would never end is refused by `OptionError`.
         """
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):

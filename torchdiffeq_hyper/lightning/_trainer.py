@@ -1,22 +1,27 @@
-"""Lightning, under whichever of its names, and a callback that gives func back after a fit."""
+"""What a module needs of Lightning and keeps during a Trainer's fit: batches, func, history."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from torchdiffeq_hyper._state import parts_of
 from torchdiffeq_hyper.errors import MissingExtraError
+from torchdiffeq_hyper.fitting._batches import Starts
+from torchdiffeq_hyper.fitting._budget import ENDLESS
+from torchdiffeq_hyper.fitting._data import Batch, References
+from torchdiffeq_hyper.fitting._prepare import MOST_BYTES
+from torchdiffeq_hyper.solvers._report import FitReport, LossPoint
 
 
 def find_lightning() -> Any:
-    """Return Lightning under the name it is already used by, or is installed as.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
+    """Return Lightning under the name it is already used by, or is installed as."""
     names = ("pytorch_lightning", "lightning.pytorch")
     for name in sorted(names, key=lambda name: name not in sys.modules):
         try:
@@ -38,11 +43,7 @@ else:
 
 
 class FieldAsFound(Callback):
-    """Holds a context open for the time of a fit: a module has no hook for exceptions.
-
-    Args:
-        as_found: returns a context that keeps func as a fit needs it, and gives it back.
-    """
+    """Keeps func as a fit needs it, and gives it back: a module has no hook for exceptions."""
 
     def __init__(self, as_found: Callable[[], AbstractContextManager[None]]) -> None:
         self._as_found = as_found
@@ -59,3 +60,50 @@ class FieldAsFound(Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Give func back."""
         self._stack.close()
+
+
+class KnownBatches:
+    """Batches with their references, each solved once as long as it comes again unchanged."""
+
+    def __init__(self, references: References) -> None:
+        self.references = references
+        self._batches: dict[Hashable, Batch] = {}
+
+    def measure(self, key: Hashable, starts: Starts) -> Batch:
+        """Return the batch known under a key if it has these samples, else solve it."""
+        known = self._batches.pop(key, None)
+        if known is None or not _same(known.starts, starts):
+            known = self.references.solve(starts, ENDLESS)
+        if sum(batch.nbytes for batch in self._batches.values()) + known.nbytes <= MOST_BYTES:
+            self._batches[key] = known
+        return known
+
+
+def _same(first: Starts, second: Starts) -> bool:
+    tensors = ((*parts_of(starts.y0), *starts.context) for starts in (first, second))
+    pairs = zip(*tensors, strict=True)
+    return all(a.device == b.device and torch.equal(a, b) for a, b in pairs)
+
+
+@dataclass
+class History:
+    """The fields of a `FitReport` that grow during a fit; they are kept in checkpoints."""
+
+    losses: list[LossPoint] = field(default_factory=list)
+    delta: dict[str, float] = field(default_factory=dict)
+    base_delta: dict[str, float] = field(default_factory=dict)
+    validation: float = 0.0
+    base_validation: float = 0.0
+    iterations: int = 0
+    seconds: float = 0.0
+
+    def report(self, **others: Any) -> FitReport | None:
+        """Return the report with the other fields, None before the first validation."""
+        if not self.delta:
+            return None
+        return FitReport(**{**vars(self), "losses": tuple(self.losses), **others})
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> History:
+        """Rebuild from the values of `dataclasses.asdict`."""
+        return cls(**{**data, "losses": [LossPoint(**point) for point in data["losses"]]})

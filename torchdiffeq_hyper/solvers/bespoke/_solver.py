@@ -18,12 +18,15 @@ from torchdiffeq_hyper.solvers._grid import check_times
 from torchdiffeq_hyper.solvers._report import FitReport
 from torchdiffeq_hyper.solvers._solver import Solver, Weights
 from torchdiffeq_hyper.solvers._stepping import Correction, stage_call
-from torchdiffeq_hyper.solvers.bespoke._knots import (
+from torchdiffeq_hyper.solvers.bespoke._dense_output import (
     Knots,
-    between,
     check_knots,
     default_knots,
-    hermite_weights,
+    dense_output,
+    differentiable_start,
+    is_whole_span,
+    rounding_of,
+    slack_of,
 )
 from torchdiffeq_hyper.solvers.bespoke._rollout import (
     Schedule,
@@ -32,14 +35,6 @@ from torchdiffeq_hyper.solvers.bespoke._rollout import (
     raise_non_finite,
     roll_out,
     schedule,
-)
-from torchdiffeq_hyper.solvers.bespoke._span import (
-    differentiable_start,
-    is_whole_span,
-    nan_outside,
-    rounding_of,
-    slack_of,
-    snapped_to_ends,
 )
 from torchdiffeq_hyper.solvers.bespoke._weights import (
     WeightCache,
@@ -261,14 +256,10 @@ class BespokeSolver(Solver, kind=BNS):
         if ends_at_end:
             y = (x if added is None else x + added).unsqueeze(0)
         else:
-            share = (t - start) / (end - start)
-            passed = share[1:].to(self.weights.dtype)
-            passed = snapped_to_ends(passed, rounding_of(self.span, t.dtype))
             knots = self.get_buffer("knot_values"), self.get_buffer("knot_slopes")
-            own = (part.to(flat.device) for part in (self.weights, *knots))
-            weights = hermite_weights(passed, *own) * (end - start)
-            weights = nan_outside(weights, share, slack_of(self.span, t_dtype))
-            y = between(passed, weights.to(flat.dtype), flat, stages, added)
+            matrices = [matrix.to(flat.device) for matrix in (self.weights, *knots)]
+            slacks = rounding_of(self.span, t.dtype), slack_of(self.span, t_dtype)
+            y = dense_output(t, (start, end), slacks, matrices, (flat, stages), added=added)
         if not is_finite(y[-1]):
             calls = schedule(self.weights.to(y.device), start, end, y.dtype)
             raise_non_finite(call, calls, first, dtype)

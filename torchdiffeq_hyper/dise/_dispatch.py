@@ -41,8 +41,8 @@ from torchdiffeq_hyper.errors import (
     StateShapeError,
     first_line,
 )
-from torchdiffeq_hyper.solvers._finite import cast_back
 from torchdiffeq_hyper.solvers._grid import check_times
+from torchdiffeq_hyper.solvers._stepping import cast_back
 
 
 def count_samples(y0: State) -> int:

@@ -20,7 +20,7 @@ from torchdiffeq_hyper.errors import (
 from torchdiffeq_hyper.fitting._batches import n_samples, select
 from torchdiffeq_hyper.fitting._context import Starts, bind
 from torchdiffeq_hyper.fitting._units import SEED, Units, size_of
-from torchdiffeq_hyper.solvers._finite import is_finite
+from torchdiffeq_hyper.solvers._stepping import is_finite
 from torchdiffeq_hyper.tableaus import Edge
 
 

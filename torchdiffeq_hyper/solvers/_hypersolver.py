@@ -14,11 +14,17 @@ from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, 
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers._files import KIND, describe_hypersolver, rebuild_hypersolver
-from torchdiffeq_hyper.solvers._finite import cast_back, is_finite, raise_non_finite
 from torchdiffeq_hyper.solvers._grid import Steps, check_steps, check_times, equal_steps, step_sizes
 from torchdiffeq_hyper.solvers._report import FitReport
 from torchdiffeq_hyper.solvers._solver import Solver, Weights
-from torchdiffeq_hyper.solvers._stepping import Step, integrate, stage_call
+from torchdiffeq_hyper.solvers._stepping import (
+    Step,
+    cast_back,
+    integrate,
+    is_finite,
+    raise_non_finite,
+    stage_call,
+)
 from torchdiffeq_hyper.tableaus import Tableau
 
 
@@ -127,7 +133,7 @@ class HyperSolver(Solver, kind=KIND, loads_all=True):
         self.warn_outside_fit(sizes, readable=None if n_points == 2 else self._read_off_by)
         states = integrate(step, grid, sizes, flat, ends_only=n_points == 2)
         if not is_finite(states[-1]):
-            raise_non_finite(step, zip(grid[:-1], grid[1:], strict=True), flat, dtype=dtype)
+            raise_non_finite(step, zip(grid[:-1], grid[1:], strict=True), flat, dtype)
         return layout.split(cast_back(torch.stack(states), dtype))
 
     @property

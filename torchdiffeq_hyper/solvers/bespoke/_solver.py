@@ -13,11 +13,10 @@ from torchdiffeq_hyper._files import damage_reported
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_half
 from torchdiffeq_hyper.solvers._domain import FitDomain, Match
 from torchdiffeq_hyper.solvers._files import BNS, describe_bespoke, rebuild_bespoke
-from torchdiffeq_hyper.solvers._finite import cast_back, is_finite
 from torchdiffeq_hyper.solvers._grid import check_times
 from torchdiffeq_hyper.solvers._report import FitReport
 from torchdiffeq_hyper.solvers._solver import Solver, Weights
-from torchdiffeq_hyper.solvers._stepping import Correction, stage_call
+from torchdiffeq_hyper.solvers._stepping import Correction, cast_back, is_finite, stage_call
 from torchdiffeq_hyper.solvers.bespoke._dense_output import (
     Knots,
     check_knots,

@@ -20,8 +20,8 @@ from torchdiffeq_hyper.errors import (
     StateTypeError,
     closest,
 )
-from torchdiffeq_hyper.solvers._finite import is_finite
 from torchdiffeq_hyper.solvers._grid import check_times
+from torchdiffeq_hyper.solvers._stepping import is_finite
 from torchdiffeq_hyper.solvers.per_sample._field import (
     TIME_MODES,
     SampleField,

@@ -130,18 +130,17 @@ class HyperSolver(Solver, kind=KIND, loads_all=True):
         correction = self._correction(self.tableau.order, func, y0, layout, flat)
         step = Step(self.tableau, call, correction)
         sizes = step_sizes(grid, are_equal=n_points == 2)
-        self.warn_outside_fit(sizes, readable=None if n_points == 2 else self._read_off_by)
+        readable = None
+        if n_points > 2:
+            readable = (
+                f'torchdiffeq.odeint(func, y0, t, method="{self.method}", '
+                'options={"solver": solver, {options}})'
+            )
+        self.warn_outside_fit(sizes, readable=readable)
         states = integrate(step, grid, sizes, flat, ends_only=n_points == 2)
         if not is_finite(states[-1]):
             raise_non_finite(step, zip(grid[:-1], grid[1:], strict=True), flat, dtype)
         return layout.split(cast_back(torch.stack(states), dtype))
-
-    @property
-    def _read_off_by(self) -> str:
-        return (
-            f'torchdiffeq.odeint(func, y0, t, method="{self.method}", options={{"solver": solver, '
-            "{options}})"
-        )
 
     def describe(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what a file holds: see `Solver.describe`."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchdiffeq_hyper._fields import can_restrict, check_answer, is_probing, look_through, restrict
 from torchdiffeq_hyper._state import State, VectorField, parts_of, sample_norms
 from torchdiffeq_hyper.evaluation._problem import Problem
-from torchdiffeq_hyper.recording._cost import FlopCounter
+from torchdiffeq_hyper.recording import FlopCounter
 
 
 class Counted:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
+from torchdiffeq_hyper._state import part_norms
 from torchdiffeq_hyper.errors import explain
 from torchdiffeq_hyper.hosts.torchdiffeq._call import HostCall
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import Perturb, PerturbFunc
@@ -133,13 +134,11 @@ class StepLog:
         derivatives = [f0, *(k for _, k in stages)]
         k = torch.stack([d.to(y0.dtype).expand_as(f0) for d in derivatives], dim=-1)
         error = torch.sum(k * (dt.to(y0.abs().dtype) * self._tableau.c_error), dim=-1)
-        self._errors.append(recording.part_norms(layout, error.expand_as(y0)))
+        self._errors.append(part_norms(layout, error.expand_as(y0)))
         if self._with_slopes:
             (g_before, k_before), (g_last, k_last) = stages[-2:]
             rise, run = (k_last - k_before).expand_as(y0), g_last - g_before
-            self._slopes.append(
-                (recording.part_norms(layout, rise), recording.part_norms(layout, run))
-            )
+            self._slopes.append((part_norms(layout, rise), part_norms(layout, run)))
 
     def _draw(self, t0: Tensor, dt: Tensor, y: Tensor) -> None:
         """Sample one accepted step uniformly (reservoir sampling: the n-th replaces with 1/n)."""

@@ -127,9 +127,8 @@ def handed_over(part: object) -> Iterator[Draft | None]:
 def take_over(part: object) -> Draft | None:
     """Return the draft that a host left to this part, once; None if there is none.
 
-    For methods that know more of themselves than their calls of func: they set the
-    draft's ``nfe``, ``sample_nfe``, ``selection`` or ``steps``, and what they set is kept.
-    They ask before they call func, which may run solves of its own by the same part.
+    For methods that know more of themselves than their calls of func: what they set in the draft
+    is kept. They ask before they call func, which may run solves of its own by the same part.
     """
     handed = _handed.get()
     if handed is None or handed[1] is not part:

@@ -89,11 +89,7 @@ class EnergyField(nn.Module):
         self._is_tuple: bool | None = None
 
     def start(
-        self,
-        y0: State,
-        *,
-        noise: State | None = None,
-        generator: torch.Generator | None = None,
+        self, y0: State, *, noise: State | None = None, generator: torch.Generator | None = None
     ) -> Parts:
         """Return the state to solve from: the parts of ``y0``, then zeros for the integrals.
 

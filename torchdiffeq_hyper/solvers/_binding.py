@@ -85,8 +85,9 @@ def attach(func: VectorField, solver: FittedT) -> FittedT:
             expected="a callable func(t, y).",
             fix="func=model",
         )
-    owner = owner_of(func)
-    added = _Attachment(owner.function, _key(check_fitted(solver)), solver)
+    owner, domain = owner_of(func), _domain_of(check_fitted(solver))
+    told_by = () if domain is None else (frozenset(domain.directions), tuple(sorted(domain.span)))
+    added = _Attachment(owner.function, (solver.method, *told_by), solver)
     with _lock:
         kept = [item for item in _read(owner.target) if item[:2] != added[:2]]
         _write(owner.target, [*kept, added])
@@ -150,15 +151,10 @@ def using(solver: FittedT) -> Iterator[FittedT]:
 
 @dataclass(frozen=True)
 class Times:
-    """The times of one call, by which a solver is chosen.
+    """The times of one call, by which a solver is chosen."""
 
-    Attributes:
-        t: the host's times (n,), or the start alone (0-d) where an event ends the solve.
-        is_negated: whether these are negated, as hosts do in reverse time.
-    """
-
-    t: Tensor
-    is_negated: bool
+    t: Tensor  # the host's (n,), or the start alone (0-d) where an event ends the solve
+    is_negated: bool  # as hosts do in reverse time
 
     @property
     def direction(self) -> int:
@@ -242,14 +238,6 @@ def _domain_of(solver: Any) -> FitDomain | None:
     """Return what a solver was fitted on; None for parts that serve every call alike."""
     domain = getattr(solver, "domain", None)
     return domain if isinstance(domain, FitDomain) else None
-
-
-def _key(solver: Fitted) -> tuple[Any, ...]:
-    """Return what tells a solver from others: method, directions and span."""
-    domain = _domain_of(solver)
-    if domain is None:
-        return (solver.method,)
-    return solver.method, frozenset(domain.directions), tuple(sorted(domain.span))
 
 
 def _none_serves(

@@ -168,13 +168,12 @@ class FitDomain:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> FitDomain:
         """Rebuild from `to_dict`'s values."""
-        start, end = data["span"]
         return cls(
-            span=(float(start), float(end)),
+            span=(float(data["span"][0]), float(data["span"][1])),
             dt_min=float(data["dt_min"]),
             dt_max=float(data["dt_max"]),
-            directions=tuple(int(sign) for sign in data["directions"]),
-            shapes=tuple(tuple(int(n) for n in shape) for shape in data["shapes"]),
+            directions=tuple(map(int, data["directions"])),
+            shapes=tuple(tuple(map(int, shape)) for shape in data["shapes"]),
             is_tuple=bool(data["is_tuple"]),
             dtype=str(data["dtype"]),
         )

@@ -2,12 +2,10 @@ r"""A hypersolver: a Runge-Kutta base plus dt^(p+1) times a small net."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchdiffeq_hyper._fields import check_hypernet
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_half
@@ -16,7 +14,7 @@ from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers._files import KIND, describe_hypersolver, rebuild_hypersolver
 from torchdiffeq_hyper.solvers._grid import Steps, check_steps, check_times, equal_steps, step_sizes
 from torchdiffeq_hyper.solvers._report import FitReport
-from torchdiffeq_hyper.solvers._solver import Solver, Weights
+from torchdiffeq_hyper.solvers._solver import Solver
 from torchdiffeq_hyper.solvers._stepping import (
     Step,
     cast_back,
@@ -68,6 +66,8 @@ class HyperSolver(Solver, kind=KIND, loads_all=True):
     """
 
     hypernet: Hypernet
+    describe = describe_hypersolver
+    _rebuild = staticmethod(rebuild_hypersolver)
 
     def __init__(
         self,
@@ -141,23 +141,6 @@ class HyperSolver(Solver, kind=KIND, loads_all=True):
         if not is_finite(states[-1]):
             raise_non_finite(step, zip(grid[:-1], grid[1:], strict=True), flat, dtype)
         return layout.split(cast_back(torch.stack(states), dtype))
-
-    def describe(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return what a file holds: see `Solver.describe`."""
-        return describe_hypersolver(self)
-
-    @classmethod
-    def rebuild(
-        cls,
-        settings: Mapping[str, Any],
-        tensors: Mapping[str, Tensor],
-        hypernet: nn.Module | None,
-        path: str | os.PathLike[str],
-        at: str = "",
-    ) -> tuple[Solver, Weights | None]:
-        """Return the solver of a file: see `Solver.rebuild`."""
-        arguments, net, weights = rebuild_hypersolver(settings, tensors, hypernet, path, at)
-        return cls(hypernet=net, **arguments), (net, weights, hypernet is not None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the tableau's closures."""

@@ -6,14 +6,14 @@ import copy
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._fields import context_of
-from torchdiffeq_hyper._files import read, read_metadata, write
+from torchdiffeq_hyper._files import damage_reported, read, read_metadata, write
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField
 from torchdiffeq_hyper.errors import OutsideFitWarning
 from torchdiffeq_hyper.hypernets._files import load_weights
@@ -55,6 +55,7 @@ class Solver(nn.Module, ABC):
     follows_grid: ClassVar[bool] = True
     """Whether it steps along a time grid, so that a call may ask for another number of steps."""
     _loads_all: ClassVar[bool] = True
+    _rebuild: ClassVar[Callable[..., tuple[dict[str, Any], nn.Module | None, dict[str, Tensor]]]]
 
     def __init__(
         self,
@@ -174,7 +175,6 @@ class Solver(nn.Module, ABC):
         """Return the tensors and the JSON-ready settings that a file holds."""
 
     @classmethod
-    @abstractmethod
     def rebuild(
         cls,
         settings: Mapping[str, Any],
@@ -188,6 +188,10 @@ class Solver(nn.Module, ABC):
         ``hypernet`` is the caller's instance, if any; ``path`` is the file and ``at`` the place
         of the settings in it, for messages. Raises what `load` raises.
         """
+        arguments, net, weights = cls._rebuild(settings, tensors, hypernet, path, at)
+        with damage_reported(path):
+            solver = cls(hypernet=net, **arguments)
+        return solver, None if net is None else (net, weights, hypernet is not None)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the solver to one safetensors file; an old one stays until it is complete.

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._files import damage_reported
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_half
 from torchdiffeq_hyper.solvers._domain import FitDomain, Match
 from torchdiffeq_hyper.solvers._files import BNS, describe_bespoke, rebuild_bespoke
 from torchdiffeq_hyper.solvers._grid import check_times
 from torchdiffeq_hyper.solvers._report import FitReport
-from torchdiffeq_hyper.solvers._solver import Solver, Weights
+from torchdiffeq_hyper.solvers._solver import Solver
 from torchdiffeq_hyper.solvers._stepping import Correction, cast_back, is_finite, stage_call
 from torchdiffeq_hyper.solvers.bespoke._dense_output import (
     Knots,
@@ -101,6 +99,8 @@ class BespokeSolver(Solver, kind=BNS):
 
     follows_grid = False
     steps: int
+    describe = describe_bespoke
+    _rebuild = staticmethod(rebuild_bespoke)
 
     def __init__(
         self,
@@ -150,8 +150,7 @@ class BespokeSolver(Solver, kind=BNS):
     @property
     def _parameter(self) -> Tensor:
         parameter = self._parameters.get("weights")
-        found: Tensor = self.__dict__["_plain_weights"] if parameter is None else parameter
-        return found
+        return self.__dict__["_plain_weights"] if parameter is None else parameter
 
     @property
     def weights(self) -> Tensor:
@@ -193,11 +192,9 @@ class BespokeSolver(Solver, kind=BNS):
     def match(self, direction: int, start: float | None = None, end: float | None = None) -> Match:
         """Return how well the solver suits a solve: not at all outside of its span."""
         found, span = super().match(direction, start, end), self.span
-        if span is None:
-            return found
         if found == Match.OUTSIDE:
             return Match.NONE
-        if start is None:
+        if span is None or start is None:
             return found
         # Times may come in half precision; `solve`, which knows, looks closer.
         slack = slack_of(span, torch.bfloat16) * abs(span[1] - span[0])
@@ -269,25 +266,6 @@ class BespokeSolver(Solver, kind=BNS):
         if not is_plain() or self.span is None or weights.is_inference():
             return schedule(weights.to(y.device), start, end, y.dtype)
         return self._schedules.of(weights, self.span, y)
-
-    def describe(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return what a file holds: see `Solver.describe`."""
-        return describe_bespoke(self)
-
-    @classmethod
-    def rebuild(
-        cls,
-        settings: Mapping[str, Any],
-        tensors: Mapping[str, Tensor],
-        hypernet: nn.Module | None,
-        path: str | os.PathLike[str],
-        at: str = "",
-    ) -> tuple[Solver, Weights | None]:
-        """Return the solver of a file: see `Solver.rebuild`."""
-        arguments, net, weights = rebuild_bespoke(settings, tensors, hypernet, path, at)
-        with damage_reported(path):
-            solver = cls(hypernet=net, **arguments)
-        return solver, None if net is None else (net, weights, hypernet is not None)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """Load as any module does; weights may come from the middle of a training."""

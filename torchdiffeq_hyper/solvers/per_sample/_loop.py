@@ -120,11 +120,7 @@ class StepLog:
         return marked
 
     def note(
-        self,
-        index: Tensor,
-        columns: tuple[Tensor, Tensor, Tensor],
-        is_accepted: Tensor,
-        error: Tensor,
+        self, index: Tensor, columns: tuple[Tensor, ...], is_accepted: Tensor, error: Tensor
     ) -> None:
         """Keep a round: times, sizes and error ratios of the samples ``index``, one error a row."""
         t, dt, ratio = columns

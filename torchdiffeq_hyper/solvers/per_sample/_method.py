@@ -132,13 +132,7 @@ class PerSampleDopri5:
         return self.run(func, y0, t, rtol=rtol, atol=atol)[0]
 
     def run(
-        self,
-        func: VectorField,
-        y0: State,
-        t: Tensor,
-        *,
-        rtol: Tolerance,
-        atol: Tolerance,
+        self, func: VectorField, y0: State, t: Tensor, *, rtol: Tolerance, atol: Tolerance
     ) -> tuple[State, Tensor]:
         """Return the solution, and how often func was evaluated for each sample (batch,)."""
         draft = recording.take_over(self)
@@ -256,23 +250,19 @@ def _in_rows(layout: RowLayout, name: str, given: Tolerance, rows: Tensor) -> Te
 
 
 def _check_order(times: Tensor, t: Tensor) -> None:
-    finite = torch.isfinite(times).all()
-    if bool(finite & (times.diff() > 0).all()):
+    are_finite = is_finite(times)
+    if are_finite and bool((times.diff() > 0).all()):
         return
+    how = "goes back and forth" if are_finite else "holds inf or nan"
     raise OptionError(
-        problem=f"t goes back and forth: {t.tolist()[:8]}."
-        if bool(finite)
-        else f"t holds inf or nan: {t.tolist()[:8]}.",
+        problem=f"t {how}: {t.tolist()[:8]}.",
         expected="finite times that strictly increase, or strictly decrease.",
-        fix="t = t.unique()" if bool(finite) else "t = t[torch.isfinite(t)]",
+        fix="t = t.unique()" if are_finite else "t = t[torch.isfinite(t)]",
     )
 
 
 def _raise_non_finite(solution: Tensor, rows: Tensor, t: Tensor) -> NoReturn:
-    """Name the first time and sample at which a solution (times, batch, width) is not finite.
-
-    ``rows`` is the same in the dtype that was integrated in.
-    """
+    """Name where a solution (times, batch, width), ``rows`` as integrated, is not finite first."""
     broken = ~torch.isfinite(solution).all(dim=2)
     time, sample = broken.nonzero()[0].tolist()
     where = f"sample {sample} at t = {float(t[time]):.6g}"

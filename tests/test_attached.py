@@ -24,7 +24,7 @@ from torchdiffeq import odeint
 import torchdiffeq_hyper as tdh
 from exact import zero
 from torchdiffeq_hyper.errors import OptionError
-from torchdiffeq_hyper.solvers import _attached
+from torchdiffeq_hyper.solvers import _binding
 
 T = torch.tensor([0.0, 1.0])
 
@@ -125,16 +125,14 @@ KINDS += [Guarded, function, partial, lambda: WithClass.field, lambda: torch.nn.
 
 
 def find(func: Any, method: str = "hypereuler") -> Any:
-    from torchdiffeq_hyper.solvers._binding import Times, find_bound
-
-    return find_bound(func, method, Times(T, is_negated=False))
+    return _binding.find_bound(func, method, _binding.Times(T, is_negated=False))
 
 
 @pytest.mark.parametrize("make", KINDS)
 def test_attaching_and_detaching_leave_nothing_behind(make: Any) -> None:
     func = make()
     before = dict(vars(func)) if hasattr(func, "__dict__") else None
-    elsewhere = dict(_attached._elsewhere)
+    elsewhere = dict(_binding._elsewhere)
     mine = tdh.attach(func, solver())
     assert find(func) is mine
     tdh.attach(func, solver(5))
@@ -144,7 +142,7 @@ def test_attaching_and_detaching_leave_nothing_behind(make: Any) -> None:
     assert find(func, "hyperheun") is other
     tdh.detach(func)
     assert before is None or dict(vars(func)) == before
-    assert _attached._elsewhere == elsewhere
+    assert _binding._elsewhere == elsewhere
     with pytest.raises(OptionError, match="not attached"):
         tdh.detach(func)
 
@@ -196,10 +194,10 @@ def test_attachment_ends_with_its_func_where_that_has_no_dict() -> None:
     func = Slotted()
     key = id(func)
     tdh.attach(func, solver())
-    assert key in _attached._elsewhere
+    assert key in _binding._elsewhere
     del func
     gc.collect()
-    assert key not in _attached._elsewhere
+    assert key not in _binding._elsewhere
 
 
 def test_solver_is_freed_with_its_func_and_by_detaching() -> None:
@@ -453,4 +451,4 @@ def test_threads_attach_to_one_func_without_losing_any() -> None:
         sys.setswitchinterval(interval)
     from torchdiffeq_hyper._fields import Owner
 
-    assert len(_attached.solvers(Owner(func, None), "hypereuler")) == 40
+    assert len(_binding.attached_to(Owner(func, None), "hypereuler")) == 40

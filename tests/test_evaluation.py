@@ -29,7 +29,7 @@ from torchdiffeq_hyper.errors import (
 )
 from torchdiffeq_hyper.evaluation import EvaluationRow, EvaluationTable, _measure
 from torchdiffeq_hyper.methods import _registry
-from torchdiffeq_hyper.recording._cost import median_seconds
+from torchdiffeq_hyper.recording import median_seconds
 
 SPAN = (0.0, 1.0)
 LEARNED = [method for method in _registry.methods().values() if method.is_learned]

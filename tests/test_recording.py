@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._state import StateLayout
+from torchdiffeq_hyper._state import StateLayout, part_norms
 from torchdiffeq_hyper.errors import HyperError, OptionError, StateShapeError
 from torchdiffeq_hyper.recording import Draft, Guard, Recorder, Solve, Steps
 
@@ -34,15 +34,15 @@ def _solve(steps: Steps | None, method: str = "dopri5") -> Solve:
 def test_part_norms_are_taken_over_the_non_batch_dimensions() -> None:
     layout = StateLayout(((2, 3), (2,), ()))
     flat = torch.tensor([3.0, 0, 4, 0, 0, 12, -5, 6, -7])
-    norms = recording.part_norms(layout, flat)
+    norms = part_norms(layout, flat)
     assert [n.tolist() for n in norms] == [[5, 12], [5, 6], [7]]
-    (norm,) = recording.part_norms(StateLayout(None), flat[:6].reshape(2, 3) * 1j)
+    (norm,) = part_norms(StateLayout(None), flat[:6].reshape(2, 3) * 1j)
     assert norm.tolist() == [5, 12]
 
 
 def test_states_without_entries_have_norms_without_entries() -> None:
-    assert recording.part_norms(StateLayout(None), torch.empty(0, 3))[0].shape == (0,)
-    assert recording.part_norms(StateLayout(None), torch.empty(4, 0))[0].tolist() == [0.0] * 4
+    assert part_norms(StateLayout(None), torch.empty(0, 3))[0].shape == (0,)
+    assert part_norms(StateLayout(None), torch.empty(4, 0))[0].tolist() == [0.0] * 4
 
 
 def test_joint_errors_leave_out_parts_that_belong_to_no_sample() -> None:

@@ -18,7 +18,7 @@ from torchdiffeq_hyper.evaluation import EvaluationRow, EvaluationTable, describ
 
 # Its measure is taken over whole: one definition of NFE, MACs, ms and errors.
 from torchdiffeq_hyper.evaluation._measure import Counted, Problem, errors
-from torchdiffeq_hyper.recording._cost import median_seconds
+from torchdiffeq_hyper.recording import median_seconds
 
 REFERENCE_TOLERANCE = 1e-6
 

@@ -15,7 +15,7 @@ import torchdiffeq_hyper as tdh
 from stubs import MLPField, coupled, damped_wave
 from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.fitting import _auto
-from torchdiffeq_hyper.recording._cost import FlopCounter
+from torchdiffeq_hyper.recording import FlopCounter
 
 GENERATOR = torch.Generator().manual_seed(5)
 POINTS = torch.randn(60, 2, generator=GENERATOR)

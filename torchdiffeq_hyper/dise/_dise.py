@@ -28,7 +28,7 @@ from torchdiffeq_hyper.dise._training import (
     train_selector,
 )
 from torchdiffeq_hyper.errors import OneCandidateWarning
-from torchdiffeq_hyper.solvers._finite import is_finite
+from torchdiffeq_hyper.solvers._stepping import is_finite
 
 
 class Dise(nn.Module):

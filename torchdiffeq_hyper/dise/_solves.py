@@ -34,8 +34,8 @@ from torchdiffeq_hyper.evaluation._trials import distinct
 from torchdiffeq_hyper.fitting._batches import Starts, bind
 from torchdiffeq_hyper.fitting._field import check_repeatable
 from torchdiffeq_hyper.fitting._guard import left_as_found
-from torchdiffeq_hyper.solvers._finite import cast_back
 from torchdiffeq_hyper.solvers._grid import check_times
+from torchdiffeq_hyper.solvers._stepping import cast_back
 from torchdiffeq_hyper.solvers.per_sample import PerSampleDopri5
 
 

@@ -31,7 +31,7 @@ from torchdiffeq_hyper.evaluation._table import EvaluationRow, EvaluationTable
 from torchdiffeq_hyper.evaluation._trials import Trial, expand
 from torchdiffeq_hyper.fitting._batches import bound
 from torchdiffeq_hyper.fitting._guard import ModuleState, modules_in
-from torchdiffeq_hyper.recording._cost import median_seconds
+from torchdiffeq_hyper.recording import median_seconds
 from torchdiffeq_hyper.solvers._solver import Solver
 
 Metric: TypeAlias = Callable[[Any], Any]

@@ -39,7 +39,7 @@ from torchdiffeq_hyper._state import (
 from torchdiffeq_hyper.errors import NonFiniteError, StateShapeError, UnfinishedSolveError
 from torchdiffeq_hyper.fitting._field import Units, check_repeatable
 from torchdiffeq_hyper.fitting._reference import BROKEN_DOWN, check_span
-from torchdiffeq_hyper.recording._cost import FlopCounter
+from torchdiffeq_hyper.recording import FlopCounter
 
 # In float32, tighter than 1e-7 gains nothing over rounding; in half precision every answer
 # of func is rounded to about 1e-3 (float16) or 1e-2 (bfloat16).

@@ -20,7 +20,7 @@ from torchdiffeq_hyper.fitting._guard import own_random_state
 from torchdiffeq_hyper.fitting._objectives import ResidualObjective, step_inputs
 from torchdiffeq_hyper.fitting._problem import HypersolverProblem
 from torchdiffeq_hyper.hypernets import ReadyHypernet, families, join_channels
-from torchdiffeq_hyper.recording._cost import FlopCounter
+from torchdiffeq_hyper.recording import FlopCounter
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torchdiffeq_hyper.errors import (
     first_line,
 )
 from torchdiffeq_hyper.fitting._batches import Starts, bind, n_samples, select
-from torchdiffeq_hyper.solvers._finite import is_finite
+from torchdiffeq_hyper.solvers._stepping import is_finite
 from torchdiffeq_hyper.tableaus import Edge
 
 SEED = 2020

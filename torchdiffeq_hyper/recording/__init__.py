@@ -1,11 +1,12 @@
 """Records of solves: calls of func, time, and the steps' own error estimates."""
 
-from torchdiffeq_hyper._state import part_norms
 from torchdiffeq_hyper.recording._recorder import (
     Draft,
+    FlopCounter,
     Recorder,
     add,
     handed_over,
+    median_seconds,
     no_steps,
     open_recorders,
     opened,
@@ -29,6 +30,7 @@ from torchdiffeq_hyper.recording._solve import (
 __all__ = [
     "AdjointGradientError",
     "Draft",
+    "FlopCounter",
     "FreedGraphError",
     "Guard",
     "MaxStepsError",
@@ -41,10 +43,10 @@ __all__ = [
     "add",
     "handed_over",
     "mark",
+    "median_seconds",
     "no_steps",
     "open_recorders",
     "opened",
-    "part_norms",
     "paused",
     "running",
     "take_over",

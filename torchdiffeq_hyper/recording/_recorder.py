@@ -1,17 +1,19 @@
-"""Scopes in which solves are recorded; hosts open them and fill in what happens."""
+"""Scopes in which solves are recorded, filled in by hosts; wall times and FLOPs of calls."""
 
 from __future__ import annotations
 
 import contextvars
 import random
+import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import reduce
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from torchdiffeq_hyper._state import StateLayout, batch_size, part_norms
 from torchdiffeq_hyper.recording._solve import NothingRecordedError, SampledStep, Solve, Steps
@@ -125,9 +127,8 @@ def handed_over(part: object) -> Iterator[Draft | None]:
 def take_over(part: object) -> Draft | None:
     """Return the draft that a host left to this part, once; None if there is none.
 
-    For methods that know more of themselves than their calls of func: they set the
-    draft's ``nfe``, ``sample_nfe``, ``selection`` or ``steps``, and what they set is kept.
-    They ask before they call func, which may run solves of its own by the same part.
+    For methods that know more of themselves than their calls of func: what they set in the draft
+    is kept. They ask before they call func, which may run solves of its own by the same part.
     """
     handed = _handed.get()
     if handed is None or handed[1] is not part:
@@ -137,16 +138,11 @@ def take_over(part: object) -> Draft | None:
 
 
 class Draft:
-    """A solve being recorded.
+    """A solve being recorded: the `Solve` to be, as far as it is known.
 
-    Attributes:
-        recorders: the records it goes to.
-        is_adjoint: whether it is part of the forward solve of `odeint_adjoint`.
-        nfe: calls of func so far; the host counts them, a method may correct them.
-        sample_nfe: (batch,) calls that each sample took part in; None: all of them.
-        selection: (batch,) the candidate of each sample.
-        steps: the attempted steps; None for methods without error estimates.
-        sampled_step: an accepted step drawn at random.
+    The host counts the calls of func in ``nfe``, a method may correct them. ``sample_nfe`` None
+    means all of these, ``steps`` None a method without error estimates; ``is_adjoint`` says that
+    the solve is part of the forward solve of `odeint_adjoint`.
     """
 
     def __init__(
@@ -211,3 +207,65 @@ def _now(y0: Tensor) -> float:
     if y0.is_cuda and not torch.cuda.is_current_stream_capturing():
         torch.cuda.synchronize(y0.device)
     return time.perf_counter()
+
+
+TURN_SECONDS = 0.02
+"""A shorter run is repeated within its turn until this has passed."""
+
+
+def median_seconds(
+    runs: Sequence[Callable[[], object]],
+    device: torch.device,
+    repeats: int,
+    tick: Callable[[], object] = lambda: None,
+    turn_seconds: float = TURN_SECONDS,
+) -> list[float]:
+    """Return each run's median wall time in seconds over ``repeats`` rounds.
+
+    A round has every run's turn, so that a machine that slows down slows them all; a short
+    run is repeated within its turn, so that what ran before it does not count. ``tick`` is
+    called after each turn, outside the measured time.
+    """
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeats):
+        for run, seconds in zip(runs, times, strict=True):
+            seconds.append(_time_turn(run, device, turn_seconds))
+            tick()
+    return [statistics.median(seconds) for seconds in times]
+
+
+def _time_turn(run: Callable[[], object], device: torch.device, turn_seconds: float) -> float:
+    _synchronize(device)
+    n_runs, elapsed, start = 0, 0.0, time.perf_counter()
+    while n_runs == 0 or elapsed < turn_seconds:
+        run()
+        _synchronize(device)
+        n_runs, elapsed = n_runs + 1, time.perf_counter() - start
+    return elapsed / n_runs
+
+
+def _synchronize(device: torch.device) -> None:
+    getattr(torch, device.type).synchronize()
+
+
+class FlopCounter(FlopCounterMode):
+    """torch's FLOP counter, its total only.
+
+    torch's own counts per module too, by hooks on the modules' inputs; those end the
+    `torch.autograd.grad` of such an input, as in every likelihood's divergence, with
+    "A leaf node was passed to _will_engine_execute_node" (torch 2.13).
+    """
+
+    def __init__(self) -> None:
+        super().__init__(display=False)
+        self.mod_tracker: Any = _NoTracker()
+
+
+class _NoTracker:
+    parents: ClassVar[set[str]] = {"Global"}
+
+    def __enter__(self) -> None:
+        """Track nothing."""
+
+    def __exit__(self, *_: object) -> None:
+        """Track nothing."""

@@ -26,15 +26,10 @@ class AdjointGradientError(HyperError, RuntimeError):
 
 @dataclass(frozen=True)
 class Guard:
-    """Knows whether a record's numbers can be differentiated.
+    """Knows whether a record's numbers can be differentiated."""
 
-    Attributes:
-        marks: nodes put into the solve's graph by `mark`, one an accepted step.
-        is_adjoint: whether the solve was the forward one of `odeint_adjoint`.
-    """
-
-    marks: tuple[Any, ...] = ()
-    is_adjoint: bool = False
+    marks: tuple[Any, ...] = ()  # nodes put into the graph by `mark`, one an accepted step
+    is_adjoint: bool = False  # whether the solve was the forward one of `odeint_adjoint`
 
     def protect(self, value: Tensor) -> Tensor:
         """Return ``value``, whose backward raises where its graph cannot serve it."""
@@ -50,12 +45,7 @@ class Guard:
         return value
 
     def check(self, *_: Tensor) -> None:
-        """Raise if there is no graph (any more).
-
-        Raises:
-            AdjointGradientError: there never was one.
-            FreedGraphError: a backward pass has freed it.
-        """
+        """Raise if there never was a graph, or a backward pass has freed it."""
         if self.is_adjoint:
             raise AdjointGradientError(
                 problem="odeint_adjoint keeps no graph of its steps: their errors have no "
@@ -76,9 +66,9 @@ class Guard:
 
 
 def mark(x: Tensor) -> tuple[Tensor, Any]:
-    """Return ``x`` with a node of ours in its graph, and that node (None without a graph).
+    """Return ``x`` with a node of ours in its graph, which tells `Guard` when that is freed.
 
-    The node tells `Guard` when the graph is freed.
+    The node is returned too, None without a graph.
     """
     if not (x.requires_grad and torch.is_grad_enabled()):
         return x, None
@@ -256,9 +246,7 @@ class Solve:
     def sum_accepted(self, values: Tensor) -> Tensor:
         """Return the sum over accepted steps and samples of ``values``, (n_steps, batch).
 
-        Raises:
-            NothingRecordedError: the method has no error estimates.
-            FreedGraphError: a backward pass has freed the graph.
+        Raises what `error_penalty` raises.
         """
         if not self.is_adaptive:
             raise NothingRecordedError(

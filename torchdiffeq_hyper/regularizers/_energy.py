@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._fields import look_through, restrict
-from torchdiffeq_hyper._state import State, StateLayout, VectorField
+from torchdiffeq_hyper._state import State, StateLayout, VectorField, parts_of
 from torchdiffeq_hyper.errors import OptionError, StateShapeError
 
 Parts = tuple[Tensor, ...]
@@ -89,11 +89,7 @@ class EnergyField(nn.Module):
         self._is_tuple: bool | None = None
 
     def start(
-        self,
-        y0: State,
-        *,
-        noise: State | None = None,
-        generator: torch.Generator | None = None,
+        self, y0: State, *, noise: State | None = None, generator: torch.Generator | None = None
     ) -> Parts:
         """Return the state to solve from: the parts of ``y0``, then zeros for the integrals.
 
@@ -110,7 +106,7 @@ class EnergyField(nn.Module):
         """
         StateLayout.of(y0)
         self._is_tuple = isinstance(y0, tuple)
-        parts = _parts(y0)
+        parts = parts_of(y0)
         counted = self._counted(parts)
         sizes = {part.shape[:1] for part in counted}
         if len(sizes) != 1 or not next(iter(sizes)):
@@ -124,7 +120,7 @@ class EnergyField(nn.Module):
                 torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=generator)
                 for p in counted
             )
-            self._noise = tuple(drawn) if noise is None else _parts(noise)
+            self._noise = tuple(drawn) if noise is None else parts_of(noise)
             self._check_noise(counted)
         zeros = counted[0].detach().abs().new_zeros(len(counted[0]))
         return (*parts, *[zeros] * (self.kinetic + self.jacobian))
@@ -143,12 +139,16 @@ class EnergyField(nn.Module):
                 fix="odeint(field, field.start(y0), t)",
             )
         if not self.jacobian:
-            k = _parts(self.base_func(t, parts if self._is_tuple else parts[0]))
+            k = self._call(t, parts)
             return (*k, _squares(self._counted(k)))
         self._check_noise(self._counted(parts))
         k, slopes = self._differentiate(t, parts)
         energy = (_squares(self._counted(k)),) if self.kinetic else ()
         return (*k, *energy, _squares(slopes))
+
+    def _call(self, t: Tensor, parts: Parts) -> Parts:
+        k = self.base_func(t, parts if self._is_tuple else parts[0])
+        return (k,) if isinstance(k, Tensor) else tuple(k)
 
     def _differentiate(self, t: Tensor, parts: Parts) -> tuple[Parts, Parts]:
         """Return func's answer and e^T df/dy, with gradients where the caller has them on."""
@@ -156,13 +156,10 @@ class EnergyField(nn.Module):
         has_grad = torch.is_grad_enabled()
         with torch.enable_grad():
             parts = tuple(p if p.requires_grad else p.detach().requires_grad_() for p in parts)
-            k = _parts(self.base_func(t, parts if self._is_tuple else parts[0]))
+            k = self._call(t, parts)
             y = self._counted(parts)
-            outputs = [
-                (f, e)
-                for f, e in zip(self._counted(k), self._noise, strict=True)
-                if f.requires_grad
-            ]
+            pairs = zip(self._counted(k), self._noise, strict=True)
+            outputs = [(f, e) for f, e in pairs if f.requires_grad]
             slopes: Parts = tuple(torch.zeros_like(part) for part in y)
             if outputs:
                 slopes = torch.autograd.grad(
@@ -227,10 +224,6 @@ class EnergyField(nn.Module):
 
 # It adds integrals to the state, and leaves the field of the other parts as it is.
 look_through(EnergyField, "base_func")
-
-
-def _parts(y: Any) -> Parts:
-    return (y,) if isinstance(y, Tensor) else tuple(y)
 
 
 def _squares(parts: Parts) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchdiffeq_hyper._fields import own
 from torchdiffeq_hyper._state import StateLayout, part_norms, select
 from torchdiffeq_hyper.errors import OptionError, closest
-from torchdiffeq_hyper.recording import NothingRecordedError, Recorder, SampledStep, Solve, add
+from torchdiffeq_hyper.recording import NothingRecordedError, Recorder, Solve, add
 
 Record = Recorder | Solve
 """A scope's record, or one solve of it."""
@@ -58,22 +58,15 @@ def error_dt_penalty(record: Record, part: int | None = None) -> Tensor:
     a sample's own and not scaled by the tolerances. The step sizes are constants to the
     gradient. No calls of func beyond the solve's.
 
-    Args:
-        record: what `tdh.record` or `tdh.odeint_with_errors` gave.
-        part: the part of tuple states that counts; None for all.
-
-    Raises:
-        NothingRecordedError: no adaptive solve was recorded.
-        FreedGraphError: a backward pass has freed the graph.
-        AdjointGradientError: in backward, after `odeint_adjoint`.
+    Arguments and errors are those of `error_penalty`.
     """
-    return add(_error_dt(solve, part) for solve in record.adaptive_solves())
 
+    def of_solve(solve: Solve) -> Tensor:
+        error, size = solve.steps.error_of(part), solve.steps.dt.abs()
+        size = size if size.dim() == error.dim() else size.unsqueeze(-1)
+        return solve.sum_accepted(error * size.to(error.dtype))
 
-def _error_dt(solve: Solve, part: int | None) -> Tensor:
-    error, size = solve.steps.error_of(part), solve.steps.dt.abs()
-    size = size if size.dim() == error.dim() else size.unsqueeze(-1)
-    return solve.sum_accepted(error * size.to(error.dtype))
+    return add(of_solve(solve) for solve in record.adaptive_solves())
 
 
 def stiffness_penalty(record: Record, part: int | None = None) -> Tensor:
@@ -92,9 +85,7 @@ def stiffness_penalty(record: Record, part: int | None = None) -> Tensor:
 
     Raises:
         OptionError: stiffness was not recorded, or the method has no such stages.
-        NothingRecordedError: no adaptive solve was recorded.
-        FreedGraphError: a backward pass has freed the graph.
-        AdjointGradientError: in backward, after `odeint_adjoint`.
+        HyperError: as `error_penalty`.
 
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
@@ -147,20 +138,17 @@ def local_error_penalty(record: Record, part: int | None = None) -> Tensor:
         ...     )
         >>> (y[-1].sum() + 0.1 * regularizers.local_error_penalty(rec)).backward()
     """
-    return add(_local_error(_sampled(solve), part) for solve in record.adaptive_solves())
+    return add(_local_error(solve, part) for solve in record.adaptive_solves())
 
 
-def _sampled(solve: Solve) -> SampledStep:
-    if solve.sampled_step is None:
+def _local_error(solve: Solve, part: int | None) -> Tensor:
+    step = solve.sampled_step
+    if step is None:
         raise NothingRecordedError(
             problem=f'the record of "{solve.method}" holds no step that can be taken again.',
             expected="a Runge-Kutta method of the host, and at least one accepted step.",
             fix='with tdh.record() as rec: odeint(func, y0, t, method="dopri5")',
         )
-    return solve.sampled_step
-
-
-def _local_error(step: SampledStep, part: int | None) -> Tensor:
     layout = StateLayout.of(step.y)
     y0 = layout.join(step.y)
     real = y0.abs().dtype
@@ -207,13 +195,7 @@ def l2(weights: Weights) -> Tensor:
 
     Its gradient is twice the parameters: weight decay (Krogh and Hertz, A simple weight
     decay can improve generalization, 1991); one of the regularisers that the DISE paper
-    compares with.
-
-    Args:
-        weights: a module (its parameters that require gradients), or tensors.
-
-    Raises:
-        OptionError: there are no parameters.
+    compares with. Arguments and errors are those of `l1`.
 
     Example:
         >>> import torch

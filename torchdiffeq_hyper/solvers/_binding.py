@@ -1,22 +1,28 @@
-"""How a call finds its fitted part: given as an option, attached to func, in scope, published."""
+"""How a call finds its fitted part: given as an option, attached to func, in scope, published.
+
+Attached solvers are kept on the object, as an entry of its ``__dict__``, so that they end with
+it. A table would have to hold the solvers, and with them every field that its own solver holds
+(its net may call the field): no weak dictionary sees that nothing else is left of the two. The
+entry belongs to one object: a copy may carry it, and is not attached.
+"""
 
 from __future__ import annotations
 
 import contextvars
+import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._fields import owner_of, owners_in
-from torchdiffeq_hyper._state import VectorField
+from torchdiffeq_hyper._fields import Owner, owner_of, owners_in
+from torchdiffeq_hyper._state import VectorField, values_of
 from torchdiffeq_hyper.errors import OptionError, StateTypeError
 from torchdiffeq_hyper.methods._method import Method
-from torchdiffeq_hyper.solvers import _attached
 from torchdiffeq_hyper.solvers._domain import FitDomain, Match
 
 
@@ -79,7 +85,12 @@ def attach(func: VectorField, solver: FittedT) -> FittedT:
             expected="a callable func(t, y).",
             fix="func=model",
         )
-    _attached.add(owner_of(func), _key(check_fitted(solver)), solver)
+    owner, domain = owner_of(func), _domain_of(check_fitted(solver))
+    told_by = () if domain is None else (frozenset(domain.directions), tuple(sorted(domain.span)))
+    added = _Attachment(owner.function, (solver.method, *told_by), solver)
+    with _lock:
+        kept = [item for item in _read(owner.target) if item[:2] != added[:2]]
+        _write(owner.target, [*kept, added])
     return solver
 
 
@@ -95,7 +106,13 @@ def detach(func: VectorField, method: str | None = None) -> None:
         >>> _ = tdh.attach(func, tdh.HyperSolver("heun", lambda step: step.y, steps=2))
         >>> tdh.detach(func, "hyperheun")
     """
-    if not _attached.remove(owner_of(func), method):
+    owner = owner_of(func)
+    with _lock:
+        before = _read(owner.target)
+        kept = [item for item in before if not item.belongs_to(owner, method)]
+        if len(kept) < len(before):
+            _write(owner.target, kept)
+    if len(kept) == len(before):
         what = "a solver" if method is None else f'a solver for "{method}"'
         raise OptionError(
             problem=f"{what} is not attached to this func.",
@@ -134,15 +151,10 @@ def using(solver: FittedT) -> Iterator[FittedT]:
 
 @dataclass(frozen=True)
 class Times:
-    """The times of one call, by which a solver is chosen.
+    """The times of one call, by which a solver is chosen."""
 
-    Attributes:
-        t: the host's times (n,), or the start alone (0-d) where an event ends the solve.
-        is_negated: whether these are negated, as hosts do in reverse time.
-    """
-
-    t: Tensor
-    is_negated: bool
+    t: Tensor  # the host's (n,), or the start alone (0-d) where an event ends the solve
+    is_negated: bool  # as hosts do in reverse time
 
     @property
     def direction(self) -> int:
@@ -151,16 +163,11 @@ class Times:
 
     def ends(self) -> tuple[float | None, float | None]:
         """Return the true start and end; None where there is none, or no value to look at."""
-        t = self.t.detach().reshape(-1)
-        is_capturing = t.is_cuda and torch.cuda.is_current_stream_capturing()
-        if torch.compiler.is_compiling() or is_capturing:
+        points = values_of(self.t)
+        if not points:
             return None, None
-        try:
-            points = t[:: max(1, len(t) - 1)].tolist()
-        except RuntimeError:  # no values to look at: vmap, fake and meta tensors
-            return None, None
-        ends = [self.direction * point for point in points] + [None, None]
-        return ends[0], ends[1]
+        start, end = self.direction * points[0], self.direction * points[-1]
+        return start, end if len(points) > 1 else None
 
 
 def resolve(
@@ -169,15 +176,9 @@ def resolve(
     times: Times,
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
-    """Return the fitted part that serves a call; the first match wins.
+    """Return the fitted part that serves a call, checked by the method.
 
-    In order: the call's option, attached to func, in scope, behind a published name.
-
-    Raises:
-        MissingHypernetError: nothing found.
-        StateTypeError: what was found is not a part of this method.
-        BaseMismatchError: it was fitted for another base.
-        OptionError: several were found, and none serves the times.
+    The first match wins: the call's option, attached to func, in scope, behind a published name.
     """
     part = method.given(options)
     if part is None:
@@ -188,13 +189,11 @@ def resolve(
 def find_bound(func: VectorField, method: str, times: Times) -> Fitted | None:
     """Return the solver for ``method`` attached to ``func`` or in scope, else None.
 
-    The times are looked at only where several solvers come into question.
-
-    Raises:
-        OptionError: there are several, and none serves these times, or the times that
-            would tell them apart have no values (compiled, under vmap, fake tensors).
+    The times are looked at only where several solvers come into question; refused is then
+    what none of them serves, and times without values (compiled, under vmap) that would tell
+    them apart.
     """
-    places: list[list[Fitted]] = [_attached.solvers(owner, method) for owner in owners_in(func)]
+    places: list[list[Fitted]] = [attached_to(owner, method) for owner in owners_in(func)]
     places.append([solver for solver in _scoped.get() if solver.method == method])
     solvers = [solver for place in places for solver in place]
     if len(solvers) < 2 or (len(places[0]) == 1 and _domain_of(solvers[0]) is None):
@@ -202,24 +201,30 @@ def find_bound(func: VectorField, method: str, times: Times) -> Fitted | None:
     start, end = times.ends()
     for least in (Match.DIRECTION, Match.OUTSIDE):
         for place in places:
-            matches = [_match(solver, times, start, end) for solver in place]
+            matches = [
+                Match.SPAN
+                if _domain_of(solver) is None
+                else solver.match(times.direction, start, end)  # type: ignore[attr-defined]
+                for solver in place
+            ]
             best = max(matches, default=Match.NONE)
             if best < least:
                 continue
             found = [solver for solver, match in zip(place, matches, strict=True) if match == best]
             are_tied = any(getattr(solver, "is_tied_to_span", False) for solver in found)
             if len(found) > 1 and start is None and are_tied:
-                raise _cannot_choose(method)
+                raise OptionError(
+                    problem=f'several solvers for method "{method}" differ in their span alone, '
+                    "and t has no values here to choose one by.",
+                    expected="the solver itself, where a solve is compiled or runs under vmap.",
+                    fix=f'odeint(func, y0, t, method="{method}", options={{"solver": solver}})',
+                )
             return found[-1]
     raise _none_serves(method, solvers, times, start, end)
 
 
 def check_fitted(solver: FittedT) -> FittedT:
-    """Return ``solver`` if it is a fitted part.
-
-    Raises:
-        StateTypeError: it is not, e.g. a bare hypernet.
-    """
+    """Return ``solver``; refuse what is no fitted part, e.g. a bare hypernet."""
     if isinstance(getattr(solver, "method", None), str):
         return solver
     raise StateTypeError(
@@ -233,30 +238,6 @@ def _domain_of(solver: Any) -> FitDomain | None:
     """Return what a solver was fitted on; None for parts that serve every call alike."""
     domain = getattr(solver, "domain", None)
     return domain if isinstance(domain, FitDomain) else None
-
-
-def _key(solver: Fitted) -> tuple[Any, ...]:
-    """Return what tells a solver from others: method, directions and span."""
-    domain = _domain_of(solver)
-    if domain is None:
-        return (solver.method,)
-    return solver.method, frozenset(domain.directions), tuple(sorted(domain.span))
-
-
-def _match(solver: Any, times: Times, start: float | None, end: float | None) -> Match:
-    if _domain_of(solver) is None:
-        return Match.SPAN
-    match: Match = solver.match(times.direction, start, end)
-    return match
-
-
-def _cannot_choose(method: str) -> OptionError:
-    return OptionError(
-        problem=f'several solvers for method "{method}" differ in their span alone, and t has '
-        "no values here to choose one by.",
-        expected="the solver itself, where a solve is compiled or runs under vmap.",
-        fix=f'odeint(func, y0, t, method="{method}", options={{"solver": solver}})',
-    )
 
 
 def _none_serves(
@@ -275,3 +256,89 @@ def _none_serves(
         fix=f"a fit for them: tdh.attach(func, tdh.fit(func, y0, ({start or 0:.6g}, "
         f'{1 if end is None else end:.6g}), base="{method}", steps=8))',
     )
+
+
+class _Attachment(NamedTuple):
+    """A solver, the function of the bound method it serves, and what else tells it from others."""
+
+    function: object | None
+    key: tuple[Any, ...]
+    solver: Any
+
+    def belongs_to(self, owner: Owner, method: str | None) -> bool:
+        """Return whether it serves an object's calls of a method; None: of any."""
+        return self.function is owner.function and method in (None, self.key[0])
+
+
+class _Entry:
+    """What is attached to one object. Pickles and deep copies hold None in its place."""
+
+    __slots__ = ("attachments", "target")
+
+    def __init__(self, target: object, attachments: list[_Attachment]) -> None:
+        self.target = weakref.ref(target)
+        self.attachments = attachments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # nothing of this package's: a pickle may be read without it
+
+
+_ENTRY = "_torchdiffeq_hyper_attached"
+# For objects without a dict of their own: by id, with what keeps that id theirs.
+_elsewhere: dict[int, tuple[object, list[_Attachment]]] = {}
+# Reentrant: the garbage collector may end an attachment while the lock is held.
+_lock = threading.RLock()
+
+
+def attached_to(owner: Owner, method: str) -> list[Any]:
+    """Return the solvers for ``method`` attached to ``owner``, the latest last."""
+    items = _read(owner.target)
+    return [item.solver for item in items if item.belongs_to(owner, method)]
+
+
+def _read(target: object) -> list[_Attachment]:
+    entry = (_dict_of(target) or {}).get(_ENTRY)
+    if isinstance(entry, _Entry) and entry.target() is target:
+        return entry.attachments
+    return _elsewhere.get(id(target), (None, []))[1]
+
+
+def _write(target: object, items: list[_Attachment]) -> None:
+    own = _dict_of(target)
+    if own is not None and _is_free(own, target):
+        if items:
+            # Past `__setattr__`, which a class may have taken over.
+            own[_ENTRY] = _Entry(target, items)
+        else:
+            own.pop(_ENTRY, None)
+    elif items:
+        _elsewhere[id(target)] = (_reference(target), items)
+    else:
+        _elsewhere.pop(id(target), None)
+
+
+def _dict_of(target: object) -> dict[str, Any] | None:
+    """Return where an object keeps its attributes; None where it has no such place."""
+    try:
+        found = object.__getattribute__(target, "__dict__")
+        weakref.ref(target)
+    except (AttributeError, TypeError):
+        return None
+    return found if isinstance(found, dict) else None  # a class gives a read-only view
+
+
+def _is_free(own: dict[str, Any], target: object) -> bool:
+    """Return whether no other living object keeps its attachments in this very dict."""
+    entry = own.get(_ENTRY)
+    other = entry.target() if isinstance(entry, _Entry) else None
+    # Shallow copies of a `functools.partial` share one dict.
+    return other is None or other is target or _dict_of(other) is not own
+
+
+def _reference(target: object) -> object:
+    """Return what keeps an id valid for as long as its object lives."""
+    key = id(target)
+    try:
+        return weakref.ref(target, lambda _: _elsewhere.pop(key, None))
+    except TypeError:  # no weak references: hold the object, so that its id stays its own
+        return target

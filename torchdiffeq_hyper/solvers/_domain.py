@@ -87,15 +87,10 @@ class FitDomain:
         return Match.SPAN if is_span else Match.DIRECTION
 
     def outside(self, dt: Tensor, sign: int = 1, readable: str | None = None) -> dict[str, str]:
-        """Return what to warn of for step sizes ``sign * dt``, by kind.
+        """Return what to warn of for step sizes ``sign * dt``, (n,), by kind.
 
-        Kinds are "direction", "dt", and "points" for steps that follow the points asked for.
-
-        Args:
-            dt: 1-D tensor of step sizes.
-            sign: -1 where the host's time is negated.
-            readable: where each step goes from point to point of the call's t: a call that
-                reads the points off larger steps, with ``{options}`` left open.
+        Kinds are "direction", "dt", and "points" for steps that follow the points asked for:
+        ``readable`` is then a call that reads these off larger steps, ``{options}`` left open.
         """
         sizes = [sign * size for size in values_of(dt) or ()]
         texts: dict[str, str] = {}
@@ -108,14 +103,12 @@ class FitDomain:
                 f"dt = {size:.4g} is outside what this solver was fitted for: {fitted}, |dt| from "
                 f"{self.dt_min:.4g} to {self.dt_max:.4g}. The solve goes on; "
             )
-            if kind == "dt" and readable is not None and self._n_steps(sizes):
-                texts.setdefault("points", text + self._how_to_read_off(sizes, readable))
-                continue
-            texts.setdefault(
-                kind,
-                text + "measure it with tdh.evaluate, or fit with direction='both' or "
-                "steps=(low, high).",
+            advice = (
+                "measure it with tdh.evaluate, or fit with direction='both' or steps=(low, high)."
             )
+            if kind == "dt" and readable is not None and (n := self._n_steps(sizes)):
+                kind, advice = "points", self._how_to_read_off(n, sizes, readable)
+            texts.setdefault(kind, text + advice)
         return texts
 
     def _n_steps(self, sizes: list[float]) -> int:
@@ -124,8 +117,7 @@ class FitDomain:
         n = round(way / self.dt_min)
         return n if n > 0 and self.covers(way / n * self.directions[0]) else 0
 
-    def _how_to_read_off(self, sizes: list[float], readable: str) -> str:
-        n = self._n_steps(sizes)
+    def _how_to_read_off(self, n: int, sizes: list[float], readable: str) -> str:
         # A little too large: the host would put a tiny step at the end of one too small.
         step_size = abs(sum(sizes)) / n * (1 + 2e-4 / n)
         options = f'"step_size": {step_size:.7g}, "interp": "cubic"'
@@ -138,11 +130,8 @@ class FitDomain:
     def corrected_part(self, y0: State) -> int | None:
         """Return which part of a tuple state a tensor-fitted solver corrects.
 
-        None means that the hypernet gets the state as it is.
-
-        Raises:
-            StateShapeError: no part, or more than one, has the fitted trailing shape.
-            StateTypeError: a tuple-fitted solver is given another kind of state.
+        None means that the hypernet gets the state as it is. Refuses a state of another kind, and
+        one of which no part, or more than one, has the fitted trailing shape.
         """
         if isinstance(y0, Tensor):
             if self.is_tuple:
@@ -179,13 +168,12 @@ class FitDomain:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> FitDomain:
         """Rebuild from `to_dict`'s values."""
-        start, end = data["span"]
         return cls(
-            span=(float(start), float(end)),
+            span=(float(data["span"][0]), float(data["span"][1])),
             dt_min=float(data["dt_min"]),
             dt_max=float(data["dt_max"]),
-            directions=tuple(int(sign) for sign in data["directions"]),
-            shapes=tuple(tuple(int(n) for n in shape) for shape in data["shapes"]),
+            directions=tuple(map(int, data["directions"])),
+            shapes=tuple(tuple(map(int, shape)) for shape in data["shapes"]),
             is_tuple=bool(data["is_tuple"]),
             dtype=str(data["dtype"]),
         )

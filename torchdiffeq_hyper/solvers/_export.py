@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torchdiffeq_hyper._fields import attributes_as_found
 from torchdiffeq_hyper._files import write_bytes
-from torchdiffeq_hyper._state import State, VectorField, parts_of
+from torchdiffeq_hyper._state import State, VectorField, map_parts, parts_of
 from torchdiffeq_hyper.errors import ExportError, HyperError
 
 Solve = Callable[[VectorField, State, Tensor], State]
@@ -92,14 +92,13 @@ def _saved_with_derivatives(
 
 def _of_odd_size(y0: State, dims: Any) -> State:
     """Return the example with a batch of a size that no other dimension has."""
-    parts, each = parts_of(y0), (dims,) if isinstance(y0, Tensor) else dims
-    taken = {size for part in parts for size in part.shape}
+    taken = {size for part in parts_of(y0) for size in part.shape}
     size = next(n for n in (3, 5, 7, 11, 13, 17, 19, 23) if n not in taken)
-    resized = [
-        part[torch.arange(size, device=part.device) % len(part)] if dim else part
-        for part, dim in zip(parts, each, strict=True)
-    ]
-    return resized[0] if isinstance(y0, Tensor) else tuple(resized)
+
+    def resized(part: Tensor, dim: Any) -> Tensor:
+        return part[torch.arange(size, device=part.device) % len(part)] if dim else part
+
+    return map_parts(resized, y0, dims)
 
 
 class _Traced(nn.Module):
@@ -129,20 +128,17 @@ class _Solve(nn.Module):
 
 def _example(y0: State) -> tuple[State, Any]:
     """Return an example state of several samples, and which of its dimensions is the batch's."""
-    parts = parts_of(y0)
-    sizes = [part.shape[0] for part in parts if part.dim() > 0]
+    sizes = [len(part) for part in parts_of(y0) if part.dim()]
     batch = torch.export.Dim("batch")
-    examples: list[Tensor] = []
-    dims: list[dict[int, Any]] = []
-    for part in parts:
-        is_batched = part.dim() > 0 and part.shape[0] == sizes[0]
-        dims.append({0: batch} if is_batched else {})
+
+    def dims_of(part: Tensor) -> Any:
+        return {0: batch} if part.dim() and len(part) == sizes[0] else {}
+
+    def of_several(part: Tensor) -> Tensor:
         # A batch of 0 or 1 would be taken for a constant.
-        is_alone = is_batched and sizes[0] < 2
-        examples.append(part.new_zeros(2, *part.shape[1:]) if is_alone else part)
-    if isinstance(y0, Tensor):
-        return examples[0], dims[0]
-    return tuple(examples), tuple(dims)
+        return part.new_zeros(2, *part.shape[1:]) if dims_of(part) and len(part) < 2 else part
+
+    return map_parts(of_several, y0), map_parts(dims_of, y0)
 
 
 def _explained(error: Exception, *, dynamic_batch: bool) -> ExportError:
@@ -157,16 +153,14 @@ def _explained(error: Exception, *, dynamic_batch: bool) -> ExportError:
     if dynamic_batch and "symbolic sizes" in reason:
         return ExportError(
             problem=f"{problem}\n  func or the hypernet differentiates forward (torch.func.jvp), "
-            "which "
-            "torch traces for one batch size only.",
+            "which torch traces for one batch size only.",
             expected="derivatives by torch.func.vjp or torch.autograd.grad, which export for any.",
             fix="torch.func.vjp(f, x)[1](v) in place of torch.func.jvp, or dynamic_batch=False",
         )
     return ExportError(
         problem=problem,
         expected="a func and a hypernet of tensor operations: no if on values, no float(t), no "
-        "numpy, "
-        "no counters in Python. Derivatives within func: by torch.autograd.grad or "
+        "numpy, no counters in Python. Derivatives within func: by torch.autograd.grad or "
         "torch.func.vjp.",
         fix="torch.where(condition, a, b) in place of if; t in place of float(t)\n"
         "calls counted outside: tdh.record() in place of self.nfe += 1",

@@ -14,15 +14,9 @@ Steps: TypeAlias = int | tuple[int, int] | None
 
 
 def check_steps(steps: Steps) -> Steps:
-    """Return ``steps``: None, an int of at least 1, or a (low, high) range of such.
-
-    Raises:
-        OptionError: it is none of these.
-    """
+    """Return ``steps``: None, an int of at least 1, or a (low, high) range of such."""
     values = steps if isinstance(steps, tuple) else (steps, steps)
-    if steps is None:
-        return None
-    if (
+    if steps is not None and (
         len(values) != 2
         or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in values)
         or values[0] > values[1]  # type: ignore[operator]
@@ -67,21 +61,18 @@ def check_times(t: Tensor, y: Tensor) -> Tensor:
     """Return ``t`` on the device of ``y``, after checking that it is a list of times.
 
     Half precision comes back as float32: steps between its points have other sizes there.
-
-    Raises:
-        StateTypeError: not a floating-point tensor.
-        StateShapeError: not 1-D, or empty.
     """
+    fix = "t = torch.tensor([0.0, 1.0])"
     if not isinstance(t, Tensor) or not t.is_floating_point():
         raise StateTypeError(
             problem=f"t is {t.dtype if isinstance(t, Tensor) else type(t).__name__}.",
             expected="a 1-D floating-point tensor of times.",
-            fix="t = torch.tensor([0.0, 1.0])",
+            fix=fix,
         )
     if t.dim() != 1 or len(t) == 0:
         raise StateShapeError(
             problem=f"t has shape {tuple(t.shape)}.",
             expected="one dimension and at least one point.",
-            fix="t = torch.tensor([0.0, 1.0])",
+            fix=fix,
         )
     return t.to(y.device, torch.promote_types(t.dtype, torch.float32))

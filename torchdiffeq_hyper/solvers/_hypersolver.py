@@ -2,23 +2,27 @@ r"""A hypersolver: a Runge-Kutta base plus dt^(p+1) times a small net."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchdiffeq_hyper._fields import check_hypernet
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_half
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers._files import KIND, describe_hypersolver, rebuild_hypersolver
-from torchdiffeq_hyper.solvers._finite import cast_back, is_finite, raise_non_finite
 from torchdiffeq_hyper.solvers._grid import Steps, check_steps, check_times, equal_steps, step_sizes
 from torchdiffeq_hyper.solvers._report import FitReport
-from torchdiffeq_hyper.solvers._solver import Solver, Weights
-from torchdiffeq_hyper.solvers._stepping import Step, integrate, stage_call
+from torchdiffeq_hyper.solvers._solver import Solver
+from torchdiffeq_hyper.solvers._stepping import (
+    Step,
+    cast_back,
+    integrate,
+    is_finite,
+    raise_non_finite,
+    stage_call,
+)
 from torchdiffeq_hyper.tableaus import Tableau
 
 
@@ -62,6 +66,8 @@ class HyperSolver(Solver, kind=KIND, loads_all=True):
     """
 
     hypernet: Hypernet
+    describe = describe_hypersolver
+    _rebuild = staticmethod(rebuild_hypersolver)
 
     def __init__(
         self,
@@ -124,35 +130,17 @@ class HyperSolver(Solver, kind=KIND, loads_all=True):
         correction = self._correction(self.tableau.order, func, y0, layout, flat)
         step = Step(self.tableau, call, correction)
         sizes = step_sizes(grid, are_equal=n_points == 2)
-        self.warn_outside_fit(sizes, readable=None if n_points == 2 else self._read_off_by)
+        readable = None
+        if n_points > 2:
+            readable = (
+                f'torchdiffeq.odeint(func, y0, t, method="{self.method}", '
+                'options={"solver": solver, {options}})'
+            )
+        self.warn_outside_fit(sizes, readable=readable)
         states = integrate(step, grid, sizes, flat, ends_only=n_points == 2)
         if not is_finite(states[-1]):
-            raise_non_finite(step, zip(grid[:-1], grid[1:], strict=True), flat, dtype=dtype)
+            raise_non_finite(step, zip(grid[:-1], grid[1:], strict=True), flat, dtype)
         return layout.split(cast_back(torch.stack(states), dtype))
-
-    @property
-    def _read_off_by(self) -> str:
-        return (
-            f'torchdiffeq.odeint(func, y0, t, method="{self.method}", options={{"solver": solver, '
-            "{options}})"
-        )
-
-    def describe(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return what a file holds: see `Solver.describe`."""
-        return describe_hypersolver(self)
-
-    @classmethod
-    def rebuild(
-        cls,
-        settings: Mapping[str, Any],
-        tensors: Mapping[str, Tensor],
-        hypernet: nn.Module | None,
-        path: str | os.PathLike[str],
-        at: str = "",
-    ) -> tuple[Solver, Weights | None]:
-        """Return the solver of a file: see `Solver.rebuild`."""
-        arguments, net, weights = rebuild_hypersolver(settings, tensors, hypernet, path, at)
-        return cls(hypernet=net, **arguments), (net, weights, hypernet is not None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the tableau's closures."""

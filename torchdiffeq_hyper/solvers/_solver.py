@@ -6,14 +6,14 @@ import copy
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._fields import context_of
-from torchdiffeq_hyper._files import read, read_metadata, write
+from torchdiffeq_hyper._files import damage_reported, read, read_metadata, write
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField
 from torchdiffeq_hyper.errors import OutsideFitWarning
 from torchdiffeq_hyper.hypernets._files import load_weights
@@ -55,6 +55,7 @@ class Solver(nn.Module, ABC):
     follows_grid: ClassVar[bool] = True
     """Whether it steps along a time grid, so that a call may ask for another number of steps."""
     _loads_all: ClassVar[bool] = True
+    _rebuild: ClassVar[Callable[..., tuple[dict[str, Any], nn.Module | None, dict[str, Tensor]]]]
 
     def __init__(
         self,
@@ -73,12 +74,9 @@ class Solver(nn.Module, ABC):
     def __init_subclass__(
         cls, *, kind: str | None = None, loads_all: bool = False, **kwargs: Any
     ) -> None:
-        """Register the class that files of a kind are read into.
+        """Register the class that files of a kind are read into; None: as its base class.
 
-        Args:
-            kind: what the class's files call themselves; None: as those of its base class.
-            loads_all: whether ``load`` of this class reads files of every kind.
-            kwargs: for other base classes.
+        ``loads_all`` says whether ``load`` of this class reads files of every kind.
         """
         super().__init_subclass__(**kwargs)
         cls._loads_all = loads_all
@@ -147,13 +145,7 @@ class Solver(nn.Module, ABC):
         return Match.SPAN if self.domain is None else self.domain.match(direction, start, end)
 
     def warn_outside_fit(self, dt: Tensor, sign: int = 1, readable: str | None = None) -> None:
-        """Warn, once a kind, when signed step sizes lie outside the fit.
-
-        Args:
-            dt: 1-D tensor of step sizes.
-            sign: -1 where the host's time is negated.
-            readable: see `FitDomain.outside`.
-        """
+        """Warn, once a kind, of step sizes outside the fit: see `FitDomain.outside`."""
         if self.domain is None or torch.compiler.is_compiling():
             return
         if self._warned >= {"direction", "dt" if readable is None else "points"}:
@@ -180,14 +172,9 @@ class Solver(nn.Module, ABC):
 
     @abstractmethod
     def describe(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the tensors and the JSON-ready settings that a file holds.
-
-        Raises:
-            StateTypeError: the hypernet is a plain function, or holds more than tensors.
-        """
+        """Return the tensors and the JSON-ready settings that a file holds."""
 
     @classmethod
-    @abstractmethod
     def rebuild(
         cls,
         settings: Mapping[str, Any],
@@ -198,18 +185,13 @@ class Solver(nn.Module, ABC):
     ) -> tuple[Solver, Weights | None]:
         """Return a solver from what `describe` gave, and weights that its net still lacks.
 
-        Args:
-            settings: as in the file.
-            tensors: as in the file.
-            hypernet: the caller's instance, if any.
-            path: the file, for messages.
-            at: the place of the settings in the file.
-
-        Raises:
-            FileFormatError: they cannot be used, or hold a net of one's own and ``hypernet``
-                is None.
-            BaseMismatchError, StateShapeError, StateTypeError: ``hypernet`` is another net.
+        ``hypernet`` is the caller's instance, if any; ``path`` is the file and ``at`` the place
+        of the settings in it, for messages. Raises what `load` raises.
         """
+        arguments, net, weights = cls._rebuild(settings, tensors, hypernet, path, at)
+        with damage_reported(path):
+            solver = cls(hypernet=net, **arguments)
+        return solver, None if net is None else (net, weights, hypernet is not None)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the solver to one safetensors file; an old one stays until it is complete.

@@ -1,4 +1,4 @@
-r"""One step: base increment plus dt^(p+1) * g, on a flat state, for every host.
+r"""One step, base increment plus dt^(p+1) * g on a flat state, and whether it stays finite.
 
 Hosts may solve a reverse-time problem in negated time with a negated func; the
 base increment is then bitwise the same, and `Correction` undoes the negation for
@@ -7,6 +7,7 @@ the hypernet, so that g sees the true problem.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -30,20 +31,15 @@ from torchdiffeq_hyper._state import (
     is_half,
     values_of,
 )
-from torchdiffeq_hyper.tableaus import Edge, StageCall, Tableau
+from torchdiffeq_hyper.errors import NonFiniteError
+from torchdiffeq_hyper.tableaus import Edge, StageCall, Stepped, Tableau
 
 
 class Correction:
-    """The learned term of one solve.
+    """The learned term of one solve, for a base of some order, on flat states laid out alike.
 
-    Args:
-        hypernet: g.
-        order: order p of the base.
-        layout: how the state lies in the flat tensors given to `__call__`.
-        y0: flat state at the start of the solve.
-        negated: whether time and derivatives are given negated.
-        part: the only part of a tuple state that g sees and corrects, or None.
-        context: what g sees of the samples beside the state.
+    ``y0`` is the flat state at the start, ``negated`` says whether time and derivatives are given
+    negated, ``part`` is the only part of a tuple state that g sees and corrects (None: all).
     """
 
     def __init__(
@@ -79,10 +75,7 @@ class Correction:
         return state if self._part is None else state[self._part]
 
     def look_at(self, dt: Tensor, dtype: torch.dtype) -> None:
-        """Note, once a solve, whether all its steps have a dt^(p+1) that ``dtype`` can hold.
-
-        Unless that is known, `factors` takes p more products on the state.
-        """
+        """Note, once a solve, whether ``dtype`` holds all its dt^(p+1): `factors` is then short."""
         self._is_in_range = is_power_in_range(dt / self.time_unit, self._power, dtype)
 
     def factors(self, dt: Tensor, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -128,17 +121,11 @@ class Correction:
         return self.add(dy, out, power, others)
 
     def add(self, dy: Tensor, out: State, power: Tensor, others: tuple[Tensor, ...] = ()) -> Tensor:
-        """Return ``dy + power * out`` for a flat ``dy``, with g's output as `evaluate` returns it.
-
-        ``power`` and ``others`` are dt^(p+1), as `factors` returns it.
-        """
-        g = out if isinstance(out, Tensor) else self._layout.join(out)
-        if g.dtype != dy.dtype:
-            g = g.to(dy.dtype)
+        """Return ``dy + power * out`` for a flat ``dy``: `evaluate`'s output times `factors`'s."""
+        g = (out if isinstance(out, Tensor) else self._layout.join(out)).to(dy.dtype)
         for factor in others:
             g = g * factor
-        if power.dtype != dy.dtype:
-            power = power.to(dy.dtype)
+        power = power.to(dy.dtype)
         if self._part is None:
             return torch.addcmul(dy, power, g)
         start, end = self._layout.bounds(self._part)
@@ -151,15 +138,9 @@ def power_factors(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return factors of dt^exponent, each finite in ``dtype``: the first, and the others.
 
-    Where ``dtype`` holds the power, it is the first factor, and the others are 1 or left out.
-    Elsewhere all are dt: products with g then grow or shrink step by step, so that 0 stays 0
-    and only what lies out of range itself is lost. Branches on no value.
-
-    Args:
-        dt: step sizes of any shape.
-        exponent: p + 1.
-        dtype: the dtype in which the state is stepped.
-        is_in_range: whether the power is known to lie in range, see `is_power_in_range`.
+    Where ``dtype`` holds the power (as ``is_in_range`` may know), it is the first factor, and the
+    others are 1 or left out. Elsewhere all are dt: products with g then grow or shrink step by
+    step, so that 0 stays 0 and only what lies out of range itself is lost. Branches on no value.
     """
     base = dt
     if not is_in_range:
@@ -193,13 +174,9 @@ def _limits(first: torch.dtype, second: torch.dtype, exponent: int) -> tuple[flo
 
 @dataclass
 class Step:
-    """Base plus correction, bound to one solve's func.
+    """Base plus correction (None: the base alone), bound to one solve's func.
 
-    Attributes:
-        tableau: the base method.
-        call: evaluates func for a stage, on the flat state. It starts to copy func's answers
-            once they are seen to share their memory.
-        correction: the learned term; None for the base alone.
+    ``call`` starts to copy func's answers once they are seen to share their memory.
     """
 
     tableau: Tableau
@@ -210,9 +187,7 @@ class Step:
         """Watch the memory of derivatives that later calls of func might overwrite."""
         self._is_watched = self.tableau.calls > 1
 
-    def base(
-        self, t0: Tensor, dt: Tensor, t1: Tensor, y: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def base(self, t0: Tensor, dt: Tensor, t1: Tensor, y: Tensor) -> Stepped:
         """Return the base's increment and its stages, none of them overwritten by a later one."""
         dy, stages = self.tableau.increment(self.call, t0, dt, t1, y)
         if self._is_watched and share_memory(stages):
@@ -234,10 +209,7 @@ class Step:
 def integrate(
     step: Step, grid: Tensor, sizes: Tensor, y0: Tensor, *, ends_only: bool
 ) -> list[Tensor]:
-    """Return the flat states on a grid of times, ``y0`` first; or the first and the last.
-
-    ``sizes`` are the differences of the times.
-    """
+    """Return the flat states on a grid of times with these differences; or those at its ends."""
     assert step.correction is not None
     base, correct = step.base, step.correction.apply
     times, dts = grid.unbind(), sizes.unbind()
@@ -258,10 +230,7 @@ def integrate(
 def stage_call(
     func: VectorField, layout: StateLayout, dtype: torch.dtype, *, is_scalar: bool = False
 ) -> StageCall:
-    """Return func on the flat state, checked; called in ``dtype``, answered in the state's.
-
-    A 0-d state (``is_scalar``) takes the dtype of a wider time, as in the host.
-    """
+    """Return func on the flat state, checked; called in ``dtype``, answered in the state's."""
     t_dtype = dtype.to_real() if dtype.is_complex else dtype
 
     def call(t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
@@ -280,6 +249,7 @@ def stage_call(
         return k.to(y.dtype) if is_half(k.dtype) else k
 
     def call_on_scalar(t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
+        # A 0-d state takes the dtype of a wider time, as in the host.
         k: Tensor = func(t.to(y.dtype.to_real() if y.dtype.is_complex else y.dtype), y)
         check_derivative(k, y)
         return k.to(y.dtype) if is_half(k.dtype) else k
@@ -287,3 +257,92 @@ def stage_call(
     if layout.shapes is not None or is_half(dtype):
         return call_on_parts
     return call_on_scalar if is_scalar else call
+
+
+def is_finite(y: Tensor) -> bool:
+    """Return False only if ``y`` is known to hold inf or nan (one device sync)."""
+    if torch.compiler.is_compiling() or (y.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return True
+    try:
+        # A finite sum proves every term finite, at half the cost of looking at each.
+        total = y.sum().item()
+        # Only a finite number, real or complex, less itself is zero.
+        return total - total == 0 or bool(torch.isfinite(y).all())
+    except RuntimeError:  # no values to look at: vmap, fake and meta tensors
+        return True
+
+
+def cast_back(solution: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a solution in the dtype of the user's state; refuse one that overflows it."""
+    if solution.dtype == dtype:
+        return solution
+    narrow = solution.to(dtype)
+    if not is_finite(narrow) and is_finite(solution):
+        raise _overflow(dtype, solution)
+    return narrow
+
+
+def _overflow(dtype: torch.dtype, solution: Tensor) -> NonFiniteError:
+    return NonFiniteError(
+        problem=f"the solution grows to {float(solution.abs().amax()):.6g} and overflows the "
+        f"state's dtype, {dtype}, which ends at {torch.finfo(dtype).max:.6g}.",
+        expected="a dtype that holds the solution.",
+        fix="y0 = y0.float()   # for a tuple, each part; func must take it\n"
+        "or a state in smaller units",
+    )
+
+
+def check_start(y0: Tensor) -> None:
+    """Refuse a start that is known to hold inf or nan."""
+    if not is_finite(y0):
+        raise NonFiniteError(
+            problem="y0 holds inf or nan.", expected="a finite start.", fix="y0.isfinite().all()"
+        )
+
+
+@torch.no_grad()
+def raise_non_finite(
+    step: Step, grid: Iterable[tuple[Tensor, Tensor]], y0: Tensor, dtype: torch.dtype, sign: int = 1
+) -> None:
+    """Replay a solve that ended in inf or nan, and name the step where that began, and why.
+
+    ``grid`` are its pairs (t0, t1) in the host's time, negated where ``sign`` is -1; ``dtype``
+    is that of the user's state, where the solve steps in another one.
+    """
+    check_start(y0)
+    y = y0
+    for index, (start, end) in enumerate(grid):
+        t0, t1 = start.detach(), end.detach()
+        where = f"at step {index}, t = {sign * t0.item():.6g}, dt = {sign * (t1 - t0).item():.6g}"
+        plain, _ = step.base(t0, t1 - t0, t1, y)
+        if not is_finite(y + plain):
+            raise NonFiniteError(
+                problem=f"the base method left the finite range {where}: func's answers are the "
+                "cause.",
+                expected="finite derivatives along the solution.",
+                fix="more steps, or a reference, outside of tdh.override: "
+                "odeint(func, y0, t, method='dopri5')" + advice_for_half(dtype),
+            )
+        dy, _ = step.increment(t0, t1 - t0, t1, y)
+        if not is_finite(dy):
+            raise NonFiniteError(
+                problem=f"the hypernet returned inf or nan {where}.",
+                expected="a finite correction.",
+                fix="fit again with a lower lr, or solve nearer to the data it was fitted on",
+            )
+        y = y + dy
+        if not is_finite(y.to(dtype)):
+            raise _overflow(dtype, y)
+    raise NonFiniteError(
+        problem="the solve ended in inf or nan, a replay of it did not: func or the hypernet "
+        "answers differently each time.",
+        expected="a deterministic func and hypernet.",
+        fix="func.eval(); hypernet.eval()",
+    )
+
+
+def advice_for_half(dtype: torch.dtype) -> str:
+    """Return one more fix for states of half precision, in which func is called."""
+    if not is_half(dtype):
+        return ""
+    return f"\nor y0.float(): func is called in {dtype}, which ends at {torch.finfo(dtype).max:.6g}"

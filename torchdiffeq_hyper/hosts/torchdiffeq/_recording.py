@@ -16,7 +16,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._state import State, VectorField, is_half
+from torchdiffeq_hyper._state import State, VectorField, is_half, part_norms
 from torchdiffeq_hyper.errors import StateTypeError, explain
 from torchdiffeq_hyper.hosts.torchdiffeq import _patches
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
@@ -257,12 +257,12 @@ class _RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
         derivatives = [f0, *(k for _, k in stages)]
         k = torch.stack([d.to(y0.dtype).expand_as(f0) for d in derivatives], dim=-1)
         error = torch.sum(k * (dt.to(y0.abs().dtype) * self.tableau.c_error), dim=-1)
-        errors = recording.part_norms(layout, error.expand_as(y0))
+        errors = part_norms(layout, error.expand_as(y0))
         if not self.with_slopes:
             return errors, (), ()
         (g_before, k_before), (g_last, k_last) = stages[-2:]
         rise, run = (k_last - k_before).expand_as(y0), g_last - g_before
-        return errors, recording.part_norms(layout, rise), recording.part_norms(layout, run)
+        return errors, part_norms(layout, rise), part_norms(layout, run)
 
     def _sample(self, t0: Tensor, dt: Tensor, y: Tensor) -> None:
         """Sample one accepted step uniformly (reservoir sampling: the n-th replaces with 1/n)."""

@@ -23,10 +23,15 @@ from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
 )
 from torchdiffeq_hyper.methods._method import SteppingMethod, base_of
 from torchdiffeq_hyper.solvers._binding import Times, resolve
-from torchdiffeq_hyper.solvers._finite import cast_back, is_finite, raise_non_finite
 from torchdiffeq_hyper.solvers._grid import equal_steps, points_between
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
-from torchdiffeq_hyper.solvers._stepping import Correction, Step
+from torchdiffeq_hyper.solvers._stepping import (
+    Correction,
+    Step,
+    cast_back,
+    is_finite,
+    raise_non_finite,
+)
 from torchdiffeq_hyper.tableaus import Edge, Tableau, second_order
 
 _GRID = ("step_size", "grid_constructor", "interp", "perturb")
@@ -169,7 +174,7 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         solution: Tensor = super().integrate(t)
         if self._step.correction is not None and not is_finite(solution[-1]):
             pairs = zip(grid[:-1], grid[1:], strict=True)
-            raise_non_finite(self._step, pairs, self.y0, self._call.sign, dtype=self._dtype)
+            raise_non_finite(self._step, pairs, self.y0, self._dtype, self._call.sign)
         return cast_back(solution, self._dtype)
 
     def integrate_until_event(
@@ -195,7 +200,7 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         # A state that is not a number ends the host's search as if it were the event.
         if not is_finite(self._taken[-1][2]):
             pairs = [(t0, t1) for t0, t1, _ in self._taken]
-            raise_non_finite(self._step, pairs, self.y0, self._call.sign, dtype=dtype)
+            raise_non_finite(self._step, pairs, self.y0, dtype, self._call.sign)
         return event_time, cast_back(solution, dtype)
 
     def _fitted_step_size(self) -> float:

@@ -7,20 +7,23 @@ the least traffic; `_Matrix`, for small ones, with the fewest operations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._fields import own, owning, share_memory
 from torchdiffeq_hyper.errors import NonFiniteError
-from torchdiffeq_hyper.solvers._finite import advice_for_half, check_start, is_finite
+from torchdiffeq_hyper.solvers._stepping import advice_for_half, check_start, is_finite
 from torchdiffeq_hyper.solvers.bespoke._weights import is_differentiated, stage_times
 from torchdiffeq_hyper.tableaus import StageCall
 
 Schedule = tuple[Sequence[Tensor], Sequence[Tensor]]
 """The 0-d time of call i and its i + 1 weights, times the span, for each call."""
+
+_Sum = Callable[[Tensor, list[Tensor]], Tensor]
+"""Return the next state for a row of weights and the derivatives; may move the last of these."""
 
 CHUNK = 2**18
 """Numbers summed at a time: as many bytes as lie in a core's cache."""
@@ -38,8 +41,7 @@ class ScheduleCache:
     """The last solve's schedule: a dozen small operations that a small state would notice."""
 
     def __init__(self) -> None:
-        # Key, weights, a copy of these and the schedule: published as one tuple, so that
-        # threads never mix up those of two solves.
+        # Key, weights, a copy of these, schedule: in one tuple, so that threads mix up none.
         self._cached: tuple[tuple[Any, ...], Tensor, Tensor, Schedule] | None = None
 
     def of(self, weights: Tensor, span: tuple[float, float], y: Tensor) -> Schedule:
@@ -75,14 +77,6 @@ def roll_out(call: StageCall, calls: Schedule, y: Tensor) -> tuple[Tensor, list[
     x, stages = _roll_out(call, calls, y, add)
     # Two calls may have told; a func may also start with its buffer only later.
     return _roll_out(owning(call), calls, y, add) if share_memory(stages) else (x, stages)
-
-
-class _Sum(Protocol):
-    """Adds up the weighted derivatives so far and the state at the start."""
-
-    def __call__(self, row: Tensor, stages: list[Tensor]) -> Tensor:
-        """Return the next state; may move the last of the derivatives."""
-        ...
 
 
 def _sum_for(calls: Schedule, y: Tensor) -> _Sum:
@@ -208,13 +202,7 @@ class _Memory:
 
 @torch.no_grad()
 def raise_non_finite(call: StageCall, calls: Schedule, y0: Tensor, dtype: torch.dtype) -> None:
-    """Replay a solve that ended in inf or nan, and name the call where that began, and why.
-
-    ``dtype`` is that of the user's state.
-
-    Raises:
-        NonFiniteError: always.
-    """
+    """Replay a solve that ended in inf or nan, and name the call where that began, and why."""
     check_start(y0)
     x, stages, add = y0, [], _Chain(y0)
     for i, (t, row) in enumerate(zip(*calls, strict=True)):
@@ -229,9 +217,8 @@ def raise_non_finite(call: StageCall, calls: Schedule, y0: Tensor, dtype: torch.
                 + advice_for_half(dtype),
             )
     raise NonFiniteError(
-        problem="the n calls of func stay finite: the hypernet returned inf or nan, or one of "
-        "the two "
-        "answers differently each time.",
+        problem="the n calls of func stay finite: the hypernet returned inf or nan, or one of the "
+        "two answers differently each time.",
         expected="a finite correction, and a deterministic func and hypernet.",
         fix="fit again with a lower lr; func.eval(); hypernet.eval()",
     )

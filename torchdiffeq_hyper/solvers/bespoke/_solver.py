@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._files import damage_reported
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_half
 from torchdiffeq_hyper.solvers._domain import FitDomain, Match
 from torchdiffeq_hyper.solvers._files import BNS, describe_bespoke, rebuild_bespoke
-from torchdiffeq_hyper.solvers._finite import cast_back, is_finite
 from torchdiffeq_hyper.solvers._grid import check_times
 from torchdiffeq_hyper.solvers._report import FitReport
-from torchdiffeq_hyper.solvers._solver import Solver, Weights
-from torchdiffeq_hyper.solvers._stepping import Correction, stage_call
-from torchdiffeq_hyper.solvers.bespoke._knots import (
+from torchdiffeq_hyper.solvers._solver import Solver
+from torchdiffeq_hyper.solvers._stepping import Correction, cast_back, is_finite, stage_call
+from torchdiffeq_hyper.solvers.bespoke._dense_output import (
     Knots,
-    between,
     check_knots,
     default_knots,
-    hermite_weights,
+    dense_output,
+    differentiable_start,
+    is_whole_span,
+    rounding_of,
+    slack_of,
 )
 from torchdiffeq_hyper.solvers.bespoke._rollout import (
     Schedule,
@@ -32,14 +32,6 @@ from torchdiffeq_hyper.solvers.bespoke._rollout import (
     raise_non_finite,
     roll_out,
     schedule,
-)
-from torchdiffeq_hyper.solvers.bespoke._span import (
-    differentiable_start,
-    is_whole_span,
-    nan_outside,
-    rounding_of,
-    slack_of,
-    snapped_to_ends,
 )
 from torchdiffeq_hyper.solvers.bespoke._weights import (
     WeightCache,
@@ -107,6 +99,8 @@ class BespokeSolver(Solver, kind=BNS):
 
     follows_grid = False
     steps: int
+    describe = describe_bespoke
+    _rebuild = staticmethod(rebuild_bespoke)
 
     def __init__(
         self,
@@ -156,8 +150,7 @@ class BespokeSolver(Solver, kind=BNS):
     @property
     def _parameter(self) -> Tensor:
         parameter = self._parameters.get("weights")
-        found: Tensor = self.__dict__["_plain_weights"] if parameter is None else parameter
-        return found
+        return self.__dict__["_plain_weights"] if parameter is None else parameter
 
     @property
     def weights(self) -> Tensor:
@@ -199,11 +192,9 @@ class BespokeSolver(Solver, kind=BNS):
     def match(self, direction: int, start: float | None = None, end: float | None = None) -> Match:
         """Return how well the solver suits a solve: not at all outside of its span."""
         found, span = super().match(direction, start, end), self.span
-        if span is None:
-            return found
         if found == Match.OUTSIDE:
             return Match.NONE
-        if start is None:
+        if span is None or start is None:
             return found
         # Times may come in half precision; `solve`, which knows, looks closer.
         slack = slack_of(span, torch.bfloat16) * abs(span[1] - span[0])
@@ -261,14 +252,10 @@ class BespokeSolver(Solver, kind=BNS):
         if ends_at_end:
             y = (x if added is None else x + added).unsqueeze(0)
         else:
-            share = (t - start) / (end - start)
-            passed = share[1:].to(self.weights.dtype)
-            passed = snapped_to_ends(passed, rounding_of(self.span, t.dtype))
             knots = self.get_buffer("knot_values"), self.get_buffer("knot_slopes")
-            own = (part.to(flat.device) for part in (self.weights, *knots))
-            weights = hermite_weights(passed, *own) * (end - start)
-            weights = nan_outside(weights, share, slack_of(self.span, t_dtype))
-            y = between(passed, weights.to(flat.dtype), flat, stages, added)
+            matrices = [matrix.to(flat.device) for matrix in (self.weights, *knots)]
+            slacks = rounding_of(self.span, t.dtype), slack_of(self.span, t_dtype)
+            y = dense_output(t, (start, end), slacks, matrices, (flat, stages), added=added)
         if not is_finite(y[-1]):
             calls = schedule(self.weights.to(y.device), start, end, y.dtype)
             raise_non_finite(call, calls, first, dtype)
@@ -279,25 +266,6 @@ class BespokeSolver(Solver, kind=BNS):
         if not is_plain() or self.span is None or weights.is_inference():
             return schedule(weights.to(y.device), start, end, y.dtype)
         return self._schedules.of(weights, self.span, y)
-
-    def describe(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return what a file holds: see `Solver.describe`."""
-        return describe_bespoke(self)
-
-    @classmethod
-    def rebuild(
-        cls,
-        settings: Mapping[str, Any],
-        tensors: Mapping[str, Tensor],
-        hypernet: nn.Module | None,
-        path: str | os.PathLike[str],
-        at: str = "",
-    ) -> tuple[Solver, Weights | None]:
-        """Return the solver of a file: see `Solver.rebuild`."""
-        arguments, net, weights = rebuild_bespoke(settings, tensors, hypernet, path, at)
-        with damage_reported(path):
-            solver = cls(hypernet=net, **arguments)
-        return solver, None if net is None else (net, weights, hypernet is not None)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """Load as any module does; weights may come from the middle of a training."""

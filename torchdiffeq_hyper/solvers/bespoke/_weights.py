@@ -12,13 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from torchdiffeq_hyper.errors import (
-    OptionError,
-    StateShapeError,
-    StateTypeError,
-    closest,
-)
-from torchdiffeq_hyper.solvers._finite import is_finite
+from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, closest
+from torchdiffeq_hyper.solvers._stepping import is_finite
 
 SLACK = 1e-6
 """By which sums of weights may miss: those of float32 do."""
@@ -41,32 +36,36 @@ def is_differentiated(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def check_weights(weights: Tensor) -> Tensor:
-    """Return the weights of a bespoke solver, detached.
-
-    Raises:
-        StateTypeError: not a floating-point tensor.
-        StateShapeError: not square.
-        OptionError: not finite or lower triangular, or times that decrease or leave the span.
-    """
-    fix = 'tdh.BespokeSolver.classical("rk4", 8)'
-    if not isinstance(weights, Tensor) or not weights.is_floating_point():
-        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+def check_matrix(name: str, matrix: Tensor, fix: str, shape: tuple[int, int] | None = None) -> None:
+    """Refuse what is no finite matrix of floating-point numbers of a shape; None: square."""
+    if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
+        got = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
         raise StateTypeError(
-            problem=f"weights is {got}.", expected="a floating-point tensor.", fix=fix
+            problem=f"{name} is {got}.", expected="a floating-point tensor.", fix=fix
         )
-    if weights.dim() != 2 or weights.shape[0] != weights.shape[1] or len(weights) == 0:
+    is_square = matrix.dim() == 2 and matrix.shape[0] == matrix.shape[1] > 0
+    if not is_square if shape is None else matrix.shape != shape:
         raise StateShapeError(
-            problem=f"weights has shape {tuple(weights.shape)}.",
-            expected="(n, n), n at least 1.",
+            problem=f"{name} has shape {tuple(matrix.shape)}.",
+            expected="(n, n), n at least 1." if shape is None else f"{shape}, one column a weight.",
             fix=fix,
         )
+    if not is_finite(matrix):
+        raise OptionError(
+            problem=f"{name} has entries that are not finite.", expected="finite numbers.", fix=fix
+        )
+
+
+def check_weights(weights: Tensor) -> Tensor:
+    """Return the weights of a bespoke solver, detached, if they are those of a method."""
+    fix = 'tdh.BespokeSolver.classical("rk4", 8)'
+    check_matrix("weights", weights, fix)
     weights = weights.detach().clone()
     if weights.is_meta:
         return weights
-    if not is_finite(weights) or bool(weights.triu(1).any()):
+    if bool(weights.triu(1).any()):
         raise OptionError(
-            problem="weights has entries above its diagonal, or some that are not finite.",
+            problem="weights has entries above its diagonal.",
             expected="zeros there: a state is made of the derivatives known before it.",
             fix=fix,
         )
@@ -139,16 +138,13 @@ def selected(weights: Tensor) -> Tensor:
 class WeightCache:
     """The weights in use of a parameter, cached as long as its values are the same.
 
-    Args:
-        is_fixed: whether the parameter was never seen to require a gradient.
+    ``is_fixed`` says that the parameter was never seen to require a gradient. A compiled solve,
+    which cannot see versions, may then use it as it is; this is a guard of its graph.
     """
 
     def __init__(self, *, is_fixed: bool = True) -> None:
-        # A compiled solve cannot see versions. It may use a parameter as it is that nothing
-        # can have trained; this is a guard of its graph.
         self.is_fixed = is_fixed
-        # Parameter, its version and the weights in use: one tuple, so that a thread sees
-        # all of it or nothing.
+        # Parameter, its version and the weights in use: in one tuple, as threads see all or none.
         self._cached: tuple[Tensor, int, Tensor] | None = None
 
     def of(self, parameter: Tensor) -> Tensor:
@@ -177,12 +173,8 @@ class WeightCache:
         if parameter.requires_grad:
             self.is_fixed = False
 
-    def __deepcopy__(self, memo: dict[int, object]) -> WeightCache:
-        """Copy as one that keeps nothing yet."""
-        return WeightCache(is_fixed=self.is_fixed)
-
     def __getstate__(self) -> dict[str, object]:
-        """Pickle the same way."""
+        """Copy and pickle as one that keeps nothing yet."""
         return {"is_fixed": self.is_fixed, "_cached": None}
 
 
@@ -202,17 +194,7 @@ def classical(method: str, calls: int) -> Tensor:
 
     Where they do not come out even, a shorter method takes the calls that are left, and
     each step is as long as the calls it has: 10 calls are two steps of rk4 over two
-    fifths of the span each and one of midpoint over the last fifth.
-
-    Args:
-        method: "euler", "midpoint", "heun", "heun3" or "rk4", torchdiffeq's variants.
-        calls: calls of func over the span, n.
-
-    Returns:
-        (n, n) lower triangular, float64.
-
-    Raises:
-        OptionError: the method is unknown, or has more stages than there are calls.
+    fifths of the span each and one of midpoint over the last fifth. (calls, calls), float64.
 
     Example:
         >>> from torchdiffeq_hyper.solvers.bespoke import classical

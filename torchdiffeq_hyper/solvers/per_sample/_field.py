@@ -17,7 +17,7 @@ from torchdiffeq_hyper._fields import (
     own,
     restrict,
 )
-from torchdiffeq_hyper._state import RowLayout, State, VectorField, is_half, parts_of
+from torchdiffeq_hyper._state import RowLayout, State, VectorField, is_half, shapes_of
 from torchdiffeq_hyper.errors import HyperError, OptionError, StateShapeError, first_line
 
 TIME_MODES = {
@@ -31,30 +31,18 @@ _REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedErro
 
 @dataclass(frozen=True)
 class SampleField:
-    """A vector field whose samples have times of their own.
-
-    Attributes:
-        func: the user's field.
-        layout: how a sample lies in a row.
-        mode: one of `TIME_MODES`.
-        sign: -1 where the solver's time is the negated true time.
-        dtype: the user's dtype of the state.
-    """
+    """A vector field whose samples have times of their own."""
 
     func: VectorField
     layout: RowLayout
-    mode: str
-    sign: int
-    dtype: torch.dtype
+    mode: str  # one of `TIME_MODES`
+    sign: int  # -1 where the solver's time is the negated true time
+    dtype: torch.dtype  # the user's
 
     def __call__(self, t: Tensor, y: Tensor, index: Tensor) -> Tensor:
         """Return the derivatives of the samples ``index``: their positions in the batch.
 
         ``t`` are the solver's times (active,), ``y`` their states, one a row.
-
-        Raises:
-            StateShapeError: func returned another shape.
-            OptionError: func cannot be called in this mode.
         """
         real = self.dtype.to_real() if self.dtype.is_complex else self.dtype
         t = (t if self.sign > 0 else -t).to(real)
@@ -92,15 +80,12 @@ class SampleField:
     def _check(self, k: State, y: State) -> None:
         """Refuse what would broadcast: shapes are known under vmap too."""
         check_kind(k, y)
-        got, expected = (
-            [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in s]
-            for s in (parts_of(k), parts_of(y))
-        )
-        if got == expected and isinstance(k, tuple) == isinstance(y, tuple):
+        got, expected = shapes_of(k), shapes_of(y)
+        if got == expected:
             return
         times = "t of shape (batch,)" if self.mode == "vector" else "a batch of 1"
         raise StateShapeError(
-            problem=f"func returned {_listed(got)} for a state of {_listed(expected)}"
+            problem=f"func returned {_listed(got[1])} for a state of {_listed(expected[1])}"
             f' (options["time"] is "{self.mode}": func gets {times}).',
             expected="a derivative of the state's own shape; a field that holds something of every "
             "sample (noise, controls) must say which part of it belongs to which sample.",
@@ -123,13 +108,7 @@ class SampleField:
 
 
 def check_samples_alone(field: SampleField, y0: State, times: Tensor) -> None:
-    """Refuse a func whose samples depend on each other: solved alone they would go other ways.
-
-    Raises:
-        CoupledSamplesError: they depend on each other.
-        OptionError: func cannot be called in the field's mode.
-        StateShapeError: func takes the whole batch only.
-    """
+    """Refuse a func whose samples depend on each other: solved alone they would go other ways."""
     layout, sign = field.layout, field.sign
 
     def alone(t: Tensor, y: State, index: Tensor) -> State:
@@ -162,9 +141,6 @@ def check_times_alone(field: SampleField, t: Tensor, y: Tensor) -> None:
 
     Compares a call at two times inside the span with one call for each; costs four evaluations
     of a sample, and none for a single sample.
-
-    Raises:
-        OptionError: the answers differ.
     """
     if len(y) < 2:
         return

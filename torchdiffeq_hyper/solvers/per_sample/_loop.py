@@ -1,8 +1,9 @@
-"""The loop: active samples step, those that have passed all times leave."""
+"""The loop: active samples step by dopri5, those that have passed all times leave."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,14 +11,95 @@ from torch import Tensor
 from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._state import RowLayout, StateLayout, part_norms
 from torchdiffeq_hyper.errors import NonFiniteError, UnfinishedSolveError, explain
-from torchdiffeq_hyper.solvers.per_sample._control import (
-    Attempt,
-    StepControl,
-    attempt,
-    first_step,
-    interpolate,
-)
 from torchdiffeq_hyper.solvers.per_sample._field import SampleField
+
+if TYPE_CHECKING:
+    from torchdiffeq_hyper.solvers.per_sample._method import PerSampleDopri5
+
+Field: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""``field(t, y)``: derivatives of the active samples, t (active,), y (active, width)."""
+
+_NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
+_STAGES = (
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+_ERROR = (
+    35 / 384 - 1951 / 21600,
+    0.0,
+    500 / 1113 - 22642 / 50085,
+    125 / 192 - 451 / 720,
+    -2187 / 6784 + 12231 / 42400,
+    11 / 84 - 649 / 6300,
+    -1 / 60,
+)
+_MIDDLE = (
+    6025192743 / 60171106304,
+    0.0,
+    51252292925 / 130801643196,
+    -2691868925 / 90256659456,
+    187940372067 / 3189068634112,
+    -1776094331 / 39487288512,
+    11237099 / 470086768,
+)
+
+
+class _Attempt(NamedTuple):
+    """A step that was tried: states and derivatives at its end, error estimate, seven stages."""
+
+    y1: Tensor
+    f1: Tensor
+    error: Tensor
+    stages: tuple[Tensor, ...]
+
+
+def _attempt(field: Field, t: Tensor, dt: Tensor, y: Tensor, f: Tensor) -> _Attempt:
+    """Return a step of size ``dt`` (active,) from ``t``; six calls of the field."""
+    real = y.dtype.to_real() if y.dtype.is_complex else y.dtype
+    # Just before the end, which may be a discontinuity of func.
+    end, start, size = _before((t + dt).to(real)), t.to(real), dt.to(real)
+    h = size.unsqueeze(1)
+    y1, stages = y, [f]
+    for node, weights in zip(_NODES, _STAGES, strict=True):
+        time = end if node == 1.0 else start + node * size
+        y1 = y + _combine(stages, weights, h)
+        stages.append(field(time, y1))
+    return _Attempt(y1, stages[-1], _combine(stages, _ERROR, h), tuple(stages))
+
+
+def _interpolate(step: _Attempt, y: Tensor, dt: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+    """Return the states of some rows inside their steps, of order 4.
+
+    The quartic with the step's values and derivatives at both ends and its value in the
+    middle. ``x`` says for each of the rows how far into its step, from 0 to 1.
+    """
+    h, x = dt[rows].to(x.dtype).unsqueeze(1), x.unsqueeze(1)
+    stages = [k[rows] for k in step.stages]
+    y0, y1, f0, f1 = y[rows], step.y1[rows], h * stages[0], h * stages[-1]
+    middle = y0 + _combine(stages, _MIDDLE, h)
+    quartic = 2 * (f1 - f0) - 8 * (y1 + y0) + 16 * middle
+    cubic = 5 * f0 - 3 * f1 + 18 * y0 + 14 * y1 - 32 * middle
+    square = f1 - 4 * f0 - 11 * y0 - 5 * y1 + 16 * middle
+    return y0 + x * (f0 + x * (square + x * (cubic + x * quartic)))
+
+
+def _combine(stages: list[Tensor], weights: tuple[float, ...], h: Tensor) -> Tensor:
+    total = stages[0] * (weights[0] * h)
+    for k, weight in zip(stages[1:], weights[1:], strict=True):
+        if weight:
+            total = total + k * (weight * h)
+    return total
+
+
+def _before(t: Tensor) -> Tensor:
+    """Return the number next below ``t``, with the gradient of ``t``."""
+    with torch.no_grad():
+        step = torch.nextafter(t, t - 1) - t
+    return t + step
 
 
 class StepLog:
@@ -38,11 +120,7 @@ class StepLog:
         return marked
 
     def note(
-        self,
-        index: Tensor,
-        columns: tuple[Tensor, Tensor, Tensor],
-        is_accepted: Tensor,
-        error: Tensor,
+        self, index: Tensor, columns: tuple[Tensor, ...], is_accepted: Tensor, error: Tensor
     ) -> None:
         """Keep a round: times, sizes and error ratios of the samples ``index``, one error a row."""
         t, dt, ratio = columns
@@ -74,27 +152,16 @@ class StepLog:
 
 
 class _Active(NamedTuple):
-    """The samples that still step; every field has one entry a sample.
+    """The samples that still step; every field has one entry a sample."""
 
-    Attributes:
-        samples: positions in the batch.
-        y: states, one a row.
-        f: derivatives.
-        t: times, float64.
-        dt: sizes of the next steps.
-        due: which of the output times comes next.
-        tried: steps tried since the last output time.
-        is_still: the last step left the finite range, although it hardly moved the state.
-    """
-
-    samples: Tensor
-    y: Tensor
+    samples: Tensor  # positions in the batch
+    y: Tensor  # states, one a row
     f: Tensor
-    t: Tensor
-    dt: Tensor
-    due: Tensor
-    tried: Tensor
-    is_still: Tensor
+    t: Tensor  # float64
+    dt: Tensor  # of the next steps
+    due: Tensor  # which of the output times comes next
+    tried: Tensor  # steps since the last output time
+    is_still: Tensor  # the last step left the finite range, although it hardly moved the state
 
     def keep(self, which: Tensor) -> _Active:
         """Return the samples at some positions."""
@@ -102,18 +169,10 @@ class _Active(NamedTuple):
 
 
 class Loop:
-    """One solve.
+    """One solve at increasing float64 times, the first one the start's.
 
-    Args:
-        field: the vector field.
-        control: of the step sizes.
-        tolerances: relative and absolute: 0-d, or one row a sample.
-        times: increasing output times, float64; the first is the start's.
-        log: keeps the steps, if they are recorded.
-
-    Attributes:
-        nfe: evaluations of func so far, (batch,).
-        calls: calls of func so far, each for the samples that step then.
+    Tolerances, relative and absolute, are 0-d or one row a sample. ``nfe`` (batch,) counts the
+    evaluations of func for each sample, ``calls`` its calls, each for the samples that step then.
     """
 
     nfe: Tensor
@@ -121,7 +180,7 @@ class Loop:
     def __init__(
         self,
         field: SampleField,
-        control: StepControl,
+        control: PerSampleDopri5,
         tolerances: tuple[Tensor, Tensor],
         times: Tensor,
         log: StepLog | None = None,
@@ -135,12 +194,7 @@ class Loop:
         self.calls = 0
 
     def run(self, y0: Tensor) -> Tensor:
-        """Return the solution from ``y0``, one row a sample: (times, batch, width).
-
-        Raises:
-            NonFiniteError: func's answers leave the finite range.
-            UnfinishedSolveError: too many steps, or too small ones.
-        """
+        """Return the solution from ``y0``, one row a sample: (times, batch, width)."""
         everyone = torch.arange(len(y0), device=y0.device)
         self.nfe = torch.zeros_like(everyone)
         self._values, self._places = [y0], [everyone]
@@ -153,13 +207,10 @@ class Loop:
     def _start(self, y: Tensor, index: Tensor) -> _Active:
         t = self._times[0].expand(len(y))
         f = self._evaluate(index, t, y)
-        if self._control.first_step is None:
-            scale, norm = self._scale(index, y.abs()), self._field.layout.norm
-            dt = first_step(lambda t, y: self._evaluate(index, t, y), norm, (t, y, f), scale)
-        else:
-            dt = torch.full_like(t.detach(), self._control.first_step)
+        scale, norm = self._scale(index, y.abs()), self._field.layout.norm
+        dt = self._control.first(lambda t, y: self._evaluate(index, t, y), norm, (t, y, f), scale)
         due, tried = torch.ones_like(index), torch.zeros_like(index)
-        return _Active(index, y, f, t, self._control.clamp(dt), due, tried, tried.bool())
+        return _Active(index, y, f, t, dt, due, tried, tried.bool())
 
     def _evaluate(self, index: Tensor, t: Tensor, y: Tensor) -> Tensor:
         self.nfe[index] += 1
@@ -175,7 +226,7 @@ class Loop:
         index, y, f, t, dt, due, tried, _ = active
         if self._log is not None:
             f = self._log.mark(f)
-        step = attempt(lambda t, y: self._evaluate(index, t, y), t, dt, y, f)
+        step = _attempt(lambda t, y: self._evaluate(index, t, y), t, dt, y, f)
         with torch.no_grad():
             scale = self._scale(index, torch.maximum(y.abs(), step.y1.abs()))
             ratio = self._field.layout.norm(step.error / scale)
@@ -196,7 +247,7 @@ class Loop:
         left = (passed < len(self._times)).nonzero().squeeze(1)
         return after if len(left) == len(index) else after.keep(left)
 
-    def _write(self, active: _Active, step: Attempt, end: Tensor, accept: Tensor) -> Tensor:
+    def _write(self, active: _Active, step: _Attempt, end: Tensor, accept: Tensor) -> Tensor:
         """Keep the states at the times that were passed; return the next times due."""
         due, last = active.due, len(self._times) - 1
         while True:
@@ -206,7 +257,7 @@ class Loop:
                 return due
             times, start = self._times[due[rows]], active.t[rows]
             x = ((times - start) / (end[rows] - start)).to(step.y1.abs().dtype)
-            self._values.append(interpolate(step, active.y, active.dt, x, rows))
+            self._values.append(_interpolate(step, active.y, active.dt, x, rows))
             self._places.append(due[rows] * len(self.nfe) + active.samples[rows])
             due = due + inside.long()
 

@@ -1,9 +1,11 @@
-"""The method as a call of it sees it: options, then one solve."""
+"""The method "dopri5_per_sample": its options, its control of the step sizes, and a solve."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import NoReturn, TypeAlias
 
 import torch
@@ -18,30 +20,40 @@ from torchdiffeq_hyper.errors import (
     StateTypeError,
     closest,
 )
-from torchdiffeq_hyper.solvers._finite import is_finite
 from torchdiffeq_hyper.solvers._grid import check_times
-from torchdiffeq_hyper.solvers.per_sample._control import StepControl
+from torchdiffeq_hyper.solvers._stepping import is_finite
 from torchdiffeq_hyper.solvers.per_sample._field import (
     TIME_MODES,
     SampleField,
     check_samples_alone,
     check_times_alone,
 )
-from torchdiffeq_hyper.solvers.per_sample._loop import Loop, StepLog
+from torchdiffeq_hyper.solvers.per_sample._loop import Field, Loop, StepLog
+
+ORDER = 5
 
 Tolerance: TypeAlias = float | Tensor | Sequence[float | Tensor]
 """A number, a tensor that broadcasts against y0, or for tuple states one of these a part."""
 
 
 @dataclass(frozen=True)
-class PerSampleDopri5(StepControl):
+class PerSampleDopri5:
     """Dopri5 in which every sample keeps its own step size and stops on its own.
 
     Order 5, six evaluations of func a step and sample, two at the start. Each sample takes
     the steps it would take alone, to rounding; the samples that still step are evaluated
     together. Step sizes are constants to the gradient.
 
+    The other options are the step controls of torchdiffeq's dopri5, by its names and defaults.
+
     Attributes:
+        safety: factor on the step size that the error estimate allows.
+        ifactor: most by which a step may grow.
+        dfactor: least by which a rejected step may shrink.
+        first_step: size of the first step; None chooses one for each sample.
+        min_step: steps are never smaller, and accepted at this size while they are finite.
+        max_step: steps are never larger.
+        max_num_steps: most steps a sample may try between two points of t.
         time: how func meets samples at different times. "vmap" (default): through
             `torch.func.vmap`, with a batch of 1 and a 0-d t for each sample; cannot take
             funcs that branch on values, draw random numbers, update buffers, or call
@@ -52,6 +64,13 @@ class PerSampleDopri5(StepControl):
         OptionError: a value is impossible; the text names it.
     """
 
+    safety: float = 0.9
+    ifactor: float = 10.0
+    dfactor: float = 0.2
+    first_step: float | None = None
+    min_step: float = 0.0
+    max_step: float = math.inf
+    max_num_steps: int = 2**31 - 1
     time: str = "vmap"
 
     def __post_init__(self) -> None:
@@ -62,7 +81,20 @@ class PerSampleDopri5(StepControl):
                 expected="; ".join(f'"{mode}": {what}' for mode, what in TIME_MODES.items()) + ".",
                 fix=f'options={{"time": "{closest(self.time, TIME_MODES)}"}}',
             )
-        super().__post_init__()
+        for field in fields(self)[:-1]:
+            value, example = getattr(self, field.name), 1e-3 if field.default is None else 1.0
+            is_left_out = value is None and field.default is None
+            self._require(field.name, is_left_out or _is_number(value), "(real)", example)
+        self._require("safety", 0 < self.safety <= 1, "above 0, at most 1", 0.9)
+        self._require("ifactor", 1 <= self.ifactor < math.inf, "at least 1, finite", 10.0)
+        self._require("dfactor", 0 < self.dfactor < 1, "between 0 and 1", 0.2)
+        first = self.first_step
+        is_size = first is None or 0 < first < math.inf
+        self._require("first_step", is_size, "above 0, finite, also in reverse", 0.1)
+        self._require("min_step", 0 <= self.min_step < math.inf, "at least 0", 1e-4)
+        is_most = self.max_step > 0 and self.max_step >= self.min_step
+        self._require("max_step", is_most, "above 0, at least min_step", 0.1)
+        self._require("max_num_steps", self.max_num_steps >= 1, "at least 1", 1000)
 
     def solve(
         self,
@@ -100,13 +132,7 @@ class PerSampleDopri5(StepControl):
         return self.run(func, y0, t, rtol=rtol, atol=atol)[0]
 
     def run(
-        self,
-        func: VectorField,
-        y0: State,
-        t: Tensor,
-        *,
-        rtol: Tolerance,
-        atol: Tolerance,
+        self, func: VectorField, y0: State, t: Tensor, *, rtol: Tolerance, atol: Tolerance
     ) -> tuple[State, Tensor]:
         """Return the solution, and how often func was evaluated for each sample (batch,)."""
         draft = recording.take_over(self)
@@ -138,14 +164,65 @@ class PerSampleDopri5(StepControl):
             _raise_non_finite(solution, found, t)
         return layout.split(solution), loop.nfe
 
+    def _require(self, name: str, is_valid: object, expected: str, example: float) -> None:
+        if not is_valid:
+            raise OptionError(
+                problem=f"{name} is {getattr(self, name)!r}.",
+                expected=f"a number {expected}.",
+                fix=f'options={{"{name}": {example}}}',
+            )
+
+    @torch.no_grad()
+    def first(
+        self,
+        field: Field,
+        norm: Callable[[Tensor], Tensor],
+        start: tuple[Tensor, Tensor, Tensor],
+        scale: Tensor,
+    ) -> Tensor:
+        """Return the first step size of each sample; chosen as by the host, at one call of field.
+
+        ``start`` is time, state and derivative; ``scale`` what errors are measured in.
+        """
+        t, y, f = start
+        if self.first_step is not None:
+            return self.clamp(torch.full_like(t, self.first_step))
+        d0, d1 = norm(y / scale), norm(f / scale)
+        tiny = torch.as_tensor(1e-6, dtype=d0.dtype, device=d0.device)
+        h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), tiny, 0.01 * d0 / d1)
+        f1 = field((t + h0).to(d0.dtype), y + h0.unsqueeze(1).to(f.dtype) * f)
+        d2 = norm((f1 - f) / scale) / h0
+        flat = (d1 <= 1e-15) & (d2 <= 1e-15)
+        h1 = torch.where(
+            flat, torch.maximum(tiny, h0 * 1e-3), (0.01 / torch.maximum(d1, d2)) ** (1 / ORDER)
+        )
+        return self.clamp(torch.minimum(100 * h0, h1).to(t.dtype))
+
+    @torch.no_grad()
+    def next(self, dt: Tensor, ratio: Tensor) -> Tensor:
+        """Return the sizes of the next steps, from the error ratios of these.
+
+        0 after a step of the smallest size that is not finite: no smaller one may be tried.
+        """
+        ratio = ratio.to(dt.dtype)
+        lowest = torch.where(ratio < 1, 1.0, self.dfactor)
+        factor = (self.safety / ratio ** (1 / ORDER)).maximum(lowest).clamp(max=self.ifactor)
+        after = self.clamp(dt * torch.where(ratio == 0, self.ifactor, factor))
+        return torch.where((dt <= self.min_step) & ratio.isinf(), 0.0, after)
+
+    def clamp(self, dt: Tensor) -> Tensor:
+        """Return the sizes, kept between the smallest and the largest."""
+        return dt.clamp(self.min_step, min(self.max_step, sys.float_info.max))
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, float | int)
+
 
 def _in_rows(layout: RowLayout, name: str, given: Tolerance, rows: Tensor) -> Tensor:
-    """Return a tolerance as a 0-d tensor or as a matrix like ``rows``, in float64.
-
-    Raises:
-        StateTypeError: a tuple of tolerances for a state that is one tensor.
-        StateShapeError: not as many tolerances as parts, or not of a part's shape.
-    """
+    """Return a tolerance as a 0-d tensor or as a matrix like ``rows``, in float64."""
     if isinstance(given, float | int) or (isinstance(given, Tensor) and given.dim() == 0):
         return torch.as_tensor(given, dtype=torch.float64, device=rows.device)
     tolerances = [given] if isinstance(given, Tensor) else list(given)
@@ -173,23 +250,19 @@ def _in_rows(layout: RowLayout, name: str, given: Tolerance, rows: Tensor) -> Te
 
 
 def _check_order(times: Tensor, t: Tensor) -> None:
-    finite = torch.isfinite(times).all()
-    if bool(finite & (times.diff() > 0).all()):
+    are_finite = is_finite(times)
+    if are_finite and bool((times.diff() > 0).all()):
         return
+    how = "goes back and forth" if are_finite else "holds inf or nan"
     raise OptionError(
-        problem=f"t goes back and forth: {t.tolist()[:8]}."
-        if bool(finite)
-        else f"t holds inf or nan: {t.tolist()[:8]}.",
+        problem=f"t {how}: {t.tolist()[:8]}.",
         expected="finite times that strictly increase, or strictly decrease.",
-        fix="t = t.unique()" if bool(finite) else "t = t[torch.isfinite(t)]",
+        fix="t = t.unique()" if are_finite else "t = t[torch.isfinite(t)]",
     )
 
 
 def _raise_non_finite(solution: Tensor, rows: Tensor, t: Tensor) -> NoReturn:
-    """Name the first time and sample at which a solution (times, batch, width) is not finite.
-
-    ``rows`` is the same in the dtype that was integrated in.
-    """
+    """Name where a solution (times, batch, width), ``rows`` as integrated, is not finite first."""
     broken = ~torch.isfinite(solution).all(dim=2)
     time, sample = broken.nonzero()[0].tolist()
     where = f"sample {sample} at t = {float(t[time]):.6g}"

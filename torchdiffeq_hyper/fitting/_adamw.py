@@ -26,9 +26,9 @@ from torchdiffeq_hyper.errors import FitDivergedError, NonFiniteError
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._checkpoint import PhaseState
 from torchdiffeq_hyper.fitting._data import Batch, Data
+from torchdiffeq_hyper.fitting._loop import Phase
 from torchdiffeq_hyper.fitting._objectives import Objective, usable_scale
 from torchdiffeq_hyper.fitting._problem import Problem
-from torchdiffeq_hyper.fitting._target import Phase
 
 VALIDATIONS = 40
 """Validations in a phase."""

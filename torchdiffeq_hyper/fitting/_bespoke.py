@@ -28,6 +28,7 @@ from torchdiffeq_hyper.fitting._chunks import (
 )
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._data import Data
+from torchdiffeq_hyper.fitting._engine import Start, Target
 from torchdiffeq_hyper.fitting._errors import Comparison, is_worse, quantiles
 from torchdiffeq_hyper.fitting._field import Field
 from torchdiffeq_hyper.fitting._levenberg_marquardt import (
@@ -35,6 +36,7 @@ from torchdiffeq_hyper.fitting._levenberg_marquardt import (
     LevenbergMarquardtState,
     mean_error,
 )
+from torchdiffeq_hyper.fitting._loop import Phase
 from torchdiffeq_hyper.fitting._noise import noise_at_end, refuse_exact
 from torchdiffeq_hyper.fitting._objectives import EndObjective
 from torchdiffeq_hyper.fitting._prepare import ENDLESS
@@ -42,7 +44,6 @@ from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._reference import Tolerances
 from torchdiffeq_hyper.fitting._sensitivities import n_weights
 from torchdiffeq_hyper.fitting._signature import signs_of_net
-from torchdiffeq_hyper.fitting._target import Phase, Start, Target
 from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers.bespoke import ORDER, BespokeSolver, compositions
@@ -206,7 +207,7 @@ class BespokeTarget(Target):
         width = self.problem.width
         return replace(self.problem.domain(y0), dt_min=width, dt_max=width)
 
-    def finish(self, state: FitState) -> None:
+    def finish(self, state: FitState) -> Iterator[str]:
         """Be the best of the fit, the weights alone and the start; fit the knots."""
         solver = self.module
         state.fallback = self.problem.group.from_first(lambda: self._fallback(state))
@@ -217,6 +218,7 @@ class BespokeTarget(Target):
             state.best_error = mean_error(self._held_out, solver.weights)
         self._fit_knots()
         state.best = {**state.best, **snapshot(solver)}
+        return _notes(state, self._data, self._start, self._n)
 
     def _fallback(self, state: FitState) -> str:
         """Return what is better than what was fitted: "weights", "start", or "" for nothing."""
@@ -253,10 +255,6 @@ class BespokeTarget(Target):
             for solver in (self.module, self._classical(self._start))
         )
         return quantiles(own, unit), quantiles(start, unit)
-
-    def notes(self, state: FitState) -> Sequence[str]:
-        """Return what the solver is compared with, and whether there were samples enough."""
-        return list(_notes(state, self._data, self._start, self._n))
 
     def restore(self, state: FitState) -> None:
         """Take the weights of an earlier run."""

@@ -14,15 +14,16 @@ from torchdiffeq_hyper.fitting._auto import calibrate, check_auto, choose
 from torchdiffeq_hyper.fitting._budget import ReferencePlan
 from torchdiffeq_hyper.fitting._checkpoint import FitState
 from torchdiffeq_hyper.fitting._data import Data
+from torchdiffeq_hyper.fitting._engine import Start, Target
 from torchdiffeq_hyper.fitting._errors import Comparison, is_worse
 from torchdiffeq_hyper.fitting._field import Field
 from torchdiffeq_hyper.fitting._guard import own_random_state
+from torchdiffeq_hyper.fitting._loop import Phase
 from torchdiffeq_hyper.fitting._noise import measure_noise
 from torchdiffeq_hyper.fitting._objectives import delta_quantiles, no_correction, objectives_of
 from torchdiffeq_hyper.fitting._problem import HypersolverProblem
 from torchdiffeq_hyper.fitting._reference import Tolerances
 from torchdiffeq_hyper.fitting._signature import signs_of_net
-from torchdiffeq_hyper.fitting._target import Phase, Start, Target
 from torchdiffeq_hyper.hypernets import (
     ReadyHypernet,
     from_architecture,
@@ -152,19 +153,17 @@ class HypersolverTarget(Target):
         calls = solver.n_steps * problem.tableau.calls
         return Comparison(solver.solve, base.solve, problem.tableau.name, calls, FEWEST_TO_PAY)
 
-    def finish(self, state: FitState) -> None:
-        """Give up a net that is worse than none."""
+    def finish(self, state: FitState) -> Iterator[str]:
+        """Give up a net that is worse than none; say so, and which net was chosen."""
         problem, compared = self.problem, self.comparison()
-        is_given_up = problem.group.from_first(lambda: is_worse(compared, problem.func, self._data))
-        state.fallback = "start" if is_given_up else ""
-        if not is_given_up:
-            return
-        state.best_error = state.base_error
-        if isinstance(self.module, ReadyHypernet):
-            self.module.reset()
-            state.best = self.module.state_dict()
-        else:
-            self._used = self._zero_net()
+        if problem.group.from_first(lambda: is_worse(compared, problem.func, self._data)):
+            state.fallback, state.best_error = "start", state.base_error
+            if isinstance(self.module, ReadyHypernet):
+                self.module.reset()
+                state.best = self.module.state_dict()
+            else:
+                self._used = self._zero_net()
+        return _notes(state)
 
     def _zero_net(self) -> Hypernet:
         """Return a ready net that is zero, so that the solver is its base and can be saved."""
@@ -179,10 +178,6 @@ class HypersolverTarget(Target):
         order, held_out = self.order, self._data.held_out
         own = delta_quantiles(self._used, order, held_out)
         return own, delta_quantiles(no_correction, order, held_out)
-
-    def notes(self, state: FitState) -> Sequence[str]:
-        """Return whether the base was taken in place of the fit, and which net was chosen."""
-        return list(_notes(state))
 
     def restore(self, state: FitState) -> None:
         """Take the net of an earlier run; none where that had given up the user's own."""

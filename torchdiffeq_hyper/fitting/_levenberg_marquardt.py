@@ -24,6 +24,7 @@ from torchdiffeq_hyper.fitting._budget import Budget, Pace
 from torchdiffeq_hyper.fitting._checkpoint import PhaseState
 from torchdiffeq_hyper.fitting._chunks import Chunk, TrainingChunks
 from torchdiffeq_hyper.fitting._field import OutOfTimeError
+from torchdiffeq_hyper.fitting._loop import Phase
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._sensitivities import (
     NormalEquations,
@@ -31,7 +32,6 @@ from torchdiffeq_hyper.fitting._sensitivities import (
     packed,
     unpacked,
 )
-from torchdiffeq_hyper.fitting._target import Phase
 from torchdiffeq_hyper.solvers.bespoke import BespokeSolver, compositions
 
 T = TypeVar("T")

@@ -24,7 +24,6 @@ from torchdiffeq_hyper.fitting._errors import (
     solved,
 )
 from torchdiffeq_hyper.fitting._problem import Problem
-from torchdiffeq_hyper.fitting._target import Target
 from torchdiffeq_hyper.fitting._units import size_of
 from torchdiffeq_hyper.hypernets import join_channels
 from torchdiffeq_hyper.solvers._report import BreakEven, ErrorSummary, FitReport, Rival
@@ -84,13 +83,20 @@ T = TypeVar("T")
 
 
 def reported(
-    target: Target, data: Data, state: FitState, budget: Budget, notes: Sequence[str]
+    problem: Problem,
+    compared: Comparison,
+    data: Data,
+    state: FitState,
+    budget: Budget,
+    *,
+    deltas: Callable[[], tuple[dict[str, float], dict[str, float]]],
+    notes: Sequence[str],
 ) -> FitReport:
     """Return the report of a fit that ends, with notes of its own before those made here.
 
     No measurement that fails loses the fit.
     """
-    held_out, func, compared = data.held_out, target.problem.func, target.comparison()
+    held_out, func = data.held_out, problem.func
     measured = _Measurements()
     finest = max(range(len(held_out.grids)), key=lambda r: len(held_out.grids[r].dt))
     errors = measured("the error", lambda: at_end(compared.run, func, held_out))
@@ -100,9 +106,9 @@ def reported(
         "classical solvers",
         lambda: best_classical(compared.run, func, held_out, calls=compared.calls),
     )
-    pays = measured("the break-even", lambda: _break_even(target, held_out, state, budget))
+    pays = measured("the break-even", lambda: _break_even(compared, func, held_out, state, budget))
     pays = "its measurement failed" if pays is None else pays
-    delta, base_delta = measured("delta", target.deltas) or (nothing(), nothing())
+    delta, base_delta = measured("delta", deltas) or (nothing(), nothing())
     told = (
         *_notes(errors, base_errors, classical, compared.name),
         measured("the size of channels", lambda: unlike_channels(held_out)),
@@ -120,7 +126,7 @@ def reported(
         reference_seconds=data.seconds,
         reference_nfe=data.calls,
         stopped=state.stopped,
-        seed=target.problem.config.seed,
+        seed=problem.config.seed,
         notes=(*notes, *(note for note in told if note), *measured.failures),
         break_even=pays if isinstance(pays, BreakEven) else None,
         no_break_even="" if isinstance(pays, BreakEven) else pays,
@@ -201,13 +207,14 @@ def _worst_time(along: Tensor, times: Tensor) -> tuple[float, float]:
     return float(times[1 + worst]), float(means[worst])
 
 
-def _break_even(target: Target, batch: Batch, state: FitState, budget: Budget) -> BreakEven | str:
-    compared = target.comparison()
+def _break_even(
+    compared: Comparison, func: VectorField, batch: Batch, state: FitState, budget: Budget
+) -> BreakEven | str:
     if state.iteration < compared.fewest:
         return f"{state.iteration} iterations are a trial, not a fit to be earned back"
     return measure_break_even(
         compared.run,
-        target.problem.func,
+        func,
         batch,
         calls=compared.calls,
         fit_seconds=budget.seconds,

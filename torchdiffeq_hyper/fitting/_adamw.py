@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -70,43 +70,28 @@ class AdamWState(PhaseState):
 
 
 class AdamWPhase(Phase):
-    """Minimises an objective over the training batches.
-
-    Args:
-        objective: what is minimised.
-        validation: the objective whose held-out error selects the best state.
-        net: what is trained.
-        data: the batches.
-        problem: rates, numbers and processes.
-        wanted: iterations wanted.
-        is_last: whether no phase follows.
-        calibrate: scales the net for a batch before the first iteration; its error changes.
-    """
+    """Minimises an objective over the training batches; a second one selects the best state."""
 
     training: AdamWState
 
     def __init__(
         self,
-        objective: Objective,
-        validation: Objective,
-        *,
+        objectives: tuple[Objective, Objective],
         net: nn.Module,
         data: Data,
         problem: Problem,
         wanted: int,
+        *,
         is_last: bool,
-        calibrate: Callable[[Batch], None] | None = None,
     ) -> None:
-        self.name = objective.name
+        self._objective, self._validation = objectives
+        self.name = self._objective.name
         self.wanted = wanted
-        self._objective = objective
-        self._validation = validation
         self._net = net
         self._data = data
         self._group = problem.group
         self._config = problem.config
         self._is_last = is_last
-        self._calibrate = calibrate
         self._parameters = [p for p in net.parameters() if p.requires_grad]
 
     def begin(self, saved: PhaseState | None, budget: Budget) -> bool:
@@ -117,9 +102,7 @@ class AdamWPhase(Phase):
         )
         if saved is None:
             self.training = AdamWState(self.wanted)
-            if self._calibrate is not None:
-                self._calibrate(self._data.first)
-                is_changed = True
+            is_changed = self._objective.calibrate(self._data.first)
         else:
             assert isinstance(saved, AdamWState)
             self.training = saved
@@ -221,11 +204,7 @@ def _restore(
     parameters: Sequence[Tensor],
     moments: Sequence[dict[str, Tensor] | None],
 ) -> None:
-    """Give an optimizer the moments that were saved; its settings stay those of this fit.
-
-    Raises:
-        FileFormatError: they are those of other parameters.
-    """
+    """Give an optimizer the moments that were saved; its settings stay those of this fit."""
     with refused("the checkpoint"):
         at = "state.training.moments"
         if len(moments) != len(parameters):

@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, TypeVar
+from functools import reduce
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,16 +23,10 @@ from torch import Tensor
 from torchdiffeq_hyper._files import Maybe, Real, Row, Rule, TensorOf, Whole, refused
 from torchdiffeq_hyper.fitting._budget import Budget, Pace
 from torchdiffeq_hyper.fitting._checkpoint import PhaseState
-from torchdiffeq_hyper.fitting._chunks import Chunk, TrainingChunks
+from torchdiffeq_hyper.fitting._chunks import Chunk, TrainingChunks, n_weights
 from torchdiffeq_hyper.fitting._field import OutOfTimeError
 from torchdiffeq_hyper.fitting._loop import Phase
 from torchdiffeq_hyper.fitting._problem import Problem
-from torchdiffeq_hyper.fitting._sensitivities import (
-    NormalEquations,
-    n_weights,
-    packed,
-    unpacked,
-)
 from torchdiffeq_hyper.solvers.bespoke import BespokeSolver, compositions
 
 T = TypeVar("T")
@@ -88,18 +83,10 @@ class LevenbergMarquardtState(PhaseState):
 
 
 class LevenbergMarquardt(Phase):
-    """Improves a solver's weights step by step, from one start or from more in turn.
+    """Improves a solver's weights step by step, from one classical start or more in turn.
 
     A descent ends in the valley it began in, and the best start is not always in the lowest:
     where there is time, further starts follow.
-
-    Args:
-        solver: whose weights.
-        starts: classical methods to begin from, in order; the weights are the first one's.
-        training: the chunks to fit to.
-        held_out: the chunks to validate on.
-        problem: numbers and processes.
-        share_of_time: share of the time left that the phase may take.
     """
 
     name = "trajectory"
@@ -154,10 +141,10 @@ class LevenbergMarquardt(Phase):
         vector = packed(self._solver.weights.detach().double().cpu())
         chunks = self._next_chunks()
         weights = self._solver.weights.detach()
-        found = self._together(lambda: _added([chunk.equations(weights) for chunk in chunks]))
+        found = self._together(lambda: _equations(chunks, weights))
         if training.memory is not None:
             found.append(NormalEquations(*training.memory))
-        equations = _added(found)
+        equations = reduce(NormalEquations.plus, found)
         compared = self._recent()
         before = self._loss(compared, vector)
         loss, moved = before, torch.zeros_like(vector)
@@ -185,11 +172,7 @@ class LevenbergMarquardt(Phase):
         return sum(loss for loss, _ in losses) / sum(count for _, count in losses)
 
     def _together(self, measure: Callable[[], T]) -> list[T]:
-        """Return what all processes measure.
-
-        Raises:
-            OutOfTimeError: one of them has run out of time.
-        """
+        """Return what all processes measure; `OutOfTimeError` where one has no time left."""
         mine: T | None
         try:
             mine = measure()
@@ -256,8 +239,101 @@ def mean_error(chunks: Sequence[Chunk], weights: Tensor) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def _added(equations: Sequence[NormalEquations]) -> NormalEquations:
-    first, *others = equations
-    for other in others:
-        first = first.plus(other)
-    return first
+def _equations(chunks: Sequence[Chunk], weights: Tensor) -> NormalEquations:
+    """Return the normal equations of some chunks together."""
+    each = (NormalEquations.of(*c.residual_and_sensitivities(weights)) for c in chunks)
+    return reduce(NormalEquations.plus, each)
+
+
+def packed(weights: Tensor) -> Tensor:
+    """Return the lower triangle of (n, n) weights, row by row."""
+    return torch.cat([row[: i + 1] for i, row in enumerate(weights)])
+
+
+def unpacked(vector: Tensor, n: int) -> Tensor:
+    """Return the (n, n) weights whose lower triangle `packed` returned."""
+    weights = vector.new_zeros(n, n)
+    rows = vector.split([i + 1 for i in range(n)])
+    for i, row in enumerate(rows):
+        weights[i, : i + 1] = row
+    return weights
+
+
+class NormalEquations(NamedTuple):
+    """Curvature H and gradient g of a batch, float64; those of more add up."""
+
+    curvature: Tensor  # (n_weights, n_weights)
+    gradient: Tensor  # (n_weights,)
+
+    @classmethod
+    def of(cls, residual: Tensor, sensitivities: Tensor) -> NormalEquations:
+        """Return those of weighted residuals, and of their derivatives (n_weights, ...)."""
+        rows = sensitivities.flatten(1)
+        return cls(
+            curvature=(rows @ rows.t()).double().cpu(),
+            gradient=(rows @ residual.flatten()).double().cpu(),
+        )
+
+    def plus(self, other: NormalEquations) -> NormalEquations:
+        """Return the equations of both together."""
+        return NormalEquations(self.curvature + other.curvature, self.gradient + other.gradient)
+
+    def forgotten(self, factor: float, moved: Tensor) -> NormalEquations:
+        """Return the equations after the weights have moved, times a forgetting factor."""
+        return NormalEquations(
+            factor * self.curvature,
+            factor * (self.gradient + self.curvature @ moved),
+        )
+
+    def step(self, vector: Tensor, n: int, damping: float) -> Tensor | None:
+        """Return the packed weights after a damped step; None where there is none.
+
+        The last time stays 1, and no time comes to lie before the one before it: an active
+        set, to which the bounds that a step would cross are added as long as it crosses any.
+        """
+        diagonal = self.curvature.diagonal()
+        if not bool(torch.isfinite(self.curvature).all()) or float(diagonal.max()) <= 0:
+            return None
+        damped = self.curvature + torch.diag(damping * diagonal + 1e-12 * diagonal.max())
+        gaps = gap_rows(n)
+        total = gaps.sum(0, keepdim=True)
+        active: list[int] = []
+        while True:
+            rows = torch.cat([total, gaps[active]])
+            wanted = torch.cat([1 - total @ vector, -(gaps[active] @ vector)])
+            moved = _constrained(damped, self.gradient, rows, wanted)
+            if moved is None:
+                return None
+            crossed = [i for i, gap in enumerate((gaps @ (vector + moved)).tolist()) if gap < -1e-9]
+            new = [i for i in crossed if i not in active]
+            if not new:
+                return vector + moved
+            active = sorted([*active, *new])
+            if len(active) == n:  # all times cannot stay where they are
+                return None
+
+
+def gap_rows(n: int) -> Tensor:
+    """Return the matrix that makes packed weights the n gaps between the n + 1 times."""
+    sums = torch.zeros(n, n_weights(n), dtype=torch.float64)
+    for i in range(n):
+        sums[i, n_weights(i) : n_weights(i + 1)] = 1
+    return torch.cat([sums[:1], sums[1:] - sums[:-1]])
+
+
+def _constrained(
+    curvature: Tensor, gradient: Tensor, rows: Tensor, wanted: Tensor
+) -> Tensor | None:
+    """Return the minimum of the quadratic model on ``rows @ step = wanted``."""
+    size, extra = len(gradient), len(rows)
+    # Scaled to a unit diagonal: the curvatures of early and late weights differ by powers of ten.
+    scale = curvature.diagonal().rsqrt()
+    system = torch.zeros(size + extra, size + extra, dtype=torch.float64)
+    system[:size, :size] = scale[:, None] * curvature * scale
+    system[:size, size:] = (rows * scale).t()
+    system[size:, :size] = rows * scale
+    solution, info = torch.linalg.solve_ex(system, torch.cat([-gradient * scale, wanted]))
+    if int(info) != 0 or not bool(torch.isfinite(solution).all()):
+        return None
+    step: Tensor = scale * solution[:size]
+    return step

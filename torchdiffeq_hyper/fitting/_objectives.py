@@ -49,16 +49,20 @@ class Objective(ABC):
         """Return the 0-d training loss."""
 
     @abstractmethod
-    def error(self, batch: Batch) -> float:
-        """Return the mean error over all grids, without gradient; inf if it is not finite."""
+    def error(self, batch: Batch, grid: int | None = None) -> float:
+        """Return the mean error over all grids or on one, no gradient; inf if it is not finite."""
 
     @abstractmethod
     def base_error(self, batch: Batch, grid: int | None = None) -> float:
-        """Return the same for the base alone, over all grids or on one."""
+        """Return the same for the base alone."""
 
     @abstractmethod
     def base_loss(self, batch: Batch, grid: int) -> float:
         """Return the training loss of the base alone, to which losses are relative."""
+
+    def calibrate(self, batch: Batch) -> bool:
+        """Scale the net before its first iteration, and return whether its error may change."""
+        return False
 
 
 def usable_scale(scale: float) -> float:
@@ -148,10 +152,10 @@ class ResidualObjective(Objective):
         steps = torch.randperm(n_steps)[:MOST_STEPS].tolist()
         return residual_errors(self._net, self._order, batch, grid, steps).mean()
 
-    def error(self, batch: Batch) -> float:
+    def error(self, batch: Batch, grid: int | None = None) -> float:
         """Return the mean of |R - g|_2 as a share of that of |R|_2."""
         own, size = (
-            float(all_residual_errors(net, self._order, batch).mean())
+            float(all_residual_errors(net, self._order, batch, grid).mean())
             for net in (self._net, no_correction)
         )
         return own / (size or 1.0)
@@ -183,18 +187,16 @@ class TrajectoryObjective(Objective):
         samples = batch.grids[grid]
         found = self._solver.solve(batch.field(self._func), batch.start(grid), samples.times)
         exact = batch.layout.split(samples.y)
-        return sample_norms(map_parts(_after_start, found, exact), batch.units.state)
+        off = map_parts(lambda y, y_ref: (y - y_ref)[1:], found, exact)
+        return sample_norms(off, batch.units.state)
 
     def loss(self, batch: Batch, grid: int) -> Tensor:
         """Return the mean over samples."""
         return self._norms(batch, grid).sum(0).mean()
 
-    def error(self, batch: Batch) -> float:
-        """Return the mean relative error over samples and steps."""
-        return self._mean_error(batch, None)
-
     @torch.no_grad()
-    def _mean_error(self, batch: Batch, grid: int | None) -> float:
+    def error(self, batch: Batch, grid: int | None = None) -> float:
+        """Return the mean relative error over samples and steps."""
         try:
             errors = [
                 (self._norms(batch, r) / batch.sizes(r)[1:]).mean() for r in _grids(batch, grid)
@@ -205,7 +207,7 @@ class TrajectoryObjective(Objective):
 
     def base_error(self, batch: Batch, grid: int | None = None) -> float:
         """Return the same with no correction."""
-        return self._base()._mean_error(batch, grid)  # noqa: SLF001
+        return self._base().error(batch, grid)
 
     @torch.no_grad()
     def base_loss(self, batch: Batch, grid: int) -> float:
@@ -214,10 +216,6 @@ class TrajectoryObjective(Objective):
             return float(self._base().loss(batch, grid))
         except NonFiniteError:
             return math.inf
-
-
-def _after_start(first: Tensor, second: Tensor) -> Tensor:
-    return first[1:] - second[1:]
 
 
 class EndObjective(Objective):
@@ -246,7 +244,7 @@ class EndObjective(Objective):
         return (self.norms(batch) / batch.end_sizes()).mean()
 
     @torch.no_grad()
-    def error(self, batch: Batch) -> float:
+    def error(self, batch: Batch, grid: int | None = None) -> float:
         """Return the same without gradient; inf if the solve blew up."""
         try:
             return float(self.loss(batch, 0))
@@ -262,11 +260,11 @@ class EndObjective(Objective):
         return self.base_error(batch)
 
     @torch.no_grad()
-    def calibrate(self, batch: Batch) -> None:
+    def calibrate(self, batch: Batch) -> bool:
         """Calibrate a ready net that is still zero on what the weights alone leave over."""
         net = self._solver.hypernet
         if not isinstance(net, ReadyHypernet) or not net.is_zero:
-            return  # it was fitted before, with these scales
+            return True  # it was fitted before, with these scales; but after other weights
         seen: list[StepInput] = []
 
         def watch(step: StepInput) -> State:
@@ -278,6 +276,7 @@ class EndObjective(Objective):
         step = seen[0].dt / net.time_unit
         residual = map_parts(lambda y, x: (y - x)[0] / step**2, exact, ends)
         net.calibrate(net.concat(seen[0]), join_channels(residual))
+        return True
 
     @torch.no_grad()
     def added(self, batch: Batch) -> Tensor | None:

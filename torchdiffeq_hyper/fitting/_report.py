@@ -94,10 +94,18 @@ def reported(
 ) -> FitReport:
     """Return the report of a fit that ends, with notes of its own before those made here.
 
-    No measurement that fails loses the fit.
+    No measurement that fails loses the fit: func may raise anything.
     """
-    held_out, func = data.held_out, problem.func
-    measured = _Measurements()
+    held_out, func, failures = data.held_out, problem.func, list[str]()
+
+    def measured(what: str, measure: Callable[[], T]) -> T | None:
+        try:
+            return measure()
+        except Exception as error:  # noqa: BLE001
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            failures.append(f"{what} could not be measured: {reason}")
+            return None
+
     finest = max(range(len(held_out.grids)), key=lambda r: len(held_out.grids[r].dt))
     errors = measured("the error", lambda: at_end(compared.run, func, held_out))
     base_errors = measured("the base", lambda: at_end(compared.base, func, held_out))
@@ -127,7 +135,7 @@ def reported(
         reference_nfe=data.calls,
         stopped=state.stopped,
         seed=problem.config.seed,
-        notes=(*notes, *(note for note in told if note), *measured.failures),
+        notes=(*notes, *(note for note in told if note), *failures),
         break_even=pays if isinstance(pays, BreakEven) else None,
         no_break_even="" if isinstance(pays, BreakEven) else pays,
         errors=errors,
@@ -136,22 +144,6 @@ def reported(
         worst_time=None if along is None else _worst_time(along, held_out.grids[finest].times),
         rival=classical,
     )
-
-
-class _Measurements:
-    """Takes measurements, and notes those that fail: func may raise anything."""
-
-    def __init__(self) -> None:
-        self.failures: list[str] = []
-
-    def __call__(self, what: str, measure: Callable[[], T]) -> T | None:
-        """Return what is measured, None if that fails."""
-        try:
-            return measure()
-        except Exception as error:  # noqa: BLE001
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            self.failures.append(f"{what} could not be measured: {reason}")
-            return None
 
 
 def without_references(

@@ -15,7 +15,7 @@ from torchdiffeq_hyper.fitting._budget import PROBES
 from torchdiffeq_hyper.fitting._context import Starts
 from torchdiffeq_hyper.fitting._data import Batch, References
 from torchdiffeq_hyper.fitting._field import Field
-from torchdiffeq_hyper.fitting._noise import measure_noise
+from torchdiffeq_hyper.fitting._hypersolver import measure_noise
 from torchdiffeq_hyper.fitting._prepare import ENDLESS, MOST_BYTES, FieldCheck
 from torchdiffeq_hyper.fitting._problem import HypersolverProblem
 from torchdiffeq_hyper.solvers._report import FitReport, LossPoint

@@ -161,7 +161,7 @@ class BespokeTarget(Target):
             self._starts,
             TrainingChunks(self._data, self.problem, self._rows),
             self._held_out,
-            problem=self.problem,
+            self.problem,
             share_of_time=WEIGHTS_FIRST if has_net else LAST_PHASE,
         )
         if not has_net:
@@ -274,7 +274,8 @@ def _refuse(base: str, alpha: float | None, hypernet: object, given: dict[str, A
     elif isinstance(hypernet, str):
         check_auto(hypernet)
         got, fix = f'hypernet is "{AUTO}"', "hypernet=None"
-        expected = "None, or a module: the weights are learned, a net on top is extra."
+        learned = f'base "{base}" learns its coefficients, a net on top is extra'
+        expected = f"None ({learned}) or a module."
     else:
         return
     raise OptionError(problem=f'{got} and base is "{base}".', expected=expected, fix=fix)

@@ -33,11 +33,6 @@ def n_weights(n: int) -> int:
     return n * (n + 1) // 2
 
 
-def n_tangents(n: int) -> int:
-    """Return the tangents that one roll-out's sensitivities keep: the memory they take."""
-    return n * (n + 1) * (n + 2) // 6
-
-
 @dataclass(frozen=True)
 class RollOut:
     """A roll-out over a whole span, from flat starts, with the field on flat states.
@@ -116,13 +111,10 @@ class RollOut:
         step = 3 * torch.finfo(k.dtype).eps ** 0.5
         for p, distance in enumerate(self._distances(tangents, sizes)):
             is_own = p >= len(tangents) - n_own
-            if is_own:
-                far = step * min(distance or 1.0, 1.0)
-            elif distance == 0:
+            if distance == 0 and not is_own:
                 out[p] = 0
                 continue
-            else:
-                far = step * distance
+            far = step * (min(distance or 1.0, 1.0) if is_own else distance)
             t_moved = t + far * self.width if is_own else t
             out[p] = (self.call(t_moved, torch.add(x, tangents[p], alpha=far)) - k) / far
         return out
@@ -176,8 +168,8 @@ class Chunk:
         x, sensitivities = self.roll_out.end_and_sensitivities(weights)
         errors = self.errors(x)
         mean = errors.mean()
-        tamed = (errors / torch.where(mean > 0, mean, 1.0)).clamp_min(EASIEST)
-        factor = self._spread(tamed.rsqrt() / self.scale)
+        relative = (errors / torch.where(mean > 0, mean, 1.0)).clamp_min(EASIEST)
+        factor = self._spread(relative.rsqrt() / self.scale)
         return factor * (x - self.path[-1]), sensitivities.mul_(factor)
 
     def knot_products(self, weights: Tensor, added: Tensor | None) -> tuple[Tensor, ...]:
@@ -243,13 +235,6 @@ class TrainingChunks:
         self._chunks: list[Chunk] = []
         self._batches: list[Batch] = []
 
-    @property
-    def first(self) -> Chunk:
-        """The first chunk."""
-        chunk = self.get(0)
-        assert chunk is not None
-        return chunk
-
     def get(self, number: int) -> Chunk | None:
         """Return a chunk, None beyond the last."""
         data, problem = self._data, self._problem
@@ -263,26 +248,26 @@ class TrainingChunks:
 
     def needed(self) -> int:
         """Return how many chunks a step should look at."""
-        in_one = len(self.first.scale) * self._problem.group.size
-        n = len(self.first.path) - 1
-        return math.ceil(samples_needed(self._data.held_out.y0, n) / in_one)
+        first = self.get(0)
+        assert first is not None
+        in_one = len(first.scale) * self._problem.group.size
+        return math.ceil(samples_needed(self._data.held_out.y0, len(first.path) - 1) / in_one)
 
 
 def samples_needed(y0: State, n: int) -> int:
     """Return how many samples a step should look at."""
-    per_sample = _numel(y0) / n_samples(y0)
-    return max(FEWEST, math.ceil(RESIDUALS_PER_WEIGHT * n_weights(n) / per_sample))
+    return max(FEWEST, math.ceil(RESIDUALS_PER_WEIGHT * n_weights(n) / _per_sample(y0)))
 
 
 def rows_of(y0: State, n: int) -> int:
     """Return how many samples a chunk may have."""
-    per_sample = _numel(y0) / n_samples(y0)
-    most = int(MOST_BYTES / (4 * n_tangents(n) * per_sample))
+    n_tangents = n * (n + 1) * (n + 2) // 6  # those that a roll-out's sensitivities keep
+    most = int(MOST_BYTES / (4 * n_tangents * _per_sample(y0)))
     return max(2, min(most, samples_needed(y0, n)))
 
 
-def _numel(y0: State) -> int:
-    return sum(part.numel() for part in parts_of(y0))
+def _per_sample(y0: State) -> float:
+    return sum(part.numel() for part in parts_of(y0)) / n_samples(y0)
 
 
 RIDGE = 1e-8

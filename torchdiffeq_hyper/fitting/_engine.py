@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,13 +162,14 @@ def run(target: Target, func: VectorField, y0: State | Iterable[object], *, show
 @contextmanager
 def _undisturbed(func: VectorField, problem: Problem) -> Iterator[None]:
     """Fit with gradients, an own random state, func as it was found, and all processes."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(mode=False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(own_random_state(problem.config.seed))
-        stack.enter_context(left_as_found(func))
-        stack.enter_context(model_as_found(problem.func))
-        stack.enter_context(problem.group.together())
+    with (
+        torch.inference_mode(mode=False),
+        torch.enable_grad(),
+        own_random_state(problem.config.seed),
+        left_as_found(func),
+        model_as_found(problem.func),
+        problem.group.together(),
+    ):
         yield
 
 

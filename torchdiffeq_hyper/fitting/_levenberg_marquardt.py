@@ -56,16 +56,7 @@ _VECTOR = TensorOf((torch.float64,), (None,))
 
 @dataclass
 class LevenbergMarquardtState(PhaseState):
-    """How far a descent is.
-
-    Attributes:
-        start: number of the start that the weights come from.
-        damping: lambda.
-        count: chunks in an iteration.
-        position: number of the next chunk.
-        recent: numbers of the chunks of the last iterations.
-        memory: curvature and gradient of the iterations before, None without.
-    """
+    """How far a descent is."""
 
     kind: ClassVar[str] = "levenberg-marquardt"
     rules: ClassVar[Mapping[str, Rule]] = {
@@ -74,14 +65,15 @@ class LevenbergMarquardtState(PhaseState):
         "memory": Maybe(Row((_SQUARE, _VECTOR))),
     }
 
-    start: int = 0
+    start: int = 0  # number of the start that the weights come from
     damping: float = DAMPING
-    count: int = 1
-    position: int = 0
-    recent: list[int] = field(default_factory=list)
-    memory: tuple[Tensor, Tensor] | None = None
+    count: int = 1  # chunks in an iteration
+    position: int = 0  # number of the next chunk
+    recent: list[int] = field(default_factory=list)  # numbers of the last iterations' chunks
+    memory: tuple[Tensor, Tensor] | None = None  # curvature and gradient of iterations before
 
 
+@dataclass(eq=False)
 class LevenbergMarquardt(Phase):
     """Improves a solver's weights step by step, from one classical start or more in turn.
 
@@ -89,36 +81,29 @@ class LevenbergMarquardt(Phase):
     where there is time, further starts follow.
     """
 
+    solver: BespokeSolver
+    starts: Sequence[str]
+    chunks: TrainingChunks
+    held_out: Sequence[Chunk]
+    problem: Problem
+    share_of_time: float  # of the time left
+
     name = "trajectory"
     gain = GAIN
-    training: LevenbergMarquardtState
+    training: LevenbergMarquardtState = field(init=False)
 
-    def __init__(
-        self,
-        solver: BespokeSolver,
-        starts: Sequence[str],
-        training: TrainingChunks,
-        held_out: Sequence[Chunk],
-        *,
-        problem: Problem,
-        share_of_time: float,
-    ) -> None:
-        self.wanted = problem.config.iterations
-        self._solver = solver
-        self._starts = starts
-        self._chunks = training
-        self._held_out = held_out
-        self._group = problem.group
-        self._patience = min(problem.config.patience, LAST_PATIENCE)
-        self._share_of_time = share_of_time
-        self._n = len(solver.weights)
+    def __post_init__(self) -> None:
+        """Read the numbers off."""
+        config, self._group = self.problem.config, self.problem.group
+        self.wanted, self._patience = config.iterations, min(config.patience, LAST_PATIENCE)
+        self._n = len(self.solver.weights)
 
     def begin(self, saved: PhaseState | None, budget: Budget) -> bool:
         """Begin at the first start, or go on."""
         self._budget = budget
-        self._deadline = budget.seconds + self._share_of_time * budget.to_train
+        self._deadline = budget.seconds + self.share_of_time * budget.to_train
         self.pace = Pace(budget, self._deadline, self.wanted)
-        self._first_count = self._group.from_first(self._chunks.needed)
+        self._first_count = self._group.from_first(self.chunks.needed)
         self._descend_from(0)
         if saved is not None:
             assert isinstance(saved, LevenbergMarquardtState)
@@ -138,9 +123,9 @@ class LevenbergMarquardt(Phase):
     def iterate(self, number: int, done: int) -> float:
         """Try steps with more and more damping, until one lowers the error."""
         training = self.training
-        vector = packed(self._solver.weights.detach().double().cpu())
+        vector = packed(self.solver.weights.detach().double().cpu())
         chunks = self._next_chunks()
-        weights = self._solver.weights.detach()
+        weights = self.solver.weights.detach()
         found = self._together(lambda: _equations(chunks, weights))
         if training.memory is not None:
             found.append(NormalEquations(*training.memory))
@@ -153,7 +138,7 @@ class LevenbergMarquardt(Phase):
             after = self._loss(compared, new)
             if new is not None and after < before:
                 loss, moved = after, new - vector
-                self._solver.set_weights(unpacked(new, self._n))
+                self.solver.set_weights(unpacked(new, self._n))
                 if tried == 0:
                     training.damping = max(training.damping / 4, LEAST_DAMPING)
                 break
@@ -166,7 +151,7 @@ class LevenbergMarquardt(Phase):
         """Return the mean error with some weights, inf without any."""
         if vector is None:
             return math.inf
-        weights = unpacked(vector, self._n).to(self._solver.weights)
+        weights = unpacked(vector, self._n).to(self.solver.weights)
         found = self._together(lambda: [(c.loss(weights), len(c.scale)) for c in chunks])
         losses = [one for process in found for one in process]
         return sum(loss for loss, _ in losses) / sum(count for _, count in losses)
@@ -188,10 +173,10 @@ class LevenbergMarquardt(Phase):
         training, position = self.training, self.training.position
         chosen: dict[int, Chunk] = {}
         for _ in range(training.count):
-            chunk = self._chunks.get(position)
+            chunk = self.chunks.get(position)
             if chunk is None:
-                position, chunk = 0, self._chunks.first
-            if position in chosen:
+                position, chunk = 0, self.chunks.get(0)
+            if position in chosen or chunk is None:
                 break
             chosen[position] = chunk
             position += 1
@@ -204,12 +189,12 @@ class LevenbergMarquardt(Phase):
 
     def _recent(self) -> list[Chunk]:
         """Return the chunks of this and the last iterations."""
-        chunks = [self._chunks.get(position) for position in self.training.recent]
+        chunks = [self.chunks.get(position) for position in self.training.recent]
         return [chunk for chunk in chunks if chunk is not None]
 
     def error(self) -> float:
         """Return the mean relative error at the end of the held-out samples."""
-        return mean_error(self._held_out, self._solver.weights.detach())
+        return mean_error(self.held_out, self.solver.weights.detach())
 
     def validated(self, done: int) -> None:
         """Where nothing more is gained, look at more samples, then go to the next start."""
@@ -222,8 +207,8 @@ class LevenbergMarquardt(Phase):
     def _try_next_start(self) -> None:
         """Begin anew at the next start, if there is one and time for it."""
         start, now = self.training.start + 1, self._budget.seconds
-        if start < len(self._starts) and now + SLOWER * (now - self._began) <= self._deadline:
-            self._solver.set_weights(compositions(self._n)[self._starts[start]])
+        if start < len(self.starts) and now + SLOWER * (now - self._began) <= self._deadline:
+            self.solver.set_weights(compositions(self._n)[self.starts[start]])
             self._descend_from(start)
 
     def has_converged(self, done: int) -> bool:

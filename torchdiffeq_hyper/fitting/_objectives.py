@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,15 @@ class Objective(ABC):
     def calibrate(self, batch: Batch) -> bool:
         """Scale the net before its first iteration, and return whether its error may change."""
         return False
+
+
+@torch.no_grad()
+def _number(measure: Callable[[], Tensor]) -> float:
+    """Return what is measured; inf where a roll-out blows up."""
+    try:
+        return float(measure())
+    except NonFiniteError:
+        return math.inf
 
 
 def usable_scale(scale: float) -> float:
@@ -194,28 +203,21 @@ class TrajectoryObjective(Objective):
         """Return the mean over samples."""
         return self._norms(batch, grid).sum(0).mean()
 
-    @torch.no_grad()
     def error(self, batch: Batch, grid: int | None = None) -> float:
         """Return the mean relative error over samples and steps."""
-        try:
-            errors = [
-                (self._norms(batch, r) / batch.sizes(r)[1:]).mean() for r in _grids(batch, grid)
-            ]
-        except NonFiniteError:
-            return math.inf
-        return float(torch.stack(errors).mean())
+        return _number(
+            lambda: torch.stack(
+                [(self._norms(batch, r) / batch.sizes(r)[1:]).mean() for r in _grids(batch, grid)]
+            ).mean()
+        )
 
     def base_error(self, batch: Batch, grid: int | None = None) -> float:
         """Return the same with no correction."""
         return self._base().error(batch, grid)
 
-    @torch.no_grad()
     def base_loss(self, batch: Batch, grid: int) -> float:
         """Return the loss with no correction; inf if its roll-out blew up."""
-        try:
-            return float(self._base().loss(batch, grid))
-        except NonFiniteError:
-            return math.inf
+        return _number(lambda: self._base().loss(batch, grid))
 
 
 class EndObjective(Objective):
@@ -243,13 +245,9 @@ class EndObjective(Objective):
         """Return the mean over samples."""
         return (self.norms(batch) / batch.end_sizes()).mean()
 
-    @torch.no_grad()
     def error(self, batch: Batch, grid: int | None = None) -> float:
         """Return the same without gradient; inf if the solve blew up."""
-        try:
-            return float(self.loss(batch, 0))
-        except NonFiniteError:
-            return math.inf
+        return _number(lambda: self.loss(batch, 0))
 
     def base_error(self, batch: Batch, grid: int | None = None) -> float:
         """Return the same without the correction."""

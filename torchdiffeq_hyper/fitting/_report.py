@@ -79,6 +79,9 @@ UNLIKE = 1e3
 CLEAR = 1.25
 """Ratio of errors below which a gain on some held-out samples may be none on others."""
 
+NOTHING = dict.fromkeys(QUANTILES, math.nan)
+"""Quantiles of what was not measured."""
+
 T = TypeVar("T")
 
 
@@ -116,8 +119,8 @@ def reported(
     )
     pays = measured("the break-even", lambda: _break_even(compared, func, held_out, state, budget))
     pays = "its measurement failed" if pays is None else pays
-    delta, base_delta = measured("delta", deltas) or (nothing(), nothing())
-    told = (
+    delta, base_delta = measured("delta", deltas) or (dict(NOTHING), dict(NOTHING))
+    further = (
         *_notes(errors, base_errors, classical, compared.name),
         measured("the size of channels", lambda: unlike_channels(held_out)),
         measured("starts further out", lambda: starts_further_out(compared, func, data.first)),
@@ -135,7 +138,7 @@ def reported(
         reference_nfe=data.calls,
         stopped=state.stopped,
         seed=problem.config.seed,
-        notes=(*notes, *(note for note in told if note), *failures),
+        notes=(*notes, *(note for note in further if note), *failures),
         break_even=pays if isinstance(pays, BreakEven) else None,
         no_break_even="" if isinstance(pays, BreakEven) else pays,
         errors=errors,
@@ -159,8 +162,8 @@ def without_references(
     )
     return FitReport(
         losses=() if state is None else tuple(state.history),
-        delta=nothing(),
-        base_delta=nothing(),
+        delta=dict(NOTHING),
+        base_delta=dict(NOTHING),
         validation=math.nan if state is None else state.best_error,
         base_validation=math.nan if state is None else state.base_error,
         noise_floor=math.nan if state is None else state.noise,
@@ -173,11 +176,6 @@ def without_references(
         notes=(note,),
         no_break_even="there was no time to fit",
     )
-
-
-def nothing() -> dict[str, float]:
-    """Return quantiles of what was not measured."""
-    return dict.fromkeys(QUANTILES, math.nan)
 
 
 def unlike_channels(batch: Batch) -> str:

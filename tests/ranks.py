@@ -31,12 +31,12 @@ def starts(count: int = 75) -> Tensor:
     return torch.randn(count, 2, generator=generator, dtype=torch.float64)
 
 
-def fit(func: Any = damped_wave, y0: Any = None, **arguments: Any) -> tdh.HyperSolver:
+def fit(func: Any = damped_wave, y0: Any = None, **arguments: Any) -> tdh.Solver:
     given = {"base": "heun", "steps": (3, 5), "config": BRIEF, "progress": False, **arguments}
     return tdh.fit(func, starts() if y0 is None else y0, (0.0, 1.0), **given)
 
 
-def outcome(solver: tdh.HyperSolver) -> dict[str, Any]:
+def outcome(solver: tdh.Solver) -> dict[str, Any]:
     report = solver.report
     assert report is not None
     return {
@@ -279,7 +279,7 @@ def run(scenario: Callable[[Path], Any], folder: Path) -> Any:
         result = scenario(folder)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
         return {"error": type(error).__name__, "text": str(error)}
-    return outcome(result) if isinstance(result, tdh.HyperSolver) else result
+    return outcome(result) if isinstance(result, tdh.Solver) else result
 
 
 def main() -> None:

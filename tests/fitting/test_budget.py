@@ -88,7 +88,7 @@ def test_time_used_before_an_interruption_counts(clock: Clock) -> None:
 
 
 def test_a_fit_short_of_time_ends_annealed_and_says_why(clock: Clock) -> None:
-    clock.tick = 0.02
+    clock.tick = 0.05
     config = tdh.FitConfig(iterations=100_000, max_seconds=60.0)
     report = fit(config=config).report
     assert report is not None

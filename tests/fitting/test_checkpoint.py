@@ -18,7 +18,7 @@ from torchdiffeq_hyper.errors import FileFormatError, HyperError, NonFiniteError
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._checkpoint import Store
 from torchdiffeq_hyper.fitting._field import Field, check_field, check_repeatable
-from torchdiffeq_hyper.fitting._problem import check_same_call, check_same_field, signs_of_field
+from torchdiffeq_hyper.fitting._signature import check_same_call, check_same_field, signs_of_field
 from torchdiffeq_hyper.fitting._units import differing, fingerprint, size_of
 
 Y0 = torch.randn(40, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)

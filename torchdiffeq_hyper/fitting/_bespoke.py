@@ -40,8 +40,9 @@ from torchdiffeq_hyper.fitting._levenberg_marquardt import (
 from torchdiffeq_hyper.fitting._loop import Phase
 from torchdiffeq_hyper.fitting._objectives import EndObjective
 from torchdiffeq_hyper.fitting._prepare import ENDLESS
-from torchdiffeq_hyper.fitting._problem import Problem, signs_of_net
+from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._reference import Tolerances, solve_reference
+from torchdiffeq_hyper.fitting._signature import signs_of_net
 from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers.bespoke import ORDER, BespokeSolver, compositions
 

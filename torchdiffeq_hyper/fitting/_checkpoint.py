@@ -35,7 +35,7 @@ from torchdiffeq_hyper._files import (
     shown,
 )
 from torchdiffeq_hyper.errors import FileFormatError, FileWriteError, first_line
-from torchdiffeq_hyper.fitting._problem import check_same_fit
+from torchdiffeq_hyper.fitting._signature import check_same_fit
 from torchdiffeq_hyper.hypernets._files import ARCHITECTURES
 from torchdiffeq_hyper.solvers._files import REPORT
 from torchdiffeq_hyper.solvers._report import LossPoint

@@ -21,8 +21,9 @@ from torchdiffeq_hyper.fitting._field import Field, state_dtype
 from torchdiffeq_hyper.fitting._guard import own_random_state
 from torchdiffeq_hyper.fitting._loop import Phase
 from torchdiffeq_hyper.fitting._objectives import delta_quantiles, no_correction, objectives_of
-from torchdiffeq_hyper.fitting._problem import HypersolverProblem, signs_of_net
+from torchdiffeq_hyper.fitting._problem import HypersolverProblem
 from torchdiffeq_hyper.fitting._reference import Plan, TimeGrid, Tolerances, solve_reference
+from torchdiffeq_hyper.fitting._signature import signs_of_net
 from torchdiffeq_hyper.hypernets import (
     ReadyHypernet,
     from_architecture,

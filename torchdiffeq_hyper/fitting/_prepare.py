@@ -24,8 +24,9 @@ from torchdiffeq_hyper.fitting._context import Starts, context_signature
 from torchdiffeq_hyper.fitting._data import Data, References
 from torchdiffeq_hyper.fitting._errors import Run, end_errors
 from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError, check_field, check_samples
-from torchdiffeq_hyper.fitting._problem import Problem, signs_of_field
+from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._reference import Tolerances
+from torchdiffeq_hyper.fitting._signature import signs_of_field
 from torchdiffeq_hyper.fitting._units import Units
 
 SOLVES_OF_REPORT = 20

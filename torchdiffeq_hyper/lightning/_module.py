@@ -34,7 +34,8 @@ from torchdiffeq_hyper.fitting._objectives import (
     usable_scale,
 )
 from torchdiffeq_hyper.fitting._prepare import ENDLESS, FieldCheck
-from torchdiffeq_hyper.fitting._problem import HypersolverProblem, check_same_field
+from torchdiffeq_hyper.fitting._problem import HypersolverProblem
+from torchdiffeq_hyper.fitting._signature import check_same_field
 from torchdiffeq_hyper.hypernets import ready
 from torchdiffeq_hyper.lightning._measured import History, KnownBatches, noise_floor
 from torchdiffeq_hyper.lightning._trainer import FieldAsFound, find_lightning

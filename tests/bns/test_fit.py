@@ -19,9 +19,9 @@ from torchdiffeq_hyper._state import StateLayout
 from torchdiffeq_hyper.errors import FileFormatError, FitDivergedError, NoiseFloorError, OptionError
 from torchdiffeq_hyper.fitting import _break_even, _data
 from torchdiffeq_hyper.fitting._checkpoint import Store
-from torchdiffeq_hyper.fitting._sensitivities import (
+from torchdiffeq_hyper.fitting._chunks import RollOut
+from torchdiffeq_hyper.fitting._levenberg_marquardt import (
     NormalEquations,
-    RollOut,
     gap_rows,
     packed,
     unpacked,

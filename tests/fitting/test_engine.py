@@ -14,11 +14,11 @@ import torchdiffeq_hyper as tdh
 from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.fitting._checkpoint import FitState, PhaseState
 from torchdiffeq_hyper.fitting._data import Batch, Data
-from torchdiffeq_hyper.fitting._engine import run
+from torchdiffeq_hyper.fitting._engine import Start, Target, run
 from torchdiffeq_hyper.fitting._errors import Comparison
+from torchdiffeq_hyper.fitting._loop import Phase
 from torchdiffeq_hyper.fitting._objectives import delta_quantiles, no_correction
 from torchdiffeq_hyper.fitting._problem import HypersolverProblem
-from torchdiffeq_hyper.fitting._target import Phase, Start, Target
 
 Y0 = torch.randn(60, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
@@ -121,14 +121,12 @@ class MultipleTarget(Target):
         own, base = (self.problem.solver(g, 5) for g in (self.module, no_correction))
         return Comparison(own.solve, base.solve, "euler", 5, 10)
 
-    def finish(self, state: FitState) -> None: ...
+    def finish(self, state: FitState) -> list[str]:
+        return ["one number"]
 
     def deltas(self) -> Any:
         pair = self.module, no_correction
         return tuple(delta_quantiles(g, 1, self.data.held_out) for g in pair)
-
-    def notes(self, state: FitState) -> list[str]:
-        return ["one number"]
 
     def restore(self, state: FitState) -> None:
         self.module.load_state_dict(state.best)

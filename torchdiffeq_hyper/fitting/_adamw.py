@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -26,9 +26,9 @@ from torchdiffeq_hyper.errors import FitDivergedError, NonFiniteError
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._checkpoint import PhaseState
 from torchdiffeq_hyper.fitting._data import Batch, Data
+from torchdiffeq_hyper.fitting._loop import Phase
 from torchdiffeq_hyper.fitting._objectives import Objective, usable_scale
 from torchdiffeq_hyper.fitting._problem import Problem
-from torchdiffeq_hyper.fitting._target import Phase
 
 VALIDATIONS = 40
 """Validations in a phase."""
@@ -52,12 +52,7 @@ _MOMENTS = Record({"step": _STEP, "exp_avg": _MOMENT, "exp_avg_sq": _MOMENT})
 
 @dataclass
 class AdamWState(PhaseState):
-    """How far a phase of AdamW is.
-
-    Attributes:
-        moments: the optimizer's state for each parameter, None for those without a gradient.
-        cooldown_end: iterations after which the phase ends, once it has stopped gaining.
-    """
+    """How far a phase of AdamW is."""
 
     kind: ClassVar[str] = "adamw"
     rules: ClassVar[Mapping[str, Rule]] = {
@@ -65,49 +60,30 @@ class AdamWState(PhaseState):
         "cooldown_end": Maybe(Whole(1)),
     }
 
+    # The optimizer's state for each parameter, None for those without a gradient.
     moments: list[dict[str, Tensor] | None] = field(default_factory=list)
+    # Iterations after which the phase ends, once it has stopped gaining.
     cooldown_end: int | None = None
 
 
+@dataclass(eq=False)
 class AdamWPhase(Phase):
-    """Minimises an objective over the training batches.
+    """Minimises an objective over the training batches; a second one selects the best state."""
 
-    Args:
-        objective: what is minimised.
-        validation: the objective whose held-out error selects the best state.
-        net: what is trained.
-        data: the batches.
-        problem: rates, numbers and processes.
-        wanted: iterations wanted.
-        is_last: whether no phase follows.
-        calibrate: scales the net for a batch before the first iteration; its error changes.
-    """
+    objectives: tuple[Objective, Objective]
+    net: nn.Module
+    data: Data
+    problem: Problem
+    wanted: int
+    is_last: bool
+    training: AdamWState = field(init=False)
 
-    training: AdamWState
-
-    def __init__(
-        self,
-        objective: Objective,
-        validation: Objective,
-        *,
-        net: nn.Module,
-        data: Data,
-        problem: Problem,
-        wanted: int,
-        is_last: bool,
-        calibrate: Callable[[Batch], None] | None = None,
-    ) -> None:
-        self.name = objective.name
-        self.wanted = wanted
-        self._objective = objective
-        self._validation = validation
-        self._net = net
-        self._data = data
-        self._group = problem.group
-        self._config = problem.config
-        self._is_last = is_last
-        self._calibrate = calibrate
-        self._parameters = [p for p in net.parameters() if p.requires_grad]
+    def __post_init__(self) -> None:
+        """Read off what is used often."""
+        self._objective, self._validation = self.objectives
+        self.name = self._objective.name
+        self._group, self._config = self.problem.group, self.problem.config
+        self._parameters = [p for p in self.net.parameters() if p.requires_grad]
 
     def begin(self, saved: PhaseState | None, budget: Budget) -> bool:
         """Make the optimizer: new, or as it was when the fit was interrupted."""
@@ -117,22 +93,20 @@ class AdamWPhase(Phase):
         )
         if saved is None:
             self.training = AdamWState(self.wanted)
-            if self._calibrate is not None:
-                self._calibrate(self._data.first)
-                is_changed = True
+            is_changed = self._objective.calibrate(self.data.first)
         else:
             assert isinstance(saved, AdamWState)
             self.training = saved
             _restore(self._optimizer, self._parameters, saved.moments)
-            if self._is_last:  # a fit that its clock had cut short may have more time now
+            if self.is_last:  # a fit that its clock had cut short may have more time now
                 saved.planned = min(self.wanted, saved.cooldown_end or self.wanted)
-        self.pace = budget.start_phase(self.wanted, is_last=self._is_last)
+        self.pace = budget.start_phase(self.wanted, is_last=self.is_last)
         self._scales = self._group.from_first(self._measure_scales)
         return is_changed
 
     def _measure_scales(self) -> list[float]:
         """Return the base's loss on each grid."""
-        held_out, grids = self._data.held_out, range(self._data.n_grids)
+        held_out, grids = self.data.held_out, range(self.data.n_grids)
         return [usable_scale(self._objective.base_loss(held_out, grid)) for grid in grids]
 
     def iterate(self, number: int, done: int) -> float:
@@ -141,9 +115,9 @@ class AdamWPhase(Phase):
         for group in self._optimizer.param_groups:
             group["lr"] = config.lr * annealed(done / self.training.planned)
         late = number - config.pretrain_iterations
-        batch = self._data[0 if late < 0 else 1 + late // config.swap_every]
-        grid = number % self._data.n_grids
-        self._net.train()
+        batch = self.data[0 if late < 0 else 1 + late // config.swap_every]
+        grid = number % self.data.n_grids
+        self.net.train()
         self._optimizer.zero_grad()
         try:
             loss = self._objective.loss(batch, grid)
@@ -178,7 +152,7 @@ class AdamWPhase(Phase):
 
     def error(self) -> float:
         """Return the held-out error of the objective that selects."""
-        return self._validation.error(self._data.held_out)
+        return self._validation.error(self.data.held_out)
 
     @property
     def every(self) -> int:
@@ -221,11 +195,7 @@ def _restore(
     parameters: Sequence[Tensor],
     moments: Sequence[dict[str, Tensor] | None],
 ) -> None:
-    """Give an optimizer the moments that were saved; its settings stay those of this fit.
-
-    Raises:
-        FileFormatError: they are those of other parameters.
-    """
+    """Give an optimizer the moments that were saved; its settings stay those of this fit."""
     with refused("the checkpoint"):
         at = "state.training.moments"
         if len(moments) != len(parameters):

@@ -84,18 +84,11 @@ def check_auto(hypernet: str) -> None:
 
 @dataclass
 class Candidate:
-    """A net to be compared.
-
-    Attributes:
-        net: the net.
-        cost: multiply-adds of one call, as a share of func's in one step of the base.
-        error: mean held-out |R - g|_2 as a share of |R|_2's.
-        iterations: what it was trained for.
-    """
+    """A net to be compared."""
 
     net: ReadyHypernet
-    cost: float
-    error: float = 1.0
+    cost: float  # multiply-adds of one call, as a share of func's in one step of the base
+    error: float = 1.0  # mean held-out |R - g|_2 as a share of |R|_2's
     iterations: int = 0
 
     def __str__(self) -> str:
@@ -117,14 +110,11 @@ def choose(problem: HypersolverProblem, first: Batch, held_out: Batch) -> dict[s
     batch's residuals for 40 iterations, the better half for 120 more. Of nets within 2 % of
     the best the cheapest is taken. The result depends on the seed alone, unless the
     comparison is cut short at 15 % of ``config.max_seconds``.
-    Costs one call of func on the first batch, and calls of the nets.
 
-    Returns:
-        "architecture", which describes the net (see `ReadyHypernet.architecture`), and
-        "note", which says for people what was chosen and what it was compared to.
+    The result has the net's "architecture" (see `ReadyHypernet.architecture`) and a "note",
+    which says for people what was chosen and what it was compared to.
     """
-    began = time.perf_counter()
-    deadline = began + SHARE_OF_TIME * problem.config.max_seconds
+    deadline = time.perf_counter() + SHARE_OF_TIME * problem.config.max_seconds
     with own_random_state(problem.config.seed):
         candidates = within_budget(problem, first)
         if len(candidates) > 1:
@@ -175,57 +165,48 @@ def _compare(
     candidates: list[Candidate],
     problem: HypersolverProblem,
     batches: tuple[Batch, Batch],
-    deadline: float,
+    end: float,
 ) -> None:
-    """Fill in the candidates' errors by successive halving."""
+    """Fill in the candidates' errors by successive halving, until the clock says ``end``."""
+    first, held_out = batches
     left: Sequence[Candidate] = candidates
     for candidate in candidates:
-        calibrate(candidate.net, batches[0])
+        calibrate(candidate.net, first)
     for iterations in ROUNDS:
-        runs = [_PreFit(candidate, problem, batches, iterations) for candidate in left]
+        objectives = [ResidualObjective(c.net, problem.tableau.order) for c in left]
+        runs = [
+            _training(candidate, objective, batches, RATE * problem.config.lr, iterations)
+            for candidate, objective in zip(left, objectives, strict=True)
+        ]
         for _ in range(iterations):
-            if time.perf_counter() > deadline:
+            if time.perf_counter() > end:
                 break
             for run in runs:
-                run.iterate()
-        for run in runs:
-            run.measure()
+                next(run)
+        for candidate, objective in zip(left, objectives, strict=True):
+            error = objective.error(held_out)
+            candidate.error = error if math.isfinite(error) else math.inf
         left = sorted(left, key=lambda candidate: candidate.error)[: -(-len(left) // 2)]
 
 
-class _PreFit:
-    """A few iterations of one candidate's residual fit."""
-
-    def __init__(
-        self,
-        candidate: Candidate,
-        problem: HypersolverProblem,
-        batches: tuple[Batch, Batch],
-        iterations: int,
-    ) -> None:
-        self._candidate = candidate
-        self._first, self._held_out = batches
-        self._objective = ResidualObjective(candidate.net, problem.tableau.order)
-        self._scale = self._objective.base_loss(self._held_out, 0) or 1.0
-        self._lr, self._planned = RATE * problem.config.lr, iterations
-        self._optimizer = optim.AdamW(candidate.net.parameters(), lr=self._lr)
-        self._done = 0
-
-    def iterate(self) -> None:
-        """Do one iteration, at a rate that falls to nought over those planned."""
-        share = self._done / self._planned
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._lr * annealed(share, lowest=0.0)
-        self._optimizer.zero_grad()
-        grid = self._done % len(self._first.grids)
-        loss = self._objective.loss(self._first, grid) / self._scale
+def _training(
+    candidate: Candidate,
+    objective: ResidualObjective,
+    batches: tuple[Batch, Batch],
+    lr: float,
+    iterations: int,
+) -> Iterator[None]:
+    """Fit a candidate's residuals, one iteration for each item, at a rate that falls to nought."""
+    first, held_out = batches
+    scale = objective.base_loss(held_out, 0) or 1.0
+    optimizer = optim.AdamW(candidate.net.parameters(), lr=lr)
+    for done in range(iterations):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * annealed(done / iterations, lowest=0.0)
+        optimizer.zero_grad()
+        loss = objective.loss(first, done % len(first.grids)) / scale
         loss.backward()
-        nn.utils.clip_grad_norm_(self._candidate.net.parameters(), 1.0)
-        self._optimizer.step()
-        self._done += 1
-
-    def measure(self) -> None:
-        """Keep the held-out error, and what it took."""
-        error = self._objective.error(self._held_out)
-        self._candidate.error = error if math.isfinite(error) else math.inf
-        self._candidate.iterations += self._done
+        nn.utils.clip_grad_norm_(candidate.net.parameters(), 1.0)
+        optimizer.step()
+        candidate.iterations += 1
+        yield

@@ -5,14 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._fields import find_coupling
-from torchdiffeq_hyper._state import State, VectorField, parts_of
-from torchdiffeq_hyper.errors import FitDivergedError, OptionError
+from torchdiffeq_hyper._state import (
+    State,
+    StateLayout,
+    VectorField,
+    parts_of,
+    sample_norms,
+    stepped_dtype,
+)
+from torchdiffeq_hyper.errors import FitDivergedError, NoiseFloorError, OptionError
 from torchdiffeq_hyper.fitting._adamw import AdamWPhase, AdamWState
 from torchdiffeq_hyper.fitting._auto import AUTO, check_auto
 from torchdiffeq_hyper.fitting._batches import n_samples
@@ -23,11 +30,13 @@ from torchdiffeq_hyper.fitting._chunks import (
     TrainingChunks,
     cut,
     fit_knots,
+    n_weights,
     rows_of,
     samples_needed,
 )
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._data import Data
+from torchdiffeq_hyper.fitting._engine import Start, Target
 from torchdiffeq_hyper.fitting._errors import Comparison, is_worse, quantiles
 from torchdiffeq_hyper.fitting._field import Field
 from torchdiffeq_hyper.fitting._levenberg_marquardt import (
@@ -35,21 +44,20 @@ from torchdiffeq_hyper.fitting._levenberg_marquardt import (
     LevenbergMarquardtState,
     mean_error,
 )
-from torchdiffeq_hyper.fitting._noise import noise_at_end, refuse_exact
+from torchdiffeq_hyper.fitting._loop import Phase
 from torchdiffeq_hyper.fitting._objectives import EndObjective
 from torchdiffeq_hyper.fitting._problem import Problem
-from torchdiffeq_hyper.fitting._reference import Tolerances
-from torchdiffeq_hyper.fitting._sensitivities import n_weights
+from torchdiffeq_hyper.fitting._reference import Tolerances, solve_reference
 from torchdiffeq_hyper.fitting._signature import signs_of_net
-from torchdiffeq_hyper.fitting._target import Phase, Start, Target
 from torchdiffeq_hyper.solvers._domain import FitDomain
-from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers.bespoke import ORDER, BespokeSolver, compositions
 
 WEIGHTS_FIRST = 0.5
 """Share of the time that the weights get where a correction is fitted after them."""
 MOST_STARTS = 3
 """Classical methods that weights start from, where there is time."""
+LOOSE = 1e3
+"""Noise, in units of the dtype's rounding, that is more than rounding."""
 FEWEST_TO_PAY = 20
 """Iterations below which a fit is a trial that nobody has to earn back."""
 
@@ -57,9 +65,7 @@ FEWEST_TO_PAY = 20
 class BespokeTarget(Target):
     """A bespoke solver's weights, and the net g at its end if there is one.
 
-    Args:
-        problem: the arguments; ``steps`` is the number of calls of func, n.
-        hypernet: the correction, if any.
+    The problem's ``steps`` is the number of calls of func, n.
     """
 
     module: BespokeSolver
@@ -72,7 +78,7 @@ class BespokeTarget(Target):
         self.net = hypernet
         self.phase_states = [LevenbergMarquardtState] + [AdamWState] * (hypernet is not None)
         self._n = problem.steps
-        self._start = _default_start(self._n)
+        self._start = {1: "euler", 2: "midpoint", 3: "heun3"}.get(self._n, "rk4")
 
     @classmethod
     def of(
@@ -81,37 +87,23 @@ class BespokeTarget(Target):
         t_span: object,
         *,
         base: str,
-        steps: Steps,
         alpha: float | None,
         hypernet: nn.Module | str | None,
-        objective: str,
-        direction: str,
         **given: Any,
     ) -> BespokeTarget:
         """Return the target of the arguments of `fit`, checked."""
-        _refuse(base, steps, alpha, objective, direction)
-        problem = Problem.of(
-            func, t_span, steps=steps, objective=objective, direction=direction, **given
-        )
-        if isinstance(hypernet, str):
-            check_auto(hypernet)
-            raise OptionError(
-                problem=f'hypernet is "{AUTO}" and base is "{base}".',
-                expected=f'None (base "{base}" learns its coefficients, a net on top is extra) or '
-                "a module.",
-                fix="hypernet=None",
-            )
+        _refuse(base, alpha, hypernet, given)
+        problem = Problem.of(func, t_span, **given)
+        assert not isinstance(hypernet, str)
         return cls(problem, hypernet)
 
     def config_for(self, y0: object) -> FitConfig:
         """Return the configuration with batches large enough for one step, if fit makes them."""
         config = self.problem.config
-        if not isinstance(y0, Tensor | tuple):
-            return config
-        parts = [part for part in parts_of(y0) if isinstance(part, Tensor) and part.dim()]
-        if not parts or len(parts[0]) == 0:
-            return config  # refused where batches are made
-        return replace(config, batch_size=max(config.batch_size, samples_needed(y0, self._n)))
+        parts = parts_of(y0) if isinstance(y0, Tensor | tuple) else ()
+        if not parts or not all(isinstance(p, Tensor) and p.dim() and len(p) for p in parts):
+            return config  # batches of their own; or refused where batches are made
+        return replace(config, batch_size=max(config.batch_size, samples_needed(parts, self._n)))
 
     def open(self, y0: State) -> None:
         """Make a solver whose weights are still Euler's."""
@@ -128,8 +120,18 @@ class BespokeTarget(Target):
         return {"base": self.method, "steps": self._n, "weights": signs_of_net(self.module)}
 
     def measure_noise(self, field: Field, y0: State, tolerances: Tolerances) -> float:
-        """Return the noise in the ends, relative to them."""
-        return noise_at_end(field, y0, self.problem.plan.times[[0, -1]], tolerances)
+        """Return the relative noise in the ends: of the reference, and of rounding."""
+        layout, times = StateLayout.of(y0), self.problem.plan.times[[0, -1]]
+        flat = layout.join(y0)
+        tight = tolerances.tightened(10.0 if tolerances.rtol >= 1e-12 else 0.1)
+        first, second = (
+            solve_reference(field, flat, times, each)[-1:] for each in (tolerances, tight)
+        )
+        size, noise = (
+            float(sample_norms(layout.split(state)).mean()) for state in (first, first - second)
+        )
+        # Half a unit in the last place of the state, and half of one of the state in true units.
+        return noise / (size or 1.0) + torch.finfo(stepped_dtype(flat.dtype)).eps
 
     def prepare(self, data: Data, choice: dict[str, Any] | None) -> dict[str, Any] | None:
         """Cut the held-out samples into chunks, and order the classical starts."""
@@ -150,14 +152,12 @@ class BespokeTarget(Target):
     def start(self, noise: float | None, plan: ReferencePlan) -> Start:
         """Start as the classical method with the smallest held-out error."""
         rtol = plan.tolerances.rtol
-        if noise is None:
-            noise = rtol
-        if plan.is_looser:
-            noise = max(noise, rtol)
+        noise = rtol if noise is None else noise
+        noise = max(noise, rtol) if plan.is_looser else noise
         self.module.set_weights(compositions(self._n)[self._start])
         error = mean_error(self._held_out, self.module.weights)
         if error <= 2 * noise and not plan.is_looser:
-            refuse_exact(self._start, self._n, error, noise, self._data.held_out.dtype)
+            _refuse_exact(self._start, self._n, error, noise, self._data.held_out.dtype)
         return Start(error, error, noise)
 
     def phases(self) -> Sequence[Phase]:
@@ -168,34 +168,28 @@ class BespokeTarget(Target):
             self._starts,
             TrainingChunks(self._data, self.problem, self._rows),
             self._held_out,
-            problem=self.problem,
+            self.problem,
             share_of_time=WEIGHTS_FIRST if has_net else LAST_PHASE,
         )
-        return [weights, self._correction_phase()] if has_net else [weights]
-
-    def _correction_phase(self) -> Phase:
+        if not has_net:
+            return [weights]
         objective = EndObjective(self.module, self.problem.func)
-        return AdamWPhase(
-            objective,
-            objective,
-            net=self.module,
-            data=self._data,
-            problem=self.problem,
-            wanted=self.problem.config.iterations,
-            is_last=True,
-            calibrate=objective.calibrate,
+        wanted = self.problem.config.iterations
+        correction = AdamWPhase(
+            (objective, objective), self.module, self._data, self.problem, wanted, is_last=True
         )
+        return [weights, correction]
 
     def comparison(self) -> Comparison:
         """Return the solver as it is, and the classical method that it started as."""
-        return self._compared_with_start(self.module)
+        return self._compared(self.module)
 
-    def _compared_with_start(self, solver: BespokeSolver) -> Comparison:
-        # With the span, as they will be used.
+    def _compared(self, solver: BespokeSolver) -> Comparison:
         own, start = (self._with_domain(s) for s in (solver, self._classical(self._start)))
         return Comparison(own.solve, start.solve, self._start, self._n, FEWEST_TO_PAY)
 
     def _with_domain(self, solver: BespokeSolver) -> BespokeSolver:
+        """Return a copy with the span, as it will be used."""
         knots = solver.get_buffer("knot_values"), solver.get_buffer("knot_slopes")
         net, domain = solver.hypernet, self._domain(self._y0)
         return BespokeSolver(solver.weights, hypernet=net, knots=knots, domain=domain)
@@ -205,7 +199,7 @@ class BespokeTarget(Target):
         width = self.problem.width
         return replace(self.problem.domain(y0), dt_min=width, dt_max=width)
 
-    def finish(self, state: FitState) -> None:
+    def finish(self, state: FitState) -> Iterator[str]:
         """Be the best of the fit, the weights alone and the start; fit the knots."""
         solver = self.module
         state.fallback = self.problem.group.from_first(lambda: self._fallback(state))
@@ -216,6 +210,7 @@ class BespokeTarget(Target):
             state.best_error = mean_error(self._held_out, solver.weights)
         self._fit_knots()
         state.best = {**state.best, **snapshot(solver)}
+        return _notes(state, self._data, self._start, self._n)
 
     def _fallback(self, state: FitState) -> str:
         """Return what is better than what was fitted: "weights", "start", or "" for nothing."""
@@ -225,8 +220,7 @@ class BespokeTarget(Target):
         if self.net is not None:
             solvers["weights"] = BespokeSolver(self.module.weights)
         for fallback, solver in solvers.items():
-            compared = self._compared_with_start(solver)
-            if not is_worse(compared, self.problem.func, self._data):
+            if not is_worse(self._compared(solver), self.problem.func, self._data):
                 return fallback
         return "start"
 
@@ -253,10 +247,6 @@ class BespokeTarget(Target):
         )
         return quantiles(own, unit), quantiles(start, unit)
 
-    def notes(self, state: FitState) -> Sequence[str]:
-        """Return what the solver is compared with, and whether there were samples enough."""
-        return list(_notes(state, self._data, self._start, self._n))
-
     def restore(self, state: FitState) -> None:
         """Take the weights of an earlier run."""
         if state.fallback:
@@ -274,34 +264,34 @@ class BespokeTarget(Target):
         return self.module
 
 
-def _refuse(base: str, steps: Steps, alpha: float | None, objective: str, direction: str) -> None:
+def _refuse(base: str, alpha: float | None, hypernet: object, given: dict[str, Any]) -> None:
     """Refuse arguments that a bespoke solver has no use for."""
-    given = f'and base is "{base}".'
+    steps, objective, direction = given["steps"], given["objective"], given["direction"]
     if isinstance(steps, tuple) or steps is None:
-        problem, expected, fix = f"steps is {steps!r},", "one number of calls of func.", "steps=8"
+        got, expected, fix = f"steps is {steps!r},", "one number of calls of func.", "steps=8"
     elif alpha is not None:
-        problem, expected = f"alpha is {alpha!r},", 'alpha with base="alpha" only.'
+        got, expected = f"alpha is {alpha!r},", 'alpha with base="alpha" only.'
         fix = f'base="alpha", alpha={alpha!r}'
     elif direction == "both":
-        problem, expected = 'direction is "both",', "one: its weights and times serve one way."
+        got, expected = 'direction is "both",', "one: its weights and times serve one way."
         fix = 'direction="forward"   # and another fit with direction="reverse"'
     elif objective == "residual":
-        problem, expected = 'objective is "residual",', "errors at the end: there are no steps."
+        got, expected = 'objective is "residual",', "errors at the end: there are no steps."
         fix = 'objective="trajectory"   # or leave it out'
+    elif isinstance(hypernet, str):
+        check_auto(hypernet)
+        got, fix = f'hypernet is "{AUTO}"', "hypernet=None"
+        learned = f'base "{base}" learns its coefficients, a net on top is extra'
+        expected = f"None ({learned}) or a module."
     else:
         return
-    raise OptionError(problem=f"{problem} {given}", expected=expected, fix=fix)
-
-
-def _default_start(n: int) -> str:
-    """Return the classical method of the highest order in n calls of func."""
-    return {1: "euler", 2: "midpoint", 3: "heun3"}.get(n, "rk4")
+    raise OptionError(problem=f'{got} and base is "{base}".', expected=expected, fix=fix)
 
 
 def best_starts(held_out: Sequence[Chunk], like: Tensor) -> list[str]:
     """Return the classical methods that stay finite, the smallest held-out error first.
 
-    ``like`` are weights (n, n) on the right device. It is an error if none stays finite.
+    ``like`` are weights (n, n) on the right device.
     """
     n = len(like)
     classical = {name: weights.to(like) for name, weights in compositions(n).items()}
@@ -341,3 +331,25 @@ def _notes(state: FitState, data: Data, start: str, n: int) -> Iterator[str]:
             f"wrong, and the held-out error ({n_samples(data.held_out.y0)} samples) need not show "
             f"it; pass {needed} or more"
         )
+
+
+def _refuse_exact(name: str, n: int, error: float, noise: float, dtype: torch.dtype) -> NoReturn:
+    """Refuse to fit where a classical method is exact to rounding, or the reference too loose."""
+    if noise > LOOSE * torch.finfo(dtype).eps:
+        raise NoiseFloorError(
+            problem="the reference solution is too loose to fit to: the mean relative error of "
+            f"{name} with {n} calls of func is {error:.3g}, the reference's own {noise:.3g}.",
+            expected="noise below half of the error. The default atol is absolute: it suits states "
+            "of size 1 and above.",
+            fix="config=tdh.FitConfig(atol=1e-3 * 1e-6)   # for states of size 1e-3",
+        )
+    raise NoiseFloorError(
+        problem=f"{name} with {n} calls of func is already exact to this dtype, as far as can be "
+        f"told: its mean relative error is {error:.3g}, the noise in it {noise:.3g} ({dtype}).",
+        expected="noise below half of the error: nothing else could be learned.",
+        fix=f"{name} as it is\n"
+        f"or fewer calls: steps={max(1, n // 2)}\n"
+        "or, if the digits matter: func.double() and y0.double()\n"
+        "or, if the reference is the loose part: FitConfig(rtol=..., atol=...), "
+        "100 times smaller",
+    )

@@ -34,19 +34,12 @@ class Solve(NamedTuple):
 
 
 class FixedStep(NamedTuple):
-    """A method with equal steps.
+    """A method with equal steps."""
 
-    Attributes:
-        each: calls of func in a step.
-        start: calls of func that the first step takes beside.
-        order: order of convergence.
-        run: ``(func, y0, t, steps) -> solution`` at the two points of t.
-    """
-
-    each: int
-    start: int
+    each: int  # calls of func in a step
+    start: int  # calls of func that the first step takes beside
     order: int
-    run: Callable[..., State]
+    run: Callable[..., State]  # (func, y0, t, steps) -> solution at the two points of t
 
     def with_steps(self, name: str, steps: int) -> Solve:
         """Return the method with so many steps."""
@@ -126,6 +119,12 @@ CLOSE = 1.5
 ROUNDS = 3
 TURN_SECONDS = 0.005
 
+QUICK = 0.05
+"""Seconds of a solve below which a second run is timed, too, and the shorter one counts."""
+MOST_SECONDS = 2.0
+"""Time that the comparison should take at most: with more to do, fewer samples are solved."""
+FEWEST = 8
+"""Samples that are solved at least."""
 TOLERANCES = tuple(10.0 ** (-k / 2) for k in range(2, 13))
 """dopri5's, from loose to those that float32 can just meet."""
 
@@ -140,7 +139,10 @@ class _Task:
 
     func: VectorField
     batch: Batch
-    deadline: float
+    deadline: float = math.inf
+
+    def __len__(self) -> int:
+        return n_samples(self.batch.y0)
 
     def error(self, solve: Solve) -> float:
         """Return the mean relative error at the end; inf where a sample blows up."""
@@ -150,8 +152,19 @@ class _Task:
 
     def some(self, count: int) -> _Task:
         """Return the same for the first samples."""
-        index = torch.arange(min(count, n_samples(self.batch.y0)))
+        index = torch.arange(min(count, len(self)))
         return _Task(self.func, self.batch.some(index), self.deadline)
+
+    def timed(self, run: Run) -> tuple[ErrorSummary, float]:
+        """Return the errors at the end and the wall time of a solve."""
+        began = time.perf_counter()
+        errors = ErrorSummary.of(end_errors(run, self.func, self.batch))  # waits for the device
+        seconds = time.perf_counter() - began
+        if seconds < QUICK:  # what is set up once counts in the first
+            began = time.perf_counter()
+            end_errors(run, self.func, self.batch)
+            seconds = min(seconds, time.perf_counter() - began)
+        return errors, seconds
 
     def runs(self, solves: Sequence[Solve]) -> list[Callable[[], object]]:
         """Return the solves of all samples, ready to be timed."""
@@ -172,12 +185,8 @@ def measure(
 ) -> BreakEven | str:
     """Measure a fitted solver's time, and that of a classical solver that is as accurate.
 
-    The alternative is the fastest of the fixed-step methods in `FIXED` and dopri5,
-    each with the fewest steps or the loosest tolerance found that reach the fitted solver's
-    mean relative error at the end of the span, on the same held-out samples. Times are
-    medians of interleaved runs of the whole batch, without gradients. Takes a twentieth of
-    the fit's time, or five seconds if that is more, but no more than ``seconds_left``. Where
-    there is no break-even, it is the reason.
+    `BreakEven` says how. Takes a twentieth of the fit's time, or five seconds if that is more,
+    but no more than ``seconds_left``. Where there is no break-even, it is the reason.
     """
     if is_half(batch.dtype):
         return "the host cannot solve in half precision"
@@ -266,7 +275,7 @@ def _race(ours: Solve, classical: list[Solve], task: _Task, fit_seconds: float) 
         seconds=own,
         alternative=fastest.label,
         alternative_seconds=seconds,
-        samples=n_samples(task.batch.y0),
+        samples=len(task),
         error=error,
     )
 
@@ -280,14 +289,6 @@ def _does_run(run: Callable[[], object]) -> bool:
     return True
 
 
-QUICK = 0.05
-"""Seconds of a solve below which a second run is timed, too, and the shorter one counts."""
-MOST_SECONDS = 2.0
-"""Time that the comparison should take at most: with more to do, fewer samples are solved."""
-FEWEST = 8
-"""Samples that are solved at least."""
-
-
 @torch.no_grad()
 def best_classical(run: Run, func: VectorField, batch: Batch, *, calls: int) -> Rival | None:
     """Return the best of the classical solvers in the time that a fitted one takes.
@@ -298,15 +299,13 @@ def best_classical(run: Run, func: VectorField, batch: Batch, *, calls: int) -> 
     """
     if is_half(batch.dtype):
         return None
-    own_errors, own_seconds = _timed(run, func, batch)
-    count = n_samples(batch.y0)
-    wanted = int(count * MOST_SECONDS / max(2 * len(FIXED) * own_seconds, 1e-9))
-    if max(FEWEST, wanted) < count:
-        batch = batch.some(torch.arange(max(FEWEST, wanted)))
-        own_errors, own_seconds = _timed(run, func, batch)
-    found = [
-        _in_time(name, method, func, batch, (calls, own_seconds)) for name, method in FIXED.items()
-    ]
+    task = _Task(func, batch)
+    own_errors, own_seconds = task.timed(run)
+    wanted = int(len(task) * MOST_SECONDS / max(2 * len(FIXED) * own_seconds, 1e-9))
+    if max(FEWEST, wanted) < len(task):
+        task = task.some(max(FEWEST, wanted))
+        own_errors, own_seconds = task.timed(run)
+    found = [_in_time(name, task, calls, own_seconds) for name in FIXED]
     label, errors, seconds = min(found, key=lambda each: each[1].mean)
     return Rival(
         solver=label,
@@ -319,32 +318,20 @@ def best_classical(run: Run, func: VectorField, batch: Batch, *, calls: int) -> 
 
 
 def _in_time(
-    name: str, method: FixedStep, func: VectorField, batch: Batch, own: tuple[int, float]
+    name: str, task: _Task, calls: int, own_seconds: float
 ) -> tuple[str, ErrorSummary, float]:
     """Return a method with the steps that fit into the fitted solver's calls and time.
 
     That is its label, its errors and its seconds.
     """
-    calls, own_seconds = own
+    method = FIXED[name]
     steps = max(1, calls // method.each)
-    first = method.with_steps(name, steps)
-    errors, seconds = _timed(first.run, func, batch)
+    label, run = method.with_steps(name, steps)
+    errors, seconds = task.timed(run)
     work = steps * method.each + method.start
     in_time = work * own_seconds / max(seconds, 1e-9)
     more = int((in_time - method.start) / method.each)
-    if more <= steps:
-        return first.label, errors, seconds
-    second = method.with_steps(name, more)
-    return second.label, *_timed(second.run, func, batch)
-
-
-def _timed(run: Run, func: VectorField, batch: Batch) -> tuple[ErrorSummary, float]:
-    """Return the errors at the end and the wall time of a solve."""
-    began = time.perf_counter()
-    errors = ErrorSummary.of(end_errors(run, func, batch))  # waits for the device
-    seconds = time.perf_counter() - began
-    if seconds < QUICK:  # what is set up once counts in the first
-        began = time.perf_counter()
-        end_errors(run, func, batch)
-        seconds = min(seconds, time.perf_counter() - began)
-    return errors, seconds
+    if more > steps:
+        label, run = method.with_steps(name, more)
+        errors, seconds = task.timed(run)
+    return label, errors, seconds

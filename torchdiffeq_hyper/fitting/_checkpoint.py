@@ -45,66 +45,42 @@ FORMAT = "torchdiffeq_hyper fit 3"
 
 @dataclass
 class PhaseState:
-    """How far a phase of a fit is; each optimizer adds to it what it remembers.
-
-    Attributes:
-        planned: iterations planned.
-        best_error: smallest held-out error of the phase.
-        since_best: validations since that one.
-    """
+    """How far a phase of a fit is; each optimizer adds to it what it remembers."""
 
     kind: ClassVar[str]
     rules: ClassVar[Mapping[str, Rule]] = {}
 
-    planned: int
-    best_error: float = math.inf
-    since_best: int = 0
+    planned: int  # iterations
+    best_error: float = math.inf  # smallest held-out error of the phase
+    since_best: int = 0  # validations since that one
 
 
 @dataclass
 class FitState:
-    """All that a fit has to know to go on as if it had never been interrupted.
+    """All that a fit has to know to go on as if it had never been interrupted."""
 
-    Attributes:
-        net: the state_dict of what is trained.
-        best: the state_dict with the smallest held-out error so far.
-        best_error: that error.
-        base_error: the held-out error of what the fit started as.
-        noise: noise floor.
-        most_batches: distinct training batches that the budget allows.
-        references: what is solved and how exactly, as `prepare.to_keep` returns it.
-        choice: the net that was chosen ("architecture") and why ("note"), None if it was given.
-        random: states of the random generators.
-        phase: number of the current phase.
-        phase_start: iterations done before it.
-        training: how far that phase is, None between two.
-        iteration: iterations done.
-        history: the validations.
-        seconds: wall time used.
-        stopped: why the last phase ended, "" before.
-        fallback: what is returned in place of what was fitted: "" for nothing, "weights" for a
-            bespoke solver without its correction, "start" for the base or classical start.
-        report: the finished fit's report, None while it runs.
-    """
-
-    net: dict[str, Tensor]
-    best: dict[str, Tensor]
+    net: dict[str, Tensor]  # the state_dict of what is trained
+    best: dict[str, Tensor]  # the one with the smallest held-out error so far
     best_error: float
-    base_error: float
+    base_error: float  # held-out error of what the fit started as
     noise: float
-    most_batches: int
-    references: dict[str, Any]
-    choice: dict[str, Any] | None = None
+    most_batches: int  # distinct training batches that the budget allows
+    references: dict[
+        str, Any
+    ]  # what is solved and how exactly, as a `ReferencePlan` in plain values
+    choice: dict[str, Any] | None = None  # the "architecture" that was chosen, and a "note" why
     random: list[Tensor] = field(default_factory=list)
     phase: int = 0
-    phase_start: int = 0
-    training: PhaseState | None = None
+    phase_start: int = 0  # iterations done before that phase
+    training: PhaseState | None = None  # how far that phase is, None between two
     iteration: int = 0
     history: list[LossPoint] = field(default_factory=list)
     seconds: float = 0.0
-    stopped: str = ""
+    stopped: str = ""  # why the last phase ended
+    # What is returned in place of what was fitted: "" for nothing, "weights" for a bespoke
+    # solver without its correction, "start" for the base or classical start.
     fallback: str = ""
-    report: dict[str, Any] | None = None
+    report: dict[str, Any] | None = None  # of a finished fit
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
@@ -146,13 +122,8 @@ def _state_rule(phases: Sequence[type[PhaseState]]) -> Record:
 class Store:
     """Where a fit's state is kept: a file, or nowhere.
 
-    Args:
-        path: the file, None to keep nothing.
-        signature: what tells this fit from others: plain values and lists of them.
-        phases: the kind of state of each phase.
-
-    Raises:
-        FileWriteError: the folder does not exist.
+    The signature tells this fit from others: plain values and lists of them. ``phases`` are the
+    kinds of state of its phases.
     """
 
     def __init__(
@@ -168,11 +139,7 @@ class Store:
             raise unwritable(self._path, FileNotFoundError(ENOENT, "there is no such folder"))
 
     def write(self, state: FitState) -> None:
-        """Write a state; the file is the old one or the new one, never half of one.
-
-        Raises:
-            FileWriteError: it cannot be written.
-        """
+        """Write a state; the file is the old one or the new one, never half of one."""
         if self._path is None:
             return
         values = vars(state) | {"history": [asdict(point) for point in state.history]}
@@ -184,12 +151,7 @@ class Store:
         write_bytes(self._path, buffer.getvalue())
 
     def read(self) -> FitState | None:
-        """Return the state in the file, None if there is no file; runs no code from it.
-
-        Raises:
-            FileFormatError: it is damaged, or no checkpoint of a fit.
-            OptionError: it belongs to another fit.
-        """
+        """Return the state in the file, None if there is no file; runs no code from it."""
         if self._path is None or not self._path.exists():
             return None
         try:

@@ -1,25 +1,22 @@
-"""Starts and ends that a bespoke solver is fitted to, in chunks small enough to hold."""
+"""What a bespoke solver is fitted to: starts and ends in chunks, roll-outs and sensitivities."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._state import State, VectorField, parts_of, sample_norms
+from torchdiffeq_hyper._state import State, StateLayout, VectorField, parts_of, sample_norms
 from torchdiffeq_hyper.fitting._batches import n_samples
 from torchdiffeq_hyper.fitting._data import Batch, Data
 from torchdiffeq_hyper.fitting._field import Field, Timer
 from torchdiffeq_hyper.fitting._problem import Problem
-from torchdiffeq_hyper.fitting._sensitivities import (
-    NormalEquations,
-    RollOut,
-    n_tangents,
-    n_weights,
-)
+from torchdiffeq_hyper.solvers.bespoke import stage_times
+
+Call = Callable[[Tensor, Tensor], Tensor]
 
 EASIEST = 0.1
 """Smallest error that a sample is weighted as, as a share of the mean."""
@@ -31,19 +28,123 @@ MOST_BYTES = 2**29
 """Memory that the sensitivities of a chunk may take."""
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Some samples of a batch, in the units of `Units`: the span is 1 long.
+def n_weights(n: int) -> int:
+    """Return the number of weights of a solver with n calls."""
+    return n * (n + 1) // 2
 
-    Attributes:
-        roll_out: the solver's task: starts, span and field.
-        path: (n + 1, ...) the solution, flat, on equidistant times from the start on.
-        scale: (batch,) what errors are divided by.
+
+@dataclass(frozen=True)
+class RollOut:
+    """A roll-out over a whole span, from flat starts, with the field on flat states.
+
+    The span starts at 0, or at 1 or -1 where it ends at 0; its width, end minus start, is 1 or -1.
     """
 
+    call: Call
+    layout: StateLayout
+    start: float
+    width: float
+    y0: Tensor
+
+    def end(self, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the flat state at the end, and the n derivatives. Costs n calls."""
+        times, narrow = self._narrow(weights)
+        x, stages = self.y0, []
+        for i, row in enumerate(narrow):
+            stages.append(self.call(times[i], x))
+            x = self._sum(row, stages)
+        return x, stages
+
+    def end_and_sensitivities(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the flat end and its derivatives by each weight, (n_weights, ...).
+
+        The products with the Jacobian of func are differences of two calls: func need not
+        be differentiable, nor known to autograd, and the damped steps that these
+        sensitivities serve are checked against true roll-outs. Costs n(n² + 5)/6 calls.
+        """
+        times, narrow = self._narrow(weights)
+        x, tangents = self.y0, self.y0.new_zeros(0, *self.y0.shape)
+        stages: list[Tensor] = []
+        moved: list[Tensor] = []
+        for i, row in enumerate(narrow):
+            k = self.call(times[i], x)
+            stages.append(k)
+            if i == 0:
+                sizes = self._sizes(k)
+            moved.append(self._moved((times[i], x), k, tangents, i, sizes))
+            earlier = len(tangents)
+            tangents = self.y0.new_zeros(earlier + i + 1, *self.y0.shape)
+            for weight, dk in zip(row.tolist(), moved, strict=False):
+                tangents[: len(dk)].add_(dk, alpha=weight)
+            torch.mul(torch.stack(stages), self.width, out=tangents[earlier:])
+            x = self._sum(row, stages)
+        return x, tangents
+
+    def _narrow(self, weights: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return times, and rows of weights in the state's dtype, the rows times the width."""
+        times = self.start + self.width * stage_times(weights)
+        rows = (self.width * weights).to(self.y0.dtype).unbind()
+        return list(times.unbind()), list(rows)
+
+    def _sum(self, row: Tensor, stages: list[Tensor]) -> Tensor:
+        matrix = torch.stack(stages).flatten(1)
+        flat = torch.addmv(self.y0.reshape(-1), matrix.t(), row[: len(stages)])
+        return flat.reshape(self.y0.shape)
+
+    def _sizes(self, k: Tensor) -> list[float]:
+        """Return for each part of the state how large its values are."""
+        return [
+            float(y.square().mean().sqrt() + abs(self.width) * dy.square().mean().sqrt())
+            for y, dy in zip(self._parts(self.y0), self._parts(k), strict=True)
+        ]
+
+    def _moved(
+        self, at: tuple[Tensor, Tensor], k: Tensor, tangents: Tensor, n_own: int, sizes: list[float]
+    ) -> Tensor:
+        """Return how the derivative k moves along each tangent of its state.
+
+        The last ``n_own`` weights are the stage's own: its time moves with them.
+        """
+        t, x = at
+        out = torch.empty_like(tangents)
+        # Rounding and curvature of func weigh the same at about this distance.
+        step = 3 * torch.finfo(k.dtype).eps ** 0.5
+        for p, distance in enumerate(self._distances(tangents, sizes)):
+            is_own = p >= len(tangents) - n_own
+            if distance == 0 and not is_own:
+                out[p] = 0
+                continue
+            far = step * (min(distance or 1.0, 1.0) if is_own else distance)
+            t_moved = t + far * self.width if is_own else t
+            out[p] = (self.call(t_moved, torch.add(x, tangents[p], alpha=far)) - k) / far
+        return out
+
+    def _distances(self, tangents: Tensor, sizes: list[float]) -> list[float]:
+        """Return by what each tangent must be multiplied to be as large as the state.
+
+        That is in the part where it is largest; 0 where it vanishes.
+        """
+        relative = [
+            part.flatten(1).square().mean(1).sqrt() / size
+            for part, size in zip(self._parts(tangents), sizes, strict=True)
+            if size > 0
+        ]
+        if not relative:
+            return [0.0] * len(tangents)
+        largest = torch.stack(relative).amax(0)
+        return torch.where(largest > 0, 1 / largest, 0.0).tolist()
+
+    def _parts(self, flat: Tensor) -> tuple[Tensor, ...]:
+        return parts_of(self.layout.split(flat))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some samples of a batch, in the units of `Units`: the span is 1 long."""
+
     roll_out: RollOut
-    path: Tensor
-    scale: Tensor
+    path: Tensor  # (n + 1, ...): the solution, flat, on equidistant times from the start on
+    scale: Tensor  # (batch,): what errors are divided by
 
     def errors(self, x: Tensor) -> Tensor:
         """Return the relative errors of flat ends, (batch,)."""
@@ -58,29 +159,25 @@ class Chunk:
         """Return the number of samples whose end is not finite."""
         return int((~torch.isfinite(self.errors(self.roll_out.end(weights)[0]))).sum())
 
-    def equations(self, weights: Tensor) -> NormalEquations:
-        """Return the normal equations, for the mean of errors, not of their squares.
+    def residual_and_sensitivities(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the residual of the end and its derivatives by each weight, (n_weights, ...).
 
-        Dividing a squared error by the error itself, as it is now, makes the one the
-        other, and lets no outlier rule.
+        Both are weighted as in iteratively reweighted least squares: dividing a squared error
+        by the error itself, as it is now, minimises the mean of errors, not of their squares.
         """
         x, sensitivities = self.roll_out.end_and_sensitivities(weights)
         errors = self.errors(x)
         mean = errors.mean()
-        tamed = (errors / torch.where(mean > 0, mean, 1.0)).clamp_min(EASIEST)
-        factor = self._spread(tamed.rsqrt() / self.scale)
-        residual = factor * (x - self.path[-1])
-        return NormalEquations.of(residual, sensitivities.mul_(factor))
+        relative = (errors / torch.where(mean > 0, mean, 1.0)).clamp_min(EASIEST)
+        factor = self._spread(relative.rsqrt() / self.scale)
+        return factor * (x - self.path[-1]), sensitivities.mul_(factor)
 
     def knot_products(self, weights: Tensor, added: Tensor | None) -> tuple[Tensor, ...]:
         """Return the products of the n derivatives with themselves and with what knots are.
 
         These are the solution's way from the start to the inner knots, over the span, and its
-        slopes at all knots. Costs 2 n + 1 calls.
-
-        Args:
-            weights: the solver's.
-            added: the correction at the end, flat; it grows with the square of time.
+        slopes at all knots. ``added`` is the correction at the end, flat; it grows with the
+        square of time. Costs 2 n + 1 calls.
         """
         task = self.roll_out
         stages = torch.stack(task.end(weights)[1])
@@ -129,13 +226,7 @@ def cut(
 
 
 class TrainingChunks:
-    """The training batches in chunks, by number, each cut when first asked for.
-
-    Args:
-        data: the batches.
-        problem: the field and the processes.
-        rows: samples in a chunk, None for whole batches.
-    """
+    """The training batches in chunks of ``rows`` samples, by number, cut when first asked for."""
 
     def __init__(self, data: Data, problem: Problem, rows: int | None) -> None:
         self._data = data
@@ -143,13 +234,6 @@ class TrainingChunks:
         self._rows = rows
         self._chunks: list[Chunk] = []
         self._batches: list[Batch] = []
-
-    @property
-    def first(self) -> Chunk:
-        """The first chunk."""
-        chunk = self.get(0)
-        assert chunk is not None
-        return chunk
 
     def get(self, number: int) -> Chunk | None:
         """Return a chunk, None beyond the last."""
@@ -164,26 +248,26 @@ class TrainingChunks:
 
     def needed(self) -> int:
         """Return how many chunks a step should look at."""
-        in_one = len(self.first.scale) * self._problem.group.size
-        n = len(self.first.path) - 1
-        return math.ceil(samples_needed(self._data.held_out.y0, n) / in_one)
+        first = self.get(0)
+        assert first is not None
+        in_one = len(first.scale) * self._problem.group.size
+        return math.ceil(samples_needed(self._data.held_out.y0, len(first.path) - 1) / in_one)
 
 
 def samples_needed(y0: State, n: int) -> int:
     """Return how many samples a step should look at."""
-    per_sample = _numel(y0) / n_samples(y0)
-    return max(FEWEST, math.ceil(RESIDUALS_PER_WEIGHT * n_weights(n) / per_sample))
+    return max(FEWEST, math.ceil(RESIDUALS_PER_WEIGHT * n_weights(n) / _per_sample(y0)))
 
 
 def rows_of(y0: State, n: int) -> int:
     """Return how many samples a chunk may have."""
-    per_sample = _numel(y0) / n_samples(y0)
-    most = int(MOST_BYTES / (4 * n_tangents(n) * per_sample))
+    n_tangents = n * (n + 1) * (n + 2) // 6  # those that a roll-out's sensitivities keep
+    most = int(MOST_BYTES / (4 * n_tangents * _per_sample(y0)))
     return max(2, min(most, samples_needed(y0, n)))
 
 
-def _numel(y0: State) -> int:
-    return sum(part.numel() for part in parts_of(y0))
+def _per_sample(y0: State) -> float:
+    return sum(part.numel() for part in parts_of(y0)) / n_samples(y0)
 
 
 RIDGE = 1e-8

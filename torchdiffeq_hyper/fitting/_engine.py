@@ -1,12 +1,18 @@
-"""One fit from data to solver, whatever is fitted: check, solve references, train, report."""
+"""One fit from data to solver, whatever is fitted: check, solve references, train, report.
+
+A `Target` says what is trained, from which start, and what becomes of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from torchdiffeq_hyper._fields import model_as_found
 from torchdiffeq_hyper._state import State, VectorField
@@ -14,11 +20,13 @@ from torchdiffeq_hyper.errors import NoiseFloorError
 from torchdiffeq_hyper.fitting._auto import measuring_time_in
 from torchdiffeq_hyper.fitting._batches import Batches, head
 from torchdiffeq_hyper.fitting._budget import PROBES, Budget, Deadline, ReferencePlan
-from torchdiffeq_hyper.fitting._checkpoint import FitState, Store, snapshot
+from torchdiffeq_hyper.fitting._checkpoint import FitState, PhaseState, Store, snapshot
+from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._data import Data
+from torchdiffeq_hyper.fitting._errors import Comparison
 from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError
 from torchdiffeq_hyper.fitting._guard import frozen_or_restored, left_as_found, own_random_state
-from torchdiffeq_hyper.fitting._loop import Loop, Progress
+from torchdiffeq_hyper.fitting._loop import Loop, Phase, Progress
 from torchdiffeq_hyper.fitting._prepare import (
     NOISE_LATEST,
     FieldCheck,
@@ -28,21 +36,103 @@ from torchdiffeq_hyper.fitting._prepare import (
     reserve,
 )
 from torchdiffeq_hyper.fitting._problem import Problem
+from torchdiffeq_hyper.fitting._reference import Tolerances
 from torchdiffeq_hyper.fitting._report import reported, without_references
 from torchdiffeq_hyper.fitting._signature import check_same_call
-from torchdiffeq_hyper.fitting._target import Target
 from torchdiffeq_hyper.solvers._report import FitReport
 from torchdiffeq_hyper.solvers._solver import Solver
+
+
+@dataclass(frozen=True)
+class Start:
+    """Held-out errors of a fit's start and of what it is compared with, and the noise floor."""
+
+    error: float
+    base_error: float
+    noise: float
+
+
+class Target(ABC):
+    """What is fitted: a solver's learned part, its start and its end.
+
+    The methods are called in the order in which they stand here, up to `solver`.
+
+    Attributes:
+        problem: the arguments.
+        method: the method string of the solver.
+        order: the order p of the base: g is multiplied by dt^(p+1).
+        net: the net that is trained in place, None without.
+        module: what is trained, with all its parameters.
+        phase_states: the kind of state of each phase.
+    """
+
+    problem: Problem
+    method: str
+    order: int
+    net: nn.Module | None
+    module: nn.Module
+    phase_states: Sequence[type[PhaseState]]
+
+    def config_for(self, y0: object) -> FitConfig:
+        """Return the configuration that batches are made with."""
+        return self.problem.config
+
+    @abstractmethod
+    def open(self, y0: State) -> None:
+        """Set ``net``, and ``module`` if it is known already, for starts like ``y0``."""
+
+    @abstractmethod
+    def signature(self) -> dict[str, Any]:
+        """Return what tells this fit from those of other solvers: plain values."""
+
+    @abstractmethod
+    def measure_noise(self, field: Field, y0: State, tolerances: Tolerances) -> float:
+        """Return the noise in what is fitted to, on a few samples.
+
+        Raises `NoiseFloorError` where what is fitted to does not stand above it.
+        """
+
+    @abstractmethod
+    def prepare(self, data: Data, choice: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Take the data; return the choice of a net, as it was or as it is made now."""
+
+    @abstractmethod
+    def start(self, noise: float | None, plan: ReferencePlan) -> Start:
+        """Bring ``module`` to its start and measure it; ``noise`` is None if there was no time."""
+
+    @abstractmethod
+    def phases(self) -> Sequence[Phase]:
+        """Return the phases in order."""
+
+    @abstractmethod
+    def comparison(self) -> Comparison:
+        """Return the solver as it is, and the one it started as."""
+
+    @abstractmethod
+    def finish(self, state: FitState) -> Iterable[str]:
+        """Give up what is worse than the start; complete ``state``; return notes for the user."""
+
+    @abstractmethod
+    def deltas(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Return quantiles of |R - g|_2 and of |R|_2 on held-out samples."""
+
+    @abstractmethod
+    def restore(self, state: FitState) -> None:
+        """Take the best state of an earlier run, in place of all from `measure_noise` on."""
+
+    @abstractmethod
+    def leave_unfitted(self) -> str:
+        """Be what can be had without data, and return its name for people."""
+
+    @abstractmethod
+    def solver(self, y0: State) -> Solver:
+        """Return the solver with its domain, without its report."""
 
 
 def run(target: Target, func: VectorField, y0: State | Iterable[object], *, shown: bool) -> Solver:
     """Fit, or go on with an interrupted fit, or return a finished one.
 
-    Args:
-        target: what to fit.
-        func: the vector field as the user gave it, to be left as found.
-        y0: the starts.
-        shown: whether to show a progress bar.
+    ``func`` is the field as the user gave it, ``shown`` whether to show a progress bar.
     """
     problem = target.problem
     with _undisturbed(func, problem):
@@ -71,13 +161,14 @@ def run(target: Target, func: VectorField, y0: State | Iterable[object], *, show
 @contextmanager
 def _undisturbed(func: VectorField, problem: Problem) -> Iterator[None]:
     """Fit with gradients, an own random state, func as it was found, and all processes."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(mode=False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(own_random_state(problem.config.seed))
-        stack.enter_context(left_as_found(func))
-        stack.enter_context(model_as_found(problem.func))
-        stack.enter_context(problem.group.together())
+    with (
+        torch.inference_mode(mode=False),
+        torch.enable_grad(),
+        own_random_state(problem.config.seed),
+        left_as_found(func),
+        model_as_found(problem.func),
+        problem.group.together(),
+    ):
         yield
 
 
@@ -98,24 +189,26 @@ def _trained_in_place(target: Target) -> Iterator[None]:
         yield
 
 
+@dataclass
 class _Fit:
     """One fit of a target on some batches."""
 
-    def __init__(
-        self, target: Target, batches: Batches, budget: Budget, progress: Progress
-    ) -> None:
-        self._target = target
-        self._problem = target.problem
-        self._batches = batches
-        self._budget = budget
-        self._progress = progress
+    target: Target
+    batches: Batches
+    budget: Budget
+    progress: Progress
+
+    @property
+    def problem(self) -> Problem:
+        """The arguments."""
+        return self.target.problem
 
     def run(self) -> FitReport:
         """Leave the target in its best state, and return what was measured."""
-        target, held_out = self._target, self._batches.held_out
-        self._progress.say("reference solutions")
-        check = FieldCheck.of(self._problem, held_out, self._batches.count)
-        common = check.signature(self._problem, held_out.context)
+        target, held_out = self.target, self.batches.held_out
+        self.progress.say("reference solutions")
+        check = FieldCheck.of(self.problem, held_out, self.batches.count)
+        common = check.signature(self.problem, held_out.context)
         store, state = self._open({**common, **target.signature()})
         if state is not None and state.report is not None:
             target.restore(state)
@@ -125,15 +218,17 @@ class _Fit:
         except OutOfTimeError:
             return self._without_references(state)
         state = self._started(data, plan, noise, state, store)
-        self._batches.limit(state.most_batches)
-        reserve(self._problem, target.comparison().run, data, self._budget)
-        loop = Loop(target, state, self._budget, self._progress, store)
-        loop.run()
+        self.batches.limit(state.most_batches)
+        reserve(self.problem, target.comparison().run, data, self.budget)
+        phases, group = target.phases(), self.problem.group
+        Loop(phases, target.module, group, state, self.budget, self.progress, store).run()
         target.module.eval()
-        target.finish(state)
-        notes = [*target.notes(state), *([plan.note] if plan.note else [])]
-        report = self._problem.group.from_first(
-            lambda: reported(target, data, state, self._budget, notes)
+        notes = [*target.finish(state), *([plan.note] if plan.note else [])]
+        compared = target.comparison()
+        report = group.from_first(
+            lambda: reported(
+                self.problem, compared, data, state, self.budget, deltas=target.deltas, notes=notes
+            )
         )
         state.report = report.to_dict()
         if state.stopped != "max_seconds":  # else the next call goes on, should it have more time
@@ -141,39 +236,30 @@ class _Fit:
         return report
 
     def _open(self, signature: dict[str, object]) -> tuple[Store, FitState | None]:
-        """Return where the fit's state is kept, and what an interrupted run left there.
-
-        Raises:
-            OptionError: processes of this fit make different calls; or as `Store.read`.
-        """
-        group = self._problem.group
+        """Return where the fit's state is kept, and what an interrupted run left there."""
+        group = self.problem.group
         check_same_call(group.gather(signature))
-        path = self._problem.config.checkpoint if group.is_first else None
-        store = Store(path, signature, self._target.phase_states)
+        path = self.problem.config.checkpoint if group.is_first else None
+        store = Store(path, signature, self.target.phase_states)
         state = group.from_first(store.read)
         if state is not None:
-            self._budget.resume(state.seconds)
+            self.budget.resume(state.seconds)
         return store, state
 
     def _solve_references(
         self, check: FieldCheck, state: FitState | None
     ) -> tuple[Data, ReferencePlan, float | None]:
-        """Return data with its first solutions, how they were solved, and the noise in them.
-
-        Raises:
-            OutOfTimeError: there was no time for reference solutions.
-            NoiseFloorError: what is fitted to does not stand above the noise.
-        """
+        """Return data with its first solutions, how they were solved, and the noise in them."""
         kept = None if state is None else state.references
-        references = check.references(self._problem)
-        plan = planned(self._problem, self._batches, references, budget=self._budget, kept=kept)
+        references = check.references(self.problem)
+        plan = planned(self.problem, self.batches, references, budget=self.budget, kept=kept)
         noise = self._noise(plan, check) if state is None else None
         data, plan = measured(
-            self._problem,
-            self._batches,
+            self.problem,
+            self.batches,
             references,
             plan,
-            self._budget,
+            self.budget,
             goes_on=state is not None,
         )
         return data, plan, noise
@@ -182,19 +268,19 @@ class _Fit:
         """Measure the noise on a few of the held-out samples; None if a process has no time."""
         noise = None
         if plan.has_noise:
-            held_out = self._batches.held_out
+            held_out = self.batches.held_out
             probes = head(held_out, PROBES)
-            until = Deadline(self._budget, NOISE_LATEST * self._budget.max_seconds)
-            field = Field(self._problem.func, probes, until, check.units)
+            until = Deadline(self.budget, NOISE_LATEST * self.budget.max_seconds)
+            field = Field(self.problem.func, probes, until, check.units)
             try:
-                noise = self._target.measure_noise(field, probes.y0, plan.tolerances)
+                noise = self.target.measure_noise(field, probes.y0, plan.tolerances)
             except OutOfTimeError:
                 pass
             except NoiseFloorError as error:
                 if not plan.is_looser:
                     raise
                 raise OutOfTimeError from error  # there is no time for tighter references
-        return None if None in self._problem.group.gather(noise) else noise
+        return None if None in self.problem.group.gather(noise) else noise
 
     def _started(
         self,
@@ -205,8 +291,8 @@ class _Fit:
         store: Store,
     ) -> FitState:
         """Return the state before the first iteration, or the one to go on from."""
-        target, group = self._target, self._problem.group
-        self._progress.say("choosing a start")
+        target, group = self.target, self.problem.group
+        self.progress.say("choosing a start")
         choice = target.prepare(data, None if state is None else state.choice)
         if state is not None:
             return state
@@ -218,21 +304,21 @@ class _Fit:
             best_error=start.error,
             base_error=start.base_error,
             noise=start.noise,
-            most_batches=most_batches(data, self._budget),
+            most_batches=most_batches(data, self.budget),
             references=asdict(plan),
             choice=choice,
         )
         new = group.from_first(lambda: new)
         if choice is not None:
-            self._progress.tell(choice["note"])
+            self.progress.tell(choice["note"])
         store.write(new)
         return new
 
     def _without_references(self, state: FitState | None) -> FitReport:
         """Take what there is without reference solutions: a start, or an earlier run's best."""
         if state is None:
-            name = self._target.leave_unfitted()
+            name = self.target.leave_unfitted()
         else:
-            self._target.restore(state)
+            self.target.restore(state)
             name = "the best of the run before"
-        return without_references(self._problem, name, self._budget, state)
+        return without_references(self.problem, name, self.budget, state)

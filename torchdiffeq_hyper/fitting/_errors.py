@@ -21,21 +21,13 @@ Run = Callable[[VectorField, State, Tensor], State]
 
 
 class Comparison(NamedTuple):
-    """A fitted solver beside the one it started as.
-
-    Attributes:
-        run: the fitted solver's ``(func, y0, t) -> solution``.
-        base: the same of the classical method that it started as.
-        name: that method's name, for people.
-        calls: calls of func in a solve between two points.
-        fewest: iterations below which a fit is a trial that nobody has to earn back.
-    """
+    """A fitted solver beside the classical method that it started as."""
 
     run: Run
     base: Run
-    name: str
-    calls: int
-    fewest: int
+    name: str  # of the classical method, for people
+    calls: int  # calls of func in a solve between two points
+    fewest: int  # iterations below which a fit is a trial that nobody has to earn back
 
 
 BROKEN = (ArithmeticError, AssertionError)

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from torchdiffeq_hyper._state import Hypernet, State, VectorField
-from torchdiffeq_hyper.errors import HyperError
+from torchdiffeq_hyper._state import (
+    Hypernet,
+    State,
+    StateLayout,
+    VectorField,
+    sample_norms,
+    stepped_dtype,
+)
+from torchdiffeq_hyper.errors import HyperError, NoiseFloorError
 from torchdiffeq_hyper.fitting._adamw import AdamWPhase, AdamWState
 from torchdiffeq_hyper.fitting._auto import calibrate, check_auto, choose
 from torchdiffeq_hyper.fitting._budget import ReferencePlan
 from torchdiffeq_hyper.fitting._checkpoint import FitState
-from torchdiffeq_hyper.fitting._data import Data
+from torchdiffeq_hyper.fitting._data import Data, measure_residuals
+from torchdiffeq_hyper.fitting._engine import Start, Target
 from torchdiffeq_hyper.fitting._errors import Comparison, is_worse
 from torchdiffeq_hyper.fitting._field import Field
 from torchdiffeq_hyper.fitting._guard import own_random_state
-from torchdiffeq_hyper.fitting._noise import measure_noise
+from torchdiffeq_hyper.fitting._loop import Phase
 from torchdiffeq_hyper.fitting._objectives import delta_quantiles, no_correction, objectives_of
 from torchdiffeq_hyper.fitting._problem import HypersolverProblem
-from torchdiffeq_hyper.fitting._reference import Tolerances
+from torchdiffeq_hyper.fitting._reference import Plan, TimeGrid, Tolerances, solve_reference
 from torchdiffeq_hyper.fitting._signature import signs_of_net
-from torchdiffeq_hyper.fitting._target import Phase, Start, Target
 from torchdiffeq_hyper.hypernets import (
     ReadyHypernet,
     from_architecture,
@@ -32,7 +40,12 @@ from torchdiffeq_hyper.hypernets import (
 )
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
+from torchdiffeq_hyper.tableaus import Tableau
 
+HIGHEST = 0.5
+"""Share of the residual's size that may be noise."""
+TIGHTEST = 1e-13
+"""Tolerance below which float64 itself ends the search for a better solution."""
 FEWEST_TO_PAY = 200
 """Iterations below which a fit is a trial that nobody has to earn back."""
 
@@ -40,9 +53,7 @@ FEWEST_TO_PAY = 200
 class HypersolverTarget(Target):
     """A hypersolver's net g, for one base and one or more step sizes.
 
-    Args:
-        problem: the arguments.
-        hypernet: the net, None for a ready one, or "auto" for one to be chosen.
+    ``hypernet`` is the net, None for a ready one, or "auto" for one to be chosen.
     """
 
     problem: HypersolverProblem
@@ -54,20 +65,13 @@ class HypersolverTarget(Target):
         self.phase_states = [AdamWState] * len(problem.iterations)
         self._given = hypernet
         self._used: Hypernet = no_correction
-        self._data: Data
 
     @classmethod
     def of(
-        cls,
-        func: VectorField,
-        t_span: object,
-        *,
-        base: str,
-        hypernet: nn.Module | str | None,
-        **given: Any,
+        cls, func: VectorField, t_span: object, *, hypernet: nn.Module | str | None, **given: Any
     ) -> HypersolverTarget:
         """Return the target of the arguments of `fit`, checked."""
-        problem = HypersolverProblem.of_base(func, t_span, base=base, **given)
+        problem = HypersolverProblem.of_base(func, t_span, **given)
         if isinstance(hypernet, str):
             check_auto(hypernet)
         return cls(problem, hypernet)
@@ -100,11 +104,10 @@ class HypersolverTarget(Target):
 
     def prepare(self, data: Data, choice: dict[str, Any] | None) -> dict[str, Any] | None:
         """Choose a net where that was asked for."""
-        self._data = data
+        self._data, problem = data, self.problem
         if self.net is None and choice is None:
             first = data.first  # measured by all processes together
-            group = self.problem.group
-            choice = group.from_first(lambda: choose(self.problem, first, data.held_out))
+            choice = problem.group.from_first(lambda: choose(problem, first, data.held_out))
         self._take_net(choice)
         return choice
 
@@ -133,12 +136,11 @@ class HypersolverTarget(Target):
         objectives, validation = self._objectives()
         return [
             AdamWPhase(
-                objective,
-                validation,
-                net=self.module,
-                data=self._data,
-                problem=self.problem,
-                wanted=wanted,
+                (objective, validation),
+                self.module,
+                self._data,
+                self.problem,
+                wanted,
                 is_last=objective is objectives[-1],
             )
             for objective, wanted in zip(objectives, self.problem.iterations, strict=True)
@@ -152,19 +154,17 @@ class HypersolverTarget(Target):
         calls = solver.n_steps * problem.tableau.calls
         return Comparison(solver.solve, base.solve, problem.tableau.name, calls, FEWEST_TO_PAY)
 
-    def finish(self, state: FitState) -> None:
-        """Give up a net that is worse than none."""
+    def finish(self, state: FitState) -> Iterator[str]:
+        """Give up a net that is worse than none; say so, and which net was chosen."""
         problem, compared = self.problem, self.comparison()
-        is_given_up = problem.group.from_first(lambda: is_worse(compared, problem.func, self._data))
-        state.fallback = "start" if is_given_up else ""
-        if not is_given_up:
-            return
-        state.best_error = state.base_error
-        if isinstance(self.module, ReadyHypernet):
-            self.module.reset()
-            state.best = self.module.state_dict()
-        else:
-            self._used = self._zero_net()
+        if problem.group.from_first(lambda: is_worse(compared, problem.func, self._data)):
+            state.fallback, state.best_error = "start", state.base_error
+            if isinstance(self.module, ReadyHypernet):
+                self.module.reset()
+                state.best = self.module.state_dict()
+            else:
+                self._used = self._zero_net()
+        return _notes(state)
 
     def _zero_net(self) -> Hypernet:
         """Return a ready net that is zero, so that the solver is its base and can be saved."""
@@ -179,10 +179,6 @@ class HypersolverTarget(Target):
         order, held_out = self.order, self._data.held_out
         own = delta_quantiles(self._used, order, held_out)
         return own, delta_quantiles(no_correction, order, held_out)
-
-    def notes(self, state: FitState) -> Sequence[str]:
-        """Return whether the base was taken in place of the fit, and which net was chosen."""
-        return list(_notes(state))
 
     def restore(self, state: FitState) -> None:
         """Take the net of an earlier run; none where that had given up the user's own."""
@@ -212,3 +208,60 @@ def _notes(state: FitState) -> Iterator[str]:
         yield "no better than the base on held-out samples: do not use it as it is"
     if state.choice is not None:
         yield state.choice["note"]
+
+
+def measure_noise(
+    field: Field, y0: State, tableau: Tableau, plan: Plan, tolerances: Tolerances
+) -> float:
+    """Return the mean noise in |R|_2, after checking that it is at most half of |R|_2.
+
+    The residuals are compared with those of a solution that is ten times tighter and steps
+    on twice as many points, so that even a fixed-step method takes other steps. To the
+    difference comes what a solver cannot help: half a unit in the last place of the state
+    that it keeps, over dt^(p+1).
+    """
+    layout, units = StateLayout.of(y0), field.units
+    flat = layout.join(y0)
+    tight = 10.0 if tolerances.rtol / 10 >= TIGHTEST else 0.1
+    solution = solve_reference(field, flat, plan.times, tolerances)
+    finer = solve_reference(field, flat, _refined(plan.times), tolerances.tightened(tight))[::2]
+    half_unit = torch.finfo(stepped_dtype(flat.dtype)).eps / 2
+    noises, unit = [], units.residual(tableau.order)
+    for grid in plan.grids:
+        first = measure_residuals(field, tableau, grid, solution)
+        second = measure_residuals(field, tableau, grid, finer)
+        dt = float(units.times(grid.times[:2]).diff())
+        rounding = half_unit / dt ** (tableau.order + 1) * (first.y[1:] / units.state)
+        size, noise, rounding_noise = (
+            float(sample_norms(layout.split(values)).mean())
+            for values in (first.residual, first.residual - second.residual, rounding)
+        )
+        noise += rounding_noise
+        if noise > HIGHEST * size or size == 0:
+            used = f"{flat.dtype}, reference by {tolerances}"
+            _refuse_exact(tableau, grid, unit * size, unit * noise, used)
+        noises.append(unit * noise)
+    return sum(noises) / len(noises)
+
+
+def _refuse_exact(
+    tableau: Tableau, grid: TimeGrid, size: float, noise: float, reference: str
+) -> NoReturn:
+    fewer = max(1, grid.n_steps // 2)
+    raise NoiseFloorError(
+        problem=f"{tableau.name} at {grid.n_steps} steps is already exact to this dtype, as far as "
+        f"can be told: its mean residual |R| is {size:.3g}, the noise in it {noise:.3g} "
+        f"({reference}).",
+        expected=f"noise below {HIGHEST:g} of |R|: nothing else could be learned.",
+        fix="the base as it is, without a correction\n"
+        f"or fewer steps: steps={fewer}\n"
+        "or, if the digits matter: func.double() and y0.double()\n"
+        "or, if the reference is the loose part: "
+        "FitConfig(rtol=..., atol=...), 100 times smaller",
+    )
+
+
+def _refined(times: Tensor) -> Tensor:
+    """Return the times with their midpoints."""
+    middles = (times[:-1] + times[1:]) / 2
+    return torch.cat([torch.stack([times[:-1], middles], dim=1).flatten(), times[-1:]])

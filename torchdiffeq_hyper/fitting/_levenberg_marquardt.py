@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, TypeVar
+from functools import reduce
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,16 +24,10 @@ from torchdiffeq_hyper._files import refused
 from torchdiffeq_hyper._rules import Maybe, Real, Row, Rule, TensorOf, Whole
 from torchdiffeq_hyper.fitting._budget import Budget, Pace
 from torchdiffeq_hyper.fitting._checkpoint import PhaseState
-from torchdiffeq_hyper.fitting._chunks import Chunk, TrainingChunks
+from torchdiffeq_hyper.fitting._chunks import Chunk, TrainingChunks, n_weights
 from torchdiffeq_hyper.fitting._field import OutOfTimeError
+from torchdiffeq_hyper.fitting._loop import Phase
 from torchdiffeq_hyper.fitting._problem import Problem
-from torchdiffeq_hyper.fitting._sensitivities import (
-    NormalEquations,
-    n_weights,
-    packed,
-    unpacked,
-)
-from torchdiffeq_hyper.fitting._target import Phase
 from torchdiffeq_hyper.solvers.bespoke import BespokeSolver, compositions
 
 T = TypeVar("T")
@@ -62,16 +57,7 @@ _VECTOR = TensorOf((torch.float64,), (None,))
 
 @dataclass
 class LevenbergMarquardtState(PhaseState):
-    """How far a descent is.
-
-    Attributes:
-        start: number of the start that the weights come from.
-        damping: lambda.
-        count: chunks in an iteration.
-        position: number of the next chunk.
-        recent: numbers of the chunks of the last iterations.
-        memory: curvature and gradient of the iterations before, None without.
-    """
+    """How far a descent is."""
 
     kind: ClassVar[str] = "levenberg-marquardt"
     rules: ClassVar[Mapping[str, Rule]] = {
@@ -80,59 +66,45 @@ class LevenbergMarquardtState(PhaseState):
         "memory": Maybe(Row(_SQUARE, _VECTOR)),
     }
 
-    start: int = 0
+    start: int = 0  # number of the start that the weights come from
     damping: float = DAMPING
-    count: int = 1
-    position: int = 0
-    recent: list[int] = field(default_factory=list)
-    memory: tuple[Tensor, Tensor] | None = None
+    count: int = 1  # chunks in an iteration
+    position: int = 0  # number of the next chunk
+    recent: list[int] = field(default_factory=list)  # numbers of the last iterations' chunks
+    memory: tuple[Tensor, Tensor] | None = None  # curvature and gradient of iterations before
 
 
+@dataclass(eq=False)
 class LevenbergMarquardt(Phase):
-    """Improves a solver's weights step by step, from one start or from more in turn.
+    """Improves a solver's weights step by step, from one classical start or more in turn.
 
     A descent ends in the valley it began in, and the best start is not always in the lowest:
     where there is time, further starts follow.
-
-    Args:
-        solver: whose weights.
-        starts: classical methods to begin from, in order; the weights are the first one's.
-        training: the chunks to fit to.
-        held_out: the chunks to validate on.
-        problem: numbers and processes.
-        share_of_time: share of the time left that the phase may take.
     """
+
+    solver: BespokeSolver
+    starts: Sequence[str]
+    chunks: TrainingChunks
+    held_out: Sequence[Chunk]
+    problem: Problem
+    share_of_time: float  # of the time left
 
     name = "trajectory"
     gain = GAIN
-    training: LevenbergMarquardtState
+    training: LevenbergMarquardtState = field(init=False)
 
-    def __init__(
-        self,
-        solver: BespokeSolver,
-        starts: Sequence[str],
-        training: TrainingChunks,
-        held_out: Sequence[Chunk],
-        *,
-        problem: Problem,
-        share_of_time: float,
-    ) -> None:
-        self.wanted = problem.config.iterations
-        self._solver = solver
-        self._starts = starts
-        self._chunks = training
-        self._held_out = held_out
-        self._group = problem.group
-        self._patience = min(problem.config.patience, LAST_PATIENCE)
-        self._share_of_time = share_of_time
-        self._n = len(solver.weights)
+    def __post_init__(self) -> None:
+        """Read the numbers off."""
+        config, self._group = self.problem.config, self.problem.group
+        self.wanted, self._patience = config.iterations, min(config.patience, LAST_PATIENCE)
+        self._n = len(self.solver.weights)
 
     def begin(self, saved: PhaseState | None, budget: Budget) -> bool:
         """Begin at the first start, or go on."""
         self._budget = budget
-        self._deadline = budget.seconds + self._share_of_time * budget.to_train
+        self._deadline = budget.seconds + self.share_of_time * budget.to_train
         self.pace = Pace(budget, self._deadline, self.wanted)
-        self._first_count = self._group.from_first(self._chunks.needed)
+        self._first_count = self._group.from_first(self.chunks.needed)
         self._descend_from(0)
         if saved is not None:
             assert isinstance(saved, LevenbergMarquardtState)
@@ -152,13 +124,13 @@ class LevenbergMarquardt(Phase):
     def iterate(self, number: int, done: int) -> float:
         """Try steps with more and more damping, until one lowers the error."""
         training = self.training
-        vector = packed(self._solver.weights.detach().double().cpu())
+        vector = packed(self.solver.weights.detach().double().cpu())
         chunks = self._next_chunks()
-        weights = self._solver.weights.detach()
-        found = self._together(lambda: _added([chunk.equations(weights) for chunk in chunks]))
+        weights = self.solver.weights.detach()
+        found = self._together(lambda: _equations(chunks, weights))
         if training.memory is not None:
             found.append(NormalEquations(*training.memory))
-        equations = _added(found)
+        equations = reduce(NormalEquations.plus, found)
         compared = self._recent()
         before = self._loss(compared, vector)
         loss, moved = before, torch.zeros_like(vector)
@@ -167,7 +139,7 @@ class LevenbergMarquardt(Phase):
             after = self._loss(compared, new)
             if new is not None and after < before:
                 loss, moved = after, new - vector
-                self._solver.set_weights(unpacked(new, self._n))
+                self.solver.set_weights(unpacked(new, self._n))
                 if tried == 0:
                     training.damping = max(training.damping / 4, LEAST_DAMPING)
                 break
@@ -180,17 +152,13 @@ class LevenbergMarquardt(Phase):
         """Return the mean error with some weights, inf without any."""
         if vector is None:
             return math.inf
-        weights = unpacked(vector, self._n).to(self._solver.weights)
+        weights = unpacked(vector, self._n).to(self.solver.weights)
         found = self._together(lambda: [(c.loss(weights), len(c.scale)) for c in chunks])
         losses = [one for process in found for one in process]
         return sum(loss for loss, _ in losses) / sum(count for _, count in losses)
 
     def _together(self, measure: Callable[[], T]) -> list[T]:
-        """Return what all processes measure.
-
-        Raises:
-            OutOfTimeError: one of them has run out of time.
-        """
+        """Return what all processes measure; `OutOfTimeError` where one has no time left."""
         mine: T | None
         try:
             mine = measure()
@@ -206,10 +174,10 @@ class LevenbergMarquardt(Phase):
         training, position = self.training, self.training.position
         chosen: dict[int, Chunk] = {}
         for _ in range(training.count):
-            chunk = self._chunks.get(position)
+            chunk = self.chunks.get(position)
             if chunk is None:
-                position, chunk = 0, self._chunks.first
-            if position in chosen:
+                position, chunk = 0, self.chunks.get(0)
+            if position in chosen or chunk is None:
                 break
             chosen[position] = chunk
             position += 1
@@ -222,12 +190,12 @@ class LevenbergMarquardt(Phase):
 
     def _recent(self) -> list[Chunk]:
         """Return the chunks of this and the last iterations."""
-        chunks = [self._chunks.get(position) for position in self.training.recent]
+        chunks = [self.chunks.get(position) for position in self.training.recent]
         return [chunk for chunk in chunks if chunk is not None]
 
     def error(self) -> float:
         """Return the mean relative error at the end of the held-out samples."""
-        return mean_error(self._held_out, self._solver.weights.detach())
+        return mean_error(self.held_out, self.solver.weights.detach())
 
     def validated(self, done: int) -> None:
         """Where nothing more is gained, look at more samples, then go to the next start."""
@@ -240,8 +208,8 @@ class LevenbergMarquardt(Phase):
     def _try_next_start(self) -> None:
         """Begin anew at the next start, if there is one and time for it."""
         start, now = self.training.start + 1, self._budget.seconds
-        if start < len(self._starts) and now + SLOWER * (now - self._began) <= self._deadline:
-            self._solver.set_weights(compositions(self._n)[self._starts[start]])
+        if start < len(self.starts) and now + SLOWER * (now - self._began) <= self._deadline:
+            self.solver.set_weights(compositions(self._n)[self.starts[start]])
             self._descend_from(start)
 
     def has_converged(self, done: int) -> bool:
@@ -257,8 +225,101 @@ def mean_error(chunks: Sequence[Chunk], weights: Tensor) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def _added(equations: Sequence[NormalEquations]) -> NormalEquations:
-    first, *others = equations
-    for other in others:
-        first = first.plus(other)
-    return first
+def _equations(chunks: Sequence[Chunk], weights: Tensor) -> NormalEquations:
+    """Return the normal equations of some chunks together."""
+    each = (NormalEquations.of(*c.residual_and_sensitivities(weights)) for c in chunks)
+    return reduce(NormalEquations.plus, each)
+
+
+def packed(weights: Tensor) -> Tensor:
+    """Return the lower triangle of (n, n) weights, row by row."""
+    return torch.cat([row[: i + 1] for i, row in enumerate(weights)])
+
+
+def unpacked(vector: Tensor, n: int) -> Tensor:
+    """Return the (n, n) weights whose lower triangle `packed` returned."""
+    weights = vector.new_zeros(n, n)
+    rows = vector.split([i + 1 for i in range(n)])
+    for i, row in enumerate(rows):
+        weights[i, : i + 1] = row
+    return weights
+
+
+class NormalEquations(NamedTuple):
+    """Curvature H and gradient g of a batch, float64; those of more add up."""
+
+    curvature: Tensor  # (n_weights, n_weights)
+    gradient: Tensor  # (n_weights,)
+
+    @classmethod
+    def of(cls, residual: Tensor, sensitivities: Tensor) -> NormalEquations:
+        """Return those of weighted residuals, and of their derivatives (n_weights, ...)."""
+        rows = sensitivities.flatten(1)
+        return cls(
+            curvature=(rows @ rows.t()).double().cpu(),
+            gradient=(rows @ residual.flatten()).double().cpu(),
+        )
+
+    def plus(self, other: NormalEquations) -> NormalEquations:
+        """Return the equations of both together."""
+        return NormalEquations(self.curvature + other.curvature, self.gradient + other.gradient)
+
+    def forgotten(self, factor: float, moved: Tensor) -> NormalEquations:
+        """Return the equations after the weights have moved, times a forgetting factor."""
+        return NormalEquations(
+            factor * self.curvature,
+            factor * (self.gradient + self.curvature @ moved),
+        )
+
+    def step(self, vector: Tensor, n: int, damping: float) -> Tensor | None:
+        """Return the packed weights after a damped step; None where there is none.
+
+        The last time stays 1, and no time comes to lie before the one before it: an active
+        set, to which the bounds that a step would cross are added as long as it crosses any.
+        """
+        diagonal = self.curvature.diagonal()
+        if not bool(torch.isfinite(self.curvature).all()) or float(diagonal.max()) <= 0:
+            return None
+        damped = self.curvature + torch.diag(damping * diagonal + 1e-12 * diagonal.max())
+        gaps = gap_rows(n)
+        total = gaps.sum(0, keepdim=True)
+        active: list[int] = []
+        while True:
+            rows = torch.cat([total, gaps[active]])
+            wanted = torch.cat([1 - total @ vector, -(gaps[active] @ vector)])
+            moved = _constrained(damped, self.gradient, rows, wanted)
+            if moved is None:
+                return None
+            crossed = [i for i, gap in enumerate((gaps @ (vector + moved)).tolist()) if gap < -1e-9]
+            new = [i for i in crossed if i not in active]
+            if not new:
+                return vector + moved
+            active = sorted([*active, *new])
+            if len(active) == n:  # all times cannot stay where they are
+                return None
+
+
+def gap_rows(n: int) -> Tensor:
+    """Return the matrix that makes packed weights the n gaps between the n + 1 times."""
+    sums = torch.zeros(n, n_weights(n), dtype=torch.float64)
+    for i in range(n):
+        sums[i, n_weights(i) : n_weights(i + 1)] = 1
+    return torch.cat([sums[:1], sums[1:] - sums[:-1]])
+
+
+def _constrained(
+    curvature: Tensor, gradient: Tensor, rows: Tensor, wanted: Tensor
+) -> Tensor | None:
+    """Return the minimum of the quadratic model on ``rows @ step = wanted``."""
+    size, extra = len(gradient), len(rows)
+    # Scaled to a unit diagonal: the curvatures of early and late weights differ by powers of ten.
+    scale = curvature.diagonal().rsqrt()
+    system = torch.zeros(size + extra, size + extra, dtype=torch.float64)
+    system[:size, :size] = scale[:, None] * curvature * scale
+    system[:size, size:] = (rows * scale).t()
+    system[size:, :size] = rows * scale
+    solution, info = torch.linalg.solve_ex(system, torch.cat([-gradient * scale, wanted]))
+    if int(info) != 0 or not bool(torch.isfinite(solution).all()):
+        return None
+    step: Tensor = scale * solution[:size]
+    return step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,16 +49,29 @@ class Objective(ABC):
         """Return the 0-d training loss."""
 
     @abstractmethod
-    def error(self, batch: Batch) -> float:
-        """Return the mean error over all grids, without gradient; inf if it is not finite."""
+    def error(self, batch: Batch, grid: int | None = None) -> float:
+        """Return the mean error over all grids or on one, no gradient; inf if it is not finite."""
 
     @abstractmethod
     def base_error(self, batch: Batch, grid: int | None = None) -> float:
-        """Return the same for the base alone, over all grids or on one."""
+        """Return the same for the base alone."""
 
     @abstractmethod
     def base_loss(self, batch: Batch, grid: int) -> float:
         """Return the training loss of the base alone, to which losses are relative."""
+
+    def calibrate(self, batch: Batch) -> bool:
+        """Scale the net before its first iteration, and return whether its error may change."""
+        return False
+
+
+@torch.no_grad()
+def _number(measure: Callable[[], Tensor]) -> float:
+    """Return what is measured; inf where a roll-out blows up."""
+    try:
+        return float(measure())
+    except NonFiniteError:
+        return math.inf
 
 
 def usable_scale(scale: float) -> float:
@@ -148,10 +161,10 @@ class ResidualObjective(Objective):
         steps = torch.randperm(n_steps)[:MOST_STEPS].tolist()
         return residual_errors(self._net, self._order, batch, grid, steps).mean()
 
-    def error(self, batch: Batch) -> float:
+    def error(self, batch: Batch, grid: int | None = None) -> float:
         """Return the mean of |R - g|_2 as a share of that of |R|_2."""
         own, size = (
-            float(all_residual_errors(net, self._order, batch).mean())
+            float(all_residual_errors(net, self._order, batch, grid).mean())
             for net in (self._net, no_correction)
         )
         return own / (size or 1.0)
@@ -183,41 +196,28 @@ class TrajectoryObjective(Objective):
         samples = batch.grids[grid]
         found = self._solver.solve(batch.field(self._func), batch.start(grid), samples.times)
         exact = batch.layout.split(samples.y)
-        return sample_norms(map_parts(_after_start, found, exact), batch.units.state)
+        off = map_parts(lambda y, y_ref: (y - y_ref)[1:], found, exact)
+        return sample_norms(off, batch.units.state)
 
     def loss(self, batch: Batch, grid: int) -> Tensor:
         """Return the mean over samples."""
         return self._norms(batch, grid).sum(0).mean()
 
-    def error(self, batch: Batch) -> float:
+    def error(self, batch: Batch, grid: int | None = None) -> float:
         """Return the mean relative error over samples and steps."""
-        return self._mean_error(batch, None)
-
-    @torch.no_grad()
-    def _mean_error(self, batch: Batch, grid: int | None) -> float:
-        try:
-            errors = [
-                (self._norms(batch, r) / batch.sizes(r)[1:]).mean() for r in _grids(batch, grid)
-            ]
-        except NonFiniteError:
-            return math.inf
-        return float(torch.stack(errors).mean())
+        return _number(
+            lambda: torch.stack(
+                [(self._norms(batch, r) / batch.sizes(r)[1:]).mean() for r in _grids(batch, grid)]
+            ).mean()
+        )
 
     def base_error(self, batch: Batch, grid: int | None = None) -> float:
         """Return the same with no correction."""
-        return self._base()._mean_error(batch, grid)  # noqa: SLF001
+        return self._base().error(batch, grid)
 
-    @torch.no_grad()
     def base_loss(self, batch: Batch, grid: int) -> float:
         """Return the loss with no correction; inf if its roll-out blew up."""
-        try:
-            return float(self._base().loss(batch, grid))
-        except NonFiniteError:
-            return math.inf
-
-
-def _after_start(first: Tensor, second: Tensor) -> Tensor:
-    return first[1:] - second[1:]
+        return _number(lambda: self._base().loss(batch, grid))
 
 
 class EndObjective(Objective):
@@ -245,13 +245,9 @@ class EndObjective(Objective):
         """Return the mean over samples."""
         return (self.norms(batch) / batch.end_sizes()).mean()
 
-    @torch.no_grad()
-    def error(self, batch: Batch) -> float:
+    def error(self, batch: Batch, grid: int | None = None) -> float:
         """Return the same without gradient; inf if the solve blew up."""
-        try:
-            return float(self.loss(batch, 0))
-        except NonFiniteError:
-            return math.inf
+        return _number(lambda: self.loss(batch, 0))
 
     def base_error(self, batch: Batch, grid: int | None = None) -> float:
         """Return the same without the correction."""
@@ -262,11 +258,11 @@ class EndObjective(Objective):
         return self.base_error(batch)
 
     @torch.no_grad()
-    def calibrate(self, batch: Batch) -> None:
+    def calibrate(self, batch: Batch) -> bool:
         """Calibrate a ready net that is still zero on what the weights alone leave over."""
         net = self._solver.hypernet
         if not isinstance(net, ReadyHypernet) or not net.is_zero:
-            return  # it was fitted before, with these scales
+            return True  # it was fitted before, with these scales; but after other weights
         seen: list[StepInput] = []
 
         def watch(step: StepInput) -> State:
@@ -278,6 +274,7 @@ class EndObjective(Objective):
         step = seen[0].dt / net.time_unit
         residual = map_parts(lambda y, x: (y - x)[0] / step**2, exact, ends)
         net.calibrate(net.concat(seen[0]), join_channels(residual))
+        return True
 
     @torch.no_grad()
     def added(self, batch: Batch) -> Tensor | None:

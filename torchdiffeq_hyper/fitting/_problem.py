@@ -23,22 +23,9 @@ RESIDUAL_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Problem:
-    """The checked arguments of any fit, apart from data and net.
+    """The checked arguments of any fit, apart from data and net."""
 
-    Attributes:
-        func: the vector field, called with the context of each batch.
-        span: start and end.
-        steps: as the user gave them.
-        plan: times and grids.
-        direction: "forward", "reverse" or "both".
-        objective: "combined", "residual" or "trajectory".
-        config: lengths, rates, tolerances.
-        group: the processes that share the work.
-        context: that of all samples; "batch" where each batch brings its own.
-        tableau: the base whose residuals are measured along references; None for none.
-    """
-
-    func: VectorField
+    func: VectorField  # called with the context of each batch
     span: tuple[float, float]
     steps: Steps
     plan: Plan
@@ -46,8 +33,8 @@ class Problem:
     objective: str
     config: FitConfig
     group: ProcessGroup
-    context: Context
-    tableau: Tableau | None
+    context: Context  # that of all samples; "batch" where each batch brings its own
+    tableau: Tableau | None  # the base whose residuals are measured along references
 
     @classmethod
     def of(

@@ -25,7 +25,6 @@ from torchdiffeq_hyper.fitting._errors import (
 )
 from torchdiffeq_hyper.fitting._field import size_of
 from torchdiffeq_hyper.fitting._problem import Problem
-from torchdiffeq_hyper.fitting._target import Target
 from torchdiffeq_hyper.hypernets import join_channels
 from torchdiffeq_hyper.solvers._report import BreakEven, ErrorSummary, FitReport, Rival
 
@@ -80,18 +79,36 @@ UNLIKE = 1e3
 CLEAR = 1.25
 """Ratio of errors below which a gain on some held-out samples may be none on others."""
 
+NOTHING = dict.fromkeys(QUANTILES, math.nan)
+"""Quantiles of what was not measured."""
+
 T = TypeVar("T")
 
 
 def reported(
-    target: Target, data: Data, state: FitState, budget: Budget, notes: Sequence[str]
+    problem: Problem,
+    compared: Comparison,
+    data: Data,
+    state: FitState,
+    budget: Budget,
+    *,
+    deltas: Callable[[], tuple[dict[str, float], dict[str, float]]],
+    notes: Sequence[str],
 ) -> FitReport:
     """Return the report of a fit that ends, with notes of its own before those made here.
 
-    No measurement that fails loses the fit.
+    No measurement that fails loses the fit: func may raise anything.
     """
-    held_out, func, compared = data.held_out, target.problem.func, target.comparison()
-    measured = _Measurements()
+    held_out, func, failures = data.held_out, problem.func, list[str]()
+
+    def measured(what: str, measure: Callable[[], T]) -> T | None:
+        try:
+            return measure()
+        except Exception as error:  # noqa: BLE001
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            failures.append(f"{what} could not be measured: {reason}")
+            return None
+
     finest = max(range(len(held_out.grids)), key=lambda r: len(held_out.grids[r].dt))
     errors = measured("the error", lambda: at_end(compared.run, func, held_out))
     base_errors = measured("the base", lambda: at_end(compared.base, func, held_out))
@@ -100,10 +117,10 @@ def reported(
         "classical solvers",
         lambda: best_classical(compared.run, func, held_out, calls=compared.calls),
     )
-    pays = measured("the break-even", lambda: _break_even(target, held_out, state, budget))
+    pays = measured("the break-even", lambda: _break_even(compared, func, held_out, state, budget))
     pays = "its measurement failed" if pays is None else pays
-    delta, base_delta = measured("delta", target.deltas) or (nothing(), nothing())
-    told = (
+    delta, base_delta = measured("delta", deltas) or (dict(NOTHING), dict(NOTHING))
+    further = (
         *_notes(errors, base_errors, classical, compared.name),
         measured("the size of channels", lambda: unlike_channels(held_out)),
         measured("starts further out", lambda: starts_further_out(compared, func, data.first)),
@@ -120,8 +137,8 @@ def reported(
         reference_seconds=data.seconds,
         reference_nfe=data.calls,
         stopped=state.stopped,
-        seed=target.problem.config.seed,
-        notes=(*notes, *(note for note in told if note), *measured.failures),
+        seed=problem.config.seed,
+        notes=(*notes, *(note for note in further if note), *failures),
         break_even=pays if isinstance(pays, BreakEven) else None,
         no_break_even="" if isinstance(pays, BreakEven) else pays,
         errors=errors,
@@ -130,22 +147,6 @@ def reported(
         worst_time=None if along is None else _worst_time(along, held_out.grids[finest].times),
         rival=classical,
     )
-
-
-class _Measurements:
-    """Takes measurements, and notes those that fail: func may raise anything."""
-
-    def __init__(self) -> None:
-        self.failures: list[str] = []
-
-    def __call__(self, what: str, measure: Callable[[], T]) -> T | None:
-        """Return what is measured, None if that fails."""
-        try:
-            return measure()
-        except Exception as error:  # noqa: BLE001
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            self.failures.append(f"{what} could not be measured: {reason}")
-            return None
 
 
 def without_references(
@@ -161,8 +162,8 @@ def without_references(
     )
     return FitReport(
         losses=() if state is None else tuple(state.history),
-        delta=nothing(),
-        base_delta=nothing(),
+        delta=dict(NOTHING),
+        base_delta=dict(NOTHING),
         validation=math.nan if state is None else state.best_error,
         base_validation=math.nan if state is None else state.base_error,
         noise_floor=math.nan if state is None else state.noise,
@@ -175,11 +176,6 @@ def without_references(
         notes=(note,),
         no_break_even="there was no time to fit",
     )
-
-
-def nothing() -> dict[str, float]:
-    """Return quantiles of what was not measured."""
-    return dict.fromkeys(QUANTILES, math.nan)
 
 
 def unlike_channels(batch: Batch) -> str:
@@ -201,13 +197,14 @@ def _worst_time(along: Tensor, times: Tensor) -> tuple[float, float]:
     return float(times[1 + worst]), float(means[worst])
 
 
-def _break_even(target: Target, batch: Batch, state: FitState, budget: Budget) -> BreakEven | str:
-    compared = target.comparison()
+def _break_even(
+    compared: Comparison, func: VectorField, batch: Batch, state: FitState, budget: Budget
+) -> BreakEven | str:
     if state.iteration < compared.fewest:
         return f"{state.iteration} iterations are a trial, not a fit to be earned back"
     return measure_break_even(
         compared.run,
-        target.problem.func,
+        func,
         batch,
         calls=compared.calls,
         fit_seconds=budget.seconds,

@@ -34,7 +34,7 @@ from torchdiffeq_hyper.fitting._data import Batch
 from torchdiffeq_hyper.fitting._field import Field
 from torchdiffeq_hyper.fitting._fit import check_hypernet
 from torchdiffeq_hyper.fitting._guard import left_as_found, modules_in, own_random_state
-from torchdiffeq_hyper.fitting._noise import measure_noise
+from torchdiffeq_hyper.fitting._hypersolver import measure_noise
 from torchdiffeq_hyper.fitting._objectives import (
     delta_quantiles,
     no_correction,

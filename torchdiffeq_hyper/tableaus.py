@@ -1,7 +1,11 @@
 r"""Explicit Runge-Kutta bases: the update a hypersolver corrects.
 
 Each base is written out in the host's order of operations, so that a solve
-without correction equals torchdiffeq's own method bitwise, not just to rounding.
+without correction equals torchdiffeq's own method bitwise, not just to rounding. So a base
+is no table of coefficients: its ``increment`` is code.
+
+To add a base, write it here and register a method for it in the package's ``__init__`` (or
+in a plugin); hosts, fits and evaluation take it from there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Per-sample integrator selection: each sample goes to the cheapest method that is right."""
+"""Dynamic integrator selection: each sample goes to the cheapest integrator that is accurate."""
 
 from torchdiffeq_hyper._fields import Conditioned
 from torchdiffeq_hyper.dise import selectors

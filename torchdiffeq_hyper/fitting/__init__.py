@@ -1,4 +1,4 @@
-"""Fitting a hypersolver's correction to a vector field."""
+"""Fitting learned solvers to a vector field."""
 
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._fit import fit

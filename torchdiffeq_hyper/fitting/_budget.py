@@ -2,7 +2,7 @@
 
 What a call of func costs, and how many calls a loose solution takes, is measured before the
 first reference. What does not fit into the share of the time that references may take is cut:
-first samples, then digits.
+first the number of samples, then the tolerance.
 """
 
 from __future__ import annotations

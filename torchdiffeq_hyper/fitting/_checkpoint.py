@@ -65,9 +65,7 @@ class FitState:
     base_error: float  # held-out error of what the fit started as
     noise: float
     most_batches: int  # distinct training batches that the budget allows
-    references: dict[
-        str, Any
-    ]  # what is solved and how exactly, as a `ReferencePlan` in plain values
+    references: dict[str, Any]  # a `ReferencePlan` in plain values
     choice: dict[str, Any] | None = None  # the "architecture" that was chosen, and a "note" why
     random: list[Tensor] = field(default_factory=list)
     phase: int = 0

@@ -1,6 +1,13 @@
 """One fit from data to solver, whatever is fitted: check, solve references, train, report.
 
-A `Target` says what is trained, from which start, and what becomes of it.
+A `Target` says what is trained, from which start, and what becomes of it. To add a learned
+solver with a fit of its own:
+
+1. write the solver, a leaf of `solvers._solver.Solver`, and what its files hold
+   (`solvers._files`);
+2. register its method in the package's ``__init__``;
+3. write its target in a file beside this one, with a constructor ``of(func, t_span, ...)``
+   that takes the arguments of `fit`, and name it in `_fit.TARGETS`.
 """
 
 from __future__ import annotations
@@ -83,7 +90,11 @@ class Target(ABC):
 
     @abstractmethod
     def signature(self) -> dict[str, Any]:
-        """Return what tells this fit from those of other solvers: plain values."""
+        """Return what tells this fit from those of other solvers: plain values.
+
+        Names, shapes and dtypes of what is trained stand under "weights" or "hypernet": a
+        checkpoint is held against them.
+        """
 
     @abstractmethod
     def measure_noise(self, field: Field, y0: State, tolerances: Tolerances) -> float:

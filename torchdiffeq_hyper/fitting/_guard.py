@@ -1,4 +1,4 @@
-"""Modules come back as they were found; so does the random state."""
+"""Contexts that restore modules and the random state to what they were before."""
 
 from __future__ import annotations
 

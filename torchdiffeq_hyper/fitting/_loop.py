@@ -1,4 +1,8 @@
-"""The training loop of any fit: phase after phase, with validation, stopping and saving."""
+"""The training loop of any fit: phase after phase, with validation, stopping and saving.
+
+How a phase stops is said by `Phase.stop_reason`; when it has converged, by the phases
+themselves (`_adamw`, `_levenberg_marquardt`).
+"""
 
 from __future__ import annotations
 
@@ -72,7 +76,10 @@ class Phase(ABC):
         return self.training
 
     def stop_reason(self, done: int) -> str:
-        """Return why the phase ends after ``done`` iterations, "" if it goes on."""
+        """Return why the phase ends after ``done`` iterations, "" if it goes on.
+
+        It also ends where a reference solution runs out of time within an iteration.
+        """
         if done >= self.wanted:
             return "iterations"
         if self.has_converged(done):

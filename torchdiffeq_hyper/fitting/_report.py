@@ -1,4 +1,4 @@
-"""The report of a fit, whatever was fitted."""
+"""Fills in the `FitReport` of a fit: errors, comparisons with classical solvers, notes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a fit measured."""
+"""`FitReport`, what a fit measured, and its parts.
+
+`fitting._report.reported` fills it in. A new field needs a default, for files written before.
+"""
 
 from __future__ import annotations
 
@@ -147,8 +150,8 @@ class FitReport:
         seconds: wall time of the fit, reference solutions included.
         reference_seconds: wall time of the reference solutions alone.
         reference_nfe: calls of func for the reference solutions.
-        stopped: why it ended: "iterations", "max_seconds", "patience", or "trainer" where
-            a Lightning Trainer decided.
+        stopped: why its last phase ended: "iterations", "max_seconds", "patience", or
+            "trainer" where a Lightning Trainer decided.
         seed: the seed used.
         notes: what a user should know: no gain, no time, the net that was chosen.
         break_even: when the fit has paid for itself; None where ``no_break_even`` says why.

@@ -1,4 +1,4 @@
-"""Methods whose part solves the whole problem, as torchdiffeq calls them."""
+"""Methods that solve the whole problem at once ("bns", "dise"), as torchdiffeq calls them."""
 
 from __future__ import annotations
 

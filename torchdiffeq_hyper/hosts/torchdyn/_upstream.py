@@ -1,4 +1,6 @@
-"""Everything taken from torchdyn's internals (checked against 1.0.6).
+"""Names and private behaviour of torchdyn (checked against 1.0.6).
+
+The signatures by which torchdyn calls us are in `_methods` and `_stepper`.
 
 Imports nothing of torchdyn: it looks at what the user has imported.
 """

@@ -150,8 +150,13 @@ class Candidate:
         raise OptionError(
             problem=problem,
             expected="steps for a method on a time grid, and no other option for that grid.",
-            fix='tdh.Candidate("rk4", steps=4)\ntdh.Candidate("dopri5", rtol=1e-3, atol=1e-3)',
+            fix=self._ways_to_set(),
         )
+
+    def _ways_to_set(self) -> str:
+        if self.solver is not None:
+            return "tdh.Candidate(solver)   # with the steps that it was fitted for"
+        return 'tdh.Candidate("rk4", steps=4)\ntdh.Candidate("dopri5", rtol=1e-3, atol=1e-3)'
 
     def _check_tolerances(self) -> None:
         entry = _registry.methods().get(self.method)
@@ -169,7 +174,7 @@ class Candidate:
             raise OptionError(
                 problem=problem,
                 expected="a finite number of at least 0, for adaptive methods.",
-                fix='tdh.Candidate("dopri5", rtol=1e-3, atol=1e-3)\ntdh.Candidate("rk4", steps=4)',
+                fix=self._ways_to_set(),
             )
 
 

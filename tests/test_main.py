@@ -17,7 +17,7 @@ from torchdiffeq_hyper.__main__ import main
 from torchdiffeq_hyper._files import write
 from torchdiffeq_hyper.hypernets import MLP
 from torchdiffeq_hyper.methods import _registry
-from torchdiffeq_hyper.solvers._report import LossPoint
+from torchdiffeq_hyper.solvers._fit_report import LossPoint
 
 REPORT = tdh.FitReport(
     losses=(LossPoint(10, "residual", 0.5, 0.25),),

@@ -27,7 +27,7 @@ from torchdiffeq_hyper.errors import (
     StateTypeError,
 )
 from torchdiffeq_hyper.hypernets import MLP, ConcatHypernet, Conv, Linear, ready
-from torchdiffeq_hyper.solvers._report import LossPoint
+from torchdiffeq_hyper.solvers._fit_report import LossPoint
 from torchdiffeq_hyper.tableaus import HEUN
 
 TIMES = torch.tensor([0.0, 1.0])

@@ -37,8 +37,8 @@ from torchdiffeq_hyper.methods._plugins import (
 )
 from torchdiffeq_hyper.solvers._binding import attach, detach, using
 from torchdiffeq_hyper.solvers._domain import FitDomain
+from torchdiffeq_hyper.solvers._fit_report import FitReport
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
-from torchdiffeq_hyper.solvers._report import FitReport
 from torchdiffeq_hyper.solvers._solver import Solver
 from torchdiffeq_hyper.solvers.bespoke import BespokeSolver
 from torchdiffeq_hyper.solvers.per_sample import PerSampleDopri5

@@ -24,7 +24,7 @@ from torchdiffeq_hyper.fitting._distributed import ProcessGroup
 from torchdiffeq_hyper.fitting._errors import end_errors
 from torchdiffeq_hyper.fitting._field import Units
 from torchdiffeq_hyper.fitting._reference import Plan, Tolerances
-from torchdiffeq_hyper.solvers._report import BreakEven
+from torchdiffeq_hyper.solvers._fit_report import BreakEven
 from torchdiffeq_hyper.tableaus import EULER
 
 Y0 = torch.randn(90, 2, generator=torch.Generator().manual_seed(8), dtype=torch.float64)

@@ -20,8 +20,8 @@ from torchdiffeq_hyper.fitting._batches import n_samples
 from torchdiffeq_hyper.fitting._data import Batch
 from torchdiffeq_hyper.fitting._errors import BROKEN, Run, end_errors
 from torchdiffeq_hyper.recording import median_seconds
+from torchdiffeq_hyper.solvers._fit_report import BreakEven, ErrorSummary, Rival
 from torchdiffeq_hyper.solvers._grid import equal_steps
-from torchdiffeq_hyper.solvers._report import BreakEven, ErrorSummary, Rival
 from torchdiffeq_hyper.solvers._stepping import stage_call
 from torchdiffeq_hyper.tableaus import MIDPOINT
 

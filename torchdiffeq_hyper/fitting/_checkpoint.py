@@ -38,7 +38,7 @@ from torchdiffeq_hyper.errors import FileFormatError, first_line, unwritable
 from torchdiffeq_hyper.fitting._signature import check_same_fit
 from torchdiffeq_hyper.hypernets._files import ARCHITECTURES, check_sizes
 from torchdiffeq_hyper.solvers._files import REPORT
-from torchdiffeq_hyper.solvers._report import LossPoint
+from torchdiffeq_hyper.solvers._fit_report import LossPoint
 
 FORMAT = "torchdiffeq_hyper fit 3"
 

@@ -46,7 +46,7 @@ from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._reference import Tolerances
 from torchdiffeq_hyper.fitting._report import reported, without_references
 from torchdiffeq_hyper.fitting._signature import check_same_call
-from torchdiffeq_hyper.solvers._report import FitReport
+from torchdiffeq_hyper.solvers._fit_report import FitReport
 from torchdiffeq_hyper.solvers._solver import Solver
 
 

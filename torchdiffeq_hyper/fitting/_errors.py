@@ -12,7 +12,7 @@ from torch import Tensor
 from torchdiffeq_hyper._state import State, VectorField, parts_of, sample_norms
 from torchdiffeq_hyper.fitting._batches import n_samples, select
 from torchdiffeq_hyper.fitting._data import Batch, Data
-from torchdiffeq_hyper.solvers._report import ErrorSummary
+from torchdiffeq_hyper.solvers._fit_report import ErrorSummary
 
 QUANTILES = ("0.5", "0.9", "0.99", "max")
 

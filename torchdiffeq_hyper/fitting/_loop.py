@@ -18,7 +18,7 @@ from torchdiffeq_hyper.fitting._checkpoint import FitState, PhaseState, Store, s
 from torchdiffeq_hyper.fitting._distributed import ProcessGroup
 from torchdiffeq_hyper.fitting._field import OutOfTimeError
 from torchdiffeq_hyper.fitting._guard import random_state, set_random_state
-from torchdiffeq_hyper.solvers._report import LossPoint
+from torchdiffeq_hyper.solvers._fit_report import LossPoint
 
 
 class Phase(ABC):

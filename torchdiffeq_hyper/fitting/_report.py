@@ -26,7 +26,7 @@ from torchdiffeq_hyper.fitting._errors import (
 from torchdiffeq_hyper.fitting._field import size_of
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.hypernets import join_channels
-from torchdiffeq_hyper.solvers._report import BreakEven, ErrorSummary, FitReport, Rival
+from torchdiffeq_hyper.solvers._fit_report import BreakEven, ErrorSummary, FitReport, Rival
 
 FURTHER = 1.3
 """How many times as far from their mean as the starts fitted on."""

@@ -51,9 +51,9 @@ from torchdiffeq_hyper.lightning._trainer import (
     KnownBatches,
     find_lightning,
 )
+from torchdiffeq_hyper.solvers._fit_report import FitReport, LossPoint
 from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
-from torchdiffeq_hyper.solvers._report import FitReport, LossPoint
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule

@@ -17,7 +17,7 @@ from torchdiffeq_hyper.fitting._batches import Starts
 from torchdiffeq_hyper.fitting._budget import ENDLESS
 from torchdiffeq_hyper.fitting._data import Batch, References
 from torchdiffeq_hyper.fitting._prepare import MOST_BYTES
-from torchdiffeq_hyper.solvers._report import FitReport, LossPoint
+from torchdiffeq_hyper.solvers._fit_report import FitReport, LossPoint
 
 
 def find_lightning() -> Any:

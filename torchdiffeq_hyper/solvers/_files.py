@@ -39,7 +39,7 @@ from torchdiffeq_hyper.errors import BaseMismatchError
 from torchdiffeq_hyper.hypernets._files import ARCHITECTURES, NAMES_OF_INPUTS, UNSEEN, match, pack
 from torchdiffeq_hyper.methods._registry import find_tableau
 from torchdiffeq_hyper.solvers._domain import FitDomain
-from torchdiffeq_hyper.solvers._report import BreakEven, FitReport
+from torchdiffeq_hyper.solvers._fit_report import BreakEven, FitReport
 
 if TYPE_CHECKING:
     from torchdiffeq_hyper.solvers._hypersolver import HyperSolver

@@ -12,8 +12,8 @@ from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, 
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers._files import KIND, describe_hypersolver, rebuild_hypersolver
+from torchdiffeq_hyper.solvers._fit_report import FitReport
 from torchdiffeq_hyper.solvers._grid import Steps, check_steps, check_times, equal_steps, step_sizes
-from torchdiffeq_hyper.solvers._report import FitReport
 from torchdiffeq_hyper.solvers._solver import Solver
 from torchdiffeq_hyper.solvers._stepping import (
     Step,

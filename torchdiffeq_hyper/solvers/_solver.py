@@ -19,8 +19,8 @@ from torchdiffeq_hyper.errors import OutsideFitWarning
 from torchdiffeq_hyper.hypernets._files import load_weights
 from torchdiffeq_hyper.solvers._domain import FitDomain, Match
 from torchdiffeq_hyper.solvers._export import export_solve
+from torchdiffeq_hyper.solvers._fit_report import FitReport
 from torchdiffeq_hyper.solvers._grid import Steps
-from torchdiffeq_hyper.solvers._report import FitReport
 from torchdiffeq_hyper.solvers._stepping import Correction
 
 Weights: TypeAlias = tuple[nn.Module, Mapping[str, Tensor], bool]

@@ -1,6 +1,7 @@
 """States, which are tensors or tuples of tensors, and what is done to them part by part.
 
-The one place that tells the two apart: everything else calls the functions below.
+Taking states apart, joining them and computing on them is done here. Elsewhere the two kinds
+are told apart where users' values come in, and where hosts want one of them.
 """
 
 from __future__ import annotations

@@ -35,6 +35,8 @@ def fit(func: Any = damped_wave, y0: Any = Y0, span: Any = (0.0, 1.0), **more: A
     [
         ({"base": "eulre"}, 'base="euler"'),
         ({"base": None}, "base is None"),
+        ({"base": ["euler"]}, r"base is \['euler'\]"),
+        ({"base": "bnss"}, r'"rk4".*"bns"(?s:.*)base="bns"'),
         ({"objective": "residuals"}, 'objective="residual"'),
         ({"objective": None}, "objective is None"),
         ({"direction": "backward"}, '"forward", "reverse", "both"'),

@@ -339,9 +339,8 @@ def _refuse_exact(name: str, n: int, error: float, noise: float, dtype: torch.dt
         raise NoiseFloorError(
             problem="the reference solution is too loose to fit to: the mean relative error of "
             f"{name} with {n} calls of func is {error:.3g}, the reference's own {noise:.3g}.",
-            expected="noise below half of the error. The default atol is absolute: it suits states "
-            "of size 1 and above.",
-            fix="config=tdh.FitConfig(atol=1e-3 * 1e-6)   # for states of size 1e-3",
+            expected="noise below half of the error.",
+            fix="config=tdh.FitConfig(rtol=..., atol=...)   # 100 times smaller, or left out",
         )
     raise NoiseFloorError(
         problem=f"{name} with {n} calls of func is already exact to this dtype, as far as can be "

@@ -15,6 +15,7 @@ from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._distributed import ProcessGroup
 from torchdiffeq_hyper.fitting._engine import run
 from torchdiffeq_hyper.fitting._hypersolver import HypersolverTarget
+from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers._solver import Solver
 
@@ -144,6 +145,7 @@ def fit(
     """
     if not isinstance(hypernet, str):
         check_hypernet(hypernet)
+    _registry.check_base(base, [*_registry.bases(), *TARGETS])
     group = ProcessGroup.current()
     target = TARGETS.get(base, HypersolverTarget).of(
         func,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torchdiffeq_hyper.errors import (
@@ -90,19 +90,30 @@ def method_for(part: object) -> Method | None:
     return None
 
 
-def method_of(base: str) -> Method:
-    """Return the learned method built on the base called ``base``."""
-    learned = {
+def bases() -> Mapping[str, Method]:
+    """Return the learned methods by the names of the bases that they correct."""
+    return {
         method.tableau.name: method
         for method in _methods.values()
         if method.tableau is not None and method.fitted is None
     }
-    if not isinstance(base, str) or base not in learned:
+
+
+def check_base(base: object, known: Iterable[str]) -> None:
+    """Refuse what is none of the known names of bases."""
+    names = list(known)
+    if not isinstance(base, str) or base not in names:
         raise OptionError(
             problem=f"base is {base!r}.",
-            expected="one of " + ", ".join(f'"{name}"' for name in learned) + ".",
-            fix=f'base="{closest(base, learned or ["euler"])}"',
+            expected="one of " + ", ".join(f'"{name}"' for name in names) + ".",
+            fix=f'base="{closest(base, names or ["euler"])}"',
         )
+
+
+def method_of(base: str) -> Method:
+    """Return the learned method built on the base called ``base``."""
+    learned = bases()
+    check_base(base, learned)
     return learned[base]
 
 

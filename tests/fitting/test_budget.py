@@ -12,7 +12,7 @@ import torch
 import torchdiffeq_hyper as tdh
 from stubs import damped_wave
 from torchdiffeq_hyper.fitting import _budget as budget_module
-from torchdiffeq_hyper.fitting._budget import Budget
+from torchdiffeq_hyper.fitting._budget import FIRST_PHASE, LAST_PHASE, Budget
 
 Y0 = torch.randn(60, 2, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
@@ -43,7 +43,7 @@ def fit(**arguments: Any) -> tdh.HyperSolver:
 
 def run_phase(clock: Clock, seconds: list[float], wanted: int) -> list[int]:
     """Return what is planned after each iteration, given how long each takes."""
-    pace = Budget(100.0).start_phase(wanted, is_last=True)
+    pace = Budget(100.0).start_phase(wanted, LAST_PHASE)
     planned, history = wanted, []
     for done, each in enumerate(seconds, start=1):
         clock.now += each
@@ -72,7 +72,7 @@ def test_the_plan_recovers_with_the_machine(clock: Clock) -> None:
 
 def test_a_first_phase_leaves_time_for_the_next(clock: Clock) -> None:
     budget = Budget(100.0)
-    pace = budget.start_phase(900, is_last=False)
+    pace = budget.start_phase(900, FIRST_PHASE)
     clock.now = 39.0
     assert not pace.is_over()
     clock.now = 41.0

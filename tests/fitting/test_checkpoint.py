@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -189,6 +191,22 @@ def test_another_field_is_only_named_from_the_same_starts() -> None:
 # What is left of damaged ones
 
 
+@contextmanager
+def interrupted(monkeypatch: pytest.MonkeyPatch, when: Callable[[Any], bool]) -> Iterator[None]:
+    """Break off the fit inside the block once a state for which ``when`` holds is stored."""
+    write = Store.write
+
+    def write_and_stop(self: Store, state: Any) -> None:
+        write(self, state)
+        if when(state):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "write", write_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
 @pytest.mark.parametrize("kind", ["running", "finished", "chosen", "bns", "net"])
 def test_a_damaged_checkpoint_goes_on_or_is_refused(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -204,17 +222,8 @@ def test_a_damaged_checkpoint_goes_on_or_is_refused(
     if kind == "net":
         make_net = lambda: tdh.ConcatHypernet(nn.Linear(5, 2).double())  # noqa: E731
     if kind in {"running", "bns", "net"}:
-        write = Store.write
-
-        def write_and_stop(self: Store, state: Any) -> None:
-            write(self, state)
-            if state.iteration == 3:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patched:
-            patched.setattr(Store, "write", write_and_stop)
-            with pytest.raises(KeyboardInterrupt):
-                fit(hypernet=make_net(), **given)
+        with interrupted(monkeypatch, lambda state: state.iteration == 3):
+            fit(hypernet=make_net(), **given)
     else:
         fit(hypernet=make_net(), **given)
     content = torch.load(path, weights_only=True)
@@ -257,6 +266,52 @@ def test_an_impossible_field_of_a_state_is_named(
     torch.save(content, tmp_path / "fit.pt")
     with pytest.raises(FileFormatError, match=problem):
         fit(config=config)
+
+
+def _change_moments(state: dict[str, Any]) -> None:
+    state["training"]["moments"][0]["exp_avg"] = torch.zeros(7, dtype=torch.float64)
+
+
+def _change_memory(state: dict[str, Any]) -> None:
+    curvature, gradient = state["training"]["memory"]
+    state["training"]["memory"] = curvature[:-1, :-1].clone(), gradient[:-1].clone()
+
+
+@pytest.mark.parametrize(
+    ("base", "phase", "change", "problem"),
+    [
+        ("heun", 0, lambda s: s["training"]["moments"].pop(), "state.training.moments belong to"),
+        ("heun", 0, _change_moments, r"state.training.moments\[0\].exp_avg"),
+        ("bns", 0, _change_memory, "state.training.memory"),
+        ("bns", 1, lambda s: s.update(phase=0), "state.training.kind is 'adamw'"),
+        ("bns", 0, lambda s: s.update(phase=1), "state.training.kind is 'levenberg-marquardt'"),
+        ("bns", 0, lambda s: s.update(phase=2), "state.training.kind is 'levenberg-marquardt'"),
+    ],
+)
+def test_the_state_of_an_optimizer_that_is_not_this_fits_is_named(  # noqa: PLR0917
+    base: str,
+    phase: int,
+    change: Callable[[dict[str, Any]], object],
+    problem: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "fit.pt"
+
+    def run() -> None:
+        net = tdh.ConcatHypernet(nn.Linear(5, 2).double(), inputs=("y", "f0", "dt"))
+        fit(base=base, hypernet=net, config=replace(CONFIG, iterations=20, checkpoint=path))
+
+    def when(state: Any) -> bool:
+        return state.phase == phase and state.training is not None and state.iteration > 1
+
+    with interrupted(monkeypatch, when):
+        run()
+    content = torch.load(path, weights_only=True)
+    change(content["state"])
+    torch.save(content, path)
+    with pytest.raises(FileFormatError, match=problem):
+        run()
 
 
 def test_a_state_without_one_of_its_fields_is_refused(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ class LeastSquares(Phase):
 
     def begin(self, saved: PhaseState | None, budget: Any) -> bool:
         self.training = saved if isinstance(saved, SolvedState) else SolvedState(self.wanted)
-        self.pace = budget.start_phase(self.wanted, is_last=True)
+        self.pace = budget.start_phase(self.wanted, 1.0)
         return False
 
     @torch.no_grad()
@@ -91,11 +91,13 @@ class MultipleTarget(Target):
     problem: HypersolverProblem
     data: Data
 
-    def __init__(self, config: tdh.FitConfig, steps: int = 5) -> None:
-        given: dict[str, Any] = {"objective": "residual", "direction": "forward", "config": config}
-        self.problem = HypersolverProblem.of_base(
-            decay, (0.0, 1.0), base="euler", alpha=None, steps=steps, **given
+    @classmethod
+    def of(cls, func: Any, t_span: object, **given: Any) -> MultipleTarget:
+        target = cls()
+        target.problem = HypersolverProblem.of_base(
+            func, t_span, alpha=None, objective="residual", direction="forward", **given
         )
+        return target
 
     def open(self, y0: Any) -> None:
         self.net = self.module = Multiple()
@@ -138,8 +140,9 @@ class MultipleTarget(Target):
         return self.problem.solver(self.module, self.problem.steps, domain=self.problem.domain(y0))
 
 
-def fit(config: tdh.FitConfig, **given: Any) -> tdh.HyperSolver:
-    return run(MultipleTarget(config, **given), decay, Y0, shown=False)
+def fit(config: tdh.FitConfig, steps: int = 5) -> tdh.Solver:
+    given: dict[str, Any] = {"base": "euler", "steps": steps, "config": config}
+    return run(MultipleTarget.of(decay, (0.0, 1.0), **given), decay, Y0, shown=False)
 
 
 def test_a_new_target_is_fitted_reported_and_resumed(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from torchdiffeq_hyper._rules import (
     Whole,
 )
 from torchdiffeq_hyper.errors import FitDivergedError, NonFiniteError
-from torchdiffeq_hyper.fitting._budget import Budget
+from torchdiffeq_hyper.fitting._budget import FIRST_PHASE, LAST_PHASE, Budget
 from torchdiffeq_hyper.fitting._checkpoint import PhaseState
 from torchdiffeq_hyper.fitting._data import Batch, Data
 from torchdiffeq_hyper.fitting._loop import Phase
@@ -100,7 +100,7 @@ class AdamWPhase(Phase):
             _restore(self._optimizer, self._parameters, saved.moments)
             if self.is_last:  # a fit that its clock had cut short may have more time now
                 saved.planned = min(self.wanted, saved.cooldown_end or self.wanted)
-        self.pace = budget.start_phase(self.wanted, is_last=self.is_last)
+        self.pace = budget.start_phase(self.wanted, LAST_PHASE if self.is_last else FIRST_PHASE)
         self._scales = self._group.from_first(self._measure_scales)
         return is_changed
 

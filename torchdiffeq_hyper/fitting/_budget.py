@@ -75,9 +75,11 @@ class Budget:
         left = REFERENCES * self.max_seconds - spent
         return max(1, int(left / max(seconds_per_batch, 1e-6)))
 
-    def start_phase(self, wanted: int, *, is_last: bool) -> Pace:
-        """Return the pace of a phase of at most ``wanted`` iterations that begins now."""
-        share = LAST_PHASE if is_last else FIRST_PHASE
+    def start_phase(self, wanted: int, share: float) -> Pace:
+        """Return the pace of a phase of at most ``wanted`` iterations that begins now.
+
+        ``share`` is its part of the time that is left.
+        """
         return Pace(self, self.seconds + share * self.to_train, wanted)
 
     @property
@@ -109,14 +111,14 @@ class Pace:
 
     def __init__(self, budget: Budget, deadline: float, wanted: int) -> None:
         self._budget = budget
-        self._deadline = deadline
+        self.deadline = deadline
         self._wanted = wanted
         self._timed = -1
         self._first = 0.0
 
     def is_over(self) -> bool:
         """Return whether the phase's time is up."""
-        return self._budget.seconds >= self._deadline
+        return self._budget.seconds >= self.deadline
 
     def plan(self, done: int, planned: int) -> int:
         """Return the iterations to plan for, after each one that was done."""
@@ -127,7 +129,7 @@ class Pace:
         if self._timed < EARLIEST or self._timed & (self._timed - 1):
             return planned
         each = (now - self._first) / self._timed
-        return min(self._wanted, done + int(max(0.0, self._deadline - now) / max(each, 1e-9)))
+        return min(self._wanted, done + int(max(0.0, self.deadline - now) / max(each, 1e-9)))
 
 
 ENDLESS = Budget(math.inf)
@@ -157,25 +159,22 @@ class ReferencePlan:
     """What is solved, and how exactly.
 
     ``held_out`` and ``batch`` are the samples to keep of the held-out ones and of each training
-    batch, ``has_noise`` whether there is time to measure the noise in the solutions, and
-    ``note`` what was cut, for people ("" for nothing).
+    batch, ``has_noise`` whether there is time to measure the noise in the solutions,
+    ``is_looser`` whether the tolerances are looser than wanted, and ``note`` what was cut, for
+    people ("" for nothing).
     """
 
     tolerances: Tolerances
     held_out: int
     batch: int
     has_noise: bool = True
+    is_looser: bool = False
     note: str = ""
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ReferencePlan:
         """Rebuild from what `dataclasses.asdict` returned."""
         return cls(**{**data, "tolerances": Tolerances(**data["tolerances"])})
-
-    @property
-    def is_looser(self) -> bool:
-        """Whether digits were given up."""
-        return "tolerance" in self.note
 
 
 @dataclass(frozen=True)
@@ -263,9 +262,10 @@ def plan_references(
         cuts.append(f"{trained} of {in_batch} samples in a batch")
     if not has_noise:
         cuts.append("the noise in them not measured")
-    seconds = f"reference solutions were cut to fit into max_seconds = {budget.max_seconds:g}: "
-    note = seconds + ", ".join(cuts) if cuts else ""
-    return ReferencePlan(wanted.loosened(rtol), kept, trained, has_noise, note)
+    cut = f"reference solutions were cut to fit into max_seconds = {budget.max_seconds:g}: "
+    note = cut + ", ".join(cuts) if cuts else ""
+    tolerances, is_looser = wanted.loosened(rtol), rtol > wanted.rtol
+    return ReferencePlan(tolerances, kept, trained, has_noise, is_looser, note)
 
 
 def _calls(references: References, starts: Starts, loose: Tolerances, budget: Budget) -> int:

@@ -95,6 +95,7 @@ _RULES: dict[str, Rule] = {
             "held_out": Whole(1),
             "batch": Whole(1),
             "has_noise": FLAG,
+            "is_looser": FLAG,
             "note": Text(),
         }
     ),
@@ -163,7 +164,7 @@ class Store:
         check_same_fit(content["signature"], self._signature, str(self._path), _remedy(self._path))
         values = checked(_state_rule(self._phases), content["state"], what, at="state")
         with refused(what):
-            _check_state(values, self._signature)
+            _check_state(values, self._signature, self._phases)
         values["history"] = [LossPoint(**point) for point in values["history"]]
         if values["training"] is not None:
             own = dict(values["training"])
@@ -172,7 +173,9 @@ class Store:
         return FitState(**values)
 
 
-def _check_state(values: Mapping[str, Any], signature: Mapping[str, Any]) -> None:
+def _check_state(
+    values: Mapping[str, Any], signature: Mapping[str, Any], phases: Sequence[type[PhaseState]]
+) -> None:
     """Refuse fields, each right by itself, that are not of this fit, or that no fit can have."""
     shapes = signature.get("weights", signature.get("hypernet"))
     if isinstance(shapes, dict):
@@ -183,6 +186,12 @@ def _check_state(values: Mapping[str, Any], signature: Mapping[str, Any]) -> Non
     else:
         architecture, at = values["choice"]["architecture"], "state.choice.architecture"
         check_sizes(architecture, values["best"], at, but=("n_stages", "order"))
+    if values["training"] is not None:
+        kind, running = values["training"]["kind"], phases[values["phase"] :][:1]
+        if kind not in [phase.kind for phase in running]:
+            raise mismatch(
+                name="state.training.kind", value=kind, expected="that of the phase which runs"
+            )
     if values["phase_start"] > values["iteration"]:
         start = values["phase_start"]
         raise mismatch(

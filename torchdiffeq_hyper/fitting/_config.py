@@ -36,7 +36,8 @@ class FitConfig:
             with an iterable, of the first batch.
         patience: validations without improvement, of about 40 in a phase, after which the
             phase cools down: it anneals within a quarter of the iterations done, and ends.
-            "bns" validates each iteration and ends at once, after 10 of them at most.
+            "bns" validates each iteration; a descent ends after this many without a gain, 10 at
+            most.
         seed: seeds the split, the batches and the net's start. Global state is not touched.
         hypernet_budget: what ``hypernet="auto"`` may cost: multiply-adds of one call, as a
             share of func's in one step of the base.

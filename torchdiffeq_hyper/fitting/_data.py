@@ -211,11 +211,15 @@ class Data:
             self._measure_from(position)
         return self._measured[position]
 
+    def measure_first(self) -> None:
+        """Measure the first training batch now, in all processes together."""
+        if self._first is None:
+            self._measure_from(0)
+
     @property
     def first(self) -> Batch:
         """The whole first training batch, however many processes share it."""
-        if self._first is None:
-            self._measure_from(0)
+        self.measure_first()
         assert self._first is not None
         return self._first
 

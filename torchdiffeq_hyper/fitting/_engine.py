@@ -6,8 +6,7 @@ solver with a fit of its own:
 1. write the solver, a leaf of `solvers._solver.Solver`, and what its files hold
    (`solvers._files`);
 2. register its method in the package's ``__init__``;
-3. write its target in a file beside this one, with a constructor ``of(func, t_span, ...)``
-   that takes the arguments of `fit`, and name it in `_fit.TARGETS`.
+3. write its target in a file beside this one, and name it in `_fit.TARGETS`.
 """
 
 from __future__ import annotations
@@ -79,6 +78,20 @@ class Target(ABC):
     net: nn.Module | None
     module: nn.Module
     phase_states: Sequence[type[PhaseState]]
+
+    @classmethod
+    @abstractmethod
+    def of(
+        cls,
+        func: VectorField,
+        t_span: object,
+        *,
+        base: str,
+        alpha: float | None,
+        hypernet: nn.Module | str | None,
+        **given: Any,
+    ) -> Target:
+        """Return the target of the arguments of `fit`, checked."""
 
     def config_for(self, y0: object) -> FitConfig:
         """Return the configuration that batches are made with."""
@@ -161,7 +174,7 @@ def run(target: Target, func: VectorField, y0: State | Iterable[object], *, show
             report = _Fit(target, batches, budget, progress).run()
             solver = target.solver(first)
             problem.group.finish()
-            if solver.hypernet is not target.net:
+            if target.net is not None and solver.hypernet is not target.net:
                 raise _NotUsed
         solver.report = report
         for parameter in solver.parameters():

@@ -13,13 +13,13 @@ from torchdiffeq_hyper.errors import StateTypeError
 from torchdiffeq_hyper.fitting._bespoke import BespokeTarget
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._distributed import ProcessGroup
-from torchdiffeq_hyper.fitting._engine import run
+from torchdiffeq_hyper.fitting._engine import Target, run
 from torchdiffeq_hyper.fitting._hypersolver import HypersolverTarget
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers._solver import Solver
 
-TARGETS: dict[str, type[BespokeTarget | HypersolverTarget]] = {"bns": BespokeTarget}
+TARGETS: dict[str, type[Target]] = {"bns": BespokeTarget}
 """What is fitted for a base, where it is not a hypersolver's net."""
 
 
@@ -56,7 +56,9 @@ def fit(
     :math:`|y(T) - y_n|_2 / |y(T)|_2` at the span's end T; the held-out error is the same
     mean. Norms are over all parts of a tuple: scale func so that those that matter have
     numbers of like size. A step costs about n^3/6 calls of func on a few samples, and no
-    gradient of func. The fit ends when ten steps bring no gain. ``hypernet=None`` means no
+    gradient of func. Where steps bring no gain, they look at more samples; after ten more
+    without one the descent ends, and where there is time one from the next best classical
+    method follows. ``hypernet=None`` means no
     correction; one that is given is fitted after the weights. The span, one direction and
     one number of calls belong to the result.
 

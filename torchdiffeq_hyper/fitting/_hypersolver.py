@@ -27,7 +27,12 @@ from torchdiffeq_hyper.fitting._errors import Comparison, is_worse
 from torchdiffeq_hyper.fitting._field import Field
 from torchdiffeq_hyper.fitting._guard import own_random_state
 from torchdiffeq_hyper.fitting._loop import Phase
-from torchdiffeq_hyper.fitting._objectives import delta_quantiles, no_correction, objectives_of
+from torchdiffeq_hyper.fitting._objectives import (
+    Objective,
+    delta_quantiles,
+    no_correction,
+    objectives_of,
+)
 from torchdiffeq_hyper.fitting._problem import HypersolverProblem
 from torchdiffeq_hyper.fitting._reference import Plan, TimeGrid, Tolerances, solve_reference
 from torchdiffeq_hyper.fitting._signature import signs_of_net
@@ -68,10 +73,17 @@ class HypersolverTarget(Target):
 
     @classmethod
     def of(
-        cls, func: VectorField, t_span: object, *, hypernet: nn.Module | str | None, **given: Any
+        cls,
+        func: VectorField,
+        t_span: object,
+        *,
+        base: str,
+        alpha: float | None,
+        hypernet: nn.Module | str | None,
+        **given: Any,
     ) -> HypersolverTarget:
         """Return the target of the arguments of `fit`, checked."""
-        problem = HypersolverProblem.of_base(func, t_span, **given)
+        problem = HypersolverProblem.of_base(func, t_span, base=base, alpha=alpha, **given)
         if isinstance(hypernet, str):
             check_auto(hypernet)
         return cls(problem, hypernet)
@@ -95,7 +107,7 @@ class HypersolverTarget(Target):
             "alpha": problem.tableau.alpha,
             "steps": str(problem.steps),
             "objective": problem.objective,
-            "hypernet": given if isinstance(given, str) or given is None else signs_of_net(given),
+            "hypernet": given if self.net is None else signs_of_net(self.net),
         }
 
     def measure_noise(self, field: Field, y0: State, tolerances: Tolerances) -> float:
@@ -127,7 +139,7 @@ class HypersolverTarget(Target):
         held_out = self._data.held_out
         return Start(validation.error(held_out), validation.base_error(held_out), noise or 0.0)
 
-    def _objectives(self) -> Any:
+    def _objectives(self) -> tuple[tuple[Objective, ...], Objective]:
         problem = self.problem
         return objectives_of(problem.objective, problem.solver(self.module), problem.func)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from torchdiffeq_hyper._files import refused
 from torchdiffeq_hyper._rules import Maybe, Real, Row, Rule, TensorOf, Whole
-from torchdiffeq_hyper.fitting._budget import Budget, Pace
+from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._checkpoint import PhaseState
 from torchdiffeq_hyper.fitting._chunks import Chunk, TrainingChunks, n_weights
 from torchdiffeq_hyper.fitting._field import OutOfTimeError
@@ -102,8 +102,7 @@ class LevenbergMarquardt(Phase):
     def begin(self, saved: PhaseState | None, budget: Budget) -> bool:
         """Begin at the first start, or go on."""
         self._budget = budget
-        self._deadline = budget.seconds + self.share_of_time * budget.to_train
-        self.pace = Pace(budget, self._deadline, self.wanted)
+        self.pace = budget.start_phase(self.wanted, self.share_of_time)
         self._first_count = self._group.from_first(self.chunks.needed)
         self._descend_from(0)
         if saved is not None:
@@ -208,7 +207,7 @@ class LevenbergMarquardt(Phase):
     def _try_next_start(self) -> None:
         """Begin anew at the next start, if there is one and time for it."""
         start, now = self.training.start + 1, self._budget.seconds
-        if start < len(self.starts) and now + SLOWER * (now - self._began) <= self._deadline:
+        if start < len(self.starts) and now + SLOWER * (now - self._began) <= self.pace.deadline:
             self.solver.set_weights(compositions(self._n)[self.starts[start]])
             self._descend_from(start)
 

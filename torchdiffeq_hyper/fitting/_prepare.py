@@ -134,13 +134,15 @@ def measured(
     are tried; a fit that goes on has to meet its data again. `OutOfTimeError` where there
     was no time for these either.
     """
-    seconds = "less than planned: the first solutions took too long"
+    rtol = max(LOOSEST, plan.tolerances.rtol)
     hurried = ReferencePlan(
-        plan.tolerances.loosened(max(LOOSEST, plan.tolerances.rtol)),
+        plan.tolerances.loosened(rtol),
         held_out=min(plan.held_out, FEWEST // 2),
         batch=min(plan.batch, FEWEST // 2),
         has_noise=False,
-        note=f"reference solutions: a tolerance of {LOOSEST:.0e} and few samples, {seconds}",
+        is_looser=True,
+        note=f"reference solutions: a tolerance of {rtol:.0e} and few samples, less than planned: "
+        "the first solutions took too long",
     )
     attempts = ((plan, 1.0),) if goes_on else zip((plan, hurried), LATEST, strict=True)
     for attempt, share in attempts:
@@ -150,7 +152,7 @@ def measured(
         solver = replace(references, tolerances=attempt.tolerances)
         try:
             data = Data(solver, batches, deadline, problem.group)
-            assert data.first.grids  # measured by all processes together
+            data.measure_first()
         except OutOfTimeError:
             continue
         data.budget = budget

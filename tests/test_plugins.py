@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import Counted, convergence_order, damped_wave, spiral, spiral_solution
 from torchdiffeq_hyper import errors
-from torchdiffeq_hyper.methods import Register, _plugins, _registry
+from torchdiffeq_hyper.methods import Register, WholeSolve, _plugins, _registry
 from torchdiffeq_hyper.methods._plugins import PROJECT
 
 
@@ -279,6 +280,74 @@ print(json.dumps({"told": told, "owners": {m.name: m.owner for m in _registry.me
     assert result["owners"]["works-euler"] == "works"
     assert "first" not in result["owners"]
     assert "hypereuler" in result["owners"]
+
+
+class _Pretender:
+    """No solver, though it names a base."""
+
+    base, method = "euler", "hypereuler"
+
+
+@pytest.mark.parametrize("name", [None, "", 5])
+def test_a_published_name_is_a_string(name: Any) -> None:
+    with pytest.raises(errors.OptionError, match="a method's name is"):
+        tdh.register_method(name, tdh.HyperSolver("euler", zero, steps=4))
+    assert name not in SOLVERS
+
+
+def test_what_only_looks_like_a_solver_is_not_published() -> None:
+    with pytest.raises(errors.StateTypeError, match="solver is a _Pretender"):
+        tdh.register_method("pretender", _Pretender())
+
+
+def test_a_solver_whose_base_is_gone_says_so() -> None:
+    from torchdiffeq_hyper.tableaus import second_order
+
+    class Ralston:
+        @tdh.hookimpl
+        def register_solvers(self, register: Register) -> None:
+            tableau = replace(second_order(2 / 3), name="ralston", alpha=None)
+            register("hyperralston", tableau)
+
+    tdh.register_plugin(Ralston(), name="ralston-plugin")
+    solver = tdh.HyperSolver("ralston", zero, steps=4)
+    tdh.unregister_plugin("ralston-plugin")
+    with pytest.raises(errors.OptionError, match="base is 'ralston'"):
+        tdh.register_method("gone", solver)
+
+
+def test_wholes_of_one_class_are_told_by_the_method_they_name() -> None:
+    class Part:
+        def __init__(self, method: str) -> None:
+            self.method = method
+
+        def solve(self, func: Any, y0: Any, t: Any, *, rtol: Any, atol: Any) -> Any:
+            return torch.stack([y0, y0])
+
+    class Two:
+        @tdh.hookimpl
+        def register_solvers(self, register: Register) -> None:
+            for name, order in (("one", 1), ("two", 2)):
+                whole = WholeSolve(Part, name, f"Part({name!r})")
+                register(name, whole, order=order, calls_per_step=1, follows_grid=False)
+
+    tdh.register_plugin(Two(), name="two-wholes")
+    try:
+        found = _registry.method_for(Part("two"))
+        assert found is not None
+        assert (found.name, found.option, found.order) == ("two", "two", 2)
+    finally:
+        tdh.unregister_plugin("two-wholes")
+
+
+def test_a_plugin_is_told_of_the_signature_it_calls() -> None:
+    class Positional:
+        @tdh.hookimpl
+        def register_solvers(self, register: Any) -> None:
+            register("positional", object, 2)
+
+    with pytest.raises(TypeError, match=r"register\(\) takes 2 positional arguments"):
+        tdh.register_plugin(Positional(), name="positional")
 
 
 def test_import_changes_no_name_of_torchdiffeq_and_uninstall_leaves_it_as_found(

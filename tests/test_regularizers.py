@@ -334,6 +334,15 @@ def test_a_field_that_does_not_depend_on_the_state_has_no_jacobian() -> None:
     assert energies.jacobian.tolist() == [[0.0] * 3] * 2
 
 
+def test_noise_may_come_as_a_list() -> None:
+    field = regularizers.EnergyField(spiral, jacobian=True)
+    noise = torch.randn(2, 2, dtype=F64)
+    y0 = torch.ones(2, 2, dtype=F64)
+    t = torch.tensor([0.0, 1.0], dtype=F64)
+    one, other = (odeint(field, field.start(y0, noise=n), t) for n in (noise, [noise]))
+    assert all(map(torch.equal, one, other))
+
+
 def test_a_field_of_some_samples_keeps_their_noise() -> None:
     field = EnergyField(MLPField())
     state = field.start(_start(5, 2))

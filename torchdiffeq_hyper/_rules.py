@@ -74,15 +74,17 @@ class Rule(ABC):
         """Return the value at the place ``name``, or raise `Mismatch`."""
 
 
-def checked_arguments(rules: Mapping[str, Rule], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a net, or raise `OptionError` if one is not what its rule says."""
+def checked_arguments(
+    rules: Mapping[str, Rule], arguments: Mapping[str, Any], fix: str | None = None
+) -> dict[str, Any]:
+    """Return arguments, or raise `OptionError` if one is not what its rule says."""
     found: dict[str, Any] = {}
     for name, rule in rules.items():
         try:
             found[name] = rule.check(arguments[name], name)
         except Mismatch as error:
             problem = f"{name} is {shown(arguments[name])}."
-            raise OptionError(problem, f"{rule.expected}.", f"{name}=...") from error
+            raise OptionError(problem, f"{rule.expected}.", fix or f"{name}=...") from error
     return found
 
 

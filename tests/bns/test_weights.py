@@ -235,15 +235,6 @@ def test_weights_without_values_are_taken_as_they_are() -> None:
         assert WeightCache().of(fake) is fake
 
 
-def test_solvers_pickled_before_weights_were_kept_still_load() -> None:
-    state = solver_of().__getstate__()
-    del state["_in_use"]
-    old = tdh.BespokeSolver.__new__(tdh.BespokeSolver)
-    old.__setstate__(state)
-    expected = solver_of().solve(damped_wave, start(), SPAN)
-    torch.testing.assert_close(old.solve(damped_wave, start(), SPAN), expected)
-
-
 class Switching:
     """Threads that change places after every few instructions."""
 

@@ -170,7 +170,7 @@ def test_samples_coupled_in_any_other_way_are_refused() -> None:
 
 
 def test_fresh_noise_at_each_call_is_refused() -> None:
-    with pytest.raises(NoisyFieldError):
+    with pytest.raises(NoisyFieldError, match=r"(?s)same answer.*tdh\.Conditioned"):
         _labels(lambda t, y: y + torch.randn_like(y), Y0)
 
 

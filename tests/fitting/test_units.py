@@ -150,8 +150,14 @@ def test_a_damaged_time_unit_is_refused(tmp_path: Any) -> None:
 
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    for unit in ([-1.0, 1.0], [float("nan"), 1.0], [1.0], [0.0, 1.0]):
-        tensors = {**load_file(path), "time_unit": torch.tensor(unit, dtype=torch.float64)}
+    found = load_file(path)
+    assert found["time_unit"].tolist() == [10.0, 1.0]
+    damaged: list[list[float] | None]
+    damaged = [[-1.0, 1.0], [float("nan"), 1.0], [1.0], [0.0, 1.0], [9.0, 1.0], [10.0, 2.0], None]
+    for unit in damaged:
+        tensors = {name: tensor for name, tensor in found.items() if name != "time_unit"}
+        if unit is not None:
+            tensors["time_unit"] = torch.tensor(unit, dtype=torch.float64)
         save_file(tensors, tmp_path / "damaged.safetensors", metadata)
         with pytest.raises(FileFormatError, match="time_unit"):
             tdh.HyperSolver.load(tmp_path / "damaged.safetensors")

@@ -16,7 +16,7 @@ from torchdyn.numerics import odeint as torchdyn_odeint
 import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import damped_wave
-from torchdiffeq_hyper.errors import OptionError, OutsideFitWarning
+from torchdiffeq_hyper.errors import OptionError, OutsideFitWarning, StateTypeError
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers.bespoke import classical
 from torchdyn_stubs import Field
@@ -283,6 +283,25 @@ def test_half_precision_times_choose_too(func: Field) -> None:
             torch.testing.assert_close(
                 found, solver.solve(func, Y0.float(), t.float()), rtol=1e-5, atol=1e-5
             )
+
+
+class _Foreign:
+    """A fitted part of somebody else's, which has a domain and is no solver of ours."""
+
+    method = "hypereuler"
+
+    def __init__(self, span: tuple[float, float]) -> None:
+        self.domain = _domain(span)
+
+
+def test_foreign_parts_with_a_domain_are_refused_as_any_other_part() -> None:
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return -y
+
+    for span in ((0.0, 1.0), (1.0, 2.0)):
+        tdh.attach(func, _Foreign(span))
+    with pytest.raises(StateTypeError, match="solver for 'hypereuler' is a _Foreign"):
+        odeint(func, torch.ones(2), torch.tensor([0.0, 1.0]), method="hypereuler")
 
 
 class _Unreadable:

@@ -140,7 +140,7 @@ class Candidate:
     def _check_steps(self) -> None:
         if self.steps is None:
             return
-        checked_arguments({"steps": Whole(1)}, {"steps": self.steps})
+        checked_arguments({"steps": Whole(1)}, {"steps": self.steps}, fix=self._ways_to_set())
         if not self.follows_grid:
             problem = f'"{self.method}" chooses its own steps, and steps is {self.steps}.'
         elif self._own_grid:
@@ -203,7 +203,7 @@ def _check_method(name: object) -> bool:
     if not isinstance(name, str):
         raise StateTypeError(
             problem=f"a candidate's method is a {type(name).__name__}.",
-            expected="a method's name or a HyperSolver.",
+            expected="a method's name or a fitted solver.",
             fix='tdh.Candidate("euler", steps=2)',
         )
     entry, hosts = _registry.methods().get(name), _registry.host_methods()

@@ -110,7 +110,7 @@ def evaluate(
     field = bound(func, y0, context)
     problem = Problem.of(field, y0, t_span)
     trials = expand(methods, steps, tolerances)
-    checked_arguments({"repeats": Whole(1)}, {"repeats": repeats})
+    checked_arguments({"repeats": Whole(1)}, {"repeats": repeats}, fix="repeats=5")
     total = 1 + len(trials) * (3 + repeats)
     with (
         _left_as_found(func, field, trials),

@@ -93,7 +93,7 @@ class Problem:
 
     def solve(self, shares: Sequence[float], **how: Any) -> list[State]:
         """Return the host's states at some shares of the span, rising, above 0 and up to 1."""
-        passed = torch.tensor([0.0, *shares]).to(self.t)
+        passed = torch.tensor([0.0, *shares], dtype=self.t.dtype, device=self.t.device)
         t = torch.lerp(self.t[0], self.t[1], passed)
         solution = odeint(self.func, self.y0, t, **how)
         states = zip(*solution, strict=True) if isinstance(solution, tuple) else solution

@@ -38,7 +38,7 @@ class EvaluationRow:
             of a sample together; |y_ref| counts as at least 1e-3 of its root mean square.
         worst_relative_l2: the largest of these.
         metric: the task metric of the final state, None where none was asked for.
-        is_learned: whether the method corrects its base with a hypernet.
+        is_learned: whether it is a fitted solver.
         along: mean relative L2 error over samples and the points of the method's own grid (at
             most 16; eight equidistant ones where it has none); nan where not measured.
     """

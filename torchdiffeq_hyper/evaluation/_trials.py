@@ -82,7 +82,7 @@ def expand(
         got = "a single method" if isinstance(methods, str | Solver) else "empty"
         raise OptionError(
             problem=f"methods is {got}.",
-            expected="a list of method names and HyperSolvers.",
+            expected="a list of method names and fitted solvers.",
             fix='methods=["euler", "dopri5", solver]',
         )
     counts = _check_all_steps(steps)
@@ -118,7 +118,7 @@ def _first_trial(method: str | Solver) -> Trial:
     if not isinstance(method, str):
         raise StateTypeError(
             problem=f"a method is a {type(method).__name__}.",
-            expected="a method's name or a HyperSolver.",
+            expected="a method's name or a fitted solver.",
             fix='methods=["euler", tdh.HyperSolver("euler", net, steps=10)]',
         )
     if entry is not None:
@@ -156,7 +156,7 @@ def _check_all_steps(steps: int | Sequence[int] | None) -> list[int]:
         return []
     counts: list[Any] = [steps] if isinstance(steps, int) else list(steps)
     for n in counts or [counts]:
-        checked_arguments({"steps": Whole(1)}, {"steps": n})
+        checked_arguments({"steps": Whole(1)}, {"steps": n}, fix="steps=[2, 4, 8]")
     return counts
 
 

@@ -11,7 +11,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._fields import SHAPE_CLASHES, ModelField, check_answer, check_call
+from torchdiffeq_hyper._fields import (
+    HOW_TO_RESTRICT,
+    SHAPE_CLASHES,
+    ModelField,
+    check_answer,
+    check_call,
+)
 from torchdiffeq_hyper._state import RowLayout, State, StateLayout, VectorField, wide_dtype
 from torchdiffeq_hyper.errors import (
     CoupledSamplesError,
@@ -195,9 +201,9 @@ def check_repeatable(first: Tensor, second: Tensor, dtype: torch.dtype, t: float
         raise NoisyFieldError(
             problem=f"func answers differently twice at t = {t:.6g} and one y, by {change:.2g} "
             "of its size: it draws fresh noise, or changes, at each call.",
-            expected="one answer, so that there is a solution to fit.",
+            expected="the same answer at each call.",
             fix="func.eval()   # if it is dropout; else draw the noise once, before the solve:\n"
-            "func.noise = torch.randn_like(y0)",
+            + HOW_TO_RESTRICT,
         )
 
 

@@ -31,10 +31,11 @@ def install(host: str | None = None) -> None:
         >>> import torchdiffeq_hyper as tdh
         >>> tdh.install()
     """
-    if host not in (None, "torchdiffeq", "torchdyn"):
+    names = [known.name for known in _HOSTS]
+    if host is not None and host not in names:
         raise OptionError(
             problem=f"host is {host!r}.",
-            expected='"torchdiffeq", "torchdyn" or None.',
+            expected=", ".join(f'"{name}"' for name in names) + " or None.",
             fix='tdh.install("torchdyn")',
         )
     _set_installed(is_installed=True)
@@ -60,5 +61,5 @@ def _set_installed(*, is_installed: bool) -> None:
             host.follow()
 
 
-_registry.on_change(torchdiffeq.host.follow)
-_registry.on_change(torchdyn.host.follow)
+for _host in _HOSTS:
+    _registry.on_change(_host.follow)

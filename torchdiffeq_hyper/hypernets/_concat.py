@@ -42,10 +42,10 @@ class ConcatHypernet(nn.Module):
 
     Raises:
         OptionError: ``inputs`` is empty or holds an unknown name.
-        StateTypeError: ``net`` is not callable, or (when called) the state is complex.
+        StateTypeError: ``net`` is not callable, or (when called) the state or the context is
+            complex, or the net asks for the context and func has none.
         StateShapeError: (when called) the net takes another number of channels, or the
-            parts of a tuple state, or the context, cannot be concatenated; or it asks for
-            the context and func has none.
+            parts of a tuple state, or the context, cannot be concatenated.
 
     Example:
         >>> import torch
@@ -96,8 +96,9 @@ class ConcatHypernet(nn.Module):
             parameters (of the state, if it has none).
 
         Raises:
-            StateTypeError: the state is complex.
-            StateShapeError: the parts of a tuple state cannot be concatenated.
+            StateTypeError: state or context is complex, or func has no context.
+            StateShapeError: the parts of a tuple state, or the context, cannot be
+                concatenated.
 
         Example:
             >>> import torch

@@ -19,11 +19,11 @@ from torchdiffeq_hyper._rules import (
     Real,
     Record,
     Rule,
-    Such,
     Tagged,
     TensorOf,
     Whole,
     mismatch,
+    missing,
     under,
 )
 from torchdiffeq_hyper._state import Hypernet
@@ -55,12 +55,8 @@ ARCHITECTURES: dict[str, Record] = {
 }
 """What describes a ready net of each kind in a file."""
 
-_UNIT = Such(
-    TensorOf((torch.float64,), (2,), is_finite=True),
-    lambda unit: float(unit[0]) > 0 and float(unit[1]) >= 0,
-    "above 0",
-)
-"""The tensor with a ready net's time unit and order."""
+_UNIT = TensorOf((torch.float64,), (2,), is_finite=True)
+"""The tensor with a ready net's time unit and order; none where the unit is 1."""
 
 UNSEEN: nn.Module = nn.Identity()
 """Stands for a net of the user's own whose class is not at hand, to look at a file without it."""
@@ -95,6 +91,21 @@ def rebuilt(
         net = built(KINDS, arguments, weights, at, but=("n_stages", "n_context"))
     net.measure_time_in(time_unit, order)
     return net
+
+
+def _check_unit(
+    description: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str | os.PathLike[str]
+) -> None:
+    """Refuse a time unit that is another one in the tensors than in the description."""
+    name = f"the tensor {TIME_UNIT!r}"
+    with refused(repr(path)):
+        described, found = [description.get("time_unit", 1.0), description.get("order", 0)], None
+        if TIME_UNIT in tensors:
+            found = _UNIT.check(tensors[TIME_UNIT], name).tolist()
+        if described[0] != 1 and found is None:
+            raise missing(name=name, expected=f"{described}, as described")
+        if found is not None and found != described:
+            raise mismatch(name=name, value=found, expected=f"{described}, as described")
 
 
 def check_sizes(
@@ -209,8 +220,7 @@ def match(
         raise _no_instance(description, path)
     weights = {name: tensor for name, tensor in tensors.items() if name != TIME_UNIT}
     if not is_custom:
-        if TIME_UNIT in tensors:
-            checked(_UNIT, tensors[TIME_UNIT], repr(path), f"the tensor {TIME_UNIT!r}")
+        _check_unit(description, tensors, path)
         check_weights(weights, repr(path))
     if hypernet is not None and hypernet is not UNSEEN:
         _check_description(description, hypernet, path)

@@ -116,7 +116,8 @@ class SteppingMethod(Method):
         return host.step_by_step(self)
 
     def serves(self, part: object) -> bool:
-        return base_of(part) == self.tableau.name
+        tableau = getattr(part, "tableau", None)
+        return isinstance(tableau, Tableau) and tableau.name == self.tableau.name
 
     def checked(self, part: Any) -> Any:
         base = self.tableau.name
@@ -156,7 +157,7 @@ class WholeMethod(Method):
         return host.all_at_once(self)
 
     def serves(self, part: object) -> bool:
-        return isinstance(part, self.kind)
+        return isinstance(part, self.kind) and getattr(part, "method", self.name) == self.name
 
     @property
     def options(self) -> list[str]:
@@ -212,9 +213,7 @@ def make_method(
         order, calls_per_step = solver.order, solver.calls
     if order is None or calls_per_step is None:
         problem = f'method "{name}" of {owner} does not declare its order and calls per step.'
-        expected = "both, for a solver class."
-    elif not isinstance(name, str) or not name:
-        problem, expected = f"a method's name is {name!r}.", "a non-empty string."
+        expected = "both, for all but a Tableau."
     elif not all(isinstance(count, int) and count >= 1 for count in (order, calls_per_step)):
         problem = f'method "{name}" declares {order=!r}, {calls_per_step=!r}.'
         expected = "an int of at least 1."
@@ -229,7 +228,7 @@ def make_method(
         if isinstance(solver, WholeSolve):
             return WholeMethod(**fields, **vars(solver))
         return ReadyMethod(**fields, solver=solver)
-    fix = f'register("{name or "my-method"}", MySolver, order=2, calls_per_step=2)'
+    fix = f'register("{name}", MySolver, order=2, calls_per_step=2)'
     raise OptionError(problem=problem, expected=expected, fix=fix)
 
 

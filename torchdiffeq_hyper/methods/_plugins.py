@@ -123,17 +123,32 @@ def unregister_plugin(name: str) -> None:
                 fix="tdh.register_plugin(plugin, name=...) first",
             )
         with _registry.changing():
-            _manager.unregister(name=name)
             for method in _registry.methods().values():
                 if method.owner == name:
                     _registry.remove(method.name)
+        _manager.unregister(name=name)
 
 
 def _collect(plugin: object, owner: str) -> None:
     """Register a plugin with pluggy and call its hook alone."""
 
-    def register(*method: Any, **declared: Any) -> None:
-        _registry.add(make_method(owner, *method, **declared))
+    def register(
+        name: str,
+        solver: Tableau | WholeSolve | Callable[..., Any],
+        *,
+        order: int | None = None,
+        calls_per_step: int | None = None,
+        follows_grid: bool = True,
+    ) -> None:
+        method = make_method(
+            owner,
+            name,
+            solver,
+            order=order,
+            calls_per_step=calls_per_step,
+            follows_grid=follows_grid,
+        )
+        _registry.add(method)
 
     others = [p for _, p in _manager.list_name_plugin()]
     problem = None

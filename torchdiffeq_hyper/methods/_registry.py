@@ -43,6 +43,12 @@ def host_methods() -> Mapping[str, bool]:
 
 def add(method: Method) -> None:
     """Add an entry, inside `changing`; its name must be no other entry's and no host's."""
+    if not isinstance(method.name, str) or not method.name:
+        raise OptionError(
+            problem=f"a method's name is {method.name!r}.",
+            expected="a non-empty string.",
+            fix='name="my-method"',
+        )
     owners = {name: host for host, names in _hosts.items() for name in names}
     owners.update({name: other.owner for name, other in _methods.items()})
     if method.name in owners:
@@ -140,7 +146,7 @@ def on_change(listener: Callable[[], None]) -> None:
     _listeners.append(listener)
 
 
-def notify() -> None:
+def _notify() -> None:
     """Tell all listeners that methods have come or gone."""
     with lock:
         for listener in _listeners:
@@ -151,12 +157,12 @@ def notify() -> None:
 def changing() -> Iterator[None]:
     """Change the methods inside the block and have hosts follow; an error undoes it all."""
     with lock:
-        notify()  # a host may have got methods of its own meanwhile
+        _notify()  # a host may have got methods of its own meanwhile
         before = _methods
         try:
             yield
-            notify()
+            _notify()
         except BaseException:
             _replace(before)
-            notify()
+            _notify()
             raise

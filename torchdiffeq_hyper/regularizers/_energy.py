@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -120,7 +121,7 @@ class EnergyField(nn.Module):
                 torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=generator)
                 for p in counted
             )
-            self._noise = tuple(drawn) if noise is None else parts_of(noise)
+            self._noise = tuple(drawn) if noise is None else _parts(noise)
             self._check_noise(counted)
         zeros = counted[0].detach().abs().new_zeros(len(counted[0]))
         return (*parts, *[zeros] * (self.kinetic + self.jacobian))
@@ -148,7 +149,7 @@ class EnergyField(nn.Module):
 
     def _call(self, t: Tensor, parts: Parts) -> Parts:
         k = self.base_func(t, parts if self._is_tuple else parts[0])
-        return (k,) if isinstance(k, Tensor) else tuple(k)
+        return _parts(k)
 
     def _differentiate(self, t: Tensor, parts: Parts) -> tuple[Parts, Parts]:
         """Return func's answer and e^T df/dy, with gradients where the caller has them on."""
@@ -224,6 +225,10 @@ class EnergyField(nn.Module):
 
 # It adds integrals to the state, and leaves the field of the other parts as it is.
 look_through(EnergyField, "base_func")
+
+
+def _parts(k: Tensor | Sequence[Tensor]) -> Parts:
+    return (k,) if isinstance(k, Tensor) else tuple(k)
 
 
 def _squares(parts: Parts) -> Tensor:

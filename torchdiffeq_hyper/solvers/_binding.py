@@ -24,6 +24,7 @@ from torchdiffeq_hyper._state import VectorField, values_of
 from torchdiffeq_hyper.errors import OptionError, StateTypeError
 from torchdiffeq_hyper.methods._method import Method
 from torchdiffeq_hyper.solvers._domain import FitDomain, Match
+from torchdiffeq_hyper.solvers._solver import Solver
 
 
 class Fitted(Protocol):
@@ -89,7 +90,11 @@ def attach(func: VectorField, solver: FittedT) -> FittedT:
     told_by = () if domain is None else (frozenset(domain.directions), tuple(sorted(domain.span)))
     added = _Attachment(owner.function, (solver.method, *told_by), solver)
     with _lock:
-        kept = [item for item in _read(owner.target) if item[:2] != added[:2]]
+        kept = [
+            item
+            for item in _read(owner.target)
+            if item.function is not added.function or item.key != added.key
+        ]
         _write(owner.target, [*kept, added])
     return solver
 
@@ -202,16 +207,16 @@ def find_bound(func: VectorField, method: str, times: Times) -> Fitted | None:
     for least in (Match.DIRECTION, Match.OUTSIDE):
         for place in places:
             matches = [
-                Match.SPAN
-                if _domain_of(solver) is None
-                else solver.match(times.direction, start, end)  # type: ignore[attr-defined]
+                solver.match(times.direction, start, end)
+                if isinstance(solver, Solver)
+                else Match.SPAN
                 for solver in place
             ]
             best = max(matches, default=Match.NONE)
             if best < least:
                 continue
             found = [solver for solver, match in zip(place, matches, strict=True) if match == best]
-            are_tied = any(getattr(solver, "is_tied_to_span", False) for solver in found)
+            are_tied = any(isinstance(one, Solver) and one.is_tied_to_span for one in found)
             if len(found) > 1 and start is None and are_tied:
                 raise OptionError(
                     problem=f'several solvers for method "{method}" differ in their span alone, '

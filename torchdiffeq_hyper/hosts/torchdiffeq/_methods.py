@@ -20,6 +20,7 @@ from torchdiffeq_hyper.hosts.torchdiffeq._whole import WholeProblemSolver
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.methods._method import Method, ReadyMethod, SteppingMethod, WholeMethod
 from torchdiffeq_hyper.solvers._binding import Fitted, FittedT
+from torchdiffeq_hyper.solvers._solver import Solver
 
 _PUBLISHED = "register_method"
 
@@ -69,6 +70,8 @@ host = Torchdiffeq()
 def _published(name: str, solver: Fitted, owner: str) -> Method:
     """Return a method that carries its fitted solver."""
     entry = _registry.method_for(solver)
+    if entry is None and isinstance(solver, Solver):
+        _registry.method_of(solver.base)  # its base has no method any more
     if entry is None or entry.option is None:
         raise StateTypeError(
             problem=f"solver is a {type(solver).__name__}.",

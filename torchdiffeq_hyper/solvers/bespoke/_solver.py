@@ -278,11 +278,6 @@ class BespokeSolver(Solver, kind=BNS):
         self._in_use.watch(self._parameter)  # for the copy, which may be averaged or loaded
         return self.__dict__.copy()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickle as any module, with empty caches where an older version had none."""
-        caches = {"_in_use": WeightCache(), "_schedules": ScheduleCache()}
-        super().__setstate__({**caches, **state})  # type: ignore[no-untyped-call]
-
 
 def _added_at_end(
     correction: Correction, x: Tensor, stages: Sequence[Tensor], span: tuple[Any, Any]

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Field: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """``field(t, y)``: derivatives of the active samples, t (active,), y (active, width)."""
 
+# Nodes and stages are those of Dormand and Prince (1980), the error estimate and the state in the
+# middle of a step those of Shampine (1986): all as in torchdiffeq.
 _NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 _STAGES = (
     (1 / 5,),

@@ -180,9 +180,11 @@ class PerSampleDopri5:
         start: tuple[Tensor, Tensor, Tensor],
         scale: Tensor,
     ) -> Tensor:
-        """Return the first step size of each sample; chosen as by the host, at one call of field.
+        """Return the first step size of each sample, at one call of field.
 
-        ``start`` is time, state and derivative; ``scale`` what errors are measured in.
+        The choice is that of Hairer, Norsett and Wanner, Solving Ordinary Differential
+        Equations I, section II.4. ``start`` is time, state and derivative; ``scale`` what errors
+        are measured in.
         """
         t, y, f = start
         if self.first_step is not None:

@@ -61,5 +61,5 @@ def _set_installed(*, is_installed: bool) -> None:
             host.follow()
 
 
-for _host in _HOSTS:
-    _registry.on_change(_host.follow)
+for _known in _HOSTS:
+    _registry.on_change(_known.follow)

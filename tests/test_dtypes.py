@@ -307,11 +307,10 @@ def test_a_power_in_range_is_one_factor_with_the_same_bits(dtype: torch.dtype) -
     dt = torch.tensor([0.1, -0.3, 7.0, 1e-5])
     power = dt * dt * dt
     assert is_power_in_range(dt, 3, dtype)
-    first, others = power_factors(dt, 3, dtype, is_in_range=True)
-    assert torch.equal(first, power.to(dtype))
-    assert others == ()
+    (factor,) = power_factors(dt, 3, dtype, is_in_range=True)
+    assert torch.equal(factor, power.to(dtype))
     # Unless that is known, there are factors of one.
-    first, others = power_factors(dt, 3, dtype, is_in_range=False)
+    first, *others = power_factors(dt, 3, dtype, is_in_range=False)
     assert torch.equal(first, power.to(dtype))
     assert all(torch.equal(other, torch.ones_like(other)) for other in others)
 
@@ -320,7 +319,7 @@ def test_a_power_out_of_range_is_as_many_factors_dt() -> None:
     dt = torch.tensor([1e20, -1e-20, 0.0, 0.5], dtype=torch.float64)
     assert not is_power_in_range(dt, 2, torch.float32)
     assert not is_power_in_range(dt.float()[:1], 2, torch.float64)
-    first, (other,) = power_factors(dt, 2, torch.float32, is_in_range=False)
+    first, other = power_factors(dt, 2, torch.float32, is_in_range=False)
     assert torch.equal(first, torch.tensor([1e20, -1e-20, 0.0, 0.25]))
     assert torch.equal(other, torch.tensor([1e20, -1e-20, 0.0, 1.0]))
 

@@ -149,6 +149,12 @@ def stepped_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if is_half(dtype) else dtype
 
 
+def time_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which func is given the time, for states of a dtype."""
+    # Asked first: `torch.compile` (torch 2.13) cannot trace `to_real`.
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
 def wide_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype in which differences of nearly equal states are formed."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -313,14 +319,19 @@ def select(norms: Sequence[Tensor], layout: StateLayout, part: int | None) -> Te
     return joint
 
 
+def is_traced(tensor: Tensor) -> bool:
+    """Return whether a tensor has no values to look at: while compiling or capturing a graph."""
+    if torch.compiler.is_compiling():
+        return True
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def values_of(tensor: Tensor) -> list[float] | None:
     """Return a tensor's numbers, at one device sync; None where there are none to look at.
 
     That is while compiling or capturing a graph, under vmap, and of fake and meta tensors.
     """
-    if torch.compiler.is_compiling():
-        return None
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_traced(tensor):
         return None
     try:
         return [float(value) for value in tensor.detach().reshape(-1).tolist()]

@@ -34,6 +34,7 @@ from torchdiffeq_hyper._state import (
     parts_of,
     shapes_of,
     take,
+    time_dtype,
     values_of,
     wide_dtype,
 )
@@ -230,7 +231,7 @@ class _Together:
         """Return it, or None where func does not take the batch as it is."""
         first = parts_of(y)[0]
         # As the host does: a func may concatenate its time with its state.
-        t = t.to(first.device, first.dtype.to_real() if first.dtype.is_complex else first.dtype)
+        t = t.to(first.device, time_dtype(first.dtype))
         try:
             answer = func(t, y)
         except Exception:  # noqa: BLE001 - the solve says so, if it matters there

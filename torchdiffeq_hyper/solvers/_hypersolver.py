@@ -126,7 +126,7 @@ class HyperSolver(Solver, kind=KIND, loads_all=True):
             return layout.split(flat.unsqueeze(0).expand(n_points, *flat.shape).clone())
         if is_half(dtype):
             flat = flat.float()
-        call = stage_call(func, layout, dtype, is_scalar=flat.dim() == 0)
+        call = stage_call(func, layout, dtype)
         correction = self._correction(self.tableau.order, func, y0, layout, flat)
         step = Step(self.tableau, call, correction)
         sizes = step_sizes(grid, are_equal=n_points == 2)

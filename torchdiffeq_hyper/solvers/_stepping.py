@@ -1,15 +1,18 @@
-r"""One step, base increment plus dt^(p+1) * g on a flat state, and whether it stays finite.
+r"""One step of a hypersolver: base increment plus dt^(p+1) * g, on a flat state.
 
-Hosts may solve a reverse-time problem in negated time with a negated func; the
-base increment is then bitwise the same, and `Correction` undoes the negation for
-the hypernet, so that g sees the true problem.
+`Step` is one step of a solve, `Correction` its learned term, `stage_call` the func that both
+work on, `integrate` a whole solve on a time grid. Nothing is looked at on the way: step sizes
+are measured once before the first step (`Correction.look_at`), the last state once after it
+(`is_finite`); a solve that failed is replayed to say where (`raise_non_finite`).
+
+Hosts may solve a reverse-time problem in negated time with a negated func. The base increment is
+then bitwise the same, and `Correction` undoes the negation, so that g sees the true problem.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import repeat
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,10 +32,51 @@ from torchdiffeq_hyper._state import (
     StepInput,
     VectorField,
     is_half,
+    is_traced,
+    time_dtype,
     values_of,
 )
 from torchdiffeq_hyper.errors import NonFiniteError
 from torchdiffeq_hyper.tableaus import Edge, StageCall, Stepped, Tableau
+
+Factors: TypeAlias = tuple[Tensor, ...]
+"""Factors of dt^(p+1), each finite in the state's dtype: one, wherever that holds the power."""
+
+
+class Step:
+    """One step of a solve: the base's increment plus the correction (None: the base alone)."""
+
+    def __init__(self, tableau: Tableau, call: StageCall, correction: Correction | None) -> None:
+        self.tableau = tableau
+        self.correction = correction
+        self._call = call
+        self._is_watched = tableau.calls > 1
+
+    def base(self, t0: Tensor, dt: Tensor, t1: Tensor, y: Tensor) -> Stepped:
+        """Return the base's increment and its stages.
+
+        A func that answers in one buffer would overwrite them: once that is seen, its answers
+        are copied.
+        """
+        dy, stages = self.tableau.increment(self._call, t0, dt, t1, y)
+        if self._is_watched and share_memory(stages):
+            self._call, self._is_watched = owning(self._call), False
+            return self.tableau.increment(self._call, t0, dt, t1, y)
+        return dy, stages
+
+    def increment(
+        self, t0: Tensor, dt: Tensor, t1: Tensor, y: Tensor, factors: Factors | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (y1 - y0, f0) for the step from t0 to t1; ``factors`` are those of its dt."""
+        dy, stages = self.base(t0, dt, t1, y)
+        if self.correction is not None:
+            if factors is None:
+                # Event mode of the host steps with a plain number.
+                dt = torch.as_tensor(dt, dtype=t0.dtype, device=t0.device)
+                factors = self.correction.factors(dt, dy.dtype)
+            out = self.correction.evaluate(t0, dt, y, stages)
+            dy = self.correction.add(dy, out, factors)
+        return dy, stages[0]
 
 
 class Correction:
@@ -65,20 +109,21 @@ class Correction:
         self._part = part
         self._y0 = self._view(y0)
         self._context = context
-        self._is_direct = layout.shapes is None and not negated
         self._is_in_range = False
 
     def _view(self, flat: Tensor) -> State:
-        if self._layout.shapes is None:
-            return flat
         state = self._layout.split(flat)
         return state if self._part is None else state[self._part]
 
-    def look_at(self, dt: Tensor, dtype: torch.dtype) -> None:
-        """Note, once a solve, whether ``dtype`` holds all its dt^(p+1): `factors` is then short."""
-        self._is_in_range = is_power_in_range(dt / self.time_unit, self._power, dtype)
+    def look_at(self, sizes: Tensor, y: Tensor) -> None:
+        """Note, once a solve, whether dt^(p+1) of all step sizes is one factor for states like y.
 
-    def factors(self, dt: Tensor, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
+        One device sync. Without it the factors are always p + 1.
+        """
+        dtype = stepped_dtype(y, sizes)
+        self._is_in_range = is_power_in_range(sizes / self.time_unit, self._power, dtype)
+
+    def factors(self, dt: Tensor, dtype: torch.dtype) -> Factors:
         """Return dt^(p+1) in units of time, with the true sign of dt, as `power_factors` does."""
         dt = -dt if self._negated else dt
         dt = dt if self.time_unit == 1 else dt / self.time_unit
@@ -93,36 +138,10 @@ class Correction:
         check_correction(out, state, dt.dtype)
         return out
 
-    def apply(
-        self,
-        dy: Tensor,
-        t: Tensor,
-        dt: Tensor,
-        y: Tensor,
-        stages: tuple[Tensor, ...],
-        *,
-        power: Tensor,
-        others: tuple[Tensor, ...] = (),
-    ) -> Tensor:
-        """Return ``dy + power * g``: `evaluate` and `add` in one, without detours for tensors."""
-        if not self._is_direct:
-            return self.add(dy, self.evaluate(t, dt, y, stages), power, others)
-        out = self._hypernet(StepInput(dt, t, y, stages[0], stages, self._y0, self._context))
-        if (
-            type(out) is Tensor
-            and out.shape == dy.shape
-            and out.dtype == dy.dtype == power.dtype
-            and out.device == dy.device
-        ):
-            for factor in others:
-                out = out * factor
-            return torch.addcmul(dy, power, out)
-        check_correction(out, y, dt.dtype)
-        return self.add(dy, out, power, others)
-
-    def add(self, dy: Tensor, out: State, power: Tensor, others: tuple[Tensor, ...] = ()) -> Tensor:
-        """Return ``dy + power * out`` for a flat ``dy``: `evaluate`'s output times `factors`'s."""
-        g = (out if isinstance(out, Tensor) else self._layout.join(out)).to(dy.dtype)
+    def add(self, dy: Tensor, out: State, factors: Factors) -> Tensor:
+        """Return ``dy + dt^(p+1) * out`` for a flat ``dy``, `evaluate`'s output and `factors`."""
+        power, *others = factors
+        g = self._layout.join(out).to(dy.dtype)
         for factor in others:
             g = g * factor
         power = power.to(dy.dtype)
@@ -133,14 +152,18 @@ class Correction:
         return torch.cat([dy[:start], corrected, dy[end:]])
 
 
-def power_factors(
-    dt: Tensor, exponent: int, dtype: torch.dtype, *, is_in_range: bool
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return factors of dt^exponent, each finite in ``dtype``: the first, and the others.
+def stepped_dtype(y: Tensor, times: Tensor) -> torch.dtype:
+    """Return the dtype of the steps: a 0-d state takes that of wider times, as in the host."""
+    return y.dtype if y.dim() else torch.promote_types(y.dtype, times.dtype)
 
-    Where ``dtype`` holds the power (as ``is_in_range`` may know), it is the first factor, and the
-    others are 1 or left out. Elsewhere all are dt: products with g then grow or shrink step by
-    step, so that 0 stays 0 and only what lies out of range itself is lost. Branches on no value.
+
+def power_factors(dt: Tensor, exponent: int, dtype: torch.dtype, *, is_in_range: bool) -> Factors:
+    """Return factors of dt^exponent, each finite in ``dtype``, without a branch on values.
+
+    Where ``is_in_range`` says that ``dtype`` holds the power, it is the only one. Else there are
+    as many as the exponent: the power and ones if ``dtype`` holds it after all, elsewhere all dt.
+    Products with g then grow or shrink step by step, so that 0 stays 0 and only what lies out of
+    range itself is lost.
     """
     base = dt
     if not is_in_range:
@@ -153,9 +176,9 @@ def power_factors(
     for _ in range(exponent - 1):  # cheaper than torch.pow, and its gradient too
         power = power * base
     if is_in_range:
-        return power.to(dtype), ()
+        return (power.to(dtype),)
     first, other = torch.where(inside, power, dt), torch.where(inside, one, dt)
-    return first.to(dtype), (other.to(dtype),) * (exponent - 1)
+    return first.to(dtype), *[other.to(dtype)] * (exponent - 1)
 
 
 def is_power_in_range(dt: Tensor, exponent: int, dtype: torch.dtype) -> bool:
@@ -172,68 +195,29 @@ def _limits(first: torch.dtype, second: torch.dtype, exponent: int) -> tuple[flo
     return low ** (1 / exponent) * 1.001, high ** (1 / exponent) * 0.999
 
 
-@dataclass
-class Step:
-    """Base plus correction (None: the base alone), bound to one solve's func.
-
-    ``call`` starts to copy func's answers once they are seen to share their memory.
-    """
-
-    tableau: Tableau
-    call: StageCall
-    correction: Correction | None
-
-    def __post_init__(self) -> None:
-        """Watch the memory of derivatives that later calls of func might overwrite."""
-        self._is_watched = self.tableau.calls > 1
-
-    def base(self, t0: Tensor, dt: Tensor, t1: Tensor, y: Tensor) -> Stepped:
-        """Return the base's increment and its stages, none of them overwritten by a later one."""
-        dy, stages = self.tableau.increment(self.call, t0, dt, t1, y)
-        if self._is_watched and share_memory(stages):
-            self.call, self._is_watched = owning(self.call), False
-            return self.tableau.increment(self.call, t0, dt, t1, y)
-        return dy, stages
-
-    def increment(self, t0: Tensor, dt: Tensor, t1: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (y1 - y0, f0) for the step from t0 to t1."""
-        dy, stages = self.base(t0, dt, t1, y)
-        if self.correction is not None:
-            # Event mode of the host steps with a plain number.
-            dt = torch.as_tensor(dt, dtype=t0.dtype, device=t0.device)
-            power, others = self.correction.factors(dt, dy.dtype)
-            dy = self.correction.apply(dy, t0, dt, y, stages, power=power, others=others)
-        return dy, stages[0]
-
-
 def integrate(
     step: Step, grid: Tensor, sizes: Tensor, y0: Tensor, *, ends_only: bool
 ) -> list[Tensor]:
     """Return the flat states on a grid of times with these differences; or those at its ends."""
     assert step.correction is not None
-    base, correct = step.base, step.correction.apply
+    step.correction.look_at(sizes, y0)
+    all_factors = step.correction.factors(sizes, stepped_dtype(y0, sizes))
+    each_factors = zip(*(factor.unbind() for factor in all_factors), strict=True)
     times, dts = grid.unbind(), sizes.unbind()
-    # A 0-d state is stepped in the wider dtype of state and time, as by the host.
-    dtype = y0.dtype if y0.dim() else torch.promote_types(y0.dtype, sizes.dtype)
-    step.correction.look_at(sizes, dtype)
-    firsts, rest = step.correction.factors(sizes, dtype)
-    others = zip(*(factor.unbind() for factor in rest), strict=True) if rest else repeat(())
     y, states = y0, [y0]
-    for t0, dt, t1, power, more in zip(times[:-1], dts, times[1:], firsts.unbind(), others):  # noqa: B905
-        dy, stages = base(t0, dt, t1, y)
-        y = y + correct(dy, t0, dt, y, stages, power=power, others=more)
+    for t0, dt, t1, factors in zip(times[:-1], dts, times[1:], each_factors, strict=True):
+        y = y + step.increment(t0, dt, t1, y, factors)[0]
         if not ends_only:
             states.append(y)
     return [y0, y] if ends_only else states
 
 
-def stage_call(
-    func: VectorField, layout: StateLayout, dtype: torch.dtype, *, is_scalar: bool = False
-) -> StageCall:
+def stage_call(func: VectorField, layout: StateLayout, dtype: torch.dtype) -> StageCall:
     """Return func on the flat state, checked; called in ``dtype``, answered in the state's."""
-    t_dtype = dtype.to_real() if dtype.is_complex else dtype
 
     def call(t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
+        # By the state, which takes the dtype of a wider time or answer, as in the host.
+        t_dtype = time_dtype(y.dtype)
         k: Tensor = func(t if t.dtype == t_dtype else t.to(t_dtype), y)
         if type(k) is not Tensor or k.dtype != dtype or k.shape != y.shape:
             check_derivative(k, y)
@@ -243,25 +227,17 @@ def stage_call(
     def call_on_parts(t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
         # Half-precision states are stepped in float32; func still sees its own dtype.
         state = layout.split(y.to(dtype))
-        out = func(t.to(t_dtype), state)
+        out = func(t.to(time_dtype(dtype)), state)
         check_answer(out, state)
         k = layout.join(out)
         return k.to(y.dtype) if is_half(k.dtype) else k
 
-    def call_on_scalar(t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
-        # A 0-d state takes the dtype of a wider time, as in the host.
-        k: Tensor = func(t.to(y.dtype.to_real() if y.dtype.is_complex else y.dtype), y)
-        check_derivative(k, y)
-        return k.to(y.dtype) if is_half(k.dtype) else k
-
-    if layout.shapes is not None or is_half(dtype):
-        return call_on_parts
-    return call_on_scalar if is_scalar else call
+    return call_on_parts if layout.shapes is not None or is_half(dtype) else call
 
 
 def is_finite(y: Tensor) -> bool:
     """Return False only if ``y`` is known to hold inf or nan (one device sync)."""
-    if torch.compiler.is_compiling() or (y.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if is_traced(y):
         return True
     try:
         # A finite sum proves every term finite, at half the cost of looking at each.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._fields import check_answer, check_derivative, context_of, own
-from torchdiffeq_hyper._state import Hypernet, check_dtype, is_half
+from torchdiffeq_hyper._state import Hypernet, check_dtype, is_half, time_dtype
 from torchdiffeq_hyper.errors import OptionError, StateTypeError
 from torchdiffeq_hyper.hosts._host import warn_if_untrained
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
@@ -121,9 +121,7 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         if self._solver is not None:
             self._solver.warn_outside_fit(sizes, self._call.sign, readable)
         if self._step.correction is not None and len(sizes):
-            dtype = self.y0.dtype
-            dtype = dtype if self.y0.dim() else torch.promote_types(dtype, sizes.dtype)
-            self._step.correction.look_at(sizes, dtype)
+            self._step.correction.look_at(sizes, self.y0)
 
     def _evaluate(self, t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
         try:
@@ -132,9 +130,7 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
             elif self._direct is None:
                 k = self.func(t, y, perturb=_PERTURB[edge] if self.perturb else Perturb.NONE)
             else:
-                if t.dtype != y.dtype:
-                    t = t.to(y.dtype.to_real() if y.dtype.is_complex else y.dtype)
-                k = self._direct(t, y)
+                k = self._direct(t.to(time_dtype(y.dtype)), y)
         except (TypeError, AttributeError):
             self._check_answer(t, y)
             raise
@@ -145,7 +141,7 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
     def _check_answer(self, t: Tensor, y: Tensor) -> None:
         """Refuse a func whose answer the host's wrappers choke on."""
         state = self._call.layout.split(y.to(self._dtype))
-        times = self._call.sign * t.to(self._dtype.to_real())
+        times = self._call.sign * t.to(time_dtype(self._dtype))
         check_answer(self._call.func(times, state), state)
 
     def _step_func(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._state import is_half, values_of
+from torchdiffeq_hyper._state import is_half, time_dtype, values_of
 from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.solvers.bespoke._weights import check_matrix, is_differentiated, stage_times
 from torchdiffeq_hyper.tableaus import StageCall
@@ -115,7 +115,7 @@ def differentiable_start(call: StageCall, t: Tensor, start: float, y: Tensor) ->
     back to s, to first order: :math:`t_0 - s` is 0 to rounding, but its derivative is 1.
     Costs one call of func.
     """
-    t_dtype = y.dtype.to_real() if y.dtype.is_complex else y.dtype
+    t_dtype = time_dtype(y.dtype)
     time = torch.full((), start, dtype=t.dtype, device=t.device)
     return y - (t[0] - time).to(t_dtype) * call(time.to(t_dtype), y)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._fields import own, owning, share_memory
+from torchdiffeq_hyper._state import time_dtype
 from torchdiffeq_hyper.errors import NonFiniteError
 from torchdiffeq_hyper.solvers._stepping import advice_for_half, check_start, is_finite
 from torchdiffeq_hyper.solvers.bespoke._weights import is_differentiated, stage_times
@@ -31,8 +32,7 @@ CHUNK = 2**18
 
 def schedule(weights: Tensor, start: Any, end: Any, dtype: torch.dtype) -> Schedule:
     """Return what the calls of a solve need, in the state's ``dtype``; weights on its device."""
-    t_dtype = dtype.to_real() if dtype.is_complex else dtype
-    times = (start + (end - start) * stage_times(weights)).to(t_dtype)
+    times = (start + (end - start) * stage_times(weights)).to(time_dtype(dtype))
     rows = (weights * (end - start)).to(dtype).unbind()
     return times.unbind(), [row[: i + 1] for i, row in enumerate(rows)]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_half
+from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_half, time_dtype
 from torchdiffeq_hyper.solvers._domain import FitDomain, Match
 from torchdiffeq_hyper.solvers._files import BNS, describe_bespoke, rebuild_bespoke
 from torchdiffeq_hyper.solvers._fit_report import FitReport
@@ -283,11 +283,11 @@ def _added_at_end(
     correction: Correction, x: Tensor, stages: Sequence[Tensor], span: tuple[Any, Any]
 ) -> Tensor:
     """Return what a hypernet of order 1 adds to the flat state at the end of the span."""
-    t_dtype = x.dtype.to_real() if x.dtype.is_complex else x.dtype
     start, end = span
     # The difference before the cast: far from zero the ends are rounded to a part of the span.
+    t_dtype = time_dtype(x.dtype)
     t0, dt = (torch.as_tensor(s, dtype=t_dtype, device=x.device) for s in (start, end - start))
     out = correction.evaluate(t0, dt, x, tuple(stages))
     if x.device.type == "cpu":
-        correction.look_at(dt, x.dtype)
-    return correction.add(torch.zeros_like(x), out, *correction.factors(dt, x.dtype))
+        correction.look_at(dt, x)
+    return correction.add(torch.zeros_like(x), out, correction.factors(dt, x.dtype))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from torchdiffeq_hyper._state import is_traced
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, closest
 from torchdiffeq_hyper.solvers._stepping import is_finite
 
@@ -155,8 +156,7 @@ class WeightCache:
             return consistent(parameter)
         if is_compiling:
             return parameter if self.is_fixed else selected(parameter)
-        is_capturing = parameter.is_cuda and torch.cuda.is_current_stream_capturing()
-        if is_capturing or parameter.is_inference():  # no look at values; no version
+        if is_traced(parameter) or parameter.is_inference():  # no look at values; no version
             return selected(parameter)
         cached = self._cached
         version = parameter._version  # noqa: SLF001 - of the values, counted by autograd

@@ -17,7 +17,7 @@ from torchdiffeq_hyper._fields import (
     own,
     restrict,
 )
-from torchdiffeq_hyper._state import RowLayout, State, VectorField, is_half, shapes_of
+from torchdiffeq_hyper._state import RowLayout, State, VectorField, is_half, shapes_of, time_dtype
 from torchdiffeq_hyper.errors import HyperError, OptionError, StateShapeError, first_line
 
 TIME_MODES = {
@@ -44,7 +44,7 @@ class SampleField:
 
         ``t`` are the solver's times (active,), ``y`` their states, one a row.
         """
-        real = self.dtype.to_real() if self.dtype.is_complex else self.dtype
+        real = time_dtype(self.dtype)
         t = (t if self.sign > 0 else -t).to(real)
         k = self._in_mode(t, y.to(self.dtype), index)
         if is_half(k.dtype):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._state import RowLayout, StateLayout, part_norms
+from torchdiffeq_hyper._state import RowLayout, StateLayout, part_norms, time_dtype
 from torchdiffeq_hyper.errors import NonFiniteError, UnfinishedSolveError, explain
 from torchdiffeq_hyper.solvers.per_sample._field import SampleField
 
@@ -61,7 +61,7 @@ class _Attempt(NamedTuple):
 
 def _attempt(field: Field, t: Tensor, dt: Tensor, y: Tensor, f: Tensor) -> _Attempt:
     """Return a step of size ``dt`` (active,) from ``t``; six calls of the field."""
-    real = y.dtype.to_real() if y.dtype.is_complex else y.dtype
+    real = time_dtype(y.dtype)
     # Just before the end, which may be a discontinuity of func.
     end, start, size = _before((t + dt).to(real)), t.to(real), dt.to(real)
     h = size.unsqueeze(1)

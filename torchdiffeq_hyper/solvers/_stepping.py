@@ -112,6 +112,8 @@ class Correction:
         self._is_in_range = False
 
     def _view(self, flat: Tensor) -> State:
+        if self._layout.shapes is None:  # the common case, at every stage of every step
+            return flat
         state = self._layout.split(flat)
         return state if self._part is None else state[self._part]
 
@@ -140,11 +142,11 @@ class Correction:
 
     def add(self, dy: Tensor, out: State, factors: Factors) -> Tensor:
         """Return ``dy + dt^(p+1) * out`` for a flat ``dy``, `evaluate`'s output and `factors`."""
-        power, *others = factors
-        g = self._layout.join(out).to(dy.dtype)
-        for factor in others:
+        g, power = self._layout.join(out), factors[0]
+        if not g.dtype == power.dtype == dy.dtype:
+            g, power = g.to(dy.dtype), power.to(dy.dtype)
+        for factor in factors[1:]:
             g = g * factor
-        power = power.to(dy.dtype)
         if self._part is None:
             return torch.addcmul(dy, power, g)
         start, end = self._layout.bounds(self._part)
@@ -217,8 +219,7 @@ def stage_call(func: VectorField, layout: StateLayout, dtype: torch.dtype) -> St
 
     def call(t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
         # By the state, which takes the dtype of a wider time or answer, as in the host.
-        t_dtype = time_dtype(y.dtype)
-        k: Tensor = func(t if t.dtype == t_dtype else t.to(t_dtype), y)
+        k: Tensor = func(t if t.dtype == y.dtype else t.to(time_dtype(y.dtype)), y)
         if type(k) is not Tensor or k.dtype != dtype or k.shape != y.shape:
             check_derivative(k, y)
             return k.to(y.dtype) if is_half(k.dtype) else k  # under autocast too

@@ -13,12 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from torchdiffeq_hyper._files import read, read_metadata
 from torchdiffeq_hyper.errors import HyperError
 from torchdiffeq_hyper.hypernets._files import UNSEEN
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._domain import FitDomain
-from torchdiffeq_hyper.solvers._solver import Solver, solver_class
+from torchdiffeq_hyper.solvers._solver import Solver
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,8 +71,7 @@ def _describe(path: str) -> str:
 
     It goes through the checks of `HyperSolver.load`.
     """
-    owner = solver_class(read_metadata(path)["kind"])
-    tensors, metadata = read(path, owner.kind)
+    owner, tensors, metadata = Solver.read(path)
     solver, _ = owner.rebuild(metadata, tensors, UNSEEN, path)
     facts = _facts(tensors, metadata, solver)
     width = max(map(len, facts))

@@ -9,7 +9,7 @@ from torch import Tensor
 import torchdiffeq_hyper as tdh
 from stubs import convergence_order, damped_wave, spiral, spiral_solution
 from torchdiffeq_hyper.solvers.bespoke import classical, compositions
-from torchdiffeq_hyper.solvers.bespoke._dense_output import default_knots, step_starts
+from torchdiffeq_hyper.solvers.bespoke._weights import default_knots, step_starts
 
 STAGES = {"euler": 1, "midpoint": 2, "heun": 2, "heun3": 3, "rk4": 4}
 ORDER = {"euler": 1, "midpoint": 2, "heun": 2, "heun3": 3, "rk4": 4}

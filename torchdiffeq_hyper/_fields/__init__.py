@@ -3,6 +3,7 @@
 from torchdiffeq_hyper._fields._answers import (
     check_answer,
     check_call,
+    check_callable,
     check_correction,
     check_derivative,
     check_hypernet,
@@ -48,6 +49,7 @@ __all__ = [
     "cannot_take_part",
     "check_answer",
     "check_call",
+    "check_callable",
     "check_correction",
     "check_derivative",
     "check_hypernet",

@@ -152,14 +152,19 @@ def _check_part(out: Tensor, y: Tensor, time_dtype: torch.dtype, where: str) -> 
         )
 
 
-def check_call(func: VectorField, n_context: int = 0) -> VectorField:
-    """Return func after checking that it can be called as ``func(t, y, *context)``."""
+def check_callable(func: object) -> None:
+    """Refuse a func that is none."""
     if not callable(func):
         raise StateTypeError(
             problem=f"func is a {type(func).__name__}.",
             expected="a callable func(t, y).",
             fix="func=model",
         )
+
+
+def check_call(func: VectorField, n_context: int = 0) -> VectorField:
+    """Return func after checking that it can be called as ``func(t, y, *context)``."""
+    check_callable(func)
     called = func.forward if isinstance(func, nn.Module) else func
     try:
         signature = inspect.signature(called)

@@ -51,7 +51,7 @@ from torchdiffeq_hyper.errors import (
     StateTypeError,
 )
 from torchdiffeq_hyper.hypernets._files import check_weights, load_weights
-from torchdiffeq_hyper.solvers._files import MOST_STEPS
+from torchdiffeq_hyper.solvers._grid import STEPS
 from torchdiffeq_hyper.solvers._solver import Weights, solver_class
 
 KIND = "dise"
@@ -71,7 +71,7 @@ _TOLERANCE = Maybe(Real(low=0.0))
 _CANDIDATE = Record(
     {
         "method": Text(100),
-        "steps": Maybe(Whole(1, MOST_STEPS)),
+        "steps": Maybe(STEPS),
         "rtol": _TOLERANCE,
         "atol": _TOLERANCE,
         "options": Table(_OPTION),

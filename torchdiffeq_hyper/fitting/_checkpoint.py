@@ -37,8 +37,7 @@ from torchdiffeq_hyper._rules import (
 from torchdiffeq_hyper.errors import FileFormatError, first_line, unwritable
 from torchdiffeq_hyper.fitting._signature import check_same_fit
 from torchdiffeq_hyper.hypernets._files import ARCHITECTURES, check_sizes
-from torchdiffeq_hyper.solvers._files import REPORT
-from torchdiffeq_hyper.solvers._fit_report import LossPoint
+from torchdiffeq_hyper.solvers._fit_report import REPORT, LossPoint
 
 FORMAT = "torchdiffeq_hyper fit 3"
 

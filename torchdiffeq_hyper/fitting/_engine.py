@@ -3,8 +3,7 @@
 A `Target` says what is trained, from which start, and what becomes of it. To add a learned
 solver with a fit of its own:
 
-1. write the solver, a leaf of `solvers._solver.Solver`, and what its files hold
-   (`solvers._files`);
+1. write the solver, a leaf of `solvers._solver.Solver`, and what its files hold;
 2. register its method in the package's ``__init__``;
 3. write its target in a file beside this one, and name it in `_fit.TARGETS`.
 """

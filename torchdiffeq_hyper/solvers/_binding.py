@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
-from torchdiffeq_hyper._fields import Owner, owner_of, owners_in
+from torchdiffeq_hyper._fields import Owner, check_callable, owner_of, owners_in
 from torchdiffeq_hyper._state import VectorField, values_of
 from torchdiffeq_hyper.errors import OptionError, StateTypeError
 from torchdiffeq_hyper.methods._method import Method
@@ -80,12 +80,7 @@ def attach(func: VectorField, solver: FittedT) -> FittedT:
         tensor([0.3685])
         >>> tdh.detach(func)
     """
-    if not callable(func):
-        raise StateTypeError(
-            problem=f"func is a {type(func).__name__}.",
-            expected="a callable func(t, y).",
-            fix="func=model",
-        )
+    check_callable(func)
     owner, domain = owner_of(func), _domain_of(check_fitted(solver))
     told_by = () if domain is None else (frozenset(domain.directions), tuple(sorted(domain.span)))
     added = _Attachment(owner.function, (solver.method, *told_by), solver)
@@ -206,18 +201,12 @@ def find_bound(func: VectorField, method: str, times: Times) -> Fitted | None:
     start, end = times.ends()
     for least in (Match.DIRECTION, Match.OUTSIDE):
         for place in places:
-            matches = [
-                solver.match(times.direction, start, end)
-                if isinstance(solver, Solver)
-                else Match.SPAN
-                for solver in place
-            ]
+            matches = [_match(solver, times.direction, start, end) for solver in place]
             best = max(matches, default=Match.NONE)
             if best < least:
                 continue
             found = [solver for solver, match in zip(place, matches, strict=True) if match == best]
-            are_tied = any(isinstance(one, Solver) and one.is_tied_to_span for one in found)
-            if len(found) > 1 and start is None and are_tied:
+            if len(found) > 1 and start is None and any(map(_span_of, found)):
                 raise OptionError(
                     problem=f'several solvers for method "{method}" differ in their span alone, '
                     "and t has no values here to choose one by.",
@@ -245,15 +234,25 @@ def _domain_of(solver: Any) -> FitDomain | None:
     return domain if isinstance(domain, FitDomain) else None
 
 
+def _span_of(solver: Any) -> tuple[float, float] | None:
+    """Return the times that a solver is tied to; None for those that serve others too."""
+    return solver.span if isinstance(solver, Solver) else None
+
+
+def _match(solver: Any, direction: int, start: float | None, end: float | None) -> Match:
+    is_one = isinstance(solver, Solver)
+    return solver.match(direction, start, end) if is_one else Match.SPAN
+
+
 def _none_serves(
     method: str, solvers: Sequence[Fitted], times: Times, start: float | None, end: float | None
 ) -> OptionError:
-    spans = [getattr(solver, "span", None) for solver in solvers]
-    fitted = ", ".join(f"from {span[0]:.6g} to {span[1]:.6g}" for span in spans if span)
-    way = "forward" if times.direction > 0 else "in reverse"
-    asked = f"goes {way}" if start is None else f"starts at {start:.6g} and goes {way}"
-    if start is not None and end is not None:
-        asked = f"goes from {start:.6g} to {end:.6g}"
+    spans = filter(None, map(_span_of, solvers))
+    fitted = ", ".join(f"from {first:.6g} to {last:.6g}" for first, last in spans)
+    asked = "goes forward" if times.direction > 0 else "goes in reverse"
+    if start is not None:
+        asked = f"starts at {start:.6g} and {asked}"
+        asked = asked if end is None else f"goes from {start:.6g} to {end:.6g}"
     return OptionError(
         problem=f'no solver for method "{method}" was fitted for these times: t {asked}; those '
         f"attached to func or in scope were fitted {fitted}.",

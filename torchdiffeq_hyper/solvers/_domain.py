@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 from torch import Tensor
 
+from torchdiffeq_hyper._rules import Choice, Items, Real, Row, Such, Whole, record_of
 from torchdiffeq_hyper._state import State, values_of
 from torchdiffeq_hyper.errors import StateShapeError, StateTypeError
 
@@ -161,13 +163,9 @@ class FitDomain:
             )
         return matching[0]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as values for JSON, where tuples become lists."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> FitDomain:
-        """Rebuild from `to_dict`'s values."""
+        """Rebuild from the values of `dataclasses.asdict` after a way through JSON."""
         return cls(
             span=(float(data["span"][0]), float(data["span"][1])),
             dt_min=float(data["dt_min"]),
@@ -177,3 +175,30 @@ class FitDomain:
             is_tuple=bool(data["is_tuple"]),
             dtype=str(data["dtype"]),
         )
+
+
+_SPAN = Such(
+    Row(Real(), Real()),
+    lambda span: span[0] != span[1] and math.isfinite(span[1] - span[0]),
+    "that differ",
+)
+_DIRECTIONS = Such(
+    Items(Choice(1, -1), least=1, most=2), lambda signs: len({*signs}) == len(signs), "once each"
+)
+_DTYPES = ("float16", "bfloat16", "float32", "float64", "complex32", "complex64", "complex128")
+DOMAIN = Such(
+    record_of(
+        FitDomain,
+        span=_SPAN,
+        dt_min=Real(above=0.0),
+        dt_max=Real(above=0.0),
+        directions=_DIRECTIONS,
+        shapes=Items(Items(Whole(), most=64), least=1, most=1000),
+        dtype=Choice(*_DTYPES),
+    ),
+    lambda domain: (
+        domain["dt_min"] <= domain["dt_max"] and (domain["is_tuple"] or len(domain["shapes"]) == 1)
+    ),
+    "dt_min no larger than dt_max, and one shape where the state is no tuple",
+)
+"""What files may say of a domain."""

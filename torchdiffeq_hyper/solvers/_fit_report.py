@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from torchdiffeq_hyper._rules import Maybe, Real, Row, Table, Whole, record_of
+
 
 @dataclass(frozen=True)
 class LossPoint:
@@ -258,3 +260,22 @@ def _ratio(base: float, own: float) -> str:
     if own <= base:
         return f"{base / own if own else math.inf:.3g}x smaller"
     return f"{own / base if base else math.inf:.3g}x LARGER"
+
+
+_SECONDS = Real(low=0.0)
+_MEASURED = Real(low=0.0, is_finite=False)
+REPORT = record_of(
+    FitReport,
+    delta=Table(_MEASURED, required=("0.5", "max")),
+    base_delta=Table(_MEASURED, required=("0.5",)),
+    seconds=_SECONDS,
+    reference_seconds=_SECONDS,
+    worst_time=Maybe(Row(Real(), _MEASURED)),
+    seed=Whole(-(2**63), 2**64),
+    break_even=Maybe(
+        record_of(
+            BreakEven, predictions=Maybe(_SECONDS), seconds=_SECONDS, alternative_seconds=_SECONDS
+        )
+    ),
+)
+"""What files may say of a report."""

@@ -7,10 +7,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from torchdiffeq_hyper._rules import Whole
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError
 
 Steps: TypeAlias = int | tuple[int, int] | None
 """Equal steps between two time points, a (low, high) range of them, or None."""
+
+STEPS = Whole(1, 1_000_000)
+"""How many steps a file may ask for between two points."""
 
 
 def check_steps(steps: Steps) -> Steps:

@@ -2,19 +2,28 @@ r"""A hypersolver: a Runge-Kutta base plus dt^(p+1) times a small net."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._fields import check_hypernet
+from torchdiffeq_hyper._files import damage_reported
+from torchdiffeq_hyper._rules import Maybe, Real, Text, Value
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_half
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._domain import FitDomain
-from torchdiffeq_hyper.solvers._files import KIND, describe_hypersolver, rebuild_hypersolver
 from torchdiffeq_hyper.solvers._fit_report import FitReport
-from torchdiffeq_hyper.solvers._grid import Steps, check_steps, check_times, equal_steps, step_sizes
-from torchdiffeq_hyper.solvers._solver import Solver
+from torchdiffeq_hyper.solvers._grid import (
+    STEPS,
+    Steps,
+    check_steps,
+    check_times,
+    equal_steps,
+    step_sizes,
+)
+from torchdiffeq_hyper.solvers._solver import NET, Solver, file_rules
 from torchdiffeq_hyper.solvers._stepping import (
     Step,
     cast_back,
@@ -26,7 +35,13 @@ from torchdiffeq_hyper.solvers._stepping import (
 from torchdiffeq_hyper.tableaus import Tableau
 
 
-class HyperSolver(Solver, kind=KIND, loads_all=True):
+def _are_steps(steps: Any) -> bool:
+    if not isinstance(steps, list):
+        return STEPS.holds(steps)
+    return len(steps) == 2 and all(map(STEPS.holds, steps)) and steps[0] <= steps[1]
+
+
+class HyperSolver(Solver, kind="hypersolver", loads_all=True):
     r"""An explicit Runge-Kutta base of order p with a learned correction.
 
     .. math:: y_{n+1} = y_n + dt\,\psi(t_n, y_n) + dt^{p+1} g(dt, t_n, y_n, k_1..k_s)
@@ -66,8 +81,12 @@ class HyperSolver(Solver, kind=KIND, loads_all=True):
     """
 
     hypernet: Hypernet
-    describe = describe_hypersolver
-    _rebuild = staticmethod(rebuild_hypersolver)
+    _file_rules = file_rules(
+        base=Text(100),
+        alpha=Maybe(Real(1e-6, 1e6)),
+        steps=Maybe(Value(_are_steps, f"{STEPS.expected}, or [low, high] of two such")),
+        hypernet=NET,
+    )
 
     def __init__(
         self,
@@ -141,6 +160,19 @@ class HyperSolver(Solver, kind=KIND, loads_all=True):
         if not is_finite(states[-1]):
             raise_non_finite(step, zip(grid[:-1], grid[1:], strict=True), flat, dtype)
         return layout.split(cast_back(torch.stack(states), dtype))
+
+    @classmethod
+    def _arguments(
+        cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str
+    ) -> dict[str, Any]:
+        with damage_reported(path):
+            _registry.find_tableau(settings["base"], settings["alpha"])
+        steps = settings["steps"]
+        return {
+            "base": settings["base"],
+            "alpha": settings["alpha"],
+            "steps": tuple(steps) if isinstance(steps, list) else steps,
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the tableau's closures."""

@@ -6,20 +6,38 @@ import copy
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._fields import context_of
-from torchdiffeq_hyper._files import damage_reported, read, read_metadata, write
+from torchdiffeq_hyper._files import (
+    HEADER,
+    checked,
+    damage_reported,
+    described_in,
+    read,
+    read_metadata,
+    tensors_under,
+    write,
+)
+from torchdiffeq_hyper._rules import Maybe, Record, Rule, Tagged, Text, under
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField
-from torchdiffeq_hyper.errors import OutsideFitWarning
-from torchdiffeq_hyper.hypernets._files import load_weights
-from torchdiffeq_hyper.solvers._domain import FitDomain, Match
+from torchdiffeq_hyper.errors import BaseMismatchError, OutsideFitWarning
+from torchdiffeq_hyper.hypernets._files import (
+    ARCHITECTURES,
+    NAMES_OF_INPUTS,
+    UNSEEN,
+    load_weights,
+    match,
+    pack,
+)
+from torchdiffeq_hyper.solvers._domain import DOMAIN, FitDomain, Match
 from torchdiffeq_hyper.solvers._export import export_solve
-from torchdiffeq_hyper.solvers._fit_report import FitReport
+from torchdiffeq_hyper.solvers._fit_report import REPORT, FitReport
 from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers._stepping import Correction
 
@@ -27,6 +45,16 @@ Weights: TypeAlias = tuple[nn.Module, Mapping[str, Tensor], bool]
 """A net, the weights to load into it, and whether it is the caller's instance."""
 
 _class_of: dict[str, type[Solver]] = {}
+
+_CUSTOM = Record({}, optional={"class": Text(1000), "inputs": NAMES_OF_INPUTS})
+NET = Tagged({**ARCHITECTURES, "custom": _CUSTOM})
+"""What files may say of a net."""
+
+
+def file_rules(base: Rule, alpha: Rule, steps: Rule, hypernet: Rule) -> Record:
+    """Return the rules for the settings in a solver's file."""
+    fields = {"base": base, "alpha": alpha, "steps": steps, "hypernet": hypernet}
+    return Record({"domain": Maybe(DOMAIN), "report": Maybe(REPORT), **fields}, optional=HEADER)
 
 
 class Solver(nn.Module, ABC):
@@ -55,7 +83,10 @@ class Solver(nn.Module, ABC):
     follows_grid: ClassVar[bool] = True
     """Whether it steps along a time grid, so that a call may ask for another number of steps."""
     _loads_all: ClassVar[bool] = True
-    _rebuild: ClassVar[Callable[..., tuple[dict[str, Any], nn.Module | None, dict[str, Tensor]]]]
+    _file_rules: ClassVar[Record]
+    """What the settings in its files may be."""
+    _net_prefix: ClassVar[str] = ""
+    """What the names of the net's tensors begin with in its files."""
 
     def __init__(
         self,
@@ -74,10 +105,7 @@ class Solver(nn.Module, ABC):
     def __init_subclass__(
         cls, *, kind: str | None = None, loads_all: bool = False, **kwargs: Any
     ) -> None:
-        """Register the class that files of a kind are read into; None: as its base class.
-
-        ``loads_all`` says whether ``load`` of this class reads files of every kind.
-        """
+        """Register the class that files of a kind are read into; see `load` for ``loads_all``."""
         super().__init_subclass__(**kwargs)
         cls._loads_all = loads_all
         if kind is not None:
@@ -93,6 +121,11 @@ class Solver(nn.Module, ABC):
     @abstractmethod
     def method(self) -> str:
         """The method string this solver answers to, e.g. "hypereuler"."""
+
+    @property
+    def alpha(self) -> float | None:
+        """Parameter of the base "alpha", None for the others."""
+        return None
 
     @property
     def label(self) -> str:
@@ -133,9 +166,9 @@ class Solver(nn.Module, ABC):
         return self.solve(func, y0, t)
 
     @property
-    def is_tied_to_span(self) -> bool:
-        """Whether it serves no times but those of its span."""
-        return False
+    def span(self) -> tuple[float, float] | None:
+        """Where a solve starts, and ends at most; None where any span will do."""
+        return None
 
     def match(self, direction: int, start: float | None = None, end: float | None = None) -> Match:
         """Return how well the solver suits a solve: see `FitDomain.match`.
@@ -170,9 +203,24 @@ class Solver(nn.Module, ABC):
         context = context_of(func)
         return Correction(self.hypernet, order, layout, flat, part=part, context=context)
 
-    @abstractmethod
     def describe(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors and the JSON-ready settings that a file holds."""
+        tensors, description = ({}, None) if self.hypernet is None else pack(self.hypernet)
+        return {self._net_prefix + name: tensor for name, tensor in tensors.items()}, {
+            "base": self.base,
+            "alpha": self.alpha,
+            "steps": self.steps,
+            "hypernet": description,
+            "domain": None if self.domain is None else asdict(self.domain),
+            "report": None if self.report is None else asdict(self.report),
+        }
+
+    @classmethod
+    @abstractmethod
+    def _arguments(
+        cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str
+    ) -> dict[str, Any]:
+        """Return the constructor's arguments, from checked settings and the tensors of no net."""
 
     @classmethod
     def rebuild(
@@ -185,13 +233,41 @@ class Solver(nn.Module, ABC):
     ) -> tuple[Solver, Weights | None]:
         """Return a solver from what `describe` gave, and weights that its net still lacks.
 
-        ``hypernet`` is the caller's instance, if any; ``path`` is the file and ``at`` the place
-        of the settings in it, for messages. Raises what `load` raises.
+        ``hypernet`` is the caller's instance, if any; ``at`` is the place of the settings in the
+        file, for messages. Raises what `load` raises.
         """
-        arguments, net, weights = cls._rebuild(settings, tensors, hypernet, path, at)
+        path = os.fspath(path)
+        found = checked(cls._file_rules, settings, described_in(path), at)
+        weights = tensors_under(cls._net_prefix, tensors)
+        others = {k: v for k, v in tensors.items() if not k.startswith(cls._net_prefix)}
+        domain, report, net = found["domain"], found["report"], found["hypernet"]
+        arguments = cls._arguments(found, others, path)
+        if net is not None:
+            net = match(net, weights, hypernet, path, under(at, "hypernet"))
+        else:
+            checked(Record({}), weights, described_in(path), "hypernet")
+            if hypernet is not None and hypernet is not UNSEEN:
+                raise BaseMismatchError(
+                    problem=f"{path!r} holds a solver without a hypernet.",
+                    expected="no instance to load one into.",
+                    fix=f"tdh.HyperSolver.load({path!r})",
+                )
         with damage_reported(path):
-            solver = cls(hypernet=net, **arguments)
+            solver = cls(
+                hypernet=net,
+                domain=None if domain is None else FitDomain.from_dict(domain),
+                report=None if report is None else FitReport.from_dict(report),
+                **arguments,
+            )
         return solver, None if net is None else (net, weights, hypernet is not None)
+
+    @classmethod
+    def read(
+        cls, path: str | os.PathLike[str]
+    ) -> tuple[type[Solver], dict[str, Tensor], dict[str, Any]]:
+        """Return the class of the solver in a file, its tensors and its settings, unchecked."""
+        owner = solver_class(read_metadata(path)["kind"]) if cls._loads_all else cls
+        return owner, *read(path, owner.kind)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the solver to one safetensors file; an old one stays until it is complete.
@@ -234,8 +310,7 @@ class Solver(nn.Module, ABC):
             ...     tdh.Solver.load(f"{folder}/solver.safetensors").method
             'hypereuler'
         """
-        owner = solver_class(read_metadata(path)["kind"]) if cls._loads_all else cls
-        tensors, settings = read(path, owner.kind)
+        owner, tensors, settings = cls.read(path)
         solver, weights = owner.rebuild(settings, tensors, hypernet, path)
         load_weights([] if weights is None else [weights], path)
         return solver.eval().requires_grad_(requires_grad=False)
@@ -282,5 +357,5 @@ class Solver(nn.Module, ABC):
 
 
 def solver_class(name: object) -> type[Solver]:
-    """Return the class of a file's solver, by its kind or its base; `HyperSolver` for others."""
+    """Return the class of a solver in a file, by its kind or base; `HyperSolver` for others."""
     return _class_of.get(str(name), _class_of["hypersolver"])

@@ -1,4 +1,4 @@
-"""The n calls of func of a bespoke solver, and the sums between them.
+"""A bespoke solve: its times, the n calls of func, the sums between, and what is read off.
 
 The sums of n derivatives are memory traffic. `_Chain` adds them one by one: it is the
 reference, differentiable in everything, and compiles. `_Chunks`, for large states, does with
@@ -7,20 +7,25 @@ the least traffic; `_Matrix`, for small ones, with the fewest operations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._fields import own, owning, share_memory
-from torchdiffeq_hyper._state import time_dtype
-from torchdiffeq_hyper.errors import NonFiniteError
+from torchdiffeq_hyper._state import is_half, time_dtype, values_of
+from torchdiffeq_hyper.errors import NonFiniteError, OptionError
 from torchdiffeq_hyper.solvers._stepping import advice_for_half, check_start, is_finite
-from torchdiffeq_hyper.solvers.bespoke._weights import is_differentiated, stage_times
+from torchdiffeq_hyper.solvers.bespoke._weights import hermite, is_differentiated, stage_times
 from torchdiffeq_hyper.tableaus import StageCall
 
-Schedule = tuple[Sequence[Tensor], Sequence[Tensor]]
+Span: TypeAlias = tuple[float, float]
+"""Start and end."""
+
+Schedule: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor]]
 """The 0-d time of call i and its i + 1 weights, times the span, for each call."""
 
 _Sum = Callable[[Tensor, list[Tensor]], Tensor]
@@ -28,6 +33,73 @@ _Sum = Callable[[Tensor, list[Tensor]], Tensor]
 
 CHUNK = 2**18
 """Numbers summed at a time: as many bytes as lie in a core's cache."""
+
+
+def is_whole_span(t: Tensor, span: Span | None, calls: int) -> bool:
+    """Return whether ``t`` is known to be the two ends of the span, and not differentiated.
+
+    None stands for any span. Refuses times that start elsewhere, leave the span, or turn back.
+    """
+    if span is None:
+        return len(t) == 2
+    points = values_of(t)
+    if points is None:
+        return False
+    start, end = span
+    slack = slack_of(span, t.dtype) * abs(end - start)
+    is_inside = all(min(span) - slack <= point <= max(span) + slack for point in points)
+    if abs(points[0] - start) > slack or not is_inside:
+        first, last = (repr(float(f"{time:.6g}")) for time in span)
+        fix = f"t = torch.tensor([{first}, {last}])\n"
+        if is_inside:
+            fix += (
+                f"or put the span's start in front: t = torch.cat([t.new_tensor([{first}]), t])\n"
+            )
+        raise OptionError(
+            problem=f"t goes from {points[0]:.6g} to {points[-1]:.6g}; the solver was fitted from "
+            f"{start:.6g} to {end:.6g}.",
+            expected=f"times that start at {start:.6g} and stay in that span: all weights and "
+            'times of method "bns" belong to it.',
+            fix=fix + _another_fit(points, span, slack, calls),
+        )
+    forward = 1 if end > start else -1
+    if any(forward * (after - before) < 0 for before, after in pairwise(points)):
+        raise OptionError(
+            problem="t turns back on its way.",
+            expected=f"times that only {'grow' if forward > 0 else 'fall'}.",
+            fix=f"t = t.sort(descending={forward < 0}).values",
+        )
+    return len(t) == 2 and abs(points[1] - end) <= slack and not is_differentiated(t)
+
+
+def _another_fit(points: list[float], span: Span, slack: float, calls: int) -> str:
+    """Return the call that fits a solver for these points."""
+    first, last = points[0], points[-1]
+    if first == last:  # t turns back, or is one point: no span
+        return f"or a fit from {first:.6g} on"
+    more, states = "", "at the first of the two"
+    if abs(first - span[1]) <= slack and abs(last - span[0]) <= slack:
+        (first, last), more, states = span, ', direction="reverse"', f"at {span[0]:.6g}"
+    call = f'tdh.fit(func, y0, ({first:.6g}, {last:.6g}), base="bns", steps={calls}{more})'
+    return f"or a fit of its own: {call}   # y0: states {states}"
+
+
+def slack_of(span: Span | None, dtype: torch.dtype) -> float:
+    """Return the share of a span by which the user's times of a dtype may miss it; None: any."""
+    if span is None:
+        return math.inf
+    start, end = span
+    # Times of float32 miss the ends; half precision rounds these more.
+    rounding = torch.finfo(dtype).eps if is_half(dtype) else 1e-6
+    return 1e-5 + rounding * max(abs(start), abs(end)) / abs(end - start)
+
+
+def rounding_of(span: Span | None, dtype: torch.dtype) -> float:
+    """Return the share of a span by which times of a dtype miss it by rounding alone."""
+    if span is None:
+        return math.inf
+    start, end = span
+    return 8 * torch.finfo(dtype).eps * (1 + max(abs(start), abs(end)) / abs(end - start))
 
 
 def schedule(weights: Tensor, start: Any, end: Any, dtype: torch.dtype) -> Schedule:
@@ -41,15 +113,15 @@ class ScheduleCache:
     """The last solve's schedule: a dozen small operations that a small state would notice."""
 
     def __init__(self) -> None:
-        # Key, weights, a copy of these, schedule: in one tuple, so that threads mix up none.
+        # Key, weights, their copy, schedule: one tuple, so that threads see all or none.
         self._cached: tuple[tuple[Any, ...], Tensor, Tensor, Schedule] | None = None
 
     def of(self, weights: Tensor, span: tuple[float, float], y: Tensor) -> Schedule:
         """Return the schedule for the span, made anew if anything it is made of has changed."""
         key = (y.dtype, y.device, span, weights.dtype, weights.device, weights._version)  # noqa: SLF001
         cached = self._cached
-        # What is written through ``.data`` leaves the version as it was. To look at the values
-        # of another device would wait for it.
+        # What is written through ``.data`` leaves the version as it was. To look at values of
+        # another device would wait for it.
         if (
             cached is not None
             and cached[0] == key
@@ -67,7 +139,7 @@ class ScheduleCache:
 
 
 def is_plain() -> bool:
-    """Return whether only numbers are wanted: no gradient, no graph."""
+    """Return whether no gradient is wanted, and no graph."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
@@ -198,6 +270,55 @@ class _Memory:
     def view(self, flat: Tensor) -> Tensor:
         """Return a vector as a tensor like the state."""
         return flat.view(self._shape).permute(self._inverse)
+
+
+def _hermite_weights(position: Tensor, weights: Tensor, values: Tensor, slopes: Tensor) -> Tensor:
+    """Return the weights of the derivatives in the states at some shares of the span, (m, n).
+
+    At share 1 they are the last row of ``weights`` to the last bit.
+    """
+    n = len(weights)
+    knots = torch.cat([torch.zeros_like(weights[:1]), values, weights[-1:]])
+    scaled = position.to(weights.dtype) * n
+    left = scaled.detach().floor().clamp(0, n - 1).long()
+    x = (scaled - left)[:, None]
+    of_values, of_slopes = hermite(
+        x, (knots[left], knots[left + 1]), (slopes[left], slopes[left + 1])
+    )
+    return of_values + of_slopes / n
+
+
+def dense_output(
+    t: Tensor,
+    ends: tuple[Any, Any],
+    slacks: tuple[float, float],
+    matrices: Sequence[Tensor],
+    derivatives: tuple[Tensor, Sequence[Tensor]],
+    *,
+    added: Tensor | None,
+) -> Tensor:
+    """Return the states at all m + 1 times but the first, (m, ...).
+
+    nan where ``t`` starts elsewhere or leaves the span: in a compiled or exported solve, where
+    values cannot be looked at, nothing can be raised. ``ends`` are those of the span, ``slacks``
+    the shares of it by which times miss it by rounding, and by which they may; ``matrices`` the
+    weights and the knots' values and slopes, ``derivatives`` the flat state at the start and the
+    n derivatives, ``added`` the correction at the end: it grows with the square of the share.
+    """
+    (start, end), (rounding, slack), (y, stages) = ends, slacks, derivatives
+    passed = (t - start) / (end - start)
+    share = passed[1:].to(matrices[0].dtype)
+    missed = share - share.clamp(0, 1)
+    share = share - torch.where(missed.abs() <= rounding, missed, 0).detach()
+    weights = _hermite_weights(share, *matrices) * (end - start)
+    missed = torch.cat([passed[:1], passed[1:] - passed[1:].clamp(0, 1)]).detach()
+    weights = torch.where(missed.abs().amax() > slack, torch.nan, weights).to(y.dtype)
+    matrix = torch.stack(list(stages)).reshape(len(stages), -1)
+    states: Tensor = torch.addmm(y.reshape(-1), weights, matrix).reshape(len(share), *y.shape)
+    if added is None:
+        return states
+    square: Tensor = (share**2).to(y.dtype).reshape(-1, *[1] * added.dim())
+    return states + square * added
 
 
 @torch.no_grad()

@@ -2,46 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchdiffeq_hyper._files import checked
+from torchdiffeq_hyper._rules import FLOATS, Choice, Maybe, Record, TensorOf
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_half, time_dtype
 from torchdiffeq_hyper.solvers._domain import FitDomain, Match
-from torchdiffeq_hyper.solvers._files import BNS, describe_bespoke, rebuild_bespoke
 from torchdiffeq_hyper.solvers._fit_report import FitReport
-from torchdiffeq_hyper.solvers._grid import check_times
-from torchdiffeq_hyper.solvers._solver import Solver
+from torchdiffeq_hyper.solvers._grid import STEPS, check_times
+from torchdiffeq_hyper.solvers._solver import NET, Solver, file_rules
 from torchdiffeq_hyper.solvers._stepping import Correction, cast_back, is_finite, stage_call
-from torchdiffeq_hyper.solvers.bespoke._dense_output import (
-    Knots,
-    check_knots,
-    default_knots,
-    dense_output,
-    differentiable_start,
-    is_whole_span,
-    rounding_of,
-    slack_of,
-)
 from torchdiffeq_hyper.solvers.bespoke._rollout import (
     Schedule,
     ScheduleCache,
+    dense_output,
     is_plain,
+    is_whole_span,
     raise_non_finite,
     roll_out,
+    rounding_of,
     schedule,
+    slack_of,
 )
 from torchdiffeq_hyper.solvers.bespoke._weights import (
+    Knots,
     WeightCache,
+    check_knots,
     check_weights,
     classical,
+    default_knots,
     is_differentiated,
     is_method,
     stage_times,
 )
+from torchdiffeq_hyper.tableaus import StageCall
 
+BNS = "bns"
 ORDER = 1
 """What weights that add up to the time passed guarantee, whatever they are."""
 
@@ -78,10 +78,7 @@ class BespokeSolver(Solver, kind=BNS):
         report: what the fit measured.
 
     Attributes:
-        hypernet: as given.
         steps: n, the calls of func over the span.
-        domain: as given.
-        report: as given.
 
     Raises:
         StateTypeError: weights or knots are not floating-point tensors.
@@ -97,10 +94,11 @@ class BespokeSolver(Solver, kind=BNS):
         tensor([0.3682])
     """
 
+    base = method = BNS
     follows_grid = False
     steps: int
-    describe = describe_bespoke
-    _rebuild = staticmethod(rebuild_bespoke)
+    _file_rules = file_rules(base=Choice(BNS), alpha=Choice(None), steps=STEPS, hypernet=Maybe(NET))
+    _net_prefix = "hypernet."
 
     def __init__(
         self,
@@ -123,10 +121,11 @@ class BespokeSolver(Solver, kind=BNS):
 
     @classmethod
     def classical(cls, method: str, calls: int) -> BespokeSolver:
-        """Return the solver that is some equal steps of a classical method.
+        """Return the solver that is as many equal steps of a classical method as it has calls.
 
         Where they do not come out even, a shorter method takes the calls that are left, and
-        each step is as long as the calls it has.
+        each step is as long as the calls it has: 10 calls are two steps of rk4 over two fifths
+        of the span each and one of midpoint over the last fifth.
 
         Args:
             method: "euler", "midpoint", "heun", "heun3" or "rk4", torchdiffeq's variants.
@@ -136,16 +135,6 @@ class BespokeSolver(Solver, kind=BNS):
             OptionError: the method is unknown, or has more stages than there are calls.
         """
         return cls(classical(method, calls))
-
-    @property
-    def base(self) -> str:
-        """Always "bns"."""
-        return BNS
-
-    @property
-    def method(self) -> str:
-        """Always "bns"."""
-        return BNS
 
     @property
     def _parameter(self) -> Tensor:
@@ -177,17 +166,12 @@ class BespokeSolver(Solver, kind=BNS):
 
     @property
     def span(self) -> tuple[float, float] | None:
-        """Where a solve starts and ends, None where any span will do."""
+        """Where a solve starts, and ends at most; None where any span will do."""
         if self.domain is None:
             return None
         first, last = self.domain.span
         is_along = (last > first) == (self.domain.directions[0] > 0)
         return (first, last) if is_along else (last, first)
-
-    @property
-    def is_tied_to_span(self) -> bool:
-        """Whether it serves no times but those of its span: it does where it was fitted."""
-        return self.span is not None
 
     def match(self, direction: int, start: float | None = None, end: float | None = None) -> Match:
         """Return how well the solver suits a solve: not at all outside of its span."""
@@ -234,8 +218,8 @@ class BespokeSolver(Solver, kind=BNS):
         layout = StateLayout.of(y0)
         flat = layout.join(y0)
         dtype = flat.dtype
-        ends_at_end = is_whole_span(t, self.span, self.steps)
-        t, t_dtype = check_times(t, flat), t.dtype
+        t, given = check_times(t, flat), t
+        ends_at_end = is_whole_span(given, self.span, self.steps)
         if flat.numel() == 0 or len(t) == 1:
             return layout.split(flat.unsqueeze(0).expand(len(t), *flat.shape).clone())
         if is_half(dtype):
@@ -243,7 +227,7 @@ class BespokeSolver(Solver, kind=BNS):
         start, end = self.span or (t[0], t[-1])
         call, first = stage_call(func, layout, dtype), flat
         if self.span is not None and not ends_at_end and is_differentiated(t):
-            flat = differentiable_start(call, t, self.span[0], flat)
+            flat = _differentiable_start(call, t, self.span[0], flat)
         x, stages = roll_out(call, self._schedule(start, end, flat), flat)
         added = None
         if self.hypernet is not None:
@@ -254,14 +238,33 @@ class BespokeSolver(Solver, kind=BNS):
         else:
             knots = self.get_buffer("knot_values"), self.get_buffer("knot_slopes")
             matrices = [matrix.to(flat.device) for matrix in (self.weights, *knots)]
-            slacks = rounding_of(self.span, t.dtype), slack_of(self.span, t_dtype)
+            slacks = rounding_of(self.span, t.dtype), slack_of(self.span, given.dtype)
             y = dense_output(t, (start, end), slacks, matrices, (flat, stages), added=added)
         if not is_finite(y[-1]):
             calls = schedule(self.weights.to(y.device), start, end, y.dtype)
             raise_non_finite(call, calls, first, dtype)
         return layout.split(cast_back(torch.cat([first.unsqueeze(0), y]), dtype))
 
+    def describe(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors and the JSON-ready settings that a file holds."""
+        tensors, settings = super().describe()
+        knots = {name: self.get_buffer(name) for name in ("knot_values", "knot_slopes")}
+        return {"weights": self.weights.detach(), **knots, **tensors}, settings
+
+    @classmethod
+    def _arguments(
+        cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str
+    ) -> dict[str, Any]:
+        n = settings["steps"]
+        dtype = tensors["weights"].dtype if "weights" in tensors else torch.float32
+        dtypes = (dtype,) if dtype in FLOATS else FLOATS
+        rows = {"weights": n, "knot_values": n - 1, "knot_slopes": n + 1}
+        rules = {name: TensorOf(dtypes, (m, n), is_finite=True) for name, m in rows.items()}
+        own = checked(Record(rules), tensors, f"a solver in {path!r}")
+        return {"weights": own["weights"], "knots": (own["knot_values"], own["knot_slopes"])}
+
     def _schedule(self, start: Any, end: Any, y: Tensor) -> Schedule:
+        """Return what the calls of a solve need: kept from the last one where nothing changed."""
         weights = self.weights
         if not is_plain() or self.span is None or weights.is_inference():
             return schedule(weights.to(y.device), start, end, y.dtype)
@@ -279,10 +282,23 @@ class BespokeSolver(Solver, kind=BNS):
         return self.__dict__.copy()
 
 
+def _differentiable_start(call: StageCall, t: Tensor, start: float, y: Tensor) -> Tensor:
+    r"""Return the state at the fitted start s, as a function of the time ``t[0]`` of ``y``.
+
+    .. math:: y - (t_0 - s) f(s, y)
+
+    The weights stay those of the span: :math:`t_0 - s` is 0 to rounding, its derivative is 1.
+    Costs one call of func.
+    """
+    t_dtype = time_dtype(y.dtype)
+    time = torch.full((), start, dtype=t.dtype, device=t.device)
+    return y - (t[0] - time).to(t_dtype) * call(time.to(t_dtype), y)
+
+
 def _added_at_end(
     correction: Correction, x: Tensor, stages: Sequence[Tensor], span: tuple[Any, Any]
 ) -> Tensor:
-    """Return what a hypernet of order 1 adds to the flat state at the end of the span."""
+    """Return what a hypernet adds to the flat state at the end of the span."""
     start, end = span
     # The difference before the cast: far from zero the ends are rounded to a part of the span.
     t_dtype = time_dtype(x.dtype)

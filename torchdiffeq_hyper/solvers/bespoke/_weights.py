@@ -1,12 +1,20 @@
-r"""Weights of a method over a whole span, and what keeps them so in training.
+r"""The coefficients of a bespoke solver: weights of the n derivatives, and knots between the ends.
 
 A method's weights w are lower triangular; its times :math:`c_i = \sum_j w_{ij}` never
 decrease, from 0 on, and the last one is 1. `consistent` maps any matrix to such weights, and
 those of a method to themselves. It is what is used, and differentiated, while the
 parameter may change; a frozen one that passes `violation` is used as it is.
+
+The states that the stages are taken at need not lie on the solution, only the last one. But the
+solution at any time is close to a combination of the derivatives. So the n + 1 knots of a cubic
+Hermite, at equal distances, have values and slopes
+
+.. math:: y(s_i) \approx y_0 + T \sum_j v_{ij} k_j, \qquad y'(s_i) \approx \sum_j d_{ij} k_j
 """
 
 from __future__ import annotations
+
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,8 +24,15 @@ from torchdiffeq_hyper._state import is_traced
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, closest
 from torchdiffeq_hyper.solvers._stepping import is_finite
 
+Knots: TypeAlias = tuple[Tensor, Tensor]
+"""Values (n - 1, n) at the inner knots, and slopes (n + 1, n) at all."""
+
 SLACK = 1e-6
 """By which sums of weights may miss: those of float32 do."""
+DEGREE = 3
+"""Degree of the polynomials in time that stand in for fitted knots."""
+NEAR = 1e-6
+"""Share of the span within which two times are one."""
 
 
 def stage_times(weights: Tensor) -> Tensor:
@@ -26,10 +41,7 @@ def stage_times(weights: Tensor) -> Tensor:
 
 
 def is_differentiated(tensor: Tensor) -> bool:
-    """Return whether a tensor carries a gradient or a tangent, in reverse or forward mode.
-
-    Under vmap, which hides that, it may.
-    """
+    """Return whether a tensor may carry a gradient or a tangent; vmap hides that."""
     if tensor.requires_grad and torch.is_grad_enabled():
         return True
     if torch._C._functorch.is_batchedtensor(tensor):  # noqa: SLF001 - there is no public way
@@ -38,7 +50,7 @@ def is_differentiated(tensor: Tensor) -> bool:
 
 
 def check_matrix(name: str, matrix: Tensor, fix: str, shape: tuple[int, int] | None = None) -> None:
-    """Refuse what is no finite matrix of floating-point numbers of a shape; None: square."""
+    """Refuse what is no finite floating-point matrix of a shape; None: square."""
     if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
         got = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
         raise StateTypeError(
@@ -58,7 +70,7 @@ def check_matrix(name: str, matrix: Tensor, fix: str, shape: tuple[int, int] | N
 
 
 def check_weights(weights: Tensor) -> Tensor:
-    """Return the weights of a bespoke solver, detached, if they are those of a method."""
+    """Return a copy of the weights of a bespoke solver, if they are those of a method."""
     fix = 'tdh.BespokeSolver.classical("rk4", 8)'
     check_matrix("weights", weights, fix)
     weights = weights.detach().clone()
@@ -190,11 +202,7 @@ _BY_CALLS = {1: "euler", 2: "midpoint", 3: "heun3"}
 
 
 def classical(method: str, calls: int) -> Tensor:
-    """Return the weights of as many equal steps of a method as its ``calls`` allow.
-
-    Where they do not come out even, a shorter method takes the calls that are left, and
-    each step is as long as the calls it has: 10 calls are two steps of rk4 over two
-    fifths of the span each and one of midpoint over the last fifth. (calls, calls), float64.
+    """Return the weights (calls, calls), float64, of `BespokeSolver.classical`.
 
     Example:
         >>> from torchdiffeq_hyper.solvers.bespoke import classical
@@ -230,3 +238,99 @@ def compositions(calls: int) -> dict[str, Tensor]:
     """Return the weights of all classical methods with that many calls of func, by name."""
     names = [name for name, rows in _ROWS.items() if len(rows) <= calls]
     return {name: classical(name, calls) for name in names}
+
+
+def _polynomial_knots(weights: Tensor) -> Knots:
+    """Return the knots of a low polynomial in time through the derivatives."""
+    n = len(weights)
+    times = stage_times(weights)
+    degree = min(DEGREE, len(times.unique()) - 1)
+    powers = torch.arange(degree + 1, dtype=times.dtype, device=times.device)
+    solve = torch.linalg.pinv(times[:, None] ** powers)
+    knots = torch.linspace(0, 1, n + 1, dtype=times.dtype, device=times.device)[:, None]
+    values = knots ** (powers + 1) / (powers + 1) @ solve
+    return values[1:-1].clone(), knots**powers @ solve
+
+
+def default_knots(weights: Tensor) -> Knots:
+    """Return knots without a fit: those of a composition's steps, else of a polynomial."""
+    starts = [] if weights.is_meta else step_starts(weights)
+    return _composed_knots(weights, starts) if len(starts) > 1 else _polynomial_knots(weights)
+
+
+def step_starts(weights: Tensor) -> list[int]:
+    """Return the calls of func that begin a step: all later ones start from their state.
+
+    Call m does if all later rows begin as row m - 1 does. Steps that take no time are left out.
+    """
+    n = len(weights)
+    # Leading weights that a row has in common with the one before it, then the least of all
+    # later rows.
+    common = (weights[1:] == weights[:-1]).long().cumprod(1).sum(1)
+    least = common.flip(0).cummin(0).values.flip(0).tolist() if n > 1 else []
+    times = stage_times(weights).tolist()
+    starts = [0]
+    for m in range(1, n):
+        if least[m - 1] >= m and times[starts[-1]] + NEAR < times[m] < 1 - NEAR:
+            starts.append(m)
+    return starts
+
+
+def _composed_knots(weights: Tensor, starts: list[int]) -> Knots:
+    """Return knots on the cubic Hermite through the ends of steps, which begin at ``starts``.
+
+    So what is read off has the order of the steps, up to 4. The derivative at the start of a
+    step is its first stage. At the end of the span there is none: it is that of the
+    polynomial through the states and derivatives of the last two steps and the last state.
+    """
+    n = len(weights)
+    first = torch.tensor(starts, device=weights.device)
+    values = torch.cat([torch.zeros_like(weights[:1]), weights[first[1:] - 1], weights[-1:]])
+    slopes = torch.eye(n, dtype=weights.dtype, device=weights.device)[first]
+    times = torch.cat([stage_times(weights)[first], weights.new_ones(1)])
+    last = _slope_at_end(times[-3:], values[-3:], slopes[-2:])
+    slopes = torch.cat([slopes, last[None]])
+    knots = torch.linspace(0, 1, n + 1, dtype=weights.dtype, device=weights.device)
+    left = (torch.searchsorted(times, knots, right=True) - 1).clamp(0, len(starts) - 1)
+    size = times.diff()[left][:, None]
+    x = (knots - times[left])[:, None] / size
+    y0, y1, f0, f1 = values[left], values[left + 1], slopes[left], slopes[left + 1]
+    of_values, of_slopes = hermite(x, (y0, y1), (f0, f1))
+    slope = 6 * x * (1 - x) * (y1 - y0) / size + (1 - x) * (1 - 3 * x) * f0
+    return (of_values + size * of_slopes)[1:-1].clone(), slope - x * (2 - 3 * x) * f1
+
+
+def hermite(
+    x: Tensor, values: tuple[Tensor, Tensor], slopes: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the two terms of the cubic with these values and slopes at 0 and 1.
+
+    In this form all but the last value are exactly 0 at x = 1.
+    """
+    return (
+        (1 - x) ** 2 * (1 + 2 * x) * values[0] + x**2 * (3 - 2 * x) * values[1],
+        (1 - x) ** 2 * x * slopes[0] - x**2 * (1 - x) * slopes[1],
+    )
+
+
+def _slope_at_end(times: Tensor, values: Tensor, slopes: Tensor) -> Tensor:
+    """Return the derivative at the last of three times, of the quartic through all but that one.
+
+    Values are (3, n), slopes (2, n).
+    """
+    size = times[-1] - times[-2]
+    x = ((times - times[-2]) / size)[:, None]
+    powers = torch.arange(5, dtype=times.dtype, device=times.device)
+    slope = powers * x ** (powers - 1).clamp(min=0)
+    system = torch.cat([x**powers, slope[:2]])
+    rows: Tensor = torch.linalg.solve(system.t(), slope[2])
+    return rows[:3] @ values / size + rows[3:] @ slopes
+
+
+def check_knots(knots: Knots, weights: Tensor) -> Knots:
+    """Return the knots, values and slopes, of a bespoke solver with these weights."""
+    n = len(weights)
+    fix = "tdh.BespokeSolver(weights)   # knots from a cubic in time"
+    for name, knot, rows in zip(("values", "slopes"), knots, (n - 1, n + 1), strict=True):
+        check_matrix(f"the knots' {name}", knot, fix, (rows, n))
+    return knots

@@ -10,8 +10,10 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -179,6 +181,24 @@ def checked(rule: Rule, value: object, what: str, at: str = "") -> Any:
     """
     with refused(what):
         return rule.check(value, at)
+
+
+def from_plain(hint: Any, value: Any) -> Any:
+    """Return what an annotation says, from a value read from JSON: dataclasses and tuples.
+
+    Fields that an older version did not write keep their defaults.
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
+    if is_dataclass(hint):
+        hints = get_type_hints(hint)
+        fields = {name: from_plain(hints[name], item) for name, item in value.items()}
+        return hint(**fields)  # type: ignore[operator]
+    if origin is UnionType:  # of a kind and None
+        return None if value is None else from_plain(arguments[0], value)
+    if origin is tuple:
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        return tuple(from_plain(kind, item) for kind, item in zip(kinds, value, strict=True))
+    return float(value) if hint is float else value
 
 
 def described_in(path: str | os.PathLike[str]) -> str:

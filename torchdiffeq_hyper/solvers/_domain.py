@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 from torch import Tensor
 
@@ -135,22 +134,15 @@ class FitDomain:
         None means that the hypernet gets the state as it is. Refuses a state of another kind, and
         one of which no part, or more than one, has the fitted trailing shape.
         """
-        if isinstance(y0, Tensor):
-            if self.is_tuple:
-                raise StateTypeError(
-                    problem="the solver was fitted on a tuple state, y0 is one tensor.",
-                    expected=f"a tuple of {len(self.shapes)} tensors with trailing shapes "
-                    f"{self.shapes}.",
-                    fix="odeint(func, (y0, ...), t, ...)",
-                )
-            return None
-        if self.is_tuple:
-            if len(y0) != len(self.shapes):
-                raise StateShapeError(
-                    problem=f"y0 is a tuple of {len(y0)} tensors.",
-                    expected=f"{len(self.shapes)} tensors, as the solver was fitted.",
-                    fix="tdh.fit(func, y0, ...) on states of this structure",
-                )
+        is_tensor = isinstance(y0, Tensor)
+        if self.is_tuple and (is_tensor or len(y0) != len(self.shapes)):
+            got = "one tensor" if is_tensor else f"a tuple of {len(y0)} tensors"
+            raise (StateTypeError if is_tensor else StateShapeError)(
+                problem=f"the solver was fitted on a tuple state, y0 is {got}.",
+                expected=f"{len(self.shapes)} tensors with trailing shapes {self.shapes}.",
+                fix="odeint(func, (y0, ...), t, ...)   # or a fit on states of this structure",
+            )
+        if self.is_tuple or is_tensor:
             return None
         matching = [i for i, part in enumerate(y0) if tuple(part.shape[1:]) == self.shapes[0]]
         if len(matching) != 1:
@@ -162,19 +154,6 @@ class FitDomain:
                 fix="tdh.fit(func, y0, ...) with the whole tuple as y0",
             )
         return matching[0]
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> FitDomain:
-        """Rebuild from the values of `dataclasses.asdict` after a way through JSON."""
-        return cls(
-            span=(float(data["span"][0]), float(data["span"][1])),
-            dt_min=float(data["dt_min"]),
-            dt_max=float(data["dt_max"]),
-            directions=tuple(map(int, data["directions"])),
-            shapes=tuple(tuple(map(int, shape)) for shape in data["shapes"]),
-            is_tuple=bool(data["is_tuple"]),
-            dtype=str(data["dtype"]),
-        )
 
 
 _SPAN = Such(

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torchdiffeq_hyper._fields import attributes_as_found
 from torchdiffeq_hyper._files import write_bytes
@@ -73,15 +72,9 @@ def _saved_with_derivatives(
     y0, t = example
     if shapes is not None:
         y0 = _of_odd_size(y0, shapes[0])
-    leaves, spec = tree_flatten((y0, t))
-
-    def flat(*leaves: Tensor) -> State:
-        solution: State = module(*tree_unflatten(list(leaves), spec))
-        return solution
-
     try:
-        traced = make_fx(flat, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*leaves)
-        content = _saved(_Traced(traced), (y0, t), shapes)
+        traced = make_fx(module, tracing_mode="symbolic", _allow_non_fake_inputs=True)(y0, t)
+        content = _saved(traced, (y0, t), shapes)
         program = torch.export.load(io.BytesIO(content)).module()
         with torch.no_grad():
             torch.testing.assert_close(program(y0, t), module(y0, t))
@@ -99,18 +92,6 @@ def _of_odd_size(y0: State, dims: Any) -> State:
         return part[torch.arange(size, device=part.device) % len(part)] if dim else part
 
     return map_parts(resized, y0, dims)
-
-
-class _Traced(nn.Module):
-    """A traced solve, called with a state and times again."""
-
-    def __init__(self, graph: nn.Module) -> None:
-        super().__init__()
-        self.traced = graph
-
-    def forward(self, y0: State, t: Tensor) -> State:
-        solution: State = self.traced(*tree_flatten((y0, t))[0])
-        return solution
 
 
 class _Solve(nn.Module):

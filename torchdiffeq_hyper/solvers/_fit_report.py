@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from torchdiffeq_hyper._files import from_plain
 from torchdiffeq_hyper._rules import Maybe, Real, Row, Table, Whole, record_of
 
 
@@ -231,22 +232,8 @@ class FitReport:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> FitReport:
         """Rebuild from `to_dict`'s values; what an older version did not write stays unset."""
-        losses = tuple(LossPoint(**point) for point in data["losses"])
-        rebuilt: dict[str, Any] = {"losses": losses, "notes": tuple(data.get("notes", ()))}
-        for name, kind in (
-            ("break_even", BreakEven),
-            ("errors", ErrorSummary),
-            ("base_errors", ErrorSummary),
-            ("along", ErrorSummary),
-        ):
-            rebuilt[name] = None if data.get(name) is None else kind(**data[name])
-        if data.get("rival") is not None:
-            rival = data["rival"]
-            pair = {name: ErrorSummary(**rival[name]) for name in ("errors", "own_errors")}
-            rebuilt["rival"] = Rival(**{**rival, **pair})
-        if data.get("worst_time") is not None:
-            rebuilt["worst_time"] = tuple(data["worst_time"])
-        return cls(**{**data, **rebuilt})
+        report: FitReport = from_plain(cls, data)
+        return report
 
 
 def _ratio(base: float, own: float) -> str:

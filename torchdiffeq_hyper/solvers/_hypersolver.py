@@ -13,25 +13,11 @@ from torchdiffeq_hyper._files import damage_reported
 from torchdiffeq_hyper._rules import Maybe, Real, Text, Value
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_half
 from torchdiffeq_hyper.methods import _registry
+from torchdiffeq_hyper.solvers import _grid, _stepping
 from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers._fit_report import FitReport
-from torchdiffeq_hyper.solvers._grid import (
-    STEPS,
-    Steps,
-    check_steps,
-    check_times,
-    equal_steps,
-    step_sizes,
-)
+from torchdiffeq_hyper.solvers._grid import STEPS, Steps
 from torchdiffeq_hyper.solvers._solver import NET, Solver, file_rules
-from torchdiffeq_hyper.solvers._stepping import (
-    Step,
-    cast_back,
-    integrate,
-    is_finite,
-    raise_non_finite,
-    stage_call,
-)
 from torchdiffeq_hyper.tableaus import Tableau
 
 
@@ -100,7 +86,7 @@ class HyperSolver(Solver, kind="hypersolver", loads_all=True):
     ) -> None:
         tableau = _registry.find_tableau(base, alpha)
         check_hypernet(hypernet)
-        super().__init__(hypernet, check_steps(steps), domain, report)
+        super().__init__(hypernet, _grid.check_steps(steps), domain, report)
         self.tableau: Tableau = tableau
 
     @property
@@ -139,27 +125,23 @@ class HyperSolver(Solver, kind="hypersolver", loads_all=True):
         layout = StateLayout.of(y0)
         flat = layout.join(y0)
         dtype = flat.dtype
-        grid = equal_steps(check_times(t, flat), self.n_steps)
+        grid = _grid.equal_steps(_grid.check_times(t, flat), self.n_steps)
         n_points = len(t)
         if flat.numel() == 0 or len(grid) == 1:
             return layout.split(flat.unsqueeze(0).expand(n_points, *flat.shape).clone())
         if is_half(dtype):
             flat = flat.float()
-        call = stage_call(func, layout, dtype)
+        call = _stepping.stage_call(func, layout, dtype)
         correction = self._correction(self.tableau.order, func, y0, layout, flat)
-        step = Step(self.tableau, call, correction)
-        sizes = step_sizes(grid, are_equal=n_points == 2)
-        readable = None
-        if n_points > 2:
-            readable = (
-                f'torchdiffeq.odeint(func, y0, t, method="{self.method}", '
-                'options={"solver": solver, {options}})'
-            )
-        self.warn_outside_fit(sizes, readable=readable)
-        states = integrate(step, grid, sizes, flat, ends_only=n_points == 2)
-        if not is_finite(states[-1]):
-            raise_non_finite(step, zip(grid[:-1], grid[1:], strict=True), flat, dtype)
-        return layout.split(cast_back(torch.stack(states), dtype))
+        step = _stepping.Step(self.tableau, call, correction)
+        sizes = _grid.step_sizes(grid, are_equal=n_points == 2)
+        readable = f'torchdiffeq.odeint(func, y0, t, method="{self.method}", '
+        readable += 'options={"solver": solver, {options}})'
+        self.warn_outside_fit(sizes, readable=readable if n_points > 2 else None)
+        states = _stepping.integrate(step, grid, sizes, flat, ends_only=n_points == 2)
+        if not _stepping.is_finite(states[-1]):
+            _stepping.raise_non_finite(step, zip(grid[:-1], grid[1:], strict=True), flat, dtype)
+        return layout.split(_stepping.cast_back(torch.stack(states), dtype))
 
     @classmethod
     def _arguments(
@@ -168,11 +150,8 @@ class HyperSolver(Solver, kind="hypersolver", loads_all=True):
         with damage_reported(path):
             _registry.find_tableau(settings["base"], settings["alpha"])
         steps = settings["steps"]
-        return {
-            "base": settings["base"],
-            "alpha": settings["alpha"],
-            "steps": tuple(steps) if isinstance(steps, list) else steps,
-        }
+        steps = tuple(steps) if isinstance(steps, list) else steps
+        return {"base": settings["base"], "alpha": settings["alpha"], "steps": steps}
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the tableau's closures."""

@@ -13,17 +13,8 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from torchdiffeq_hyper import _files
 from torchdiffeq_hyper._fields import context_of
-from torchdiffeq_hyper._files import (
-    HEADER,
-    checked,
-    damage_reported,
-    described_in,
-    read,
-    read_metadata,
-    tensors_under,
-    write,
-)
 from torchdiffeq_hyper._rules import Maybe, Record, Rule, Tagged, Text, under
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField
 from torchdiffeq_hyper.errors import BaseMismatchError, OutsideFitWarning
@@ -53,8 +44,9 @@ NET = Tagged({**ARCHITECTURES, "custom": _CUSTOM})
 
 def file_rules(base: Rule, alpha: Rule, steps: Rule, hypernet: Rule) -> Record:
     """Return the rules for the settings in a solver's file."""
-    fields = {"base": base, "alpha": alpha, "steps": steps, "hypernet": hypernet}
-    return Record({"domain": Maybe(DOMAIN), "report": Maybe(REPORT), **fields}, optional=HEADER)
+    rules = {"base": base, "alpha": alpha, "steps": steps, "hypernet": hypernet}
+    rules |= {"domain": Maybe(DOMAIN), "report": Maybe(REPORT)}
+    return Record(rules, optional=_files.HEADER)
 
 
 class Solver(nn.Module, ABC):
@@ -237,26 +229,27 @@ class Solver(nn.Module, ABC):
         file, for messages. Raises what `load` raises.
         """
         path = os.fspath(path)
-        found = checked(cls._file_rules, settings, described_in(path), at)
-        weights = tensors_under(cls._net_prefix, tensors)
+        what = _files.described_in(path)
+        found = _files.checked(cls._file_rules, settings, what, at)
+        weights = _files.tensors_under(cls._net_prefix, tensors)
         others = {k: v for k, v in tensors.items() if not k.startswith(cls._net_prefix)}
-        domain, report, net = found["domain"], found["report"], found["hypernet"]
+        net = found["hypernet"]
         arguments = cls._arguments(found, others, path)
         if net is not None:
             net = match(net, weights, hypernet, path, under(at, "hypernet"))
         else:
-            checked(Record({}), weights, described_in(path), "hypernet")
+            _files.checked(Record({}), weights, what, "hypernet")
             if hypernet is not None and hypernet is not UNSEEN:
                 raise BaseMismatchError(
                     problem=f"{path!r} holds a solver without a hypernet.",
                     expected="no instance to load one into.",
                     fix=f"tdh.HyperSolver.load({path!r})",
                 )
-        with damage_reported(path):
+        with _files.damage_reported(path):
             solver = cls(
                 hypernet=net,
-                domain=None if domain is None else FitDomain.from_dict(domain),
-                report=None if report is None else FitReport.from_dict(report),
+                domain=_files.from_plain(FitDomain | None, found["domain"]),
+                report=_files.from_plain(FitReport | None, found["report"]),
                 **arguments,
             )
         return solver, None if net is None else (net, weights, hypernet is not None)
@@ -266,8 +259,8 @@ class Solver(nn.Module, ABC):
         cls, path: str | os.PathLike[str]
     ) -> tuple[type[Solver], dict[str, Tensor], dict[str, Any]]:
         """Return the class of the solver in a file, its tensors and its settings, unchecked."""
-        owner = solver_class(read_metadata(path)["kind"]) if cls._loads_all else cls
-        return owner, *read(path, owner.kind)
+        owner = solver_class(_files.read_metadata(path)["kind"]) if cls._loads_all else cls
+        return owner, *_files.read(path, owner.kind)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the solver to one safetensors file; an old one stays until it is complete.
@@ -280,7 +273,7 @@ class Solver(nn.Module, ABC):
             FileWriteError: the file cannot be written; nothing half-written is left.
         """
         tensors, settings = self.describe()
-        write(path, tensors, self.kind, settings)
+        _files.write(path, tensors, self.kind, settings)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], hypernet: nn.Module | None = None) -> Solver:

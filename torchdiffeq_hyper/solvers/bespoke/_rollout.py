@@ -94,7 +94,7 @@ def slack_of(span: Span | None, dtype: torch.dtype) -> float:
     return 1e-5 + rounding * max(abs(start), abs(end)) / abs(end - start)
 
 
-def rounding_of(span: Span | None, dtype: torch.dtype) -> float:
+def _rounding_of(span: Span | None, dtype: torch.dtype) -> float:
     """Return the share of a span by which times of a dtype miss it by rounding alone."""
     if span is None:
         return math.inf
@@ -212,30 +212,25 @@ class _Chunks:
     def __init__(self, y: Tensor) -> None:
         self._y = y
         self._memory = _Memory(y)
-        self._add = _add_up if is_plain() else _LinearSum.apply
+        self._add = _LinearSum.forward if is_plain() else _LinearSum.apply
 
     def __call__(self, row: Tensor, stages: list[Tensor]) -> Tensor:
         x: Tensor = self._add(self._memory, row.tolist(), self._y, *stages)
         return x
 
 
-def _add_up(memory: _Memory, weights: list[float], y: Tensor, *stages: Tensor) -> Tensor:
-    """Return y plus the weighted derivatives."""
-    start, *chunks = (memory.flat(tensor).split(CHUNK) for tensor in (y, *stages))
-    flat = y.new_empty(y.numel())
-    for part, out in enumerate(flat.split(CHUNK)):
-        torch.add(start[part], chunks[0][part], alpha=weights[0], out=out)
-        for weight, chunk in zip(weights[1:], chunks[1:], strict=True):
-            out.add_(chunk[part], alpha=weight)
-    return memory.view(flat)
-
-
 class _LinearSum(torch.autograd.Function):
-    """`_add_up` for autograd: linear, so that nothing needs to be kept."""
+    """y plus the weighted derivatives; linear, so that nothing needs to be kept."""
 
     @staticmethod
     def forward(memory: _Memory, weights: list[float], y: Tensor, *stages: Tensor) -> Tensor:
-        return _add_up(memory, weights, y, *stages)
+        start, *chunks = (memory.flat(tensor).split(CHUNK) for tensor in (y, *stages))
+        flat = y.new_empty(y.numel())
+        for part, out in enumerate(flat.split(CHUNK)):
+            torch.add(start[part], chunks[0][part], alpha=weights[0], out=out)
+            for weight, chunk in zip(weights[1:], chunks[1:], strict=True):
+                out.add_(chunk[part], alpha=weight)
+        return memory.view(flat)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -290,8 +285,8 @@ def _hermite_weights(position: Tensor, weights: Tensor, values: Tensor, slopes: 
 
 def dense_output(
     t: Tensor,
-    ends: tuple[Any, Any],
-    slacks: tuple[float, float],
+    span: Span | None,
+    given_dtype: torch.dtype,
     matrices: Sequence[Tensor],
     derivatives: tuple[Tensor, Sequence[Tensor]],
     *,
@@ -300,12 +295,13 @@ def dense_output(
     """Return the states at all m + 1 times but the first, (m, ...).
 
     nan where ``t`` starts elsewhere or leaves the span: in a compiled or exported solve, where
-    values cannot be looked at, nothing can be raised. ``ends`` are those of the span, ``slacks``
-    the shares of it by which times miss it by rounding, and by which they may; ``matrices`` the
-    weights and the knots' values and slopes, ``derivatives`` the flat state at the start and the
-    n derivatives, ``added`` the correction at the end: it grows with the square of the share.
+    values cannot be looked at, nothing can be raised. ``given_dtype`` is that of the user's times;
+    ``matrices`` are the weights and the knots' values and slopes, ``derivatives`` the flat state
+    at the start and the n derivatives, ``added`` the correction at the end: it grows with the
+    square of the share of the span.
     """
-    (start, end), (rounding, slack), (y, stages) = ends, slacks, derivatives
+    (start, end), (y, stages) = span or (t[0], t[-1]), derivatives
+    rounding, slack = _rounding_of(span, t.dtype), slack_of(span, given_dtype)
     passed = (t - start) / (end - start)
     share = passed[1:].to(matrices[0].dtype)
     missed = share - share.clamp(0, 1)

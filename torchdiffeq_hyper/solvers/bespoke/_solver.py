@@ -16,29 +16,7 @@ from torchdiffeq_hyper.solvers._fit_report import FitReport
 from torchdiffeq_hyper.solvers._grid import STEPS, check_times
 from torchdiffeq_hyper.solvers._solver import NET, Solver, file_rules
 from torchdiffeq_hyper.solvers._stepping import Correction, cast_back, is_finite, stage_call
-from torchdiffeq_hyper.solvers.bespoke._rollout import (
-    Schedule,
-    ScheduleCache,
-    dense_output,
-    is_plain,
-    is_whole_span,
-    raise_non_finite,
-    roll_out,
-    rounding_of,
-    schedule,
-    slack_of,
-)
-from torchdiffeq_hyper.solvers.bespoke._weights import (
-    Knots,
-    WeightCache,
-    check_knots,
-    check_weights,
-    classical,
-    default_knots,
-    is_differentiated,
-    is_method,
-    stage_times,
-)
+from torchdiffeq_hyper.solvers.bespoke import _rollout, _weights
 from torchdiffeq_hyper.tableaus import StageCall
 
 BNS = "bns"
@@ -86,8 +64,7 @@ class BespokeSolver(Solver, kind=BNS):
         OptionError: not finite or lower triangular, or the times decrease or leave the span.
 
     Example:
-        >>> import torch
-        >>> import torchdiffeq_hyper as tdh
+        >>> import torch, torchdiffeq_hyper as tdh
         >>> solver = tdh.BespokeSolver.classical("rk4", 8)
         >>> y = solver.solve(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]))
         >>> y[-1]
@@ -105,19 +82,19 @@ class BespokeSolver(Solver, kind=BNS):
         weights: Tensor,
         *,
         hypernet: Hypernet | None = None,
-        knots: Knots | None = None,
+        knots: _weights.Knots | None = None,
         domain: FitDomain | None = None,
         report: FitReport | None = None,
     ) -> None:
-        checked = check_weights(weights)
+        checked = _weights.check_weights(weights)
         super().__init__(hypernet, len(checked), domain, report)
         # Not registered as usual: torch takes the name of a property for taken.
         self._parameters["weights"] = nn.Parameter(checked, requires_grad=False)
-        values, slopes = default_knots(checked) if knots is None else check_knots(knots, checked)
+        values, slopes = _weights.knots_of(checked, knots)
         self.register_buffer("knot_values", values)
         self.register_buffer("knot_slopes", slopes)
-        self._schedules = ScheduleCache()
-        self._in_use = WeightCache()
+        self._schedules = _rollout.ScheduleCache()
+        self._in_use = _weights.WeightCache()
 
     @classmethod
     def classical(cls, method: str, calls: int) -> BespokeSolver:
@@ -134,7 +111,7 @@ class BespokeSolver(Solver, kind=BNS):
         Raises:
             OptionError: the method is unknown, or has more stages than there are calls.
         """
-        return cls(classical(method, calls))
+        return cls(_weights.classical(method, calls))
 
     @property
     def _parameter(self) -> Tensor:
@@ -181,7 +158,7 @@ class BespokeSolver(Solver, kind=BNS):
         if span is None or start is None:
             return found
         # Times may come in half precision; `solve`, which knows, looks closer.
-        slack = slack_of(span, torch.bfloat16) * abs(span[1] - span[0])
+        slack = _rollout.slack_of(span, torch.bfloat16) * abs(span[1] - span[0])
         last = span[0] if end is None else end
         is_inside = min(span) - slack <= last <= max(span) + slack
         return found if abs(start - span[0]) <= slack and is_inside else Match.NONE
@@ -189,7 +166,7 @@ class BespokeSolver(Solver, kind=BNS):
     @property
     def times(self) -> Tensor:
         """The share of the span passed at each call of func, (n,)."""
-        return stage_times(self.weights)
+        return _weights.stage_times(self.weights)
 
     def extra_repr(self) -> str:
         """Return what ``repr`` shows besides the net."""
@@ -200,35 +177,32 @@ class BespokeSolver(Solver, kind=BNS):
     ) -> State:
         """Solve dy/dt = func(t, y) over the fitted span, without a host: see `Solver.solve`.
 
-        Costs n calls of func, wherever the points of ``t`` lie, and one of g. Without
-        autograd it keeps n derivatives. Gradients flow to every point of ``t``: the first
-        costs one more call where the span is fitted, and second derivatives by it alone are
-        not those of the solution. ``t`` starts where the fitted span does and stays in it; a
-        compiled or exported solve cannot raise: outside, it gives nan. ``rtol`` and ``atol``
-        are ignored: there is no error estimate.
+        Costs n calls of func, wherever the points of ``t`` lie, and one of g; keeps n
+        derivatives. Gradients flow to every point of ``t``: the first costs one more call where
+        the span is fitted, and second derivatives by it alone are not those of the solution. A
+        compiled or exported solve cannot raise: where ``t`` leaves the span, it gives nan.
+        ``rtol`` and ``atol`` are ignored: there is no error estimate.
 
         Example:
-            >>> import torch
-            >>> import torchdiffeq_hyper as tdh
+            >>> import torch, torchdiffeq_hyper as tdh
             >>> solver = tdh.BespokeSolver.classical("heun3", 6)
-            >>> t = torch.linspace(0, 1, 5)
-            >>> solver.solve(lambda t, y: -y, torch.ones(2), t).shape
+            >>> solver.solve(lambda t, y: -y, torch.ones(2), torch.linspace(0, 1, 5)).shape
             torch.Size([5, 2])
         """
         layout = StateLayout.of(y0)
         flat = layout.join(y0)
         dtype = flat.dtype
         t, given = check_times(t, flat), t
-        ends_at_end = is_whole_span(given, self.span, self.steps)
+        ends_at_end = _rollout.is_whole_span(given, self.span, self.steps)
         if flat.numel() == 0 or len(t) == 1:
             return layout.split(flat.unsqueeze(0).expand(len(t), *flat.shape).clone())
         if is_half(dtype):
             flat = flat.float()
         start, end = self.span or (t[0], t[-1])
         call, first = stage_call(func, layout, dtype), flat
-        if self.span is not None and not ends_at_end and is_differentiated(t):
+        if self.span is not None and not ends_at_end and _weights.is_differentiated(t):
             flat = _differentiable_start(call, t, self.span[0], flat)
-        x, stages = roll_out(call, self._schedule(start, end, flat), flat)
+        x, stages = _rollout.roll_out(call, self._schedule(start, end, flat), flat)
         added = None
         if self.hypernet is not None:
             correction = self._correction(ORDER, func, y0, layout, flat)
@@ -238,11 +212,12 @@ class BespokeSolver(Solver, kind=BNS):
         else:
             knots = self.get_buffer("knot_values"), self.get_buffer("knot_slopes")
             matrices = [matrix.to(flat.device) for matrix in (self.weights, *knots)]
-            slacks = rounding_of(self.span, t.dtype), slack_of(self.span, given.dtype)
-            y = dense_output(t, (start, end), slacks, matrices, (flat, stages), added=added)
+            y = _rollout.dense_output(
+                t, self.span, given.dtype, matrices, (flat, stages), added=added
+            )
         if not is_finite(y[-1]):
-            calls = schedule(self.weights.to(y.device), start, end, y.dtype)
-            raise_non_finite(call, calls, first, dtype)
+            calls = _rollout.schedule(self.weights.to(y.device), start, end, y.dtype)
+            _rollout.raise_non_finite(call, calls, first, dtype)
         return layout.split(cast_back(torch.cat([first.unsqueeze(0), y]), dtype))
 
     def describe(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -263,17 +238,17 @@ class BespokeSolver(Solver, kind=BNS):
         own = checked(Record(rules), tensors, f"a solver in {path!r}")
         return {"weights": own["weights"], "knots": (own["knot_values"], own["knot_slopes"])}
 
-    def _schedule(self, start: Any, end: Any, y: Tensor) -> Schedule:
+    def _schedule(self, start: Any, end: Any, y: Tensor) -> _rollout.Schedule:
         """Return what the calls of a solve need: kept from the last one where nothing changed."""
         weights = self.weights
-        if not is_plain() or self.span is None or weights.is_inference():
-            return schedule(weights.to(y.device), start, end, y.dtype)
+        if not _rollout.is_plain() or self.span is None or weights.is_inference():
+            return _rollout.schedule(weights.to(y.device), start, end, y.dtype)
         return self._schedules.of(weights, self.span, y)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """Load as any module does; weights may come from the middle of a training."""
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if prefix + "weights" in state_dict and not is_method(self._parameter.detach()):
+        if prefix + "weights" in state_dict and not _weights.is_method(self._parameter.detach()):
             self._in_use.is_fixed = False
 
     def __getstate__(self) -> dict[str, Any]:

@@ -327,10 +327,12 @@ def _slope_at_end(times: Tensor, values: Tensor, slopes: Tensor) -> Tensor:
     return rows[:3] @ values / size + rows[3:] @ slopes
 
 
-def check_knots(knots: Knots, weights: Tensor) -> Knots:
-    """Return the knots, values and slopes, of a bespoke solver with these weights."""
+def knots_of(weights: Tensor, given: Knots | None) -> Knots:
+    """Return the knots of a bespoke solver: those given, checked, or the default ones."""
+    if given is None:
+        return default_knots(weights)
     n = len(weights)
     fix = "tdh.BespokeSolver(weights)   # knots from a cubic in time"
-    for name, knot, rows in zip(("values", "slopes"), knots, (n - 1, n + 1), strict=True):
+    for name, knot, rows in zip(("values", "slopes"), given, (n - 1, n + 1), strict=True):
         check_matrix(f"the knots' {name}", knot, fix, (rows, n))
-    return knots
+    return given

@@ -18,7 +18,7 @@ from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.tableaus import Edge, StageCall, Tableau
 
 PLUGIN = "hyperralston3"
-METHODS = [m.name for m in _registry.methods().values() if m.is_learned and m.follows_grid]
+METHODS = [m.name for m in _registry.methods().values() if m.corrects_base and m.follows_grid]
 
 
 def _ralston3(

@@ -19,7 +19,7 @@ from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._stepping import is_power_in_range, power_factors
 from torchdiffeq_hyper.tableaus import Tableau
 
-LEARNED = [m.name for m in _registry.methods().values() if m.is_learned]
+LEARNED = [m.name for m in _registry.methods().values() if m.corrects_base]
 HALVES = [torch.float16, torch.bfloat16]
 TIMES = [*HALVES, torch.float32, torch.float64]
 STATES = [*TIMES, torch.complex64, torch.complex128]

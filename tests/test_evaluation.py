@@ -32,7 +32,7 @@ from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.recording import median_seconds
 
 SPAN = (0.0, 1.0)
-LEARNED = [method for method in _registry.methods().values() if method.is_learned]
+LEARNED = [method for method in _registry.methods().values() if method.corrects_base]
 
 
 def forced_decay(t: Tensor, y: Tensor) -> Tensor:

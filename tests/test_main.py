@@ -60,6 +60,9 @@ def test_every_registered_method_is_listed_with_what_it_declares(
         grid, learned = ("yes" if v else "no" for v in (method.follows_grid, method.is_learned))
         declared = [str(method.order), str(method.calls_per_step), grid, learned, method.owner]
         assert line.split()[1:] == declared
+    learned = {name for name, method in methods.items() if method.is_learned}
+    assert {"hypereuler", "bns", "dise", "decay-fast"} <= learned
+    assert "dopri5_per_sample" not in learned
 
 
 def test_module_runs_as_a_command() -> None:

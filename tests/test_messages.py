@@ -20,7 +20,7 @@ T = torch.tensor([0.0, 1.0])
 Y0 = torch.ones(4, 2)
 PAIR = (torch.ones(4, 2), torch.ones(4))
 QUICK = tdh.FitConfig(iterations=4, pretrain_iterations=2)
-LEARNED = [name for name, method in _registry.methods().items() if method.is_learned]
+LEARNED = [name for name, method in _registry.methods().items() if method.corrects_base]
 
 
 def _fix(error: BaseException) -> str:

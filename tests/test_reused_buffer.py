@@ -17,7 +17,7 @@ from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.regularizers import local_error_penalty
 from torchdiffeq_hyper.solvers.bespoke import _rollout
 
-LEARNED = [m.name for m in _registry.methods().values() if m.is_learned]
+LEARNED = [m.name for m in _registry.methods().values() if m.corrects_base]
 GRIDS = {"forward": torch.linspace(0.2, 1.4, 7), "reverse": torch.linspace(1.4, 0.2, 7)}
 
 

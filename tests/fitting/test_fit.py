@@ -17,7 +17,7 @@ from torchdiffeq_hyper.fitting import _report
 from torchdiffeq_hyper.fitting._objectives import no_correction
 from torchdiffeq_hyper.methods._registry import methods
 
-BASES = [method.tableau.name for method in methods().values() if method.is_learned]
+BASES = [method.tableau.name for method in methods().values() if method.corrects_base]
 CONFIG = tdh.FitConfig(iterations=160, pretrain_iterations=40, swap_every=5)
 
 

@@ -46,7 +46,7 @@ def draw(name: str, seed: int, number: int) -> Draw:
     rng = random.Random(f"{name} {seed} {number}")
     torch.manual_seed(rng.getrandbits(32))
     method = _registry.find(name)
-    is_ours = method.is_learned or method.kind is not None
+    is_ours = method.corrects_base or method.kind is not None
     # A plugin's own solver class is as good in half precision as the plugin makes it.
     dtype = rng.choice(DTYPES if is_ours else DTYPES[:8])
     shape = "large" if rng.random() < (0.02 if name == "bns" else 0.002) else rng.choice(USUAL)

@@ -78,7 +78,7 @@ class Draw:
     @property
     def is_plugins(self) -> bool:
         """Whether the method is a plugin's own solver class, with nothing of ours in it."""
-        return not self.method.is_learned and self.method.kind is None
+        return not self.method.corrects_base and self.method.kind is None
 
     @property
     def tells_samples_apart(self) -> bool:

@@ -23,7 +23,7 @@ from torchdyn_stubs import Field
 
 T = torch.tensor([0.0, 1.0], dtype=torch.float64)
 Y0 = torch.linspace(-1, 1.5, 12, dtype=torch.float64).reshape(6, 2)
-LEARNED = [m.name for m in _registry.methods().values() if m.is_learned and m.follows_grid]
+LEARNED = [m.name for m in _registry.methods().values() if m.corrects_base and m.follows_grid]
 
 Bind: TypeAlias = Callable[[Any, list[Any]], Any]
 

@@ -18,7 +18,7 @@ from stubs import MLPField, convergence_order, coupled, coupled_start
 from torchdiffeq_hyper.errors import AdjointWarning
 from torchdiffeq_hyper.methods import _registry
 
-LEARNED = [m.name for m in _registry.methods().values() if m.is_learned]
+LEARNED = [m.name for m in _registry.methods().values() if m.corrects_base]
 
 
 class SmallNet(nn.Module):

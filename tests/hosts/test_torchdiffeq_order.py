@@ -15,7 +15,7 @@ from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.tableaus import second_order
 
 GRID = [m.name for m in _registry.methods().values() if m.follows_grid]
-LEARNED = [m.name for m in _registry.methods().values() if m.follows_grid and m.is_learned]
+LEARNED = [m.name for m in _registry.methods().values() if m.follows_grid and m.corrects_base]
 SPANS = {"forward": (0.3, 1.8), "reverse": (1.8, 0.3)}
 STEPS = (8, 16, 32, 64)
 
@@ -35,7 +35,7 @@ def _slope(method: str, span: tuple[float, float], options: dict[str, Any]) -> f
 @pytest.mark.parametrize("method", GRID)
 def test_method_without_correction_has_the_declared_order(method: str, span: str) -> None:
     entry = _registry.find(method)
-    options = {"hypernet": zero} if entry.is_learned else {}
+    options = {"hypernet": zero} if entry.corrects_base else {}
     assert _slope(method, SPANS[span], options) == pytest.approx(entry.order, abs=0.2)
 
 

@@ -22,7 +22,7 @@ from torchdyn_stubs import Field, SmallNet, Spiral, times
 
 pytestmark = pytest.mark.filterwarnings("ignore:torchdyn returns the times")
 
-LEARNED = [m.name for m in _registry.methods().values() if m.is_learned]
+LEARNED = [m.name for m in _registry.methods().values() if m.corrects_base]
 SPANS = {
     "forward": times(0.2, 1.1),
     "reverse": times(1.1, 0.2),

@@ -160,7 +160,7 @@ class Candidate:
 
     def _check_tolerances(self) -> None:
         entry = _registry.methods().get(self.method)
-        is_learned = self.solver is not None or (entry is not None and entry.is_learned)
+        is_learned = self.solver is not None or (entry is not None and entry.corrects_base)
         for name, value in (("rtol", self.rtol), ("atol", self.atol)):
             if value is None:
                 continue

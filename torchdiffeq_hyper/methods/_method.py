@@ -81,7 +81,12 @@ class Method(ABC):
 
     @property
     def is_learned(self) -> bool:
-        """Whether the method corrects a base with a hypernet."""
+        """Whether the method solves with a fitted part."""
+        return self.option is not None
+
+    @property
+    def corrects_base(self) -> bool:
+        """Whether it corrects a base with a hypernet, step by step."""
         return self.tableau is not None
 
     @abstractmethod

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchdiffeq_hyper._fields import check_hypernet
 from torchdiffeq_hyper._files import damage_reported
 from torchdiffeq_hyper._rules import Maybe, Real, Text, Value
-from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_half
+from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, stepped_dtype
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers import _grid, _stepping
 from torchdiffeq_hyper.solvers._domain import FitDomain
@@ -129,8 +129,7 @@ class HyperSolver(Solver, kind="hypersolver", loads_all=True):
         n_points = len(t)
         if flat.numel() == 0 or len(grid) == 1:
             return layout.split(flat.unsqueeze(0).expand(n_points, *flat.shape).clone())
-        if is_half(dtype):
-            flat = flat.float()
+        flat = flat.to(stepped_dtype(dtype))
         call = _stepping.stage_call(func, layout, dtype)
         correction = self._correction(self.tableau.order, func, y0, layout, flat)
         step = _stepping.Step(self.tableau, call, correction)

@@ -163,17 +163,13 @@ class Solver(nn.Module, ABC):
         return None
 
     def match(self, direction: int, start: float | None = None, end: float | None = None) -> Match:
-        """Return how well the solver suits a solve: see `FitDomain.match`.
-
-        Without a domain it suits every solve.
-        """
+        """Return how well the solver suits a solve: see `FitDomain.match`; without one, well."""
         return Match.SPAN if self.domain is None else self.domain.match(direction, start, end)
 
     def warn_outside_fit(self, dt: Tensor, sign: int = 1, readable: str | None = None) -> None:
         """Warn, once a kind, of step sizes outside the fit: see `FitDomain.outside`."""
-        if self.domain is None or torch.compiler.is_compiling():
-            return
-        if self._warned >= {"direction", "dt" if readable is None else "points"}:
+        has_all = self._warned >= {"direction", "dt" if readable is None else "points"}
+        if self.domain is None or torch.compiler.is_compiling() or has_all:
             return
         for kind, text in self.domain.outside(dt, sign, readable).items():
             if kind not in self._warned:
@@ -192,8 +188,7 @@ class Solver(nn.Module, ABC):
         """Return the learned term of one solve, for a base of that order."""
         assert self.hypernet is not None
         part = None if self.domain is None else self.domain.corrected_part(y0)
-        context = context_of(func)
-        return Correction(self.hypernet, order, layout, flat, part=part, context=context)
+        return Correction(self.hypernet, order, layout, flat, part=part, context=context_of(func))
 
     def describe(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors and the JSON-ready settings that a file holds."""

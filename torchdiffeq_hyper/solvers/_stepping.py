@@ -122,7 +122,7 @@ class Correction:
 
         One device sync. Without it the factors are always p + 1.
         """
-        dtype = stepped_dtype(y, sizes)
+        dtype = wider_dtype(y, sizes)
         self._is_in_range = is_power_in_range(sizes / self.time_unit, self._power, dtype)
 
     def factors(self, dt: Tensor, dtype: torch.dtype) -> Factors:
@@ -154,8 +154,8 @@ class Correction:
         return torch.cat([dy[:start], corrected, dy[end:]])
 
 
-def stepped_dtype(y: Tensor, times: Tensor) -> torch.dtype:
-    """Return the dtype of the steps: a 0-d state takes that of wider times, as in the host."""
+def wider_dtype(y: Tensor, times: Tensor) -> torch.dtype:
+    """Return the dtype of a state after a step: a 0-d one takes that of wider times, as hosts."""
     return y.dtype if y.dim() else torch.promote_types(y.dtype, times.dtype)
 
 
@@ -203,7 +203,7 @@ def integrate(
     """Return the flat states on a grid of times with these differences; or those at its ends."""
     assert step.correction is not None
     step.correction.look_at(sizes, y0)
-    all_factors = step.correction.factors(sizes, stepped_dtype(y0, sizes))
+    all_factors = step.correction.factors(sizes, wider_dtype(y0, sizes))
     each_factors = zip(*(factor.unbind() for factor in all_factors), strict=True)
     times, dts = grid.unbind(), sizes.unbind()
     y, states = y0, [y0]

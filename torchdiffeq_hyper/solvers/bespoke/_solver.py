@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from torchdiffeq_hyper._files import checked
 from torchdiffeq_hyper._rules import FLOATS, Choice, Maybe, Record, TensorOf
-from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_half, time_dtype
+from torchdiffeq_hyper._state import (
+    Hypernet,
+    State,
+    StateLayout,
+    VectorField,
+    stepped_dtype,
+    time_dtype,
+)
 from torchdiffeq_hyper.solvers._domain import FitDomain, Match
 from torchdiffeq_hyper.solvers._fit_report import FitReport
 from torchdiffeq_hyper.solvers._grid import STEPS, check_times
@@ -196,8 +203,7 @@ class BespokeSolver(Solver, kind=BNS):
         ends_at_end = _rollout.is_whole_span(given, self.span, self.steps)
         if flat.numel() == 0 or len(t) == 1:
             return layout.split(flat.unsqueeze(0).expand(len(t), *flat.shape).clone())
-        if is_half(dtype):
-            flat = flat.float()
+        flat = flat.to(stepped_dtype(dtype))
         start, end = self.span or (t[0], t[-1])
         call, first = stage_call(func, layout, dtype), flat
         if self.span is not None and not ends_at_end and _weights.is_differentiated(t):

@@ -189,9 +189,8 @@ def resolve(
 def find_bound(func: VectorField, method: str, times: Times) -> Fitted | None:
     """Return the solver for ``method`` attached to ``func`` or in scope, else None.
 
-    The times are looked at only where several solvers come into question; refused is then
-    what none of them serves, and times without values (compiled, under vmap) that would tell
-    them apart.
+    Of several it is chosen by the times, which are refused where none serves them, or where they
+    have no values (compiled, under vmap) to choose by.
     """
     places: list[list[Fitted]] = [attached_to(owner, method) for owner in owners_in(func)]
     places.append([solver for solver in _scoped.get() if solver.method == method])
@@ -201,7 +200,11 @@ def find_bound(func: VectorField, method: str, times: Times) -> Fitted | None:
     start, end = times.ends()
     for least in (Match.DIRECTION, Match.OUTSIDE):
         for place in places:
-            matches = [_match(solver, times.direction, start, end) for solver in place]
+            # Other parts than solvers serve all times alike.
+            matches = [
+                one.match(times.direction, start, end) if isinstance(one, Solver) else Match.SPAN
+                for one in place
+            ]
             best = max(matches, default=Match.NONE)
             if best < least:
                 continue
@@ -237,11 +240,6 @@ def _domain_of(solver: Any) -> FitDomain | None:
 def _span_of(solver: Any) -> tuple[float, float] | None:
     """Return the times that a solver is tied to; None for those that serve others too."""
     return solver.span if isinstance(solver, Solver) else None
-
-
-def _match(solver: Any, direction: int, start: float | None, end: float | None) -> Match:
-    is_one = isinstance(solver, Solver)
-    return solver.match(direction, start, end) if is_one else Match.SPAN
 
 
 def _none_serves(

@@ -155,17 +155,16 @@ class Correction:
 
 
 def wider_dtype(y: Tensor, times: Tensor) -> torch.dtype:
-    """Return the dtype of a state after a step: a 0-d one takes that of wider times, as hosts."""
+    """Return a state's dtype after a step: a 0-d one takes that of wider times, as in hosts."""
     return y.dtype if y.dim() else torch.promote_types(y.dtype, times.dtype)
 
 
 def power_factors(dt: Tensor, exponent: int, dtype: torch.dtype, *, is_in_range: bool) -> Factors:
     """Return factors of dt^exponent, each finite in ``dtype``, without a branch on values.
 
-    Where ``is_in_range`` says that ``dtype`` holds the power, it is the only one. Else there are
-    as many as the exponent: the power and ones if ``dtype`` holds it after all, elsewhere all dt.
-    Products with g then grow or shrink step by step, so that 0 stays 0 and only what lies out of
-    range itself is lost.
+    One where ``is_in_range`` says that ``dtype`` holds the power. Else as many as the exponent:
+    the power and ones if ``dtype`` holds it after all, elsewhere all dt, so that products with g
+    grow or shrink step by step, 0 stays 0, and only what lies out of range itself is lost.
     """
     base = dt
     if not is_in_range:

@@ -120,8 +120,7 @@ class ScheduleCache:
         """Return the schedule for the span, made anew if anything it is made of has changed."""
         key = (y.dtype, y.device, span, weights.dtype, weights.device, weights._version)  # noqa: SLF001
         cached = self._cached
-        # What is written through ``.data`` leaves the version as it was. To look at values of
-        # another device would wait for it.
+        # Writing through ``.data`` leaves the version. Looking at another device would wait for it.
         if (
             cached is not None
             and cached[0] == key
@@ -294,11 +293,10 @@ def dense_output(
 ) -> Tensor:
     """Return the states at all m + 1 times but the first, (m, ...).
 
-    nan where ``t`` starts elsewhere or leaves the span: in a compiled or exported solve, where
-    values cannot be looked at, nothing can be raised. ``given_dtype`` is that of the user's times;
-    ``matrices`` are the weights and the knots' values and slopes, ``derivatives`` the flat state
-    at the start and the n derivatives, ``added`` the correction at the end: it grows with the
-    square of the share of the span.
+    nan where ``t`` starts elsewhere or leaves the span: a compiled or exported solve cannot raise.
+    ``given_dtype`` is that of the user's times; ``matrices`` are the weights and the knots' values
+    and slopes, ``derivatives`` the flat start and the n derivatives, ``added`` the correction at
+    the end, which grows with the square of the share of the span.
     """
     (start, end), (y, stages) = span or (t[0], t[-1]), derivatives
     rounding, slack = _rounding_of(span, t.dtype), slack_of(span, given_dtype)

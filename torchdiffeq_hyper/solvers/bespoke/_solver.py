@@ -208,7 +208,8 @@ class BespokeSolver(Solver, kind=BNS):
         call, first = stage_call(func, layout, dtype), flat
         if self.span is not None and not ends_at_end and _weights.is_differentiated(t):
             flat = _differentiable_start(call, t, self.span[0], flat)
-        x, stages = _rollout.roll_out(call, self._schedule(start, end, flat), flat)
+        calls = self._schedule(start, end, flat)
+        x, stages = _rollout.roll_out(call, calls, flat)
         added = None
         if self.hypernet is not None:
             correction = self._correction(ORDER, func, y0, layout, flat)
@@ -222,7 +223,6 @@ class BespokeSolver(Solver, kind=BNS):
                 t, self.span, given.dtype, matrices, (flat, stages), added=added
             )
         if not is_finite(y[-1]):
-            calls = _rollout.schedule(self.weights.to(y.device), start, end, y.dtype)
             _rollout.raise_non_finite(call, calls, first, dtype)
         return layout.split(cast_back(torch.cat([first.unsqueeze(0), y]), dtype))
 

@@ -151,8 +151,8 @@ def selected(weights: Tensor) -> Tensor:
 class WeightCache:
     """The weights in use of a parameter, cached as long as its values are the same.
 
-    ``is_fixed`` says that the parameter was never seen to require a gradient. A compiled solve,
-    which cannot see versions, may then use it as it is; this is a guard of its graph.
+    ``is_fixed`` says that the parameter was never seen to require a gradient: a compiled solve,
+    which cannot see versions, may then use it as it is.
     """
 
     def __init__(self, *, is_fixed: bool = True) -> None:

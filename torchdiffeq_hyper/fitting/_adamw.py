@@ -106,7 +106,7 @@ class AdamWPhase(Phase):
 
     def _measure_scales(self) -> list[float]:
         """Return the base's loss on each grid."""
-        held_out, grids = self.data.held_out, range(self.data.n_grids)
+        held_out, grids = self.data.held_out, range(len(self.data.held_out.grids))
         return [usable_scale(self._objective.base_loss(held_out, grid)) for grid in grids]
 
     def iterate(self, number: int, done: int) -> float:
@@ -116,7 +116,7 @@ class AdamWPhase(Phase):
             group["lr"] = config.lr * annealed(done / self.training.planned)
         late = number - config.pretrain_iterations
         batch = self.data[0 if late < 0 else 1 + late // config.swap_every]
-        grid = number % self.data.n_grids
+        grid = number % len(self.data.held_out.grids)
         self.net.train()
         self._optimizer.zero_grad()
         try:

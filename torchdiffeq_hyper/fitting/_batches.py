@@ -1,13 +1,15 @@
 """y0 and context as held-out samples and a sequence of training batches.
 
-Context is what belongs to each sample of a fit beside its state.
+The context of a sample is what func is called with for it beside time and state.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, overload
+from itertools import chain
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -46,15 +48,9 @@ def n_samples(samples: State | Starts) -> int:
     return len(parts_of(samples.y0 if isinstance(samples, Starts) else samples)[0])
 
 
-@overload
-def select(samples: Starts, index: Tensor) -> Starts: ...
-@overload
-def select(samples: State, index: Tensor) -> State: ...
-def select(samples: State | Starts, index: Tensor) -> State | Starts:
+def select(starts: Starts, index: Tensor) -> Starts:
     """Return some of the samples, with their context."""
-    if isinstance(samples, Starts):
-        return Starts(take(samples.y0, index), parts_of(take(samples.context, index)))
-    return take(samples, index)
+    return Starts(take(starts.y0, index), parts_of(take(starts.context, index)))
 
 
 def head(starts: Starts, count: int) -> Starts:
@@ -86,20 +82,19 @@ class Batches:
     ) -> None:
         self._most: int | None = None
         self._kept: int | None = None
-        self._source: Iterator[Starts]
         if isinstance(y0, Tensor | tuple):
             if context == "batch":
                 raise one_batch()
+            later: Iterator[Starts] = iter(())
             starts = _checked_starts(y0, context)
-            rest, held = _split(starts, config)
-            chunks = rest.tensor_split(-(-len(rest) // config.batch_size))
-            self._source = (select(starts, index) for index in chunks)
-            self._pulled = [next(self._source)]
         else:
-            self._source = _checked_batches(y0, context)
-            starts = next(self._source)
-            rest, held = _split(starts, config)
-            self._pulled = [select(starts, rest)]
+            later = _checked_batches(y0, context)
+            starts = next(later)
+        rest, held = _split(starts, config)
+        size = config.batch_size if isinstance(y0, Tensor | tuple) else len(rest)
+        chunks = rest.tensor_split(math.ceil(len(rest) / size))
+        self._source = chain((select(starts, index) for index in chunks), later)
+        self._pulled = [next(self._source)]
         self.count = n_samples(starts)
         self.held_out = select(starts, held)
 
@@ -211,16 +206,14 @@ def _unwrapped(batch: object) -> State:
 def _checked_starts(state: State, context: tuple[Tensor, ...]) -> Starts:
     StateLayout.of(state)  # refuses what is not a state
     parts = parts_of(state)
-    dtype = next((part.dtype for part in parts if part.is_complex()), None)
-    if dtype is not None:
+    if any(part.is_complex() for part in parts):
         raise StateTypeError(
-            problem=f"y0 has dtype {dtype}.",
+            problem=f"y0 has dtype {', '.join(str(part.dtype) for part in parts)}.",
             expected="a real state: hypernets take real channels.",
             fix="func on torch.view_as_real(y), with real and imaginary parts as channels",
         )
-    check_samples_first(
-        state, how_to_batch(state) if len(parts) > 1 else "y0 = torch.stack(starts)"
-    )
+    fix = how_to_batch(state) if len(parts) > 1 else "y0 = torch.stack(starts)"
+    check_samples_first(state, fix)
     if not any(part.numel() for part in parts):
         raise OptionError(
             problem="y0 is empty.", expected="at least two samples.", fix="y0 = torch.randn(256, 2)"
@@ -237,19 +230,22 @@ def _owned(part: Tensor) -> Tensor:
 
 def check_like(batch: Starts, first: Starts) -> Starts:
     """Return a batch after checking that it is built as the first one."""
-    shapes, expected = ([tuple(p.shape[1:]) for p in parts_of(s.y0)] for s in (batch, first))
-    if shapes != expected or isinstance(batch.y0, tuple) != isinstance(first.y0, tuple):
-        built = f"trailing shapes {shapes}", f"{expected}"
-    elif context_signature(batch.context) != context_signature(first.context):
-        found, wanted = (context_signature(s.context) or [] for s in (batch, first))
-        built = f"the context {found} (trailing shapes and dtypes)", f"{wanted}"
-    else:
-        return batch
-    raise StateShapeError(
-        problem=f"a batch has {built[0]}.",
-        expected=f"{built[1]}, as the first batch.",
-        fix="batches that differ in their number of samples only",
-    )
+    found, wanted = (_built(starts) for starts in (batch, first))
+    if found != wanted:
+        raise StateShapeError(
+            problem=f"a batch has {found}.",
+            expected=f"{wanted}, as the first batch.",
+            fix="batches that differ in their number of samples only",
+        )
+    return batch
+
+
+def _built(starts: Starts) -> str:
+    """Return what the batches of a fit have in common, for people."""
+    shapes = [tuple(part.shape[1:]) for part in parts_of(starts.y0)]
+    kind = f"parts of shapes {shapes}" if isinstance(starts.y0, tuple) else f"shape {shapes[0]}"
+    context = context_signature(starts.context)
+    return f"trailing {kind}" + (f" and the context {context} (with dtypes)" if context else "")
 
 
 def context_signature(context: tuple[Tensor, ...]) -> list[list[Any]] | None:

@@ -118,8 +118,7 @@ class HypersolverTarget(Target):
         """Choose a net where that was asked for."""
         self._data, problem = data, self.problem
         if self.net is None and choice is None:
-            first = data.first  # measured by all processes together
-            choice = problem.group.from_first(lambda: choose(problem, first, data.held_out))
+            choice = problem.group.from_first(lambda: choose(problem, data.first, data.held_out))
         self._take_net(choice)
         return choice
 

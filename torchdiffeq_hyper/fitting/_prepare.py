@@ -152,7 +152,6 @@ def measured(
         solver = replace(references, tolerances=attempt.tolerances)
         try:
             data = Data(solver, batches, deadline, problem.group)
-            data.measure_first()
         except OutOfTimeError:
             continue
         data.budget = budget

@@ -23,6 +23,9 @@ from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError, Timer, Units
 from torchdiffeq_hyper.fitting._reference import Plan, TimeGrid, Tolerances, solve_reference
 from torchdiffeq_hyper.tableaus import Tableau
 
+MOST_BYTES = 2**30
+"""Memory that the reference solutions kept may take."""
+
 
 @dataclass(frozen=True)
 class Samples:

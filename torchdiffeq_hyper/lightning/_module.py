@@ -41,7 +41,6 @@ from torchdiffeq_hyper.fitting._objectives import (
     objectives_of,
     usable_scale,
 )
-from torchdiffeq_hyper.fitting._prepare import FieldCheck
 from torchdiffeq_hyper.fitting._problem import HypersolverProblem
 from torchdiffeq_hyper.fitting._signature import check_same_field
 from torchdiffeq_hyper.hypernets import ready
@@ -154,15 +153,14 @@ class HyperSolverModule(LightningModule):
     def _prepare(self, net: nn.Module | None) -> None:
         """Check the field, measure the noise floor, and make and calibrate the net."""
         problem, starts = self._problem, self._starts
-        check = FieldCheck.of(problem, starts, n_samples(starts))
-        self._signs = check.signs
+        references, self._signs = problem.check_field(starts, n_samples(starts))
         probes = head(starts, PROBES)
-        field = Field(problem.func, probes, ENDLESS, check.units)
+        field = Field(problem.func, probes, ENDLESS, references.units)
         self._noise = measure_noise(
-            field, probes.y0, problem.tableau, problem.plan, check.tolerances
+            field, probes.y0, problem.tableau, problem.plan, references.tolerances
         )
-        batch = check.references(problem).solve(starts, ENDLESS)
-        self._known = KnownBatches(check.references(problem))
+        batch = replace(references).solve(starts, ENDLESS)  # not counted as one of a Trainer's
+        self._known = KnownBatches(references)
         if net is None:
             net = ready(starts.y0, problem.tableau, time_unit=problem.width)
         with measuring_time_in(net, problem.width, problem.tableau.order):

@@ -90,12 +90,13 @@ class Batches:
         else:
             later = _checked_batches(y0, context)
             starts = next(later)
-        rest, held = _split(starts, config)
+        self.count = n_samples(starts)
+        most = MOST_HELD_OUT * config.batch_size
+        rest, held = split(self.count, config.validation, most, config.seed)
         size = config.batch_size if isinstance(y0, Tensor | tuple) else len(rest)
         chunks = rest.tensor_split(math.ceil(len(rest) / size))
         self._source = chain((select(starts, index) for index in chunks), later)
         self._pulled = [next(self._source)]
-        self.count = n_samples(starts)
         self.held_out = select(starts, held)
 
     def __getitem__(self, number: int) -> Starts:
@@ -124,18 +125,17 @@ class Batches:
         return number
 
 
-def _split(starts: Starts, config: FitConfig) -> tuple[Tensor, Tensor]:
-    """Return the positions along dim 0 to train on and those to hold out."""
-    count = n_samples(starts)
+def split(count: int, share: float, most: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return positions among ``count`` samples: those to train on, and a share to hold out."""
     if count < 2:
         raise OptionError(
-            problem="y0 has a single sample: none would be left to measure the fit on.",
+            problem=f"y0 has {'a single' if count else 'no'} sample: none would be left to measure "
+            "the fit on.",
             expected="at least two samples along dim 0, better hundreds.",
-            fix="y0 = torch.randn(256, 2)   # starts like those the solver will meet",
+            fix="y0 = torch.randn(256, 2)   # starts like those that will be met",
         )
-    wanted = min(round(config.validation * count), MOST_HELD_OUT * config.batch_size)
-    held = min(max(1, wanted), count - 1)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))
+    held = min(max(1, min(round(share * count), most)), count - 1)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[held:], order[:held]
 
 
@@ -167,40 +167,36 @@ def _checked_batches(y0: object, context: Context) -> Iterator[Starts]:
         )
 
 
-def checked_batch(batch: object, *, has_context: bool = False) -> Starts:
+def checked_batch(batch: Any, *, has_context: bool = False) -> Starts:
     """Return a batch, detached, after checking that it is one.
 
     It is a state, or (state, *context); a list stands for its elements.
     """
-    if not has_context:
-        return _checked_starts(_unwrapped(batch), ())
-    items = batch if isinstance(batch, tuple | list) else (batch,)
-    kinds = [type(item).__name__ for item in items]
-    if items is not batch or kinds[1:] != ["Tensor"] * max(1, len(kinds) - 1):
-        found = f"a {type(batch).__name__} of {', '.join(kinds) or 'nothing'}"
-        raise StateTypeError(
-            problem=f'context is "batch", and a batch is {found}.',
-            expected="(state, *context): a state, itself a tensor or a tuple, and then tensors.",
-            fix="DataLoader(TensorDataset(y0, labels), batch_size=256)",
-        )
-    state, *context = items
-    return _checked_starts(_unwrapped(state), tuple(map(_owned, context)))
-
-
-def _unwrapped(batch: object) -> State:
-    """Return the state in a batch: a list stands for its elements."""
-    if not isinstance(batch, list):
-        return batch  # type: ignore[return-value]
-    tensors = [part for part in batch if isinstance(part, Tensor)]
-    if len(batch) > 1 and not all(p.is_floating_point() or p.is_complex() for p in tensors):
-        raise StateTypeError(
-            problem=f"a batch is a list of {len(batch)} tensors, one of them of integers "
-            "(labels?).",
-            expected="a list of the state's parts only, or word that the rest is context.",
-            fix='tdh.fit(func, loader, ..., context="batch")   # func(t, y, labels)\n'
-            "y0 = (batch[0] for batch in loader)          # if func needs no labels",
-        )
-    return batch[0] if len(batch) == 1 else tuple(batch)
+    state: Any = batch
+    context: Sequence[Tensor] = ()
+    if has_context:
+        items = batch if isinstance(batch, tuple | list) else (batch,)
+        kinds = [type(item).__name__ for item in items]
+        if items is not batch or kinds[1:] != ["Tensor"] * max(1, len(kinds) - 1):
+            found = f"a {type(batch).__name__} of {', '.join(kinds) or 'nothing'}"
+            raise StateTypeError(
+                problem=f'context is "batch", and a batch is {found}.',
+                expected="(state, *context): a state (a tensor or a tuple), and then tensors.",
+                fix="DataLoader(TensorDataset(y0, labels), batch_size=256)",
+            )
+        state, *context = batch
+    if isinstance(state, list):
+        tensors = [part for part in state if isinstance(part, Tensor)]
+        if len(state) > 1 and not all(p.is_floating_point() or p.is_complex() for p in tensors):
+            raise StateTypeError(
+                problem=f"a batch is a list of {len(state)} tensors, one of them of integers "
+                "(labels?).",
+                expected="a list of the state's parts only, or word that the rest is context.",
+                fix='tdh.fit(func, loader, ..., context="batch")   # func(t, y, labels)\n'
+                "y0 = (batch[0] for batch in loader)          # if func needs no labels",
+            )
+        state = state[0] if len(state) == 1 else tuple(state)
+    return _checked_starts(state, tuple(map(_owned, context)))
 
 
 def _checked_starts(state: State, context: tuple[Tensor, ...]) -> Starts:

@@ -19,12 +19,11 @@ from torchdiffeq_hyper._state import (
 )
 from torchdiffeq_hyper.fitting._batches import Batches, Starts, bind, n_samples, select
 from torchdiffeq_hyper.fitting._distributed import ProcessGroup
-from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError, Timer, Units
+from torchdiffeq_hyper.fitting._field import Field, Timer, Units
 from torchdiffeq_hyper.fitting._reference import Plan, TimeGrid, Tolerances, solve_reference
 from torchdiffeq_hyper.tableaus import Tableau
 
-MOST_BYTES = 2**30
-"""Memory that the reference solutions kept may take."""
+MOST_BYTES = 2**30  # memory that the reference solutions kept may take
 
 
 @dataclass(frozen=True)
@@ -186,15 +185,13 @@ class References:
 class Data:
     """The training batches by number and the held-out batch, each measured once.
 
-    Attributes:
-        references: what measures them; it counts calls of func, in all processes, and seconds.
-        budget: the time that solutions may take from now on.
-        held_out: the batch that is not fitted on.
-        held_out_seconds: wall time spent on it.
-        first: the whole first training batch, however many processes share it.
+    ``references`` counts the calls of func in all processes; ``budget`` is the time that
+    solutions may take from now on.
     """
 
-    first: Batch
+    held_out: Batch
+    held_out_seconds: float
+    first: Batch  # the whole first training batch, however many processes share it
 
     def __init__(
         self, references: References, batches: Batches, budget: Timer, group: ProcessGroup
@@ -204,13 +201,13 @@ class Data:
         self.budget = budget
         self._group = group
         self._measured: dict[int, Batch] = {}
-        held_out = self._solved(batches.held_out)
-        if any(group.gather(held_out is None)):  # what one cannot do in time, none does
-            raise OutOfTimeError
-        assert held_out is not None
-        self.held_out = held_out
-        self.held_out_seconds = references.seconds
+        group.gather_in_time(self._measure_held_out)
         self._measure_from(0)
+
+    def _measure_held_out(self) -> float:
+        self.held_out = self.references.solve(self._batches.held_out, self.budget)
+        self.held_out_seconds = self.references.seconds
+        return self.held_out_seconds
 
     def __getitem__(self, number: int) -> Batch:
         """Return this process's share of a training batch."""
@@ -237,23 +234,18 @@ class Data:
         """
         following = [self._batches.position(position + n) for n in range(self._group.size)]
         new = [p for p in dict.fromkeys(following) if p not in self._measured]
-        mine = new[self._group.rank] if self._group.rank < len(new) else None
-        before = self.references.calls
-        batch = None if mine is None else self._solved(self._batches[mine])
+        mine, references = new[self._group.rank :][:1], self.references
+        before = references.calls
+
+        def measure() -> tuple[list[Batch], int]:
+            batches = [references.solve(self._batches[place], self.budget) for place in mine]
+            return batches, references.calls - before
+
         device = self.held_out.grids[0].y.device
-        gathered = self._group.gather((batch, self.references.calls - before), device)
-        self.references.calls = before + sum(calls for _, calls in gathered)
-        found = [whole for whole, _ in gathered[: len(new)] if whole is not None]
-        if len(found) < len(new):  # the others hear of it, too: all end the phase alike
-            raise OutOfTimeError
+        gathered = self._group.gather_in_time(measure, device)
+        references.calls = before + sum(calls for _, calls in gathered)
+        found = [batch for batches, _ in gathered for batch in batches]
         for place, whole in zip(new, found, strict=True):
             if place == 0:
                 self.first = whole
             self._measured[place] = whole.share_of(self._group)
-
-    def _solved(self, starts: Starts) -> Batch | None:
-        """Return a batch with its reference solution, None where the time ends."""
-        try:
-            return self.references.solve(starts, self.budget)
-        except OutOfTimeError:
-            return None

@@ -16,10 +16,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from torchdiffeq_hyper._fields import model_as_found
 from torchdiffeq_hyper._state import State, VectorField
@@ -41,7 +42,7 @@ from torchdiffeq_hyper.fitting._data import MOST_BYTES, Data, References
 from torchdiffeq_hyper.fitting._errors import Comparison, end_errors
 from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError
 from torchdiffeq_hyper.fitting._guard import frozen_or_restored, left_as_found, own_random_state
-from torchdiffeq_hyper.fitting._loop import Loop, Phase, Progress
+from torchdiffeq_hyper.fitting._phases import Loop, Phase
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._reference import Tolerances
 from torchdiffeq_hyper.fitting._report import reported, without_references
@@ -49,16 +50,13 @@ from torchdiffeq_hyper.fitting._signature import check_same_call
 from torchdiffeq_hyper.solvers._fit_report import FitReport
 from torchdiffeq_hyper.solvers._solver import Solver
 
-SOLVES_OF_REPORT = 20
-"""Solves of the held-out samples that a report takes, about."""
+SOLVES_OF_REPORT = 20  # solves of the held-out samples that a report takes, about
 LATEST = (0.5, 0.6)
 """Shares of the time left after which a first and a second attempt at the data are given up."""
-NOISE_LATEST = 0.25
-"""Share of all time after which the measurement of the noise is given up."""
+NOISE_LATEST = 0.25  # share of all time after which the measurement of the noise is given up
 
 
-@dataclass(frozen=True)
-class Start:
+class Start(NamedTuple):
     """Held-out errors of a fit's start and of what it is compared with, and the noise floor."""
 
     error: float
@@ -70,22 +68,14 @@ class Target(ABC):
     """What is fitted: a solver's learned part, its start and its end.
 
     The methods are called in the order in which they stand here, up to `solver`.
-
-    Attributes:
-        problem: the arguments.
-        method: the method string of the solver.
-        order: the order p of the base: g is multiplied by dt^(p+1).
-        net: the net that is trained in place, None without.
-        module: what is trained, with all its parameters.
-        phase_states: the kind of state of each phase.
     """
 
     problem: Problem
-    method: str
-    order: int
-    net: nn.Module | None
-    module: nn.Module
-    phase_states: Sequence[type[PhaseState]]
+    method: str  # the solver's method string
+    order: int  # of the base, p: g is multiplied by dt^(p+1)
+    net: nn.Module | None  # what is trained in place, None without
+    module: nn.Module  # what is trained, with all its parameters
+    phase_states: Sequence[type[PhaseState]]  # the kind of state of each phase
 
     @classmethod
     @abstractmethod
@@ -184,7 +174,8 @@ def run(target: Target, func: VectorField, y0: State | Iterable[object], *, show
         first = batches.held_out.y0
         target.open(first)
         net, is_shown = target.net, shown and problem.group.is_first
-        progress = Progress(f"fit {target.method}", config.iterations, shown=is_shown)
+        title = f"fit {target.method}"
+        progress = tqdm(total=config.iterations, desc=title, disable=not is_shown)
         with (
             closing(progress),
             suppress(_NotUsed),
@@ -209,7 +200,7 @@ class _Fit:
     target: Target
     batches: Batches
     budget: Budget
-    progress: Progress
+    progress: tqdm[Any]
 
     def __post_init__(self) -> None:
         self._problem, self._group = self.target.problem, self.target.problem.group
@@ -217,7 +208,7 @@ class _Fit:
     def run(self) -> FitReport:
         """Leave the target in its best state, and return what was measured."""
         target, problem, held_out = self.target, self._problem, self.batches.held_out
-        self.progress.say("reference solutions")
+        self.progress.set_postfix_str("reference solutions")
         references, signs = problem.check_field(held_out, self.batches.count)
         store, state = self._open({**problem.signature(held_out, signs), **target.signature()})
         if state is not None and state.report is not None:
@@ -232,7 +223,12 @@ class _Fit:
                 target.restore(state)
                 name = "the best of the run before"
             return without_references(problem, name, self.budget, state)
-        state = self._started(data, plan, noise, state, store)
+        self.progress.set_postfix_str("choosing a start")
+        choice = target.prepare(data, None if state is None else state.choice)
+        if state is None:
+            new = self._start(data, plan, noise, choice)
+            state = self._group.from_first(lambda: new)
+            store.write(state)
         self.batches.limit(state.most_batches)
         self.budget.reserved = SOLVES_OF_REPORT * self._group.from_first(lambda: self._time(data))
         phases = target.phases()
@@ -307,23 +303,15 @@ class _Fit:
                 raise OutOfTimeError from error  # there is no time for tighter references
         return None if None in self._group.gather(noise) else noise
 
-    def _started(
-        self,
-        data: Data,
-        plan: ReferencePlan,
-        noise: float | None,
-        state: FitState | None,
-        store: Store,
+    def _start(
+        self, data: Data, plan: ReferencePlan, noise: float | None, choice: dict[str, Any] | None
     ) -> FitState:
-        """Return the state before the first iteration, or the one to go on from."""
-        target = self.target
-        self.progress.say("choosing a start")
-        choice = target.prepare(data, None if state is None else state.choice)
-        if state is not None:
-            return state
-        start = target.start(noise, plan)
+        """Return the state before the first iteration."""
+        target, start = self.target, self.target.start(noise, plan)
+        if choice is not None and not self.progress.disable:
+            self.progress.write(choice["note"], file=self.progress.fp)
         in_time = self.budget.affordable_batches(data.seconds_per_batch, data.held_out_seconds)
-        new = FitState(
+        return FitState(
             net=target.module.state_dict(),
             best=snapshot(target.module),
             best_error=start.error,
@@ -333,11 +321,6 @@ class _Fit:
             references=asdict(plan),
             choice=choice,
         )
-        new = self._group.from_first(lambda: new)
-        if choice is not None:
-            self.progress.tell(choice["note"])
-        store.write(new)
-        return new
 
     @torch.no_grad()
     def _time(self, data: Data) -> float:

@@ -27,8 +27,7 @@ from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 from torchdiffeq_hyper.tableaus import Tableau
 
 OBJECTIVES = ("combined", "residual", "trajectory")
-RESIDUAL_SHARE = 0.25
-"""Share of the iterations of a combined fit that its residual phase takes."""
+RESIDUAL_SHARE = 0.25  # share of the iterations of a combined fit that its residual phase takes
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ class Problem:
         objective: str,
         direction: str,
         config: FitConfig | None,
-        tableau: Tableau | None = None,
+        base: str | None = None,
+        alpha: float | None = None,
         group: ProcessGroup | None = None,
         context: object = None,
     ) -> Self:
@@ -73,7 +73,7 @@ class Problem:
             config=config or FitConfig(),
             group=group or ProcessGroup(),
             context=checked_context,
-            tableau=tableau,
+            tableau=None if base is None else _registry.find_tableau(base, alpha),
         )
 
     @property
@@ -128,13 +128,6 @@ class HypersolverProblem(Problem):
     """The checked arguments of a hypersolver's fit; ``tableau`` is its base."""
 
     tableau: Tableau
-
-    @classmethod
-    def of_base(
-        cls, func: VectorField, t_span: object, *, base: str, alpha: float | None, **given: Any
-    ) -> Self:
-        """Return the problem, checked as by `Problem.of`, which takes the other arguments."""
-        return cls.of(func, t_span, tableau=_registry.find_tableau(base, alpha), **given)
 
     @property
     def iterations(self) -> list[int]:

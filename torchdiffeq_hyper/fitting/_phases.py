@@ -1,14 +1,16 @@
-"""A phase in which AdamW fits a net, batch by batch, with cosine annealing and a cooldown."""
+"""The phases of a fit: what all have in common, the one by AdamW, and the loop through them."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn, optim
 from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
 
 from torchdiffeq_hyper._files import refused
 from torchdiffeq_hyper._rules import (
@@ -23,21 +25,78 @@ from torchdiffeq_hyper._rules import (
     Whole,
 )
 from torchdiffeq_hyper.errors import FitDivergedError, NonFiniteError
-from torchdiffeq_hyper.fitting._budget import FIRST_PHASE, LAST_PHASE, Budget
-from torchdiffeq_hyper.fitting._checkpoint import PhaseState
+from torchdiffeq_hyper.fitting._budget import FIRST_PHASE, LAST_PHASE, Budget, Pace
+from torchdiffeq_hyper.fitting._checkpoint import FitState, PhaseState, Store, snapshot
 from torchdiffeq_hyper.fitting._data import Batch, Data
-from torchdiffeq_hyper.fitting._loop import Phase
+from torchdiffeq_hyper.fitting._distributed import ProcessGroup
+from torchdiffeq_hyper.fitting._field import OutOfTimeError
+from torchdiffeq_hyper.fitting._guard import random_state, set_random_state
 from torchdiffeq_hyper.fitting._objectives import Objective, usable_scale
 from torchdiffeq_hyper.fitting._problem import Problem
+from torchdiffeq_hyper.solvers._fit_report import LossPoint
 
-VALIDATIONS = 40
-"""Validations in a phase."""
+VALIDATIONS = 40  # validations in a phase
 COOLDOWN = 0.25
 """What a phase that has stopped gaining adds to end annealed, as a share of its iterations."""
-STEEPEST = 1.0
-"""Norm at which gradients are clipped, for losses relative to the base's."""
-LOWEST_RATE = 0.01
-"""What the learning rate is annealed to, as a share of its start."""
+STEEPEST = 1.0  # norm at which gradients are clipped, for losses relative to the base's
+LOWEST_RATE = 0.01  # what the learning rate is annealed to, as a share of its start
+
+
+class Phase(ABC):
+    """One minimisation of a fit: an optimizer and what it minimises."""
+
+    name: str  # the objective's, in the history
+    gain: float = 0.0  # fall of the held-out error that counts as progress, relative
+    wanted: int  # iterations
+    training: PhaseState  # how far the phase is; what a checkpoint holds of it
+    pace: Pace
+
+    @abstractmethod
+    def begin(self, saved: PhaseState | None, budget: Budget) -> bool:
+        """Begin, or go on from a checkpoint; return whether the net, and so its error, changed."""
+
+    @abstractmethod
+    def iterate(self, number: int, done: int) -> float:
+        """Do an iteration and return its training loss.
+
+        ``number`` iterations of the fit and ``done`` of the phase came before it. Raises
+        `OutOfTimeError` where a reference solution did not end in time, in any process.
+        """
+
+    @abstractmethod
+    def error(self) -> float:
+        """Return the held-out error by which states of all phases are compared."""
+
+    @property
+    def every(self) -> int:
+        """Iterations between two validations."""
+        return 1
+
+    def plan(self, done: int) -> int:
+        """Return how many iterations to plan for after ``done`` of this phase."""
+        return self.wanted
+
+    @abstractmethod
+    def validated(self, done: int) -> None:
+        """React to a validation, which ``training`` counts already."""
+
+    @abstractmethod
+    def has_converged(self, done: int) -> bool:
+        """Return whether more iterations would gain nothing."""
+
+    def save(self) -> PhaseState:
+        """Return the state of the phase as it is now."""
+        return self.training
+
+    def stop_reason(self, done: int) -> str:
+        """Return why the phase ends after ``done`` iterations, "" if it goes on."""
+        if done >= self.wanted:
+            return "iterations"
+        if self.has_converged(done):
+            return "patience"
+        if done >= self.training.planned or self.pace.is_over():
+            return "max_seconds"
+        return ""
 
 
 def annealed(share: float, lowest: float = LOWEST_RATE) -> float:
@@ -79,7 +138,6 @@ class AdamWPhase(Phase):
     training: AdamWState = field(init=False)
 
     def __post_init__(self) -> None:
-        """Read off what is used often."""
         self._objective, self._validation = self.objectives
         self.name = self._objective.name
         self._group, self._config = self.problem.group, self.problem.config
@@ -101,13 +159,14 @@ class AdamWPhase(Phase):
             if self.is_last:  # a fit that its clock had cut short may have more time now
                 saved.planned = min(self.wanted, saved.cooldown_end or self.wanted)
         self.pace = budget.start_phase(self.wanted, LAST_PHASE if self.is_last else FIRST_PHASE)
-        self._scales = self._group.from_first(self._measure_scales)
+        held_out = self.data.held_out
+        self._scales = self._group.from_first(
+            lambda: [
+                usable_scale(self._objective.base_loss(held_out, grid))
+                for grid in range(len(held_out.grids))
+            ]
+        )
         return is_changed
-
-    def _measure_scales(self) -> list[float]:
-        """Return the base's loss on each grid."""
-        held_out, grids = self.data.held_out, range(len(self.data.held_out.grids))
-        return [usable_scale(self._objective.base_loss(held_out, grid)) for grid in grids]
 
     def iterate(self, number: int, done: int) -> float:
         """Do one step of AdamW along the gradient on a batch and a grid."""
@@ -116,7 +175,7 @@ class AdamWPhase(Phase):
             group["lr"] = config.lr * annealed(done / self.training.planned)
         late = number - config.pretrain_iterations
         batch = self.data[0 if late < 0 else 1 + late // config.swap_every]
-        grid = number % len(self.data.held_out.grids)
+        grid = number % len(self._scales)
         self.net.train()
         self._optimizer.zero_grad()
         try:
@@ -137,18 +196,15 @@ class AdamWPhase(Phase):
 
     def _diverged(self, what: str, number: int, batch: Batch, grid: int) -> FitDivergedError:
         problem = f"{what} turned non-finite at iteration {number} ({self.name} phase)"
-        if math.isfinite(self._objective.base_error(batch, grid)):
-            return FitDivergedError(
-                problem=f"{problem}.",
-                expected="finite losses and gradients.",
-                fix=f"FitConfig(lr={self._config.lr / 10:g})",
+        expected = "finite losses and gradients."
+        fix = f"FitConfig(lr={self._config.lr / 10:g})"
+        if not math.isfinite(self._objective.base_loss(batch, grid)):
+            problem += (
+                "; so does the base alone on these samples: it is unstable at these step sizes"
             )
-        return FitDivergedError(
-            problem=f"{problem}; so does the base alone on these samples: it is unstable at these "
-            "step sizes.",
-            expected="a base that stays finite on all samples.",
-            fix='more steps, or no roll-outs: objective="residual"',
-        )
+            expected = "a base that stays finite on all samples."
+            fix = 'more steps, or no roll-outs: objective="residual"'
+        return FitDivergedError(problem=f"{problem}.", expected=expected, fix=fix)
 
     def error(self) -> float:
         """Return the held-out error of the objective that selects."""
@@ -206,5 +262,85 @@ def _restore(
                 for name in ("exp_avg", "exp_avg_sq"):
                     TensorOf(FLOATS, tuple(p.shape)).check(own[name], f"{at}[{number}].{name}")
     state = {number: own for number, own in enumerate(moments) if own is not None}
-    own_groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": own_groups})
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+@dataclass
+class Loop:
+    """Runs the phases of a fit on from a state, and leaves the module in the best one.
+
+    The state is updated in place, and stored at each validation.
+    """
+
+    phases: Sequence[Phase]
+    module: nn.Module
+    group: ProcessGroup
+    state: FitState
+    budget: Budget
+    progress: tqdm[Any]
+    store: Store
+
+    def run(self) -> None:
+        """Run the phases that are left."""
+        state, module = self.state, self.module
+        module.load_state_dict(state.net)
+        if state.random:
+            set_random_state(state.random)
+        while state.phase < len(self.phases):
+            self._run_phase(self.phases[state.phase])
+            state.phase += 1
+            state.training = None
+            module.load_state_dict(state.best)
+
+    def _run_phase(self, phase: Phase) -> None:
+        state, losses = self.state, list[float]()
+        if state.training is None:
+            state.phase_start = state.iteration
+        if phase.begin(state.training, self.budget):
+            state.best_error = self.group.from_first(phase.error)
+            state.best = snapshot(self.module)
+        done = state.iteration - state.phase_start
+        while not (reason := phase.stop_reason(done)):
+            try:
+                losses.append(phase.iterate(state.iteration, done))
+            except OutOfTimeError:
+                reason = "max_seconds"
+                break
+            state.iteration += 1
+            done += 1
+            phase.training.planned = max(done, phase.plan(done))
+            self._show(phase)
+            if done % phase.every == 0 or done >= phase.training.planned:
+                self._validate(phase, losses)
+                losses = []
+        if losses:  # stopped by the clock between two validations
+            self._validate(phase, losses)
+        state.stopped = reason
+
+    def _validate(self, phase: Phase, losses: list[float]) -> None:
+        """Measure the held-out error, keep the best state, save."""
+        state, module = self.state, self.module
+        module.eval()
+        if self.group.size > 1:  # buffers, as of batch norms, saw the samples of one process
+            module.load_state_dict(self.group.from_first(module.state_dict))
+        error = self.group.from_first(phase.error)
+        mean_loss = sum(losses) / len(losses)
+        state.history.append(LossPoint(state.iteration, phase.name, mean_loss, error))
+        if error < state.best_error:
+            state.best, state.best_error = snapshot(module), error
+        training = phase.training
+        training.since_best += 1
+        if error < (1 - phase.gain) * training.best_error:
+            training.best_error, training.since_best = error, 0
+        phase.validated(state.iteration - state.phase_start)
+        state.net, state.training = module.state_dict(), phase.save()
+        state.random, state.seconds = random_state(), self.budget.seconds
+        self.store.write(state)
+
+    def _show(self, phase: Phase) -> None:
+        state, bar = self.state, self.progress
+        later = sum(one.wanted for one in self.phases[state.phase + 1 :])
+        bar.total = state.phase_start + phase.training.planned + later
+        errors = f"held-out error {state.best_error:.3g} (base {state.base_error:.3g})"
+        bar.set_postfix_str(f"{phase.name}, {errors}", refresh=False)
+        bar.update(state.iteration - bar.n)

@@ -26,7 +26,6 @@ from torchdiffeq_hyper.errors import (
     StateShapeError,
     StateTypeError,
 )
-from torchdiffeq_hyper.fitting._batches import split as split_samples
 from torchdiffeq_hyper.fitting._guard import frozen_or_restored, own_random_state
 
 
@@ -100,9 +99,18 @@ class Scale:
 
 def split(y0: State, config: SelectorConfig) -> tuple[Tensor, Tensor]:
     """Return the positions of the samples to train on and of those held out, at random."""
-    count, device = count_samples(y0), parts_of(y0)[0].device
-    train, held_out = split_samples(count, config.validation, count, config.seed)
-    return train.to(device), held_out.to(device)
+    batch = count_samples(y0)
+    if batch < 2:
+        raise OptionError(
+            problem=f"y0 has {batch} sample{'s' * (batch != 1)}: none would be left to measure "
+            "the fit on.",
+            expected="at least two samples along dim 0, better hundreds.",
+            fix="y0 = torch.randn(256, 2)   # starts like those the selector will meet",
+        )
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.randperm(batch, generator=generator).to(parts_of(y0)[0].device)
+    held = min(max(1, round(config.validation * batch)), batch - 1)
+    return order[held:], order[:held]
 
 
 def predict(selector: Callable[[State], Tensor] | None, y0: State, n_candidates: int) -> Tensor:

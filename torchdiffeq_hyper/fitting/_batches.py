@@ -6,6 +6,7 @@ The context of a sample is what func is called with for it beside time and state
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -75,13 +76,13 @@ class Batches:
     Attributes:
         held_out: the samples that are not trained on.
         count: samples in ``y0``, or in its first batch.
+        most: batches after which to start over, however many there are.
     """
 
     def __init__(
         self, y0: State | Iterable[object], config: FitConfig, context: Context = ()
     ) -> None:
-        self._most: int | None = None
-        self._kept: int | None = None
+        self.most = self._in_batch = sys.maxsize
         if isinstance(y0, Tensor | tuple):
             if context == "batch":
                 raise one_batch()
@@ -101,27 +102,25 @@ class Batches:
 
     def __getitem__(self, number: int) -> Starts:
         """Return a batch."""
-        batch = self._pulled[self.position(number)]
-        return batch if self._kept is None else head(batch, self._kept)
+        return head(self._pulled[self.position(number)], self._in_batch)
 
     def keep(self, held_out: int, batch: int) -> None:
         """Keep the first samples only of the held-out state and of each training batch."""
         self.held_out = head(self.held_out, held_out)
-        self._kept = batch
-
-    def limit(self, most: int) -> None:
-        """Start over after ``most`` batches, however many there are."""
-        self._most = most
+        self._in_batch = batch
 
     def position(self, number: int) -> int:
         """Return which distinct batch a number stands for, pulling it if it is new."""
-        if self._most is not None:
-            number %= self._most
+        number %= self.most
         while number >= len(self._pulled):
             batch = next(self._source, None)
             if batch is None:
                 return number % len(self._pulled)
-            self._pulled.append(_moved_to(batch, self._pulled[0]))
+            first = self._pulled[0]
+            check_like(batch, first)
+            y0 = map_parts(Tensor.to, batch.y0, first.y0)  # on its device and in its dtype
+            context = map_parts(Tensor.to, batch.context, first.context)
+            self._pulled.append(Starts(y0, parts_of(context)))
         return number
 
 
@@ -129,22 +128,14 @@ def split(count: int, share: float, most: int, seed: int) -> tuple[Tensor, Tenso
     """Return positions among ``count`` samples: those to train on, and a share to hold out."""
     if count < 2:
         raise OptionError(
-            problem=f"y0 has {'a single' if count else 'no'} sample: none would be left to measure "
-            "the fit on.",
+            problem=f"y0 has {count} sample{'s' * (count != 1)}: none would be left to measure the "
+            "fit on.",
             expected="at least two samples along dim 0, better hundreds.",
             fix="y0 = torch.randn(256, 2)   # starts like those that will be met",
         )
     held = min(max(1, min(round(share * count), most)), count - 1)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[held:], order[:held]
-
-
-def _moved_to(batch: Starts, first: Starts) -> Starts:
-    """Return a batch on the device and in the dtype of the first one."""
-    check_like(batch, first)
-    y0 = map_parts(lambda part, other: part.to(other), batch.y0, first.y0)
-    context = (part.to(other) for part, other in zip(batch.context, first.context, strict=True))
-    return Starts(y0, tuple(context))
 
 
 def _checked_batches(y0: object, context: Context) -> Iterator[Starts]:
@@ -239,9 +230,10 @@ def check_like(batch: Starts, first: Starts) -> Starts:
 def _built(starts: Starts) -> str:
     """Return what the batches of a fit have in common, for people."""
     shapes = [tuple(part.shape[1:]) for part in parts_of(starts.y0)]
-    kind = f"parts of shapes {shapes}" if isinstance(starts.y0, tuple) else f"shape {shapes[0]}"
+    kind = "a tuple of" if isinstance(starts.y0, tuple) else "the"
     context = context_signature(starts.context)
-    return f"trailing {kind}" + (f" and the context {context} (with dtypes)" if context else "")
+    found = f"{kind} trailing shapes {shapes}"
+    return f"{found} and the context {context}, with dtypes" if context else found
 
 
 def context_signature(context: tuple[Tensor, ...]) -> list[list[Any]] | None:

@@ -210,10 +210,16 @@ class _Fit:
         target, problem, held_out = self.target, self._problem, self.batches.held_out
         self.progress.set_postfix_str("reference solutions")
         references, signs = problem.check_field(held_out, self.batches.count)
-        store, state = self._open({**problem.signature(held_out, signs), **target.signature()})
-        if state is not None and state.report is not None:
-            target.restore(state)
-            return FitReport.from_dict(state.report)
+        signature = {**problem.signature(held_out, signs), **target.signature()}
+        check_same_call(self._group.gather(signature))
+        path = problem.config.checkpoint if self._group.is_first else None
+        store = Store(path, signature, target.phase_states)
+        state = self._group.from_first(store.read)
+        if state is not None:
+            self.budget.resume(state.seconds)
+            if state.report is not None:
+                target.restore(state)
+                return FitReport.from_dict(state.report)
         try:
             data, plan, noise = self._solve_references(references, state)
         except OutOfTimeError:
@@ -229,7 +235,7 @@ class _Fit:
             new = self._start(data, plan, noise, choice)
             state = self._group.from_first(lambda: new)
             store.write(state)
-        self.batches.limit(state.most_batches)
+        self.batches.most = state.most_batches
         self.budget.reserved = SOLVES_OF_REPORT * self._group.from_first(lambda: self._time(data))
         phases = target.phases()
         Loop(phases, target.module, self._group, state, self.budget, self.progress, store).run()
@@ -245,16 +251,6 @@ class _Fit:
         if state.stopped != "max_seconds":  # else the next call goes on, should it have more time
             store.write(state)
         return report
-
-    def _open(self, signature: dict[str, object]) -> tuple[Store, FitState | None]:
-        """Return where the fit's state is kept, and what an interrupted run left there."""
-        check_same_call(self._group.gather(signature))
-        path = self._problem.config.checkpoint if self._group.is_first else None
-        store = Store(path, signature, self.target.phase_states)
-        state = self._group.from_first(store.read)
-        if state is not None:
-            self.budget.resume(state.seconds)
-        return store, state
 
     def _solve_references(
         self, references: References, state: FitState | None

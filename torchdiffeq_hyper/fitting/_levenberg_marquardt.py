@@ -12,10 +12,10 @@ along the gradient do not.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,9 +25,12 @@ from torchdiffeq_hyper._rules import Maybe, Real, Row, Rule, TensorOf, Whole
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._checkpoint import PhaseState
 from torchdiffeq_hyper.fitting._chunks import Chunk, TrainingChunks, n_weights
+from torchdiffeq_hyper.fitting._field import OutOfTimeError
 from torchdiffeq_hyper.fitting._phases import Phase
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.solvers.bespoke import BespokeSolver, compositions
+
+T = TypeVar("T")
 
 DAMPING = 1e-3
 LEAST_DAMPING = 1e-9
@@ -123,7 +126,7 @@ class LevenbergMarquardt(Phase):
         vector = packed(self.solver.weights.detach().double().cpu())
         chunks = self._next_chunks()
         weights = self.solver.weights.detach()
-        found = self._group.gather_in_time(lambda: _equations(chunks, weights))
+        found = self._together(lambda: _equations(chunks, weights))
         if training.memory is not None:
             found.append(NormalEquations(*training.memory))
         equations = reduce(NormalEquations.plus, found)
@@ -149,11 +152,21 @@ class LevenbergMarquardt(Phase):
         if vector is None:
             return math.inf
         weights = unpacked(vector, self._n).to(self.solver.weights)
-        found = self._group.gather_in_time(
-            lambda: [(c.loss(weights), len(c.scale)) for c in chunks]
-        )
+        found = self._together(lambda: [(c.loss(weights), len(c.scale)) for c in chunks])
         losses = [one for process in found for one in process]
         return sum(loss for loss, _ in losses) / sum(count for _, count in losses)
+
+    def _together(self, measure: Callable[[], T]) -> list[T]:
+        """Return what all processes measure; `OutOfTimeError` where one has no time left."""
+        mine: T | None
+        try:
+            mine = measure()
+        except OutOfTimeError:
+            mine = None
+        found = [one for one in self._group.gather(mine) if one is not None]
+        if len(found) < self._group.size:
+            raise OutOfTimeError
+        return found
 
     def _next_chunks(self) -> list[Chunk]:
         """Return the next chunks in turn, each at most once."""

@@ -17,8 +17,8 @@ from torchdiffeq_hyper._rules import (
     FLOATS,
     Items,
     Maybe,
-    Mismatch,
     Record,
+    Row,
     Rule,
     Such,
     TensorOf,
@@ -247,20 +247,13 @@ class AdamWPhase(Phase):
 
 
 def _restore(
-    optimizer: optim.Optimizer,
-    parameters: Sequence[Tensor],
-    moments: Sequence[dict[str, Tensor] | None],
+    optimizer: optim.Optimizer, parameters: Sequence[Tensor], moments: Sequence[Any]
 ) -> None:
     """Give an optimizer the moments that were saved; its settings stay those of this fit."""
     with refused("the checkpoint"):
-        at = "state.training.moments"
-        if len(moments) != len(parameters):
-            problem = f"{at} belong to {len(moments)} parameters."
-            raise Mismatch(problem, f"those of {len(parameters)} parameters")
-        for number, (p, own) in enumerate(zip(parameters, moments, strict=True)):
-            if own is not None:
-                for name in ("exp_avg", "exp_avg_sq"):
-                    TensorOf(FLOATS, tuple(p.shape)).check(own[name], f"{at}[{number}].{name}")
+        alike = [TensorOf(FLOATS, tuple(p.shape)) for p in parameters]
+        rules = (Record({"step": _STEP, "exp_avg": rule, "exp_avg_sq": rule}) for rule in alike)
+        Row(*map(Maybe, rules)).check(moments, "state.training.moments")
     state = {number: own for number, own in enumerate(moments) if own is not None}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 

@@ -54,7 +54,7 @@ def fit(func: Any = damped_wave, y0: Any = Y0, span: Any = (0.0, 1.0), **more: A
         ({"span": 1.0}, "t_span"),
         ({"span": "ab"}, "t_span"),
         ({"config": tdh.FitConfig(method="dopri55")}, "dopri55"),
-        ({"y0": Y0[:1]}, "single sample"),
+        ({"y0": Y0[:1]}, "1 sample"),
         ({"y0": Y0[:0]}, "empty"),
     ],
 )

@@ -77,7 +77,7 @@ def test_a_limit_keeps_an_endless_source_from_being_pulled_on() -> None:
             yield torch.randn(4, 2)
 
     batches = Batches(source(), FitConfig())
-    batches.limit(2)
+    batches.most = 2
     assert [batches.position(i) for i in range(5)] == [0, 1, 0, 1, 0]
 
 
@@ -118,8 +118,8 @@ def test_states_lose_their_graph() -> None:
         ((torch.ones(4), torch.ones(4, dtype=torch.int32)), StateTypeError, "int32"),
         (torch.ones(0, 2), OptionError, "empty"),
         (torch.ones(3, 0), OptionError, "empty"),
-        (torch.ones(1, 2), OptionError, "single sample"),
-        ([torch.ones(1, 2)], OptionError, "single sample"),
+        (torch.ones(1, 2), OptionError, "1 sample"),
+        ([torch.ones(1, 2)], OptionError, "1 sample"),
         ([], OptionError, "no batch"),
         (iter(()), OptionError, "no batch"),
         (torch.tensor(1.0), StateShapeError, r"torch\.stack"),

@@ -280,7 +280,7 @@ def _change_memory(state: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("base", "phase", "change", "problem"),
     [
-        ("heun", 0, lambda s: s["training"]["moments"].pop(), "state.training.moments belong to"),
+        ("heun", 0, lambda s: s["training"]["moments"].pop(), "state.training.moments is"),
         ("heun", 0, _change_moments, r"state.training.moments\[0\].exp_avg"),
         ("bns", 0, _change_memory, "state.training.memory"),
         ("bns", 1, lambda s: s.update(phase=0), "state.training.kind is 'adamw'"),

@@ -16,8 +16,8 @@ from torchdiffeq_hyper.fitting._checkpoint import FitState, PhaseState
 from torchdiffeq_hyper.fitting._data import Batch, Data
 from torchdiffeq_hyper.fitting._engine import Start, Target, run
 from torchdiffeq_hyper.fitting._errors import Comparison
-from torchdiffeq_hyper.fitting._loop import Phase
 from torchdiffeq_hyper.fitting._objectives import delta_quantiles, no_correction
+from torchdiffeq_hyper.fitting._phases import Phase
 from torchdiffeq_hyper.fitting._problem import HypersolverProblem
 
 Y0 = torch.randn(60, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -94,7 +94,7 @@ class MultipleTarget(Target):
     @classmethod
     def of(cls, func: Any, t_span: object, **given: Any) -> MultipleTarget:
         target = cls()
-        target.problem = HypersolverProblem.of_base(
+        target.problem = HypersolverProblem.of(
             func, t_span, alpha=None, objective="residual", direction="forward", **given
         )
         return target

@@ -1,13 +1,16 @@
 """y0 and context as held-out samples and a sequence of training batches.
 
-Context is what belongs to each sample of a fit beside its state.
+The context of a sample is what func is called with for it beside time and state.
 """
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, overload
+from itertools import chain
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -46,15 +49,9 @@ def n_samples(samples: State | Starts) -> int:
     return len(parts_of(samples.y0 if isinstance(samples, Starts) else samples)[0])
 
 
-@overload
-def select(samples: Starts, index: Tensor) -> Starts: ...
-@overload
-def select(samples: State, index: Tensor) -> State: ...
-def select(samples: State | Starts, index: Tensor) -> State | Starts:
+def select(starts: Starts, index: Tensor) -> Starts:
     """Return some of the samples, with their context."""
-    if isinstance(samples, Starts):
-        return Starts(take(samples.y0, index), parts_of(take(samples.context, index)))
-    return take(samples, index)
+    return Starts(take(starts.y0, index), parts_of(take(starts.context, index)))
 
 
 def head(starts: Starts, count: int) -> Starts:
@@ -79,77 +76,66 @@ class Batches:
     Attributes:
         held_out: the samples that are not trained on.
         count: samples in ``y0``, or in its first batch.
+        most: batches after which to start over, however many there are.
     """
 
     def __init__(
         self, y0: State | Iterable[object], config: FitConfig, context: Context = ()
     ) -> None:
-        self._most: int | None = None
-        self._kept: int | None = None
-        self._source: Iterator[Starts]
+        self.most = self._in_batch = sys.maxsize
         if isinstance(y0, Tensor | tuple):
             if context == "batch":
                 raise one_batch()
+            later: Iterator[Starts] = iter(())
             starts = _checked_starts(y0, context)
-            rest, held = _split(starts, config)
-            chunks = rest.tensor_split(-(-len(rest) // config.batch_size))
-            self._source = (select(starts, index) for index in chunks)
-            self._pulled = [next(self._source)]
         else:
-            self._source = _checked_batches(y0, context)
-            starts = next(self._source)
-            rest, held = _split(starts, config)
-            self._pulled = [select(starts, rest)]
+            later = _checked_batches(y0, context)
+            starts = next(later)
         self.count = n_samples(starts)
+        most = MOST_HELD_OUT * config.batch_size
+        rest, held = split(self.count, config.validation, most, config.seed)
+        size = config.batch_size if isinstance(y0, Tensor | tuple) else len(rest)
+        chunks = rest.tensor_split(math.ceil(len(rest) / size))
+        self._source = chain((select(starts, index) for index in chunks), later)
+        self._pulled = [next(self._source)]
         self.held_out = select(starts, held)
 
     def __getitem__(self, number: int) -> Starts:
         """Return a batch."""
-        batch = self._pulled[self.position(number)]
-        return batch if self._kept is None else head(batch, self._kept)
+        return head(self._pulled[self.position(number)], self._in_batch)
 
     def keep(self, held_out: int, batch: int) -> None:
         """Keep the first samples only of the held-out state and of each training batch."""
         self.held_out = head(self.held_out, held_out)
-        self._kept = batch
-
-    def limit(self, most: int) -> None:
-        """Start over after ``most`` batches, however many there are."""
-        self._most = most
+        self._in_batch = batch
 
     def position(self, number: int) -> int:
         """Return which distinct batch a number stands for, pulling it if it is new."""
-        if self._most is not None:
-            number %= self._most
+        number %= self.most
         while number >= len(self._pulled):
             batch = next(self._source, None)
             if batch is None:
                 return number % len(self._pulled)
-            self._pulled.append(_moved_to(batch, self._pulled[0]))
+            first = self._pulled[0]
+            check_like(batch, first)
+            y0 = map_parts(Tensor.to, batch.y0, first.y0)  # on its device and in its dtype
+            context = map_parts(Tensor.to, batch.context, first.context)
+            self._pulled.append(Starts(y0, parts_of(context)))
         return number
 
 
-def _split(starts: Starts, config: FitConfig) -> tuple[Tensor, Tensor]:
-    """Return the positions along dim 0 to train on and those to hold out."""
-    count = n_samples(starts)
+def split(count: int, share: float, most: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return positions among ``count`` samples: those to train on, and a share to hold out."""
     if count < 2:
         raise OptionError(
-            problem="y0 has a single sample: none would be left to measure the fit on.",
+            problem=f"y0 has {count} sample{'s' * (count != 1)}: none would be left to measure the "
+            "fit on.",
             expected="at least two samples along dim 0, better hundreds.",
-            fix="y0 = torch.randn(256, 2)   # starts like those the solver will meet",
+            fix="y0 = torch.randn(256, 2)   # starts like those that will be met",
         )
-    wanted = min(round(config.validation * count), MOST_HELD_OUT * config.batch_size)
-    held = min(max(1, wanted), count - 1)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))
+    held = min(max(1, min(round(share * count), most)), count - 1)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[held:], order[:held]
-
-
-def _moved_to(batch: Starts, first: Starts) -> Starts:
-    """Return a batch on the device and in the dtype of the first one."""
-    check_like(batch, first)
-    y0 = map_parts(lambda part, other: part.to(other), batch.y0, first.y0)
-    context = (part.to(other) for part, other in zip(batch.context, first.context, strict=True))
-    return Starts(y0, tuple(context))
 
 
 def _checked_batches(y0: object, context: Context) -> Iterator[Starts]:
@@ -172,55 +158,49 @@ def _checked_batches(y0: object, context: Context) -> Iterator[Starts]:
         )
 
 
-def checked_batch(batch: object, *, has_context: bool = False) -> Starts:
+def checked_batch(batch: Any, *, has_context: bool = False) -> Starts:
     """Return a batch, detached, after checking that it is one.
 
     It is a state, or (state, *context); a list stands for its elements.
     """
-    if not has_context:
-        return _checked_starts(_unwrapped(batch), ())
-    items = batch if isinstance(batch, tuple | list) else (batch,)
-    kinds = [type(item).__name__ for item in items]
-    if items is not batch or kinds[1:] != ["Tensor"] * max(1, len(kinds) - 1):
-        found = f"a {type(batch).__name__} of {', '.join(kinds) or 'nothing'}"
-        raise StateTypeError(
-            problem=f'context is "batch", and a batch is {found}.',
-            expected="(state, *context): a state, itself a tensor or a tuple, and then tensors.",
-            fix="DataLoader(TensorDataset(y0, labels), batch_size=256)",
-        )
-    state, *context = items
-    return _checked_starts(_unwrapped(state), tuple(map(_owned, context)))
-
-
-def _unwrapped(batch: object) -> State:
-    """Return the state in a batch: a list stands for its elements."""
-    if not isinstance(batch, list):
-        return batch  # type: ignore[return-value]
-    tensors = [part for part in batch if isinstance(part, Tensor)]
-    if len(batch) > 1 and not all(p.is_floating_point() or p.is_complex() for p in tensors):
-        raise StateTypeError(
-            problem=f"a batch is a list of {len(batch)} tensors, one of them of integers "
-            "(labels?).",
-            expected="a list of the state's parts only, or word that the rest is context.",
-            fix='tdh.fit(func, loader, ..., context="batch")   # func(t, y, labels)\n'
-            "y0 = (batch[0] for batch in loader)          # if func needs no labels",
-        )
-    return batch[0] if len(batch) == 1 else tuple(batch)
+    state: Any = batch
+    context: Sequence[Tensor] = ()
+    if has_context:
+        items = batch if isinstance(batch, tuple | list) else (batch,)
+        kinds = [type(item).__name__ for item in items]
+        if items is not batch or kinds[1:] != ["Tensor"] * max(1, len(kinds) - 1):
+            found = f"a {type(batch).__name__} of {', '.join(kinds) or 'nothing'}"
+            raise StateTypeError(
+                problem=f'context is "batch", and a batch is {found}.',
+                expected="(state, *context): a state (a tensor or a tuple), and then tensors.",
+                fix="DataLoader(TensorDataset(y0, labels), batch_size=256)",
+            )
+        state, *context = batch
+    if isinstance(state, list):
+        tensors = [part for part in state if isinstance(part, Tensor)]
+        if len(state) > 1 and not all(p.is_floating_point() or p.is_complex() for p in tensors):
+            raise StateTypeError(
+                problem=f"a batch is a list of {len(state)} tensors, one of them of integers "
+                "(labels?).",
+                expected="a list of the state's parts only, or word that the rest is context.",
+                fix='tdh.fit(func, loader, ..., context="batch")   # func(t, y, labels)\n'
+                "y0 = (batch[0] for batch in loader)          # if func needs no labels",
+            )
+        state = state[0] if len(state) == 1 else tuple(state)
+    return _checked_starts(state, tuple(map(_owned, context)))
 
 
 def _checked_starts(state: State, context: tuple[Tensor, ...]) -> Starts:
     StateLayout.of(state)  # refuses what is not a state
     parts = parts_of(state)
-    dtype = next((part.dtype for part in parts if part.is_complex()), None)
-    if dtype is not None:
+    if any(part.is_complex() for part in parts):
         raise StateTypeError(
-            problem=f"y0 has dtype {dtype}.",
+            problem=f"y0 has dtype {', '.join(str(part.dtype) for part in parts)}.",
             expected="a real state: hypernets take real channels.",
             fix="func on torch.view_as_real(y), with real and imaginary parts as channels",
         )
-    check_samples_first(
-        state, how_to_batch(state) if len(parts) > 1 else "y0 = torch.stack(starts)"
-    )
+    fix = how_to_batch(state) if len(parts) > 1 else "y0 = torch.stack(starts)"
+    check_samples_first(state, fix)
     if not any(part.numel() for part in parts):
         raise OptionError(
             problem="y0 is empty.", expected="at least two samples.", fix="y0 = torch.randn(256, 2)"
@@ -237,19 +217,23 @@ def _owned(part: Tensor) -> Tensor:
 
 def check_like(batch: Starts, first: Starts) -> Starts:
     """Return a batch after checking that it is built as the first one."""
-    shapes, expected = ([tuple(p.shape[1:]) for p in parts_of(s.y0)] for s in (batch, first))
-    if shapes != expected or isinstance(batch.y0, tuple) != isinstance(first.y0, tuple):
-        built = f"trailing shapes {shapes}", f"{expected}"
-    elif context_signature(batch.context) != context_signature(first.context):
-        found, wanted = (context_signature(s.context) or [] for s in (batch, first))
-        built = f"the context {found} (trailing shapes and dtypes)", f"{wanted}"
-    else:
-        return batch
-    raise StateShapeError(
-        problem=f"a batch has {built[0]}.",
-        expected=f"{built[1]}, as the first batch.",
-        fix="batches that differ in their number of samples only",
-    )
+    found, wanted = (_built(starts) for starts in (batch, first))
+    if found != wanted:
+        raise StateShapeError(
+            problem=f"a batch has {found}.",
+            expected=f"{wanted}, as the first batch.",
+            fix="batches that differ in their number of samples only",
+        )
+    return batch
+
+
+def _built(starts: Starts) -> str:
+    """Return what the batches of a fit have in common, for people."""
+    shapes = [tuple(part.shape[1:]) for part in parts_of(starts.y0)]
+    kind = "a tuple of" if isinstance(starts.y0, tuple) else "the"
+    context = context_signature(starts.context)
+    found = f"{kind} trailing shapes {shapes}"
+    return f"{found} and the context {context}, with dtypes" if context else found
 
 
 def context_signature(context: tuple[Tensor, ...]) -> list[list[Any]] | None:

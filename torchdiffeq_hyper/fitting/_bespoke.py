@@ -20,7 +20,6 @@ from torchdiffeq_hyper._state import (
     stepped_dtype,
 )
 from torchdiffeq_hyper.errors import FitDivergedError, NoiseFloorError, OptionError
-from torchdiffeq_hyper.fitting._adamw import AdamWPhase, AdamWState
 from torchdiffeq_hyper.fitting._auto import AUTO, check_auto
 from torchdiffeq_hyper.fitting._batches import n_samples
 from torchdiffeq_hyper.fitting._budget import ENDLESS, LAST_PHASE, ReferencePlan
@@ -44,8 +43,8 @@ from torchdiffeq_hyper.fitting._levenberg_marquardt import (
     LevenbergMarquardtState,
     mean_error,
 )
-from torchdiffeq_hyper.fitting._loop import Phase
 from torchdiffeq_hyper.fitting._objectives import EndObjective
+from torchdiffeq_hyper.fitting._phases import AdamWPhase, AdamWState, Phase
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._reference import Tolerances, solve_reference
 from torchdiffeq_hyper.fitting._signature import signs_of_net

@@ -14,13 +14,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._files import checked, refused, write_bytes
+from torchdiffeq_hyper._files import refused, write_bytes
 from torchdiffeq_hyper._rules import (
     ANYTHING,
-    FLAG,
     Choice,
     Items,
     Maybe,
+    Mismatch,
     Real,
     Record,
     Rule,
@@ -32,14 +32,16 @@ from torchdiffeq_hyper._rules import (
     mismatch,
     missing,
     record_of,
-    shown,
 )
-from torchdiffeq_hyper.errors import FileFormatError, first_line, unwritable
+from torchdiffeq_hyper.errors import first_line, unwritable
+from torchdiffeq_hyper.fitting._budget import ReferencePlan
+from torchdiffeq_hyper.fitting._reference import Tolerances
 from torchdiffeq_hyper.fitting._signature import check_same_fit
 from torchdiffeq_hyper.hypernets._files import ARCHITECTURES, check_sizes
 from torchdiffeq_hyper.solvers._fit_report import REPORT, LossPoint
 
 FORMAT = "torchdiffeq_hyper fit 3"
+_EXPECTED = f"a file that a fit of this version wrote ({FORMAT})"
 
 
 @dataclass
@@ -85,18 +87,15 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
-_TOLERANCE = Real(above=0.0)
+_ABOVE_0 = Real(above=0.0)
 _RULES: dict[str, Rule] = {
     "most_batches": Whole(1),
-    "references": Record(
-        {
-            "tolerances": Record({"method": Text(100), "rtol": _TOLERANCE, "atol": _TOLERANCE}),
-            "held_out": Whole(1),
-            "batch": Whole(1),
-            "has_noise": FLAG,
-            "is_looser": FLAG,
-            "note": Text(),
-        }
+    "references": record_of(
+        ReferencePlan,
+        is_complete=True,
+        tolerances=record_of(Tolerances, rtol=_ABOVE_0, atol=_ABOVE_0),
+        held_out=Whole(1),
+        batch=Whole(1),
     ),
     "choice": Maybe(Record({"architecture": Tagged(ARCHITECTURES), "note": Text()})),
     "random": Items(TensorOf((torch.uint8,), (None,)), most=1025),
@@ -120,8 +119,8 @@ def _state_rule(phases: Sequence[type[PhaseState]]) -> Record:
 class Store:
     """Where a fit's state is kept: a file, or nowhere.
 
-    The signature tells this fit from others: plain values and lists of them. ``phases`` are the
-    kinds of state of its phases.
+    The signature, plain values, tells this fit from others; ``phases`` are the kinds of state
+    of its phases.
     """
 
     def __init__(
@@ -152,17 +151,22 @@ class Store:
         """Return the state in the file, None if there is no file; runs no code from it."""
         if self._path is None or not self._path.exists():
             return None
-        try:
-            content = torch.load(self._path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a reader of damaged archives may raise
-            raise _unusable(self._path, f"{type(error).__name__}: {first_line(error)}") from error
-        if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
-            raise _unusable(self._path, f"its format is {shown(content['format'])}")
+        remedy = f'remove it, or choose another: FitConfig(checkpoint="{self._path.stem}-2.pt")'
         what = f"{str(self._path)!r} is not a checkpoint of a fit, or is damaged: it"
-        content = checked(_FILE, content, what)
-        check_same_fit(content["signature"], self._signature, str(self._path), _remedy(self._path))
-        values = checked(_state_rule(self._phases), content["state"], what, at="state")
         with refused(what):
+            try:
+                content = torch.load(self._path, map_location="cpu", weights_only=True)
+            except Exception as error:  # whatever a reader of damaged archives may raise
+                problem = f"{type(error).__name__}: {first_line(error)}"
+                raise Mismatch(problem, _EXPECTED, remedy) from error
+            if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
+                raise mismatch(
+                    name="its format", value=content["format"], expected=_EXPECTED, fix=remedy
+                )
+            content = _FILE.check(content, "")
+        check_same_fit(content["signature"], self._signature, str(self._path), remedy)
+        with refused(what):
+            values = _state_rule(self._phases).check(content["state"], "state")
             _check_state(values, self._signature, self._phases)
         values["history"] = [LossPoint(**point) for point in values["history"]]
         if values["training"] is not None:
@@ -178,50 +182,25 @@ def _check_state(
     """Refuse fields, each right by itself, that are not of this fit, or that no fit can have."""
     shapes = signature.get("weights", signature.get("hypernet"))
     if isinstance(shapes, dict):
+        rules = {
+            name: TensorOf((getattr(torch, dtype.removeprefix("torch.")),), tuple(shape))
+            for name, (*shape, dtype) in shapes.items()
+        }
         for place in ("net", "best"):
-            _weights_of(shapes).check(values[place], f"state.{place}")
+            Record(rules).check(values[place], f"state.{place}")
     elif values["choice"] is None:  # there is but the name of a way to choose a net
         raise missing(name="state.choice", expected="the net that was chosen")
     else:
         architecture, at = values["choice"]["architecture"], "state.choice.architecture"
         check_sizes(architecture, values["best"], at, but=("n_stages", "order"))
     if values["training"] is not None:
-        kind, running = values["training"]["kind"], phases[values["phase"] :][:1]
-        if kind not in [phase.kind for phase in running]:
-            raise mismatch(
-                name="state.training.kind", value=kind, expected="that of the phase which runs"
-            )
-    if values["phase_start"] > values["iteration"]:
-        start = values["phase_start"]
-        raise mismatch(
-            name="state.phase_start", value=start, expected="no more than the iterations"
-        )
+        running = phases[values["phase"] :][:1]
+        kinds = Choice(*(phase.kind for phase in running))
+        kinds.check(values["training"]["kind"], "state.training.kind")
+    Whole(0, values["iteration"]).check(values["phase_start"], "state.phase_start")
     for generator in values["random"][:1]:
         try:
             torch.Generator().set_state(generator)
         except (RuntimeError, TypeError) as error:
-            raise mismatch(
-                name="state.random[0]", value=generator, expected="a generator's state"
-            ) from error
-
-
-def _weights_of(shapes: Mapping[str, list[Any]]) -> Record:
-    """Return the rule for weights of known shapes and dtypes."""
-    return Record(
-        {
-            name: TensorOf((getattr(torch, dtype.removeprefix("torch.")),), tuple(shape))
-            for name, (*shape, dtype) in shapes.items()
-        }
-    )
-
-
-def _unusable(path: Path, reason: str) -> FileFormatError:
-    return FileFormatError(
-        problem=f"{str(path)!r} is not a checkpoint of a fit, or is damaged: {reason}",
-        expected=f"a file that a fit of this version wrote ({FORMAT}).",
-        fix=_remedy(path),
-    )
-
-
-def _remedy(path: Path) -> str:
-    return f'remove it, or choose another: FitConfig(checkpoint="{path.stem}-2.pt")'
+            wanted = "a generator's state"
+            raise mismatch(name="state.random[0]", value=generator, expected=wanted) from error

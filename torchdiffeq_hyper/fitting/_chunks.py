@@ -9,7 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._state import State, StateLayout, VectorField, parts_of, sample_norms
+from torchdiffeq_hyper._state import (
+    State,
+    StateLayout,
+    VectorField,
+    map_parts,
+    parts_of,
+    sample_norms,
+)
 from torchdiffeq_hyper.fitting._batches import n_samples
 from torchdiffeq_hyper.fitting._data import Batch, Data
 from torchdiffeq_hyper.fitting._field import Field, Timer
@@ -18,14 +25,12 @@ from torchdiffeq_hyper.solvers.bespoke import stage_times
 
 Call = Callable[[Tensor, Tensor], Tensor]
 
-EASIEST = 0.1
-"""Smallest error that a sample is weighted as, as a share of the mean."""
+EASIEST = 0.1  # smallest error that a sample is weighted as, as a share of the mean
 RESIDUALS_PER_WEIGHT = 20
 """Numbers to fit a weight to, so that it is not fitted to the samples themselves."""
-FEWEST = 4
-"""Samples in a step at least."""
-MOST_BYTES = 2**29
-"""Memory that the sensitivities of a chunk may take."""
+FEWEST = 4  # samples in a step at least
+MOST_BYTES = 2**29  # memory that the sensitivities of a chunk may take
+RIDGE = 1e-8  # pull of knots towards small weights, relative to the derivatives' mean square
 
 
 def n_weights(n: int) -> int:
@@ -163,7 +168,7 @@ class Chunk:
         """Return the residual of the end and its derivatives by each weight, (n_weights, ...).
 
         Both are weighted as in iteratively reweighted least squares: dividing a squared error
-        by the error itself, as it is now, minimises the mean of errors, not of their squares.
+        by the error as it is now minimises the mean of errors, not of their squares.
         """
         x, sensitivities = self.roll_out.end_and_sensitivities(weights)
         errors = self.errors(x)
@@ -194,18 +199,15 @@ class Chunk:
     def _spread(self, values: Tensor) -> Tensor:
         """Return per-sample values as a flat state."""
         layout = self.roll_out.layout
-        state = layout.split(self.path[-1])
-        parts = parts_of(state)
-        spread = tuple(values.reshape(-1, *[1] * (p.dim() - 1)).expand_as(p) for p in parts)
-        return layout.join(spread if isinstance(state, tuple) else spread[0])
+
+        def spread(part: Tensor) -> Tensor:
+            return values.reshape(-1, *[1] * (part.dim() - 1)).expand_as(part)
+
+        return layout.join(map_parts(spread, layout.split(self.path[-1])))
 
 
 def cut(
-    batch: Batch,
-    func: VectorField,
-    budget: Timer,
-    rows: int | None,
-    n_processes: int = 1,
+    batch: Batch, func: VectorField, budget: Timer, rows: int | None, n_processes: int = 1
 ) -> list[Chunk]:
     """Return a batch in chunks of at most ``rows`` samples, as many in every process."""
     count = n_samples(batch.y0)
@@ -225,33 +227,34 @@ def cut(
     return chunks
 
 
+@dataclass(eq=False)
 class TrainingChunks:
     """The training batches in chunks of ``rows`` samples, by number, cut when first asked for."""
 
-    def __init__(self, data: Data, problem: Problem, rows: int | None) -> None:
-        self._data = data
-        self._problem = problem
-        self._rows = rows
-        self._chunks: list[Chunk] = []
-        self._batches: list[Batch] = []
+    data: Data
+    problem: Problem
+    rows: int | None
+
+    def __post_init__(self) -> None:
+        self._chunks, self._batches = list[Chunk](), list[Batch]()
 
     def get(self, number: int) -> Chunk | None:
         """Return a chunk, None beyond the last."""
-        data, problem = self._data, self._problem
+        data, problem = self.data, self.problem
         while number >= len(self._chunks):
             batch = data[len(self._batches)]
             if any(batch is known for known in self._batches):
                 return None
             self._batches.append(batch)
-            self._chunks += cut(batch, problem.func, data.budget, self._rows, problem.group.size)
+            self._chunks += cut(batch, problem.func, data.budget, self.rows, problem.group.size)
         return self._chunks[number]
 
     def needed(self) -> int:
         """Return how many chunks a step should look at."""
         first = self.get(0)
         assert first is not None
-        in_one = len(first.scale) * self._problem.group.size
-        return math.ceil(samples_needed(self._data.held_out.y0, len(first.path) - 1) / in_one)
+        in_one = len(first.scale) * self.problem.group.size
+        return math.ceil(samples_needed(self.data.held_out.y0, len(first.path) - 1) / in_one)
 
 
 def samples_needed(y0: State, n: int) -> int:
@@ -270,10 +273,6 @@ def _per_sample(y0: State) -> float:
     return sum(part.numel() for part in parts_of(y0)) / n_samples(y0)
 
 
-RIDGE = 1e-8
-"""Pull towards small weights, relative to the derivatives' mean square."""
-
-
 @torch.no_grad()
 def fit_knots(
     chunks: Sequence[Chunk], weights: Tensor, added: Tensor | None
@@ -287,18 +286,15 @@ def fit_knots(
     gram, values, slopes = (torch.stack(each).sum(0) for each in products)
     n = len(gram)
     gram = gram + RIDGE * gram.diagonal().mean() * torch.eye(n, dtype=gram.dtype)
-    inner = torch.linspace(0, 1, n + 1, dtype=gram.dtype)[1:-1]
-    slope_sums = torch.ones(n + 1, dtype=gram.dtype)
-    return _solve(gram, values, inner), _solve(gram, slopes, slope_sums)
-
-
-def _solve(gram: Tensor, products: Tensor, sums: Tensor) -> Tensor:
-    """Return the rows w with ``w gram = products`` as near as their given sums allow."""
-    n = len(gram)
-    system = torch.zeros(n + 1, n + 1, dtype=gram.dtype)
     scale = gram.diagonal().mean()
-    system[:n, :n] = gram / scale
-    system[:n, n] = system[n, :n] = 1
-    wanted = torch.cat([products.t() / scale, sums[None]])
-    solution: Tensor = torch.linalg.solve(system, wanted)
-    return solution[:n].t().contiguous()
+    system = torch.ones(n + 1, n + 1, dtype=gram.dtype)
+    system[:n, :n], system[n, n] = gram / scale, 0
+
+    def rows(products: Tensor, sums: Tensor) -> Tensor:
+        """Return the rows w with ``w gram = products`` as near as their given sums allow."""
+        wanted = torch.cat([products.t() / scale, sums[None]])
+        solution: Tensor = torch.linalg.solve(system, wanted)
+        return solution[:n].t().contiguous()
+
+    inner = torch.linspace(0, 1, n + 1, dtype=gram.dtype)[1:-1]
+    return rows(values, inner), rows(slopes, torch.ones(n + 1, dtype=gram.dtype))

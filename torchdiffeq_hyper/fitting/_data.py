@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -13,15 +13,17 @@ from torchdiffeq_hyper._state import (
     State,
     StateLayout,
     VectorField,
-    parts_of,
     sample_sizes,
     stepped_dtype,
+    take,
 )
 from torchdiffeq_hyper.fitting._batches import Batches, Starts, bind, n_samples, select
 from torchdiffeq_hyper.fitting._distributed import ProcessGroup
-from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError, Timer, Units
+from torchdiffeq_hyper.fitting._field import Field, Timer, Units
 from torchdiffeq_hyper.fitting._reference import Plan, TimeGrid, Tolerances, solve_reference
 from torchdiffeq_hyper.tableaus import Tableau
+
+MOST_BYTES = 2**30  # memory that the reference solutions kept may take
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,11 @@ class Samples:
     residuals are in true units: they are what a hypernet is given.
     """
 
-    times: Tensor
-    """(n + 1,) times."""
-    dt: Tensor
-    """(n,) signed step sizes."""
-    y: Tensor
-    """(n + 1, ...) the solution."""
-    stages: tuple[Tensor, ...]
-    """For each stage of the base, (n, ...) its derivatives; empty without a base."""
-    residual: Tensor
-    """(n, ...) the residuals R_n, in units of `Units.residual`; (0, ...) without a base."""
+    times: Tensor  # (n + 1,)
+    dt: Tensor  # (n,) signed step sizes
+    y: Tensor  # (n + 1, ...) the solution
+    stages: tuple[Tensor, ...]  # derivatives at each stage of the base, (n, ...); or empty
+    residual: Tensor  # (n, ...) the R_n, in units of `Units.residual`; (0, ...) without a base
 
 
 def states_along(field: Field, grid: TimeGrid, solution: Tensor) -> Samples:
@@ -88,18 +85,26 @@ class Batch:
     batch, of which this may be a part.
     """
 
-    layout: StateLayout
+    starts: Starts
     dtype: torch.dtype
     grids: tuple[Samples, ...]
-    y0: State
     units: Units
     weight: float = 1.0
-    context: tuple[Tensor, ...] = ()
 
     @property
-    def starts(self) -> Starts:
-        """The starts with their context."""
-        return Starts(self.y0, self.context)
+    def y0(self) -> State:
+        """The state that the samples start at."""
+        return self.starts.y0
+
+    @property
+    def context(self) -> tuple[Tensor, ...]:
+        """The samples' context."""
+        return self.starts.context
+
+    @cached_property
+    def layout(self) -> StateLayout:
+        """How a state of these samples lies in one tensor."""
+        return StateLayout.of(self.y0)
 
     def field(self, func: VectorField) -> VectorField:
         """Return the field of these samples."""
@@ -132,23 +137,19 @@ class Batch:
 
     def some(self, index: Tensor, weight: float = 1.0) -> Batch:
         """Return the samples at the positions ``index`` of the batch."""
-        starts = select(self.starts, index)
-        rows = partial(select_flat, self.layout, index=index)
+        rows = partial(self._rows, index=index)
         grids = tuple(
             Samples(s.times, s.dt, rows(s.y), tuple(map(rows, s.stages)), rows(s.residual))
             for s in self.grids
         )
-        layout = StateLayout.of(starts.y0)
-        return Batch(layout, self.dtype, grids, starts.y0, self.units, weight, starts.context)
+        return replace(self, starts=select(self.starts, index), grids=grids, weight=weight)
 
-
-def select_flat(layout: StateLayout, flat: Tensor, index: Tensor) -> Tensor:
-    """Return some of the samples of flat states (m, ...)."""
-    state = layout.split(flat)
-    parts = [part[:, index.to(flat.device)] for part in parts_of(state)]
-    if isinstance(state, Tensor):
-        return parts[0]
-    return torch.cat([part.flatten(1) for part in parts], dim=1)
+    def _rows(self, flat: Tensor, index: Tensor) -> Tensor:
+        """Return some of the samples of flat states (m, ...)."""
+        state = take(self.layout.split(flat), index, dim=1)
+        if isinstance(state, Tensor):
+            return state
+        return torch.cat([part.flatten(1) for part in state], dim=1)
 
 
 @dataclass
@@ -171,38 +172,42 @@ class References:
         """Return a batch with its reference solution; `OutOfTimeError` where the time ends."""
         began = time.perf_counter()
         field = Field(self.func, starts, budget, self.units)
-        layout = StateLayout.of(starts.y0)
         y = solve_reference(field, field.flat, self.plan.times, self.tolerances)
         if self.tableau is None:
-            found = [states_along(field, grid, y) for grid in self.plan.grids]
+            grids = [states_along(field, grid, y) for grid in self.plan.grids]
         else:
-            found = [measure_residuals(field, self.tableau, r, y) for r in self.plan.grids]
+            grids = [measure_residuals(field, self.tableau, r, y) for r in self.plan.grids]
         self.calls += field.calls
         self.seconds += time.perf_counter() - began
-        context = starts.context
-        return Batch(layout, field.dtype, tuple(found), starts.y0, self.units, context=context)
+        return Batch(starts, field.dtype, tuple(grids), self.units)
 
 
 class Data:
     """The training batches by number and the held-out batch, each measured once.
 
-    Attributes:
-        budget: the time that solutions may take from now on.
-        held_out: the batch that is not fitted on.
-        held_out_seconds: wall time spent on it.
+    ``references`` counts the calls of func in all processes; ``budget`` is the time that
+    solutions may take from now on.
     """
+
+    held_out: Batch
+    held_out_seconds: float
+    first: Batch  # the whole first training batch, however many processes share it
 
     def __init__(
         self, references: References, batches: Batches, budget: Timer, group: ProcessGroup
     ) -> None:
-        self._references = references
+        self.references = references
         self._batches = batches
         self.budget = budget
         self._group = group
         self._measured: dict[int, Batch] = {}
-        self._first: Batch | None = None
-        self.held_out = self._measure_held_out()
-        self.held_out_seconds = self.seconds
+        group.gather_in_time(self._measure_held_out)
+        self._measure_from(0)
+
+    def _measure_held_out(self) -> float:
+        self.held_out = self.references.solve(self._batches.held_out, self.budget)
+        self.held_out_seconds = self.references.seconds
+        return self.held_out_seconds
 
     def __getitem__(self, number: int) -> Batch:
         """Return this process's share of a training batch."""
@@ -211,51 +216,16 @@ class Data:
             self._measure_from(position)
         return self._measured[position]
 
-    def measure_first(self) -> None:
-        """Measure the first training batch now, in all processes together."""
-        if self._first is None:
-            self._measure_from(0)
-
-    @property
-    def first(self) -> Batch:
-        """The whole first training batch, however many processes share it."""
-        self.measure_first()
-        assert self._first is not None
-        return self._first
-
-    @property
-    def calls(self) -> int:
-        """Calls of func so far, in all processes."""
-        return self._references.calls
-
-    @property
-    def seconds(self) -> float:
-        """Wall time spent so far."""
-        return self._references.seconds
-
     @property
     def seconds_per_batch(self) -> float:
         """Wall time that a training batch has taken."""
-        return (self.seconds - self.held_out_seconds) / max(1, len(self._measured))
+        return (self.references.seconds - self.held_out_seconds) / len(self._measured)
 
     @property
     def n_starts(self) -> int:
         """Number of samples measured to fit on, of all processes."""
         batches = [batch for batch in self._measured.values() if batch.weight]
         return sum(round(n_samples(batch.y0) / batch.weight) for batch in batches)
-
-    @property
-    def n_grids(self) -> int:
-        """Number of grids."""
-        return len(self._references.plan.grids)
-
-    def _measure_held_out(self) -> Batch:
-        """Measure the held-out batch, in every process; what one cannot do in time, none does."""
-        batch = self._solved(self._batches.held_out)
-        if any(self._group.gather(batch is None)):
-            raise OutOfTimeError
-        assert batch is not None
-        return batch
 
     def _measure_from(self, position: int) -> None:
         """Measure a training batch; more processes measure the ones after it, one each.
@@ -264,23 +234,18 @@ class Data:
         """
         following = [self._batches.position(position + n) for n in range(self._group.size)]
         new = [p for p in dict.fromkeys(following) if p not in self._measured]
-        mine = new[self._group.rank] if self._group.rank < len(new) else None
-        before = self.calls
-        batch = None if mine is None else self._solved(self._batches[mine])
+        mine, references = new[self._group.rank :][:1], self.references
+        before = references.calls
+
+        def measure() -> tuple[list[Batch], int]:
+            batches = [references.solve(self._batches[place], self.budget) for place in mine]
+            return batches, references.calls - before
+
         device = self.held_out.grids[0].y.device
-        gathered = self._group.gather((batch, self.calls - before), device)
-        self._references.calls = before + sum(calls for _, calls in gathered)
-        found = [whole for whole, _ in gathered[: len(new)] if whole is not None]
-        if len(found) < len(new):  # the others hear of it, too: all end the phase alike
-            raise OutOfTimeError
+        gathered = self._group.gather_in_time(measure, device)
+        references.calls = before + sum(calls for _, calls in gathered)
+        found = [batch for batches, _ in gathered for batch in batches]
         for place, whole in zip(new, found, strict=True):
             if place == 0:
-                self._first = whole
+                self.first = whole
             self._measured[place] = whole.share_of(self._group)
-
-    def _solved(self, starts: Starts) -> Batch | None:
-        """Return a batch with its reference solution, None where the time ends."""
-        try:
-            return self._references.solve(starts, self.budget)
-        except OutOfTimeError:
-            return None

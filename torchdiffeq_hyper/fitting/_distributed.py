@@ -17,6 +17,7 @@ from torch import distributed as dist
 from torchdiffeq_hyper import errors
 from torchdiffeq_hyper._state import wide_dtype
 from torchdiffeq_hyper.errors import HyperError, HyperWarning, RankError
+from torchdiffeq_hyper.fitting._field import OutOfTimeError
 
 T = TypeVar("T")
 
@@ -68,14 +69,12 @@ class ProcessGroup:
     @contextmanager
     def together(self) -> Iterator[None]:
         """Begin with the others; an error in one process is raised in all, with its text."""
-        if self.size == 1:
-            yield
-            return
         try:
-            self._meet("begin")
+            if self.size > 1:
+                self._meet("begin")
             yield
         except BaseException as error:
-            if self._is_heard:
+            if self.size > 1 and self._is_heard:
                 with suppress(RuntimeError):  # the others are gone: this error says more
                     self._meet("end", error)
             raise
@@ -110,18 +109,15 @@ class ProcessGroup:
             return loss
         self._meet("gradients")
         device = _collective_device(loss.device)
-        parts = [loss.reshape(1)]
-        for p in parameters:
-            grad = torch.zeros_like(p) if p.grad is None else p.grad
-            is_used = torch.full((1,), float(p.grad is not None), device=p.device)
-            parts += [is_used, grad.detach().reshape(-1)]
-        flat = weight * torch.cat([part.to(device, wide_dtype(device)) for part in parts])
+        parts = [loss.reshape(1), loss.new_tensor([float(p.grad is not None) for p in parameters])]
+        parts += [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+        flat = weight * torch.cat([part.detach().to(device, wide_dtype(device)) for part in parts])
         self._collect(dist.all_reduce, flat)
-        total: Tensor
-        total, *sums = flat.split([1, *(n for p in parameters for n in (1, p.numel()))])
-        for p, is_used, grad in zip(parameters, sums[::2], sums[1::2], strict=True):
-            p.grad = grad.reshape(p.shape).to(p.device, p.dtype) if bool(is_used > 0) else None
-        return total[0].to(loss.device, loss.dtype)
+        total, are_used, *grads = flat.split([part.numel() for part in parts])
+        for p, is_used, grad in zip(parameters, are_used.tolist(), grads, strict=True):
+            p.grad = grad.reshape(p.shape).to(p.device, p.dtype) if is_used > 0 else None
+        mean: Tensor = total[0].to(loss.device, loss.dtype)
+        return mean
 
     def gather(self, value: T, device: torch.device | str = "cpu") -> list[T]:
         """Return every process's value, its tensors on ``device``, in the order of ranks."""
@@ -130,20 +126,27 @@ class ProcessGroup:
         self._meet("gather")
         return self._gather(value, device)
 
+    def gather_in_time(
+        self, measure: Callable[[], T], device: torch.device | str = "cpu"
+    ) -> list[T]:
+        """Return what each process measures; `OutOfTimeError` in all where one has no time."""
+        value = None
+        with suppress(OutOfTimeError):
+            value = measure()
+        found = [each for each in self.gather(value, device) if each is not None]
+        if len(found) < self.size:
+            raise OutOfTimeError
+        return found
+
     def from_first(self, measure: Callable[[], T]) -> T:
         """Return what ``measure`` returns in rank 0, its tensors on the CPU elsewhere."""
         if self.size == 1:
             return measure()
         value = measure() if self.is_first else None
         self._meet("from_first")
-        held = [_pack(value)]
-        self._collect(dist.broadcast_object_list, held, src=0)
-        return value if value is not None else _unpack(held[0], "cpu")
-
-    def align(self, net: nn.Module) -> None:
-        """Give a net rank 0's parameters and buffers."""
-        if self.size > 1:
-            net.load_state_dict(self.from_first(net.state_dict))
+        packed = [_pack(value)]
+        self._collect(dist.broadcast_object_list, packed, src=0)
+        return value if value is not None else _unpack(packed[0], "cpu")
 
     def _meet(self, collective: str, error: BaseException | None = None) -> None:
         """Tell the others what comes next, or what went wrong here."""

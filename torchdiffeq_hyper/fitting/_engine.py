@@ -10,36 +10,38 @@ solver with a fit of its own:
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from contextlib import closing, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from torchdiffeq_hyper._fields import model_as_found
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import NoiseFloorError
 from torchdiffeq_hyper.fitting._auto import measuring_time_in
-from torchdiffeq_hyper.fitting._batches import Batches, head
-from torchdiffeq_hyper.fitting._budget import PROBES, Budget, Deadline, ReferencePlan
+from torchdiffeq_hyper.fitting._batches import Batches, head, n_samples
+from torchdiffeq_hyper.fitting._budget import (
+    FEWEST,
+    LOOSEST,
+    PROBES,
+    Budget,
+    Deadline,
+    ReferencePlan,
+    plan_references,
+)
 from torchdiffeq_hyper.fitting._checkpoint import FitState, PhaseState, Store, snapshot
 from torchdiffeq_hyper.fitting._config import FitConfig
-from torchdiffeq_hyper.fitting._data import Data
-from torchdiffeq_hyper.fitting._errors import Comparison
+from torchdiffeq_hyper.fitting._data import MOST_BYTES, Data, References
+from torchdiffeq_hyper.fitting._errors import Comparison, end_errors
 from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError
 from torchdiffeq_hyper.fitting._guard import frozen_or_restored, left_as_found, own_random_state
-from torchdiffeq_hyper.fitting._loop import Loop, Phase, Progress
-from torchdiffeq_hyper.fitting._prepare import (
-    NOISE_LATEST,
-    FieldCheck,
-    measured,
-    most_batches,
-    planned,
-    reserve,
-)
+from torchdiffeq_hyper.fitting._phases import Loop, Phase
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._reference import Tolerances
 from torchdiffeq_hyper.fitting._report import reported, without_references
@@ -47,9 +49,13 @@ from torchdiffeq_hyper.fitting._signature import check_same_call
 from torchdiffeq_hyper.solvers._fit_report import FitReport
 from torchdiffeq_hyper.solvers._solver import Solver
 
+SOLVES_OF_REPORT = 20  # solves of the held-out samples that a report takes, about
+LATEST = (0.5, 0.6)
+"""Shares of the time left after which a first and a second attempt at the data are given up."""
+NOISE_LATEST = 0.25  # share of all time after which the measurement of the noise is given up
 
-@dataclass(frozen=True)
-class Start:
+
+class Start(NamedTuple):
     """Held-out errors of a fit's start and of what it is compared with, and the noise floor."""
 
     error: float
@@ -61,22 +67,14 @@ class Target(ABC):
     """What is fitted: a solver's learned part, its start and its end.
 
     The methods are called in the order in which they stand here, up to `solver`.
-
-    Attributes:
-        problem: the arguments.
-        method: the method string of the solver.
-        order: the order p of the base: g is multiplied by dt^(p+1).
-        net: the net that is trained in place, None without.
-        module: what is trained, with all its parameters.
-        phase_states: the kind of state of each phase.
     """
 
     problem: Problem
-    method: str
-    order: int
-    net: nn.Module | None
-    module: nn.Module
-    phase_states: Sequence[type[PhaseState]]
+    method: str  # the solver's method string
+    order: int  # of the base, p: g is multiplied by dt^(p+1)
+    net: nn.Module | None  # what is trained in place, None without
+    module: nn.Module  # what is trained, with all its parameters
+    phase_states: Sequence[type[PhaseState]]  # the kind of state of each phase
 
     @classmethod
     @abstractmethod
@@ -152,64 +150,46 @@ class Target(ABC):
         """Return the solver with its domain, without its report."""
 
 
+class _NotUsed(Exception):  # noqa: N818 - not an error
+    """Raised to leave a net as on an error: as it was before, since it is not in the result."""
+
+
 def run(target: Target, func: VectorField, y0: State | Iterable[object], *, shown: bool) -> Solver:
     """Fit, or go on with an interrupted fit, or return a finished one.
 
     ``func`` is the field as the user gave it, ``shown`` whether to show a progress bar.
     """
-    problem = target.problem
-    with _undisturbed(func, problem):
-        budget = Budget(problem.config.max_seconds, problem.group.clock)
+    problem, config = target.problem, target.problem.config
+    with (
+        torch.inference_mode(mode=False),
+        torch.enable_grad(),
+        own_random_state(config.seed),
+        left_as_found(func),
+        model_as_found(problem.func),
+        problem.group.together(),
+    ):
+        budget = Budget(config.max_seconds, problem.group.clock)
         batches = Batches(y0, target.config_for(y0), problem.context)
         first = batches.held_out.y0
         target.open(first)
+        net, is_shown = target.net, shown and problem.group.is_first
         title = f"fit {target.method}"
-        is_shown = shown and problem.group.is_first
+        progress = tqdm(total=config.iterations, desc=title, disable=not is_shown)
         with (
-            closing(Progress(title, problem.config.iterations, shown=is_shown)) as progress,
+            closing(progress),
             suppress(_NotUsed),
-            _trained_in_place(target),
+            measuring_time_in(net, problem.width, target.order),
+            nullcontext() if net is None else frozen_or_restored(net),
         ):
             report = _Fit(target, batches, budget, progress).run()
             solver = target.solver(first)
             problem.group.finish()
-            if target.net is not None and solver.hypernet is not target.net:
+            if net is not None and solver.hypernet is not net:
                 raise _NotUsed
         solver.report = report
         for parameter in solver.parameters():
             parameter.grad = None
         return solver.eval().requires_grad_(requires_grad=False)
-
-
-@contextmanager
-def _undisturbed(func: VectorField, problem: Problem) -> Iterator[None]:
-    """Fit with gradients, an own random state, func as it was found, and all processes."""
-    with (
-        torch.inference_mode(mode=False),
-        torch.enable_grad(),
-        own_random_state(problem.config.seed),
-        left_as_found(func),
-        model_as_found(problem.func),
-        problem.group.together(),
-    ):
-        yield
-
-
-class _NotUsed(Exception):  # noqa: N818 - not an error
-    """Raised to leave a net as on an error: as it was before, since it is not in the result."""
-
-
-@contextmanager
-def _trained_in_place(target: Target) -> Iterator[None]:
-    """Train the target's net in place: frozen at the end, as before on any error."""
-    if target.net is None:
-        yield
-        return
-    with (
-        measuring_time_in(target.net, target.problem.width, target.order),
-        frozen_or_restored(target.net),
-    ):
-        yield
 
 
 @dataclass
@@ -219,38 +199,51 @@ class _Fit:
     target: Target
     batches: Batches
     budget: Budget
-    progress: Progress
+    progress: tqdm[Any]
 
-    @property
-    def problem(self) -> Problem:
-        """The arguments."""
-        return self.target.problem
+    def __post_init__(self) -> None:
+        self._problem, self._group = self.target.problem, self.target.problem.group
 
     def run(self) -> FitReport:
         """Leave the target in its best state, and return what was measured."""
-        target, held_out = self.target, self.batches.held_out
-        self.progress.say("reference solutions")
-        check = FieldCheck.of(self.problem, held_out, self.batches.count)
-        common = check.signature(self.problem, held_out.context)
-        store, state = self._open({**common, **target.signature()})
-        if state is not None and state.report is not None:
-            target.restore(state)
-            return FitReport.from_dict(state.report)
+        target, problem, held_out = self.target, self._problem, self.batches.held_out
+        self.progress.set_postfix_str("reference solutions")
+        references, signs = problem.check_field(held_out, self.batches.count)
+        signature = {**problem.signature(held_out, signs), **target.signature()}
+        check_same_call(self._group.gather(signature))
+        path = problem.config.checkpoint if self._group.is_first else None
+        store = Store(path, signature, target.phase_states)
+        state = self._group.from_first(store.read)
+        if state is not None:
+            self.budget.resume(state.seconds)
+            if state.report is not None:
+                target.restore(state)
+                return FitReport.from_dict(state.report)
         try:
-            data, plan, noise = self._solve_references(check, state)
+            data, plan, noise = self._solve_references(references, state)
         except OutOfTimeError:
-            return self._without_references(state)
-        state = self._started(data, plan, noise, state, store)
-        self.batches.limit(state.most_batches)
-        reserve(self.problem, target.comparison().run, data, self.budget)
-        phases, group = target.phases(), self.problem.group
-        Loop(phases, target.module, group, state, self.budget, self.progress, store).run()
+            if state is None:
+                name = target.leave_unfitted()
+            else:
+                target.restore(state)
+                name = "the best of the run before"
+            return without_references(problem, name, self.budget, state)
+        self.progress.set_postfix_str("choosing a start")
+        choice = target.prepare(data, None if state is None else state.choice)
+        if state is None:
+            new = self._start(data, plan, noise, choice)
+            state = self._group.from_first(lambda: new)
+            store.write(state)
+        self.batches.most = state.most_batches
+        self.budget.reserved = SOLVES_OF_REPORT * self._group.from_first(lambda: self._time(data))
+        phases = target.phases()
+        Loop(phases, target.module, self._group, state, self.budget, self.progress, store).run()
         target.module.eval()
         notes = [*target.finish(state), *([plan.note] if plan.note else [])]
         compared = target.comparison()
-        report = group.from_first(
+        report = self._group.from_first(
             lambda: reported(
-                self.problem, compared, data, state, self.budget, deltas=target.deltas, notes=notes
+                problem, compared, data, state, self.budget, deltas=target.deltas, notes=notes
             )
         )
         state.report = report.to_dict()
@@ -258,43 +251,43 @@ class _Fit:
             store.write(state)
         return report
 
-    def _open(self, signature: dict[str, object]) -> tuple[Store, FitState | None]:
-        """Return where the fit's state is kept, and what an interrupted run left there."""
-        group = self.problem.group
-        check_same_call(group.gather(signature))
-        path = self.problem.config.checkpoint if group.is_first else None
-        store = Store(path, signature, self.target.phase_states)
-        state = group.from_first(store.read)
-        if state is not None:
-            self.budget.resume(state.seconds)
-        return store, state
-
     def _solve_references(
-        self, check: FieldCheck, state: FitState | None
+        self, references: References, state: FitState | None
     ) -> tuple[Data, ReferencePlan, float | None]:
-        """Return data with its first solutions, how they were solved, and the noise in them."""
-        kept = None if state is None else state.references
-        references = check.references(self.problem)
-        plan = planned(self.problem, self.batches, references, budget=self.budget, kept=kept)
-        noise = self._noise(plan, check) if state is None else None
-        data, plan = measured(
-            self.problem,
-            self.batches,
-            references,
-            plan,
-            self.budget,
-            goes_on=state is not None,
-        )
-        return data, plan, noise
+        """Return data with its first solutions, how they were solved, and the noise in them.
 
-    def _noise(self, plan: ReferencePlan, check: FieldCheck) -> float | None:
+        Where a plan made just now takes longer than foreseen, loose solutions of a few samples
+        are tried; a fit that goes on has to meet its data again. `OutOfTimeError` where there
+        was no time for these either.
+        """
+        batches, budget, noise = self.batches, self.budget, None
+        if state is None:
+            in_batch = n_samples(batches[0])
+            plan = self._group.from_first(
+                lambda: plan_references(references, batches.held_out, in_batch, budget)
+            )
+            noise = self._noise(plan, references)
+            attempts = [*zip((plan, _hurried(plan)), LATEST, strict=True)]
+        else:
+            attempts = [(ReferencePlan.from_dict(state.references), 1.0)]
+        for attempt, share in attempts:
+            batches.keep(attempt.held_out, attempt.batch)
+            now = budget.elapsed
+            deadline = Deadline(budget, now + share * (budget.max_seconds - now))
+            solver = replace(references, tolerances=attempt.tolerances)
+            with suppress(OutOfTimeError):
+                data = Data(solver, batches, deadline, self._group)
+                data.budget = budget
+                return data, attempt, noise
+        raise OutOfTimeError
+
+    def _noise(self, plan: ReferencePlan, references: References) -> float | None:
         """Measure the noise on a few of the held-out samples; None if a process has no time."""
         noise = None
         if plan.has_noise:
-            held_out = self.batches.held_out
-            probes = head(held_out, PROBES)
+            probes = head(self.batches.held_out, PROBES)
             until = Deadline(self.budget, NOISE_LATEST * self.budget.max_seconds)
-            field = Field(self.problem.func, probes, until, check.units)
+            field = Field(self._problem.func, probes, until, references.units)
             try:
                 noise = self.target.measure_noise(field, probes.y0, plan.tolerances)
             except OutOfTimeError:
@@ -303,45 +296,44 @@ class _Fit:
                 if not plan.is_looser:
                     raise
                 raise OutOfTimeError from error  # there is no time for tighter references
-        return None if None in self.problem.group.gather(noise) else noise
+        return None if None in self._group.gather(noise) else noise
 
-    def _started(
-        self,
-        data: Data,
-        plan: ReferencePlan,
-        noise: float | None,
-        state: FitState | None,
-        store: Store,
+    def _start(
+        self, data: Data, plan: ReferencePlan, noise: float | None, choice: dict[str, Any] | None
     ) -> FitState:
-        """Return the state before the first iteration, or the one to go on from."""
-        target, group = self.target, self.problem.group
-        self.progress.say("choosing a start")
-        choice = target.prepare(data, None if state is None else state.choice)
-        if state is not None:
-            return state
-        start = target.start(noise, plan)
-        module = target.module
-        new = FitState(
-            net=module.state_dict(),
-            best=snapshot(module),
+        """Return the state before the first iteration."""
+        target, start = self.target, self.target.start(noise, plan)
+        if choice is not None and not self.progress.disable:
+            self.progress.write(choice["note"], file=self.progress.fp)
+        in_time = self.budget.affordable_batches(data.seconds_per_batch, data.held_out_seconds)
+        return FitState(
+            net=target.module.state_dict(),
+            best=snapshot(target.module),
             best_error=start.error,
             base_error=start.base_error,
             noise=start.noise,
-            most_batches=most_batches(data, self.budget),
+            most_batches=min(in_time, max(1, MOST_BYTES // data.first.nbytes)),
             references=asdict(plan),
             choice=choice,
         )
-        new = group.from_first(lambda: new)
-        if choice is not None:
-            self.progress.tell(choice["note"])
-        store.write(new)
-        return new
 
-    def _without_references(self, state: FitState | None) -> FitReport:
-        """Take what there is without reference solutions: a start, or an earlier run's best."""
-        if state is None:
-            name = self.target.leave_unfitted()
-        else:
-            self.target.restore(state)
-            name = "the best of the run before"
-        return without_references(self.problem, name, self.budget, state)
+    @torch.no_grad()
+    def _time(self, data: Data) -> float:
+        """Return the seconds of a solve of the held-out samples."""
+        began = time.perf_counter()
+        end_errors(self.target.comparison().run, self._problem.func, data.held_out)
+        return time.perf_counter() - began
+
+
+def _hurried(plan: ReferencePlan) -> ReferencePlan:
+    """Return the plan for where the first solutions took too long."""
+    rtol = max(LOOSEST, plan.tolerances.rtol)
+    return ReferencePlan(
+        plan.tolerances.loosened(rtol),
+        held_out=min(plan.held_out, FEWEST // 2),
+        batch=min(plan.batch, FEWEST // 2),
+        has_noise=False,
+        is_looser=True,
+        note=f"reference solutions: a tolerance of {rtol:.0e} and few samples, less than planned: "
+        "the first solutions took too long",
+    )

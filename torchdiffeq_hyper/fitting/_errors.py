@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._state import State, VectorField, parts_of, sample_norms
-from torchdiffeq_hyper.fitting._batches import n_samples, select
+from torchdiffeq_hyper._state import State, VectorField, parts_of, sample_norms, take
+from torchdiffeq_hyper.fitting._batches import n_samples
 from torchdiffeq_hyper.fitting._data import Batch, Data
 from torchdiffeq_hyper.solvers._fit_report import ErrorSummary
 
@@ -49,7 +49,7 @@ def solved(
         if count == 1:
             return tuple(p.new_full((len(times), *p.shape), math.inf) for p in parts_of(y0))
         halves = torch.arange(count).tensor_split(2)
-        found = [solved(run, func, batch.some(h), select(y0, h), times) for h in halves]
+        found = [solved(run, func, batch.some(h), take(y0, h), times) for h in halves]
         return tuple(torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
 
 

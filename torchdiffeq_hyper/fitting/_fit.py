@@ -56,11 +56,10 @@ def fit(
     :math:`|y(T) - y_n|_2 / |y(T)|_2` at the span's end T; the held-out error is the same
     mean. Norms are over all parts of a tuple: scale func so that those that matter have
     numbers of like size. A step costs about n^3/6 calls of func on a few samples, and no
-    gradient of func. Where steps bring no gain, they look at more samples; after ten more
-    without one the descent ends, and where there is time one from the next best classical
-    method follows. ``hypernet=None`` means no
-    correction; one that is given is fitted after the weights. The span, one direction and
-    one number of calls belong to the result.
+    gradient of func. Where steps bring no gain, they look at more samples; then the descent
+    ends, and where there is time one from the next best classical method follows.
+    ``hypernet=None`` means no correction; one that is given is fitted after the weights. The
+    span, one direction and one number of calls belong to the result.
 
     func is fitted in evaluation mode. Its modules come back as found (mode,
     ``requires_grad``, gradients, buffers, attributes such as ``self.nfe``), on errors, too:
@@ -73,9 +72,8 @@ def fit(
     batch (an iterable yields the same whole batches everywhere), rank 0 shows, writes the
     checkpoint and decides by its clock, and all return the same solver, that of a single
     process but for rounding (for "bns" also for how samples are weighed: against the mean error of
-    each process's share): losses are means over samples, and each batch's reference
-    is solved by one process. An error in one is raised in all. Samples must not depend
-    on each other, in func nor in the hypernet.
+    each process's share). An error in one is raised in all. Samples must not depend on each
+    other, in func nor in the hypernet.
 
     Sources: Poli et al., "Hypersolvers: Toward Fast Continuous-Depth Models", NeurIPS 2020,
     https://arxiv.org/abs/2007.09601 (the residuals are its equation 5); Shaul et al.,
@@ -167,22 +165,13 @@ def fit(
 
 
 def check_hypernet(hypernet: object) -> None:
-    """Refuse what cannot be trained.
-
-    Raises:
-        StateTypeError: neither None nor a module with a parameter that requires a gradient.
-    """
-    if hypernet is None:
-        return
-    if not isinstance(hypernet, nn.Module):
+    """Refuse what is neither None nor a module with parameters to train."""
+    parameters = hypernet.parameters() if isinstance(hypernet, nn.Module) else ()
+    if hypernet is not None and not any(parameter.requires_grad for parameter in parameters):
         raise StateTypeError(
-            problem=f"hypernet is a {type(hypernet).__name__}: it has no parameters to fit.",
-            expected="a torch.nn.Module called as g(step), or None for a ready net.",
-            fix="hypernet=tdh.ConcatHypernet(net)",
-        )
-    if not any(parameter.requires_grad for parameter in hypernet.parameters()):
-        raise StateTypeError(
-            problem="hypernet has no parameter that requires a gradient: nothing can be fitted.",
-            expected="at least one (a fitted net is frozen).",
-            fix="hypernet.requires_grad_()",
+            problem=f"hypernet is a {type(hypernet).__name__} with no parameters to fit: it has no "
+            "parameter that requires a gradient.",
+            expected="a torch.nn.Module called as g(step), not frozen as a fitted one is; or None "
+            "for a ready net.",
+            fix="hypernet=tdh.ConcatHypernet(net)\nor hypernet.requires_grad_()",
         )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torchdiffeq_hyper._state import (
     Hypernet,
@@ -17,7 +17,6 @@ from torchdiffeq_hyper._state import (
     stepped_dtype,
 )
 from torchdiffeq_hyper.errors import HyperError, NoiseFloorError
-from torchdiffeq_hyper.fitting._adamw import AdamWPhase, AdamWState
 from torchdiffeq_hyper.fitting._auto import calibrate, check_auto, choose
 from torchdiffeq_hyper.fitting._budget import ReferencePlan
 from torchdiffeq_hyper.fitting._checkpoint import FitState
@@ -26,15 +25,15 @@ from torchdiffeq_hyper.fitting._engine import Start, Target
 from torchdiffeq_hyper.fitting._errors import Comparison, is_worse
 from torchdiffeq_hyper.fitting._field import Field
 from torchdiffeq_hyper.fitting._guard import own_random_state
-from torchdiffeq_hyper.fitting._loop import Phase
 from torchdiffeq_hyper.fitting._objectives import (
     Objective,
     delta_quantiles,
     no_correction,
     objectives_of,
 )
+from torchdiffeq_hyper.fitting._phases import AdamWPhase, AdamWState, Phase
 from torchdiffeq_hyper.fitting._problem import HypersolverProblem
-from torchdiffeq_hyper.fitting._reference import Plan, TimeGrid, Tolerances, solve_reference
+from torchdiffeq_hyper.fitting._reference import Plan, Tolerances, solve_reference
 from torchdiffeq_hyper.fitting._signature import signs_of_net
 from torchdiffeq_hyper.hypernets import (
     ReadyHypernet,
@@ -47,12 +46,9 @@ from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 from torchdiffeq_hyper.tableaus import Tableau
 
-HIGHEST = 0.5
-"""Share of the residual's size that may be noise."""
-TIGHTEST = 1e-13
-"""Tolerance below which float64 itself ends the search for a better solution."""
-FEWEST_TO_PAY = 200
-"""Iterations below which a fit is a trial that nobody has to earn back."""
+HIGHEST = 0.5  # share of the residual's size that may be noise
+TIGHTEST = 1e-13  # tolerance below which float64 itself ends the search for a better solution
+FEWEST_TO_PAY = 200  # iterations below which a fit is a trial that nobody has to earn back
 
 
 class HypersolverTarget(Target):
@@ -73,17 +69,10 @@ class HypersolverTarget(Target):
 
     @classmethod
     def of(
-        cls,
-        func: VectorField,
-        t_span: object,
-        *,
-        base: str,
-        alpha: float | None,
-        hypernet: nn.Module | str | None,
-        **given: Any,
+        cls, func: VectorField, t_span: object, *, hypernet: nn.Module | str | None, **given: Any
     ) -> HypersolverTarget:
         """Return the target of the arguments of `fit`, checked."""
-        problem = HypersolverProblem.of_base(func, t_span, base=base, alpha=alpha, **given)
+        problem = HypersolverProblem.of(func, t_span, **given)
         if isinstance(hypernet, str):
             check_auto(hypernet)
         return cls(problem, hypernet)
@@ -118,8 +107,7 @@ class HypersolverTarget(Target):
         """Choose a net where that was asked for."""
         self._data, problem = data, self.problem
         if self.net is None and choice is None:
-            first = data.first  # measured by all processes together
-            choice = problem.group.from_first(lambda: choose(problem, first, data.held_out))
+            choice = problem.group.from_first(lambda: choose(problem, data.first, data.held_out))
         self._take_net(choice)
         return choice
 
@@ -135,27 +123,20 @@ class HypersolverTarget(Target):
         """Calibrate the net: unfitted, it is the first candidate."""
         calibrate(self.module, self._data.first)
         self.module.eval()
-        _, validation = self._objectives()
-        held_out = self._data.held_out
-        return Start(validation.error(held_out), validation.base_error(held_out), noise or 0.0)
+        selection, held_out = self._objectives()[-1], self._data.held_out
+        return Start(selection.error(held_out), selection.base_error(held_out), noise or 0.0)
 
-    def _objectives(self) -> tuple[tuple[Objective, ...], Objective]:
+    def _objectives(self) -> tuple[Objective, ...]:
         problem = self.problem
         return objectives_of(problem.objective, problem.solver(self.module), problem.func)
 
     def phases(self) -> Sequence[Phase]:
         """Return a phase on residuals, one on roll-outs, or both."""
-        objectives, validation = self._objectives()
+        objectives, problem = self._objectives(), self.problem
+        last = objectives[-1]
         return [
-            AdamWPhase(
-                (objective, validation),
-                self.module,
-                self._data,
-                self.problem,
-                wanted,
-                is_last=objective is objectives[-1],
-            )
-            for objective, wanted in zip(objectives, self.problem.iterations, strict=True)
+            AdamWPhase((one, last), self.module, self._data, problem, wanted, is_last=one is last)
+            for one, wanted in zip(objectives, problem.iterations, strict=True)
         ]
 
     def comparison(self) -> Comparison:
@@ -188,9 +169,9 @@ class HypersolverTarget(Target):
 
     def deltas(self) -> tuple[dict[str, float], dict[str, float]]:
         """Return quantiles over held-out samples, steps and grids."""
-        order, held_out = self.order, self._data.held_out
-        own = delta_quantiles(self._used, order, held_out)
-        return own, delta_quantiles(no_correction, order, held_out)
+        held_out, pair = self._data.held_out, (self._used, no_correction)
+        own, base = (delta_quantiles(g, self.order, held_out) for g in pair)
+        return own, base
 
     def restore(self, state: FitState) -> None:
         """Take the net of an earlier run; none where that had given up the user's own."""
@@ -236,7 +217,9 @@ def measure_noise(
     flat = layout.join(y0)
     tight = 10.0 if tolerances.rtol / 10 >= TIGHTEST else 0.1
     solution = solve_reference(field, flat, plan.times, tolerances)
-    finer = solve_reference(field, flat, _refined(plan.times), tolerances.tightened(tight))[::2]
+    middles = (plan.times[:-1] + plan.times[1:]) / 2
+    refined = torch.cat([plan.times[:1], torch.stack([middles, plan.times[1:]], 1).flatten()])
+    finer = solve_reference(field, flat, refined, tolerances.tightened(tight))[::2]
     half_unit = torch.finfo(stepped_dtype(flat.dtype)).eps / 2
     noises, unit = [], units.residual(tableau.order)
     for grid in plan.grids:
@@ -250,30 +233,16 @@ def measure_noise(
         )
         noise += rounding_noise
         if noise > HIGHEST * size or size == 0:
-            used = f"{flat.dtype}, reference by {tolerances}"
-            _refuse_exact(tableau, grid, unit * size, unit * noise, used)
+            raise NoiseFloorError(
+                problem=f"{tableau.name} at {grid.n_steps} steps is already exact to this dtype, "
+                f"as far as can be told: its mean residual |R| is {unit * size:.3g}, the noise in "
+                f"it {unit * noise:.3g} ({flat.dtype}, reference by {tolerances}).",
+                expected=f"noise below {HIGHEST:g} of |R|: nothing else could be learned.",
+                fix="the base as it is, without a correction\n"
+                f"or fewer steps: steps={max(1, grid.n_steps // 2)}\n"
+                "or, if the digits matter: func.double() and y0.double()\n"
+                "or, if the reference is the loose part: "
+                "FitConfig(rtol=..., atol=...), 100 times smaller",
+            )
         noises.append(unit * noise)
     return sum(noises) / len(noises)
-
-
-def _refuse_exact(
-    tableau: Tableau, grid: TimeGrid, size: float, noise: float, reference: str
-) -> NoReturn:
-    fewer = max(1, grid.n_steps // 2)
-    raise NoiseFloorError(
-        problem=f"{tableau.name} at {grid.n_steps} steps is already exact to this dtype, as far as "
-        f"can be told: its mean residual |R| is {size:.3g}, the noise in it {noise:.3g} "
-        f"({reference}).",
-        expected=f"noise below {HIGHEST:g} of |R|: nothing else could be learned.",
-        fix="the base as it is, without a correction\n"
-        f"or fewer steps: steps={fewer}\n"
-        "or, if the digits matter: func.double() and y0.double()\n"
-        "or, if the reference is the loose part: "
-        "FitConfig(rtol=..., atol=...), 100 times smaller",
-    )
-
-
-def _refined(times: Tensor) -> Tensor:
-    """Return the times with their midpoints."""
-    middles = (times[:-1] + times[1:]) / 2
-    return torch.cat([torch.stack([times[:-1], middles], dim=1).flatten(), times[-1:]])

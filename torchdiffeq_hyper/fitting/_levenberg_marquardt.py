@@ -26,7 +26,7 @@ from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._checkpoint import PhaseState
 from torchdiffeq_hyper.fitting._chunks import Chunk, TrainingChunks, n_weights
 from torchdiffeq_hyper.fitting._field import OutOfTimeError
-from torchdiffeq_hyper.fitting._loop import Phase
+from torchdiffeq_hyper.fitting._phases import Phase
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.solvers.bespoke import BespokeSolver, compositions
 

@@ -26,8 +26,7 @@ from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 from torchdiffeq_hyper.solvers._stepping import Correction
 from torchdiffeq_hyper.solvers.bespoke import BespokeSolver
 
-MOST_STEPS = 8
-"""Steps of a grid that one iteration on residuals looks at."""
+MOST_STEPS = 8  # steps of a grid that one iteration on residuals looks at
 
 
 def no_correction(step: StepInput) -> State:
@@ -49,11 +48,11 @@ class Objective(ABC):
         """Return the 0-d training loss."""
 
     @abstractmethod
-    def error(self, batch: Batch, grid: int | None = None) -> float:
-        """Return the mean error over all grids or on one, no gradient; inf if it is not finite."""
+    def error(self, batch: Batch) -> float:
+        """Return the mean error over all grids, without gradient; inf if a solve blew up."""
 
     @abstractmethod
-    def base_error(self, batch: Batch, grid: int | None = None) -> float:
+    def base_error(self, batch: Batch) -> float:
         """Return the same for the base alone."""
 
     @abstractmethod
@@ -79,18 +78,14 @@ def usable_scale(scale: float) -> float:
     return scale if math.isfinite(scale) and scale > 0 else 1.0
 
 
-def objectives_of(
-    name: str, solver: HyperSolver, func: VectorField
-) -> tuple[tuple[Objective, ...], Objective]:
-    """Return what each phase of a fit minimises, and what selects its best state."""
+def objectives_of(name: str, solver: HyperSolver, func: VectorField) -> tuple[Objective, ...]:
+    """Return what each phase of a fit minimises; the last one selects the best state."""
     assert isinstance(solver.hypernet, nn.Module)
     residual = ResidualObjective(solver.hypernet, solver.tableau.order)
     trajectory = TrajectoryObjective(solver, func)
-    if name == "residual":
-        return (residual,), residual
-    if name == "trajectory":
-        return (trajectory,), trajectory
-    return (residual, trajectory), trajectory
+    if name == "combined":
+        return residual, trajectory
+    return (residual if name == "residual" else trajectory,)
 
 
 def step_inputs(batch: Batch, grid: int) -> Iterator[StepInput]:
@@ -126,19 +121,13 @@ def residual_errors(
 
 
 @torch.no_grad()
-def all_residual_errors(
-    hypernet: Hypernet, order: int, batch: Batch, grid: int | None = None
-) -> Tensor:
-    """Return |R - g|_2 of all samples and steps, on all grids or on one, (n,)."""
+def all_residual_errors(hypernet: Hypernet, order: int, batch: Batch) -> Tensor:
+    """Return |R - g|_2 of all samples, steps and grids, (n,)."""
     errors = [
-        residual_errors(hypernet, order, batch, r, range(len(batch.grids[r].dt))).flatten()
-        for r in _grids(batch, grid)
+        residual_errors(hypernet, order, batch, grid, range(len(samples.dt))).flatten()
+        for grid, samples in enumerate(batch.grids)
     ]
     return torch.cat(errors)
-
-
-def _grids(batch: Batch, grid: int | None) -> Sequence[int]:
-    return range(len(batch.grids)) if grid is None else (grid,)
 
 
 def delta_quantiles(hypernet: Hypernet, order: int, batch: Batch) -> dict[str, float]:
@@ -152,8 +141,7 @@ class ResidualObjective(Objective):
     name = "residual"
 
     def __init__(self, net: Hypernet, order: int) -> None:
-        self._net = net
-        self._order = order
+        self._net, self._order = net, order
 
     def loss(self, batch: Batch, grid: int) -> Tensor:
         """Return the mean over a few random steps, so that fine grids cost no more."""
@@ -161,21 +149,23 @@ class ResidualObjective(Objective):
         steps = torch.randperm(n_steps)[:MOST_STEPS].tolist()
         return residual_errors(self._net, self._order, batch, grid, steps).mean()
 
-    def error(self, batch: Batch, grid: int | None = None) -> float:
+    def error(self, batch: Batch) -> float:
         """Return the mean of |R - g|_2 as a share of that of |R|_2."""
         own, size = (
-            float(all_residual_errors(net, self._order, batch, grid).mean())
+            float(all_residual_errors(net, self._order, batch).mean())
             for net in (self._net, no_correction)
         )
         return own / (size or 1.0)
 
-    def base_error(self, batch: Batch, grid: int | None = None) -> float:
+    def base_error(self, batch: Batch) -> float:
         """Return 1: all of |R|_2."""
         return 1.0
 
+    @torch.no_grad()
     def base_loss(self, batch: Batch, grid: int) -> float:
         """Return the mean of |R|_2."""
-        return float(all_residual_errors(no_correction, self._order, batch, grid).mean())
+        steps = range(len(batch.grids[grid].dt))
+        return float(residual_errors(no_correction, self._order, batch, grid, steps).mean())
 
 
 class TrajectoryObjective(Objective):
@@ -184,40 +174,39 @@ class TrajectoryObjective(Objective):
     name = "trajectory"
 
     def __init__(self, solver: HyperSolver, func: VectorField) -> None:
-        self._solver = solver
-        self._func = func
+        self._solver, self._func = solver, func
+        self._base = HyperSolver(solver.base, no_correction, alpha=solver.alpha)
 
-    def _base(self) -> TrajectoryObjective:
-        base = HyperSolver(self._solver.base, no_correction, alpha=self._solver.alpha)
-        return TrajectoryObjective(base, self._func)
-
-    def _norms(self, batch: Batch, grid: int) -> Tensor:
+    def _norms(self, solver: HyperSolver, batch: Batch, grid: int) -> Tensor:
         """Return |y(t_n) - y_n|_2 in units of the states' size, (n, batch)."""
         samples = batch.grids[grid]
-        found = self._solver.solve(batch.field(self._func), batch.start(grid), samples.times)
+        found = solver.solve(batch.field(self._func), batch.start(grid), samples.times)
         exact = batch.layout.split(samples.y)
         off = map_parts(lambda y, y_ref: (y - y_ref)[1:], found, exact)
         return sample_norms(off, batch.units.state)
 
+    def _relative(self, solver: HyperSolver, batch: Batch) -> Tensor:
+        means = [
+            (self._norms(solver, batch, grid) / batch.sizes(grid)[1:]).mean()
+            for grid in range(len(batch.grids))
+        ]
+        return torch.stack(means).mean()
+
     def loss(self, batch: Batch, grid: int) -> Tensor:
         """Return the mean over samples."""
-        return self._norms(batch, grid).sum(0).mean()
+        return self._norms(self._solver, batch, grid).sum(0).mean()
 
-    def error(self, batch: Batch, grid: int | None = None) -> float:
-        """Return the mean relative error over samples and steps."""
-        return _number(
-            lambda: torch.stack(
-                [(self._norms(batch, r) / batch.sizes(r)[1:]).mean() for r in _grids(batch, grid)]
-            ).mean()
-        )
+    def error(self, batch: Batch) -> float:
+        """Return the mean relative error over grids, steps and samples."""
+        return _number(lambda: self._relative(self._solver, batch))
 
-    def base_error(self, batch: Batch, grid: int | None = None) -> float:
+    def base_error(self, batch: Batch) -> float:
         """Return the same with no correction."""
-        return self._base().error(batch, grid)
+        return _number(lambda: self._relative(self._base, batch))
 
     def base_loss(self, batch: Batch, grid: int) -> float:
         """Return the loss with no correction; inf if its roll-out blew up."""
-        return _number(lambda: self._base().loss(batch, grid))
+        return _number(lambda: self._norms(self._base, batch, grid).sum(0).mean())
 
 
 class EndObjective(Objective):
@@ -226,8 +215,7 @@ class EndObjective(Objective):
     name = "trajectory"
 
     def __init__(self, solver: BespokeSolver, func: VectorField) -> None:
-        self._solver = solver
-        self._func = func
+        self._solver, self._func = solver, func
 
     def _ends(self, solver: BespokeSolver, batch: Batch) -> State:
         """Return a solver's ends, (1, batch, ...)."""
@@ -245,11 +233,11 @@ class EndObjective(Objective):
         """Return the mean over samples."""
         return (self.norms(batch) / batch.end_sizes()).mean()
 
-    def error(self, batch: Batch, grid: int | None = None) -> float:
+    def error(self, batch: Batch) -> float:
         """Return the same without gradient; inf if the solve blew up."""
         return _number(lambda: self.loss(batch, 0))
 
-    def base_error(self, batch: Batch, grid: int | None = None) -> float:
+    def base_error(self, batch: Batch) -> float:
         """Return the same without the correction."""
         return EndObjective(BespokeSolver(self._solver.weights), self._func).error(batch)
 
@@ -263,7 +251,7 @@ class EndObjective(Objective):
         net = self._solver.hypernet
         if not isinstance(net, ReadyHypernet) or not net.is_zero:
             return True  # it was fitted before, with these scales; but after other weights
-        seen: list[StepInput] = []
+        seen = list[StepInput]()
 
         def watch(step: StepInput) -> State:
             seen.append(step)

@@ -1,15 +1,25 @@
-"""The checked arguments of a fit."""
+"""The checked arguments of a fit, and the check of its field."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, parts_of
-from torchdiffeq_hyper.fitting._batches import Context, split_context
+from torchdiffeq_hyper.fitting._batches import Context, Starts, context_signature, split_context
+from torchdiffeq_hyper.fitting._budget import ENDLESS
 from torchdiffeq_hyper.fitting._config import FitConfig
+from torchdiffeq_hyper.fitting._data import References
 from torchdiffeq_hyper.fitting._distributed import ProcessGroup
-from torchdiffeq_hyper.fitting._reference import Plan, check_choice, check_span, step_counts
+from torchdiffeq_hyper.fitting._field import Field, Units, check_field, check_samples
+from torchdiffeq_hyper.fitting._reference import (
+    Plan,
+    Tolerances,
+    check_choice,
+    check_span,
+    step_counts,
+)
+from torchdiffeq_hyper.fitting._signature import signs_of_field
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers._grid import Steps
@@ -17,8 +27,7 @@ from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 from torchdiffeq_hyper.tableaus import Tableau
 
 OBJECTIVES = ("combined", "residual", "trajectory")
-RESIDUAL_SHARE = 0.25
-"""Share of the iterations of a combined fit that its residual phase takes."""
+RESIDUAL_SHARE = 0.25  # share of the iterations of a combined fit that its residual phase takes
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,8 @@ class Problem:
         objective: str,
         direction: str,
         config: FitConfig | None,
-        tableau: Tableau | None = None,
+        base: str | None = None,
+        alpha: float | None = None,
         group: ProcessGroup | None = None,
         context: object = None,
     ) -> Self:
@@ -60,10 +70,10 @@ class Problem:
             plan=Plan.of(span, steps, direction),
             direction=direction,
             objective=check_choice("objective", objective, OBJECTIVES),
-            config=FitConfig() if config is None else config,
-            group=ProcessGroup() if group is None else group,
+            config=config or FitConfig(),
+            group=group or ProcessGroup(),
             context=checked_context,
-            tableau=tableau,
+            tableau=None if base is None else _registry.find_tableau(base, alpha),
         )
 
     @property
@@ -84,19 +94,40 @@ class Problem:
             dtype=str(StateLayout.of(y0).join(y0).dtype).removeprefix("torch."),
         )
 
+    def check_field(self, starts: Starts, count: int) -> tuple[References, dict[str, Any]]:
+        """Look at the field on some of ``count`` samples; refuse one that cannot be fitted.
+
+        Returns what solves references as exactly as wanted, and what tells the starts and
+        the field from others.
+        """
+        field = Field(self.func, starts, ENDLESS)
+        check_samples(field, count, self.span)
+        answers = check_field(field, self.span, field.flat)
+        units = Units.of(self.span, field.flat, answers[0])
+        tolerances = Tolerances.of(self.config, field.dtype, units)
+        references = References(self.func, self.plan, tolerances, units, self.tableau)
+        return references, signs_of_field((field.flat, *answers))
+
+    def signature(self, starts: Starts, signs: dict[str, Any]) -> dict[str, Any]:
+        """Return what tells fits of one kind apart, but for what is fitted."""
+        settings = asdict(self.config)
+        for name in ("max_seconds", "checkpoint"):  # these may differ when a fit goes on
+            del settings[name]
+        return {
+            "t_span": list(self.span),
+            "direction": self.direction,
+            "dtype": str(StateLayout.of(starts.y0).join(starts.y0).dtype),
+            **settings,
+            "context": context_signature(starts.context),
+            **signs,
+        }
+
 
 @dataclass(frozen=True)
 class HypersolverProblem(Problem):
     """The checked arguments of a hypersolver's fit; ``tableau`` is its base."""
 
     tableau: Tableau
-
-    @classmethod
-    def of_base(
-        cls, func: VectorField, t_span: object, *, base: str, alpha: float | None, **given: Any
-    ) -> Self:
-        """Return the problem, checked as by `Problem.of`, which takes the other arguments."""
-        return cls.of(func, t_span, tableau=_registry.find_tableau(base, alpha), **given)
 
     @property
     def iterations(self) -> list[int]:

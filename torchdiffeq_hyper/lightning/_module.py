@@ -19,7 +19,6 @@ from torchdiffeq_hyper._files import checked
 from torchdiffeq_hyper._rules import ANYTHING, Maybe, Record, Table, record_of
 from torchdiffeq_hyper._state import State, VectorField, wide_dtype
 from torchdiffeq_hyper.errors import OptionError
-from torchdiffeq_hyper.fitting._adamw import annealed
 from torchdiffeq_hyper.fitting._auto import calibrate, measuring_time_in
 from torchdiffeq_hyper.fitting._batches import (
     check_like,
@@ -41,7 +40,7 @@ from torchdiffeq_hyper.fitting._objectives import (
     objectives_of,
     usable_scale,
 )
-from torchdiffeq_hyper.fitting._prepare import FieldCheck
+from torchdiffeq_hyper.fitting._phases import annealed
 from torchdiffeq_hyper.fitting._problem import HypersolverProblem
 from torchdiffeq_hyper.fitting._signature import check_same_field
 from torchdiffeq_hyper.hypernets import ready
@@ -128,7 +127,7 @@ class HyperSolverModule(LightningModule):
         super().__init__()
         if isinstance(func, Conditioned) or not (context is None or isinstance(context, str)):
             raise many_batches()  # a loader's batches do not tell the rows of one context apart
-        self._problem = HypersolverProblem.of_base(
+        self._problem = HypersolverProblem.of(
             func,
             t_span,
             base=base,
@@ -154,22 +153,21 @@ class HyperSolverModule(LightningModule):
     def _prepare(self, net: nn.Module | None) -> None:
         """Check the field, measure the noise floor, and make and calibrate the net."""
         problem, starts = self._problem, self._starts
-        check = FieldCheck.of(problem, starts, n_samples(starts))
-        self._signs = check.signs
+        references, self._signs = problem.check_field(starts, n_samples(starts))
         probes = head(starts, PROBES)
-        field = Field(problem.func, probes, ENDLESS, check.units)
+        field = Field(problem.func, probes, ENDLESS, references.units)
         self._noise = measure_noise(
-            field, probes.y0, problem.tableau, problem.plan, check.tolerances
+            field, probes.y0, problem.tableau, problem.plan, references.tolerances
         )
-        batch = check.references(problem).solve(starts, ENDLESS)
-        self._known = KnownBatches(check.references(problem))
+        batch = replace(references).solve(starts, ENDLESS)  # not counted as one of a Trainer's
+        self._known = KnownBatches(references)
         if net is None:
             net = ready(starts.y0, problem.tableau, time_unit=problem.width)
         with measuring_time_in(net, problem.width, problem.tableau.order):
             calibrate(net, batch)
         self.hypernet = net
         solver = problem.solver(net)
-        self._phases, self._criterion = objectives_of(problem.objective, solver, problem.func)
+        self._phases = objectives_of(problem.objective, solver, problem.func)
         self._scales = [
             [usable_scale(phase.base_loss(batch, r)) for r in range(len(batch.grids))]
             for phase in self._phases
@@ -217,7 +215,8 @@ class HyperSolverModule(LightningModule):
         measured = self._measure(("validation", dataloader_idx, batch_idx), batch)
         with self._measuring(), torch.no_grad():
             count = n_samples(measured.y0)
-            errors = self._criterion.error(measured), self._criterion.base_error(measured)
+            criterion = self._phases[-1]
+            errors = criterion.error(measured), criterion.base_error(measured)
             if not self._sums[0]:
                 order = self._problem.tableau.order
                 self._history.delta = delta_quantiles(self.hypernet, order, measured)

@@ -15,8 +15,7 @@ from torchdiffeq_hyper._state import parts_of
 from torchdiffeq_hyper.errors import MissingExtraError
 from torchdiffeq_hyper.fitting._batches import Starts
 from torchdiffeq_hyper.fitting._budget import ENDLESS
-from torchdiffeq_hyper.fitting._data import Batch, References
-from torchdiffeq_hyper.fitting._prepare import MOST_BYTES
+from torchdiffeq_hyper.fitting._data import MOST_BYTES, Batch, References
 from torchdiffeq_hyper.solvers._fit_report import FitReport, LossPoint
 
 

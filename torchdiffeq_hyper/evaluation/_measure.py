@@ -36,9 +36,14 @@ from torchdiffeq_hyper._state import (
     parts_of,
     sample_norms,
 )
-from torchdiffeq_hyper.errors import NonFiniteError, StateShapeError, UnfinishedSolveError
+from torchdiffeq_hyper.errors import (
+    NonFiniteError,
+    StateShapeError,
+    UnfinishedSolveError,
+    is_breakdown,
+)
 from torchdiffeq_hyper.fitting._field import Units, check_repeatable
-from torchdiffeq_hyper.fitting._reference import BROKEN_DOWN, check_span
+from torchdiffeq_hyper.fitting._reference import check_span
 from torchdiffeq_hyper.recording import FlopCounter
 
 # In float32, tighter than 1e-7 gains nothing over rounding; in half precision every answer
@@ -55,17 +60,11 @@ Solution = TypeVar("Solution")
 
 @dataclass(frozen=True)
 class Problem:
-    """An initial value problem on a batch.
-
-    Attributes:
-        func: the vector field.
-        y0: the start; dimension 0 of each part is the batch.
-        t: start and end time, at least float32.
-    """
+    """An initial value problem on a batch."""
 
     func: VectorField
     y0: State
-    t: Tensor
+    t: Tensor  # start and end time, at least float32
 
     @classmethod
     def of(cls, func: VectorField, y0: State, t_span: tuple[float, float]) -> Problem:
@@ -111,12 +110,7 @@ class Problem:
         return rtol, atol
 
     def reference(self, rtol: float, atol: float, shares: Sequence[float]) -> dict[float, State]:
-        """Return dopri5's states by share of the span; half precision is integrated in float32.
-
-        Raises:
-            NoisyFieldError: func answers differently twice at one point.
-            NonFiniteError: a state is not finite, or dopri5 breaks off on the way.
-        """
+        """Return dopri5's states by share of the span; half precision is integrated in float32."""
         dtype = self.dtype
         y0 = cast(self.y0, torch.float32) if is_half(dtype) else self.y0
         field = Counted(self.func, dtype=dtype)
@@ -125,8 +119,7 @@ class Problem:
         first, second = (join(field(self.t[0], y0)) for _ in range(2))
         check_repeatable(first, second, dtype, float(self.t[0]))
         # An empty context: no scope of ours may replace or record the reference.
-        run = contextvars.Context().run
-        solve = Problem(field, y0, self.t).solve
+        run, solve = contextvars.Context().run, Problem(field, y0, self.t).solve
         how = {"method": "dopri5", "rtol": rtol, "atol": atol}
         states = unless_broken(lambda: run(solve, shares, **how)) or []
         parts = [part for state in states for part in parts_of(state)]
@@ -145,16 +138,13 @@ def _dtype_of(y: State) -> torch.dtype:
 
 
 def unless_broken(solve: Callable[[], Solution]) -> Solution | None:
-    """Return what ``solve`` does, or None where the method cannot go on.
-
-    torchdiffeq's adaptive methods say so by assertions; other assertions are func's own.
-    """
+    """Return what ``solve`` does, or None where the method cannot go on."""
     try:
         return solve()
     except (NonFiniteError, UnfinishedSolveError):
         return None
     except AssertionError as error:
-        if not str(error).startswith(BROKEN_DOWN):
+        if not is_breakdown(error):
             raise
         return None
 
@@ -162,14 +152,9 @@ def unless_broken(solve: Callable[[], Solution]) -> Solution | None:
 class Counted:
     """A vector field that counts its calls and, if asked to (it is slow), its FLOPs.
 
-    Args:
-        func: the field of a whole batch.
-        index: positions of the samples that it is called on; None for all.
-        dtype: the state's, for a solver that steps half precision in float32: func is called in
-            this dtype, and its answers come back in memory of their own, in the solver's
-            dtype. None calls func as it is.
-        counts_flops: whether to count them.
-        counter: the field that counts the calls of this one.
+    It is the field of the samples at ``index``, and counts for ``total`` if that is given. A
+    solver that steps half precision in float32 gives the state's ``dtype``: func is called in
+    it, and answers come back in the solver's, in memory of their own.
     """
 
     def __init__(
@@ -179,34 +164,26 @@ class Counted:
         *,
         dtype: torch.dtype | None = None,
         counts_flops: bool = False,
-        counter: Counted | None = None,
+        total: Counted | None = None,
     ) -> None:
         self.base_func = func if index is None else restrict(func, index)
         self.whole = func
-        self.calls = 0
-        self.flops = 0
-        self._dtype = dtype
-        self._counts_flops = counts_flops
-        self._counter = counter or self
+        self.calls = self.flops = 0
+        self._dtype, self._counts_flops, self._total = dtype, counts_flops, total or self
         if can_restrict(self.base_func):
-            self.restrict = partial(
-                Counted,
-                self.base_func,
-                dtype=dtype,
-                counts_flops=counts_flops,
-                counter=self._counter,
-            )
+            given: dict[str, Any] = {"dtype": dtype, "counts_flops": counts_flops}
+            self.restrict = partial(Counted, self.base_func, total=self._total, **given)
 
     def __call__(self, t: Tensor, y: State) -> State:
         """Return ``func(t, y)``, checked to be like ``y``."""
         state, dtype = y, self._dtype
         if dtype is not None and is_half(dtype):
             t, state = t.to(dtype), cast(y, dtype)
-        self._counter.calls += not is_probing()
-        counts_flops = self._counts_flops and not is_probing()
-        with FlopCounter() if counts_flops else nullcontext() as counter:
+        is_counted = not is_probing()
+        self._total.calls += is_counted
+        with FlopCounter() if self._counts_flops and is_counted else nullcontext() as counter:
             k = self.base_func(t, state)
-        self._counter.flops += 0 if counter is None else counter.get_total_flops()
+        self._total.flops += 0 if counter is None else counter.get_total_flops()
         check_answer(k, y)
         answer: State = tuple(k) if isinstance(k, list) else k
         if dtype is None:
@@ -228,8 +205,7 @@ def count_macs(
     """Return the multiply-accumulates per sample of one solve: inside func, and outside it.
 
     Half of what torch's own FLOP counter says: products of matrices, convolutions and
-    attention count, elementwise operations do not. Methods without a hypernet have
-    nothing to count outside func.
+    attention count, elementwise operations do not.
     """
     counted = Counted(problem.func, counts_flops=True)
     # The counter makes every operation slow, and adaptive solvers have many of their own.
@@ -254,11 +230,10 @@ _FLOOR = 1e-3
 
 
 def errors(y: State, reference: State) -> Errors:
-    """Return the errors of ``y``, in float64; dimension 0 of every part is the batch.
+    """Return the errors of ``y``, in float64; the norms run over all parts of a sample together.
 
-    The norms run over all parts of a sample together. Denominators near zero would make up
-    the means, so none is smaller than 1e-3 of their root mean square: for percentages that of
-    |y_ref| over the part, else that of the samples' norms.
+    Denominators near zero would make up the means: none is smaller than 1e-3 of their root mean
+    square, for percentages over the part, else over the samples.
     """
     ys, refs = _float64(y), _float64(reference)
     off = tuple((a - b).abs() for a, b in zip(ys, refs, strict=True))

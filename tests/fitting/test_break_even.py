@@ -135,10 +135,10 @@ def test_the_alternative_is_no_less_accurate(monkeypatch: pytest.MonkeyPatch) ->
 
     target = error_of(odeint(damped_wave, y0, t, method="rk4")[-1])
     measured(lambda func, y0, t: odeint(func, y0, t, method="rk4"), calls=4)
-    assert {rival.label.split(" with ")[0] for rival in raced} & set(FIXED)
+    assert {solve.label.split(" with ")[0] for solve in raced} & set(FIXED)
     assert "dopri5" in raced[-1].label
-    for rival in raced:
-        assert error_of(rival.run(damped_wave, y0, t)[-1]) <= target, rival.label
+    for solve in raced:
+        assert error_of(solve.run(damped_wave, y0, t)[-1]) <= target, solve.label
 
 
 def test_the_error_is_the_mean_relative_error_at_the_end() -> None:
@@ -245,7 +245,9 @@ def test_an_alternative_is_no_less_accurate_on_all_samples(
         assert "no classical solver is as accurate" in found
 
 
-def test_a_rival_that_breaks_down_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_solver_that_breaks_down_is_no_alternative(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     dopri5 = _break_even.dopri5
 
     def broken(tolerance: float, size: float) -> Any:

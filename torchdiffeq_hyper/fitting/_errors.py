@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -56,6 +57,14 @@ def solved(
 def end_errors(run: Run, func: VectorField, batch: Batch, grid: int = 0) -> Tensor:
     """Return |y(T) - y_n|_2 / |y(T)|_2 of each sample at the end of a grid, (batch,)."""
     return _finite_or_inf(_off(run, func, batch, grid, [0, -1])[-1] / batch.end_sizes(grid))
+
+
+@torch.no_grad()
+def timed_errors(run: Run, func: VectorField, batch: Batch) -> tuple[Tensor, float]:
+    """Return the errors at the end, (batch,), and the wall time of the solve."""
+    began = time.perf_counter()
+    errors = end_errors(run, func, batch).cpu()  # waits for the device
+    return errors, time.perf_counter() - began
 
 
 def errors_along(run: Run, func: VectorField, batch: Batch, grid: int = 0) -> Tensor:

@@ -26,7 +26,12 @@ from torchdiffeq_hyper.fitting._errors import (
 from torchdiffeq_hyper.fitting._field import size_of
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.hypernets import join_channels
-from torchdiffeq_hyper.solvers._fit_report import BreakEven, ErrorSummary, FitReport, Rival
+from torchdiffeq_hyper.solvers._fit_report import (
+    BreakEven,
+    ClassicalAlternative,
+    ErrorSummary,
+    FitReport,
+)
 
 FURTHER = 1.3
 """How many times as far from their mean as the starts fitted on."""
@@ -38,22 +43,16 @@ ASTRAY = 3.0
 def starts_further_out(compared: Comparison, func: VectorField, batch: Batch) -> str:
     """Return what to say of starts further out than those fitted on; "" where all is well.
 
-    Held-out samples are like those fitted on, and may miss what a tail of others does. No
-    reference is needed to see a blow-up: the classical method that the solver started as
-    stands in for it, on the samples on which that stays finite.
+    Held-out samples may miss what a tail of others does. No reference is needed to see a
+    blow-up: the classical method that the solver started as stands in for it, where it is finite.
     """
     far, times = map_parts(_further_out, batch.start(0)), batch.grids[0].times[[0, -1]]
-    own, base = (
-        tuple(part[-1:] for part in solved(run, func, batch, far, times))
-        for run in (compared.run, compared.base)
-    )
-    unit = batch.units.state
-    is_finite = torch.isfinite(sample_norms(base, unit)[0])
-    if not bool(is_finite.any()):
-        return ""
-    own, base = (tuple(part[:, is_finite] for part in ends) for ends in (own, base))
-    off = sample_norms(tuple(a - b for a, b in zip(own, base, strict=True)), unit)[0]
-    astray = int((~(off / sample_sizes(base, unit)[0] < ASTRAY)).sum())
+    runs, unit = (compared.run, compared.base), batch.units.state
+    own, base = ([p[-1:] for p in solved(run, func, batch, far, times)] for run in runs)
+    is_finite = torch.isfinite(sample_norms(tuple(base), unit)[0])
+    own, base = ([part[:, is_finite] for part in ends] for ends in (own, base))
+    off = sample_norms(tuple(map(torch.sub, own, base)), unit)[0]
+    astray = int((~(off / sample_sizes(tuple(base), unit)[0] < ASTRAY)).sum())
     if not astray:
         return ""
     return (
@@ -95,27 +94,24 @@ def reported(
     deltas: Callable[[], tuple[dict[str, float], dict[str, float]]],
     notes: Sequence[str],
 ) -> FitReport:
-    """Return the report of a fit that ends, with notes of its own before those made here.
-
-    No measurement that fails loses the fit: func may raise anything.
-    """
+    """Return the report of a fit that ends; ``notes`` of its own stand first."""
     held_out, func, failures = data.held_out, problem.func, list[str]()
 
     def measured(what: str, measure: Callable[[], T]) -> T | None:
         try:
             return measure()
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 - func may raise anything; the fit is not lost
             reason = f"{type(error).__name__}: {first_line(error)}"
             failures.append(f"{what} could not be measured: {reason}")
             return None
 
     finest = max(range(len(held_out.grids)), key=lambda r: len(held_out.grids[r].dt))
-    errors = measured("the error", lambda: at_end(compared.run, func, held_out))
+    run, calls = compared.run, compared.calls
+    errors = measured("the error", lambda: at_end(run, func, held_out))
     base_errors = measured("the base", lambda: at_end(compared.base, func, held_out))
-    along = measured("the span", lambda: errors_along(compared.run, func, held_out, finest))
+    along = measured("the span", lambda: errors_along(run, func, held_out, finest))
     classical = measured(
-        "classical solvers",
-        lambda: best_classical(compared.run, func, held_out, calls=compared.calls),
+        "classical solvers", lambda: best_classical(run, func, held_out, calls=calls)
     )
     pays = measured("the break-even", lambda: _break_even(compared, func, held_out, state, budget))
     pays = "its measurement failed" if pays is None else pays
@@ -145,17 +141,14 @@ def reported(
         base_errors=base_errors,
         along=None if along is None else ErrorSummary.of(along.mean(0)),
         worst_time=None if along is None else _worst_time(along, held_out.grids[finest].times),
-        rival=classical,
+        rival=classical,  # the name that files hold
     )
 
 
 def without_references(
     problem: Problem, name: str, budget: Budget, state: FitState | None = None
 ) -> FitReport:
-    """Return the report of a fit that had no time for reference solutions.
-
-    What is returned is called ``name``; ``state`` is where an earlier run had ended, if any.
-    """
+    """Return the report where there was no time for references, after an earlier run if any."""
     note = (
         f"max_seconds = {problem.config.max_seconds:g} was over before reference solutions were "
         f"known: this is {name}; pass a larger max_seconds"
@@ -215,7 +208,7 @@ def _break_even(
 def _notes(
     errors: ErrorSummary | None,
     base_errors: ErrorSummary | None,
-    classical: Rival | None,
+    classical: ClassicalAlternative | None,
     name: str,
 ) -> Iterator[str]:
     """Yield what the errors mean for a user."""
@@ -242,7 +235,7 @@ def _notes(
         yield from _compared(classical)
 
 
-def _compared(best: Rival) -> Iterator[str]:
+def _compared(best: ClassicalAlternative) -> Iterator[str]:
     errors = best.own_errors
     if not errors.mean <= best.errors.mean:
         yield f"a classical solver wins: {best.solver} is more accurate in the same time"

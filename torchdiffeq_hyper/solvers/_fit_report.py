@@ -69,7 +69,7 @@ class ErrorSummary:
 
 
 @dataclass(frozen=True)
-class Rival:
+class ClassicalAlternative:
     """The best classical solver in the fitted one's time, or with as many calls of func.
 
     Attributes:
@@ -182,7 +182,7 @@ class FitReport:
     base_errors: ErrorSummary | None = None
     along: ErrorSummary | None = None
     worst_time: tuple[float, float] | None = None
-    rival: Rival | None = None
+    rival: ClassicalAlternative | None = None
 
     def __str__(self) -> str:
         """Return a few lines for people."""
@@ -241,7 +241,7 @@ class FitReport:
         if data.get("rival") is not None:
             rival = data["rival"]
             pair = {name: ErrorSummary(**rival[name]) for name in ("errors", "own_errors")}
-            rebuilt["rival"] = Rival(**{**rival, **pair})
+            rebuilt["rival"] = ClassicalAlternative(**{**rival, **pair})
         if data.get("worst_time") is not None:
             rebuilt["worst_time"] = tuple(data["worst_time"])
         return cls(**{**data, **rebuilt})

@@ -93,9 +93,8 @@ class BespokeTarget(Target):
     ) -> BespokeTarget:
         """Return the target of the arguments of `fit`, checked."""
         _refuse(base, alpha, hypernet, given)
-        problem = Problem.of(func, t_span, **given)
         assert not isinstance(hypernet, str)
-        return cls(problem, hypernet)
+        return cls(Problem.of(func, t_span, **given), hypernet)
 
     def config_for(self, y0: object) -> FitConfig:
         """Return the configuration with batches large enough for one step, if fit makes them."""
@@ -112,8 +111,7 @@ class BespokeTarget(Target):
         self.module.hypernet = self.net
 
     def _classical(self, method: str) -> BespokeSolver:
-        solver = BespokeSolver.classical(method, self._n).requires_grad_(requires_grad=False)
-        return solver.to(parts_of(self._y0)[0].device)
+        return BespokeSolver.classical(method, self._n).to(parts_of(self._y0)[0].device)
 
     def signature(self) -> dict[str, Any]:
         """Return the number of calls, and the solver's shapes."""
@@ -124,9 +122,7 @@ class BespokeTarget(Target):
         layout, times = StateLayout.of(y0), self.problem.plan.times[[0, -1]]
         flat = layout.join(y0)
         tight = tolerances.tightened(10.0 if tolerances.rtol >= 1e-12 else 0.1)
-        first, second = (
-            solve_reference(field, flat, times, each)[-1:] for each in (tolerances, tight)
-        )
+        first, second = (solve_reference(field, flat, times, t)[-1:] for t in (tolerances, tight))
         size, noise = (
             float(sample_norms(layout.split(state)).mean()) for state in (first, first - second)
         )
@@ -135,25 +131,21 @@ class BespokeTarget(Target):
 
     def prepare(self, data: Data, choice: dict[str, Any] | None) -> dict[str, Any] | None:
         """Cut the held-out samples into chunks, and order the classical starts."""
-        self._data = data
-        self._held_out = cut(data.held_out, self.problem.func, ENDLESS, None)
-        first, last = self.problem.span
-        times = torch.tensor([first, (first + last) / 2, last], dtype=torch.float64)
-        field, y0 = data.held_out.field(self.problem.func), data.held_out.y0
+        self._data, problem, held_out = data, self.problem, data.held_out
+        self._held_out = cut(held_out, problem.func, ENDLESS, None)
+        times = torch.linspace(*problem.span, 3, dtype=torch.float64)
         with torch.no_grad():
-            is_coupled = find_coupling(field, y0, times) is not None
-        self._rows = None if is_coupled else rows_of(y0, self._n)
+            coupling = find_coupling(held_out.field(problem.func), held_out.y0, times)
+        self._rows = rows_of(held_out.y0, self._n) if coupling is None else None
         weights = self.module.weights
-        group = self.problem.group
-        self._starts = group.from_first(lambda: best_starts(self._held_out, weights))[:MOST_STARTS]
-        self._start = self._starts[0]
+        starts = problem.group.from_first(lambda: best_starts(self._held_out, weights))
+        self._starts, self._start = starts[:MOST_STARTS], starts[0]
         return None
 
     def start(self, noise: float | None, plan: ReferencePlan) -> Start:
         """Start as the classical method with the smallest held-out error."""
         rtol = plan.tolerances.rtol
-        noise = rtol if noise is None else noise
-        noise = max(noise, rtol) if plan.is_looser else noise
+        noise = rtol if noise is None else max(noise, rtol * plan.is_looser)
         self.module.set_weights(compositions(self._n)[self._start])
         error = mean_error(self._held_out, self.module.weights)
         if error <= 2 * noise and not plan.is_looser:
@@ -173,11 +165,9 @@ class BespokeTarget(Target):
         )
         if not has_net:
             return [weights]
-        objective = EndObjective(self.module, self.problem.func)
+        pair = (EndObjective(self.module, self.problem.func),) * 2
         wanted = self.problem.config.iterations
-        correction = AdamWPhase(
-            (objective, objective), self.module, self._data, self.problem, wanted, is_last=True
-        )
+        correction = AdamWPhase(pair, self.module, self._data, self.problem, wanted, is_last=True)
         return [weights, correction]
 
     def comparison(self) -> Comparison:
@@ -185,14 +175,14 @@ class BespokeTarget(Target):
         return self._compared(self.module)
 
     def _compared(self, solver: BespokeSolver) -> Comparison:
-        own, start = (self._with_domain(s) for s in (solver, self._classical(self._start)))
+        own, start = map(self._as_used, (solver, self._classical(self._start)))
         return Comparison(own.solve, start.solve, self._start, self._n, FEWEST_TO_PAY)
 
-    def _with_domain(self, solver: BespokeSolver) -> BespokeSolver:
-        """Return a copy with the span, as it will be used."""
+    def _as_used(self, solver: BespokeSolver) -> BespokeSolver:
+        """Return a copy that knows the span."""
         knots = solver.get_buffer("knot_values"), solver.get_buffer("knot_slopes")
-        net, domain = solver.hypernet, self._domain(self._y0)
-        return BespokeSolver(solver.weights, hypernet=net, knots=knots, domain=domain)
+        domain = self._domain(self._y0)
+        return BespokeSolver(solver.weights, hypernet=solver.hypernet, knots=knots, domain=domain)
 
     def _domain(self, y0: State) -> FitDomain:
         """Return what the solver is fitted for: the span as one step."""
@@ -214,13 +204,12 @@ class BespokeTarget(Target):
 
     def _fallback(self, state: FitState) -> str:
         """Return what is better than what was fitted: "weights", "start", or "" for nothing."""
-        if state.iteration == 0:
-            return ""
         solvers = {"": self.module}
         if self.net is not None:
             solvers["weights"] = BespokeSolver(self.module.weights)
         for fallback, solver in solvers.items():
-            if not is_worse(self._compared(solver), self.problem.func, self._data):
+            compared = self._compared(solver)
+            if state.iteration == 0 or not is_worse(compared, self.problem.func, self._data):
                 return fallback
         return "start"
 
@@ -239,13 +228,10 @@ class BespokeTarget(Target):
     @torch.no_grad()
     def deltas(self) -> tuple[dict[str, float], dict[str, float]]:
         """Return quantiles of the residuals: the span is one step, its error over its square."""
-        batch = self._data.held_out
-        unit = batch.units.residual(ORDER)
-        own, start = (
-            EndObjective(solver, self.problem.func).norms(batch)
-            for solver in (self.module, self._classical(self._start))
-        )
-        return quantiles(own, unit), quantiles(start, unit)
+        batch, solvers = self._data.held_out, (self.module, self._classical(self._start))
+        norms = (EndObjective(solver, self.problem.func).norms(batch) for solver in solvers)
+        own, start = (quantiles(each, batch.units.residual(ORDER)) for each in norms)
+        return own, start
 
     def restore(self, state: FitState) -> None:
         """Take the weights of an earlier run."""
@@ -296,17 +282,13 @@ def best_starts(held_out: Sequence[Chunk], like: Tensor) -> list[str]:
     n = len(like)
     classical = {name: weights.to(like) for name, weights in compositions(n).items()}
     errors = {name: mean_error(held_out, weights) for name, weights in classical.items()}
-    finite = sorted(
-        (name for name in errors if math.isfinite(errors[name])), key=errors.__getitem__
-    )
+    finite = [name for name in sorted(errors, key=errors.__getitem__) if errors[name] < math.inf]
     if not finite:
         total = sum(len(chunk.scale) for chunk in held_out)
-        least = min(
-            sum(chunk.blown_up(weights) for chunk in held_out) for weights in classical.values()
-        )
+        blown_up = [sum(c.blown_up(weights) for c in held_out) for weights in classical.values()]
         raise FitDivergedError(
             problem=f"no classical method stays finite with {n} calls of func on the held-out "
-            f"samples: at best {least} of {total} blow up. There is nothing to start from.",
+            f"samples: at best {min(blown_up)} of {total} blow up. There is nothing to start from.",
             expected="a method that stays finite on all of them.",
             fix=f"a shorter span, starts without those, or more calls: steps={2 * n}",
         )

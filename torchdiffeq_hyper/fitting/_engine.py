@@ -23,7 +23,6 @@ from torch import nn
 from torchdiffeq_hyper._fields import model_as_found
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import NoiseFloorError
-from torchdiffeq_hyper.fitting._auto import measuring_time_in
 from torchdiffeq_hyper.fitting._batches import Batches, head
 from torchdiffeq_hyper.fitting._budget import PROBES, Budget, Deadline, ReferencePlan
 from torchdiffeq_hyper.fitting._checkpoint import FitState, PhaseState, Store, snapshot
@@ -31,7 +30,12 @@ from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._data import Data
 from torchdiffeq_hyper.fitting._errors import Comparison
 from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError
-from torchdiffeq_hyper.fitting._guard import frozen_or_restored, left_as_found, own_random_state
+from torchdiffeq_hyper.fitting._guard import (
+    frozen_or_restored,
+    left_as_found,
+    measuring_time_in,
+    own_random_state,
+)
 from torchdiffeq_hyper.fitting._loop import Loop, Phase, Progress
 from torchdiffeq_hyper.fitting._prepare import (
     NOISE_LATEST,

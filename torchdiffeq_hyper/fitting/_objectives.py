@@ -103,6 +103,22 @@ def step_inputs(batch: Batch, grid: int) -> Iterator[StepInput]:
         yield StepInput(dt, samples.times[n], y, stages[0], stages, start, batch.context)
 
 
+@torch.no_grad()
+def calibrate(net: nn.Module, batch: Batch) -> None:
+    """Calibrate a ready net that is still zero; leave every other net as it is.
+
+    Scales must not be changed under a net that was fitted before and is fitted on.
+    """
+    if not isinstance(net, ReadyHypernet) or not net.is_zero:
+        return
+    inputs, residuals = [], []
+    for grid, samples in enumerate(batch.grids):
+        for n, step in enumerate(step_inputs(batch, grid)):
+            inputs.append(net.concat(step))
+            residuals.append(join_channels(batch.layout.split(samples.residual[n])))
+    net.calibrate(torch.cat(inputs), torch.cat(residuals), batch.units.state)
+
+
 def residual_errors(
     hypernet: Hypernet, order: int, batch: Batch, grid: int, steps: Sequence[int]
 ) -> Tensor:

@@ -20,7 +20,6 @@ from torchdiffeq_hyper._rules import ANYTHING, Maybe, Record, Table, record_of
 from torchdiffeq_hyper._state import State, VectorField, wide_dtype
 from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.fitting._adamw import annealed
-from torchdiffeq_hyper.fitting._auto import calibrate, measuring_time_in
 from torchdiffeq_hyper.fitting._batches import (
     check_like,
     checked_batch,
@@ -33,9 +32,15 @@ from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._data import Batch
 from torchdiffeq_hyper.fitting._field import Field
 from torchdiffeq_hyper.fitting._fit import check_hypernet
-from torchdiffeq_hyper.fitting._guard import left_as_found, modules_in, own_random_state
+from torchdiffeq_hyper.fitting._guard import (
+    left_as_found,
+    measuring_time_in,
+    modules_in,
+    own_random_state,
+)
 from torchdiffeq_hyper.fitting._hypersolver import measure_noise
 from torchdiffeq_hyper.fitting._objectives import (
+    calibrate,
     delta_quantiles,
     no_correction,
     objectives_of,

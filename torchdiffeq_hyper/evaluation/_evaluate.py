@@ -152,10 +152,8 @@ def _left_as_found(func: object, field: object, trials: list[Trial]) -> Iterator
         yield
 
 
-OWN_POINTS = 8
-"""Points along the span at which a method that chooses its own steps is looked at."""
-MOST_POINTS = 16
-"""Points of a grid that are looked at."""
+OWN_POINTS = 8  # points along the span at which a method that chooses its own steps is looked at
+MOST_POINTS = 16  # points of a grid that are looked at
 
 
 @dataclass(frozen=True)
@@ -224,7 +222,14 @@ def _trials(
         alike = (t for t in trials if None in (t.steps, first.steps) or t.steps == first.steps)
         first = replace(first, label=distinct(first.label, {trial.label for trial in alike}))
         if first.follows_grid:
-            trials += [replace(first, steps=n) for n in counts or [_own_steps(first)]]
+            own = None if first.solver is None else first.solver.n_steps
+            if not counts and own is None:
+                raise OptionError(
+                    problem=f'"{first.label}" follows a time grid, and steps is None.',
+                    expected="the numbers of steps to measure it at.",
+                    fix="steps=[2, 4, 8]",
+                )
+            trials += [replace(first, steps=n) for n in counts or [own]]
         elif first.is_learned:  # all its steps belong to the fit
             trials.append(first)
         else:
@@ -252,28 +257,14 @@ def _first_trial(method: str | Solver) -> Trial:
             expected="a method's name or a fitted solver.",
             fix='methods=["euler", tdh.HyperSolver("euler", net, steps=10)]',
         )
-    if entry is not None:
-        return Trial(
-            method,
-            method,
-            entry.follows_grid,
-            is_learned=entry.option == "solver",
-            steps_between_points=entry.option not in {None, "solver"},
-        )
     hosts = _registry.host_methods()
-    if method not in hosts:
-        raise unknown_method(method, [*_registry.methods(), *hosts], 'methods=["{}"]')
-    return Trial(method, method, hosts[method])
-
-
-def _own_steps(trial: Trial) -> int:
-    if trial.solver is not None and trial.solver.n_steps is not None:
-        return trial.solver.n_steps
-    raise OptionError(
-        problem=f'"{trial.label}" follows a time grid, and steps is None.',
-        expected="the numbers of steps to measure it at.",
-        fix="steps=[2, 4, 8]",
-    )
+    if entry is None:
+        if method not in hosts:
+            raise unknown_method(method, [*_registry.methods(), *hosts], 'methods=["{}"]')
+        return Trial(method, method, hosts[method])
+    is_learned, is_plain = entry.option == "solver", entry.option is None
+    between = not (is_learned or is_plain)
+    return Trial(method, method, entry.follows_grid, is_learned, steps_between_points=between)
 
 
 def _row(

@@ -6,10 +6,11 @@ import contextvars
 import math
 import os
 import platform
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -48,12 +49,7 @@ from torchdiffeq_hyper.recording import FlopCounter
 
 # In float32, tighter than 1e-7 gains nothing over rounding; in half precision every answer
 # of func is rounded to about 1e-3 (float16) or 1e-2 (bfloat16).
-_TOLERANCES = {
-    torch.float64: 1e-10,
-    torch.complex128: 1e-10,
-    torch.float16: 1e-3,
-    torch.bfloat16: 1e-2,
-}
+_TOLERANCES = {torch.float64: 1e-10, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 Solution = TypeVar("Solution")
 
@@ -77,8 +73,9 @@ class Problem:
                 expected="at least one sample along dim 0.",
                 fix="y0 = torch.randn(256, 2)",
             )
-        dtype = torch.promote_types(_dtype_of(y0).to_real(), torch.float32)
-        return cls(func, y0, torch.tensor(check_span(t_span), dtype=dtype, device=parts[0].device))
+        joined = StateLayout.of(y0).join(y0)
+        dtype = torch.promote_types(joined.dtype.to_real(), torch.float32)
+        return cls(func, y0, torch.tensor(check_span(t_span), dtype=dtype, device=joined.device))
 
     @property
     def batch(self) -> int:
@@ -88,7 +85,7 @@ class Problem:
     @property
     def dtype(self) -> torch.dtype:
         """The state's dtype; for tuples, the one that the parts promote to."""
-        return _dtype_of(self.y0)
+        return StateLayout.of(self.y0).join(self.y0).dtype
 
     def solve(self, shares: Sequence[float], **how: Any) -> list[State]:
         """Return the host's states at some shares of the span, rising, above 0 and up to 1."""
@@ -101,7 +98,7 @@ class Problem:
     def tolerances(self, rtol: float | None, atol: float | None) -> tuple[float, float]:
         """Return the reference's tolerances, filled in: those that suit dtype and size."""
         if rtol is None:
-            rtol = _TOLERANCES.get(self.dtype, 1e-7)
+            rtol = _TOLERANCES.get(self.dtype.to_real(), 1e-7)
         if atol is None:
             join = StateLayout.of(self.y0).join
             start, end = self.t.tolist()
@@ -111,19 +108,17 @@ class Problem:
 
     def reference(self, rtol: float, atol: float, shares: Sequence[float]) -> dict[float, State]:
         """Return dopri5's states by share of the span; half precision is integrated in float32."""
-        dtype = self.dtype
+        dtype, t = self.dtype, self.t
         y0 = cast(self.y0, torch.float32) if is_half(dtype) else self.y0
-        field = Counted(self.func, dtype=dtype)
+        field, join = Counted(self.func, dtype=dtype), StateLayout.of(y0).join
         # An adaptive solve of a noisy field may never end.
-        join = StateLayout.of(y0).join
-        first, second = (join(field(self.t[0], y0)) for _ in range(2))
-        check_repeatable(first, second, dtype, float(self.t[0]))
+        first, second = (join(field(t[0], y0)) for _ in range(2))
+        check_repeatable(first, second, dtype, float(t[0]))
         # An empty context: no scope of ours may replace or record the reference.
-        run, solve = contextvars.Context().run, Problem(field, y0, self.t).solve
+        run, solve = contextvars.Context().run, Problem(field, y0, t).solve
         how = {"method": "dopri5", "rtol": rtol, "atol": atol}
-        states = unless_broken(lambda: run(solve, shares, **how)) or []
-        parts = [part for state in states for part in parts_of(state)]
-        if not parts or not all(bool(torch.isfinite(part).all()) for part in parts):
+        states = unless_broken(lambda: run(solve, shares, **how)) or [torch.tensor(math.nan)]
+        if not all(bool(part.isfinite().all()) for state in states for part in parts_of(state)):
             raise NonFiniteError(
                 problem=f"dopri5 finds no reference solution at rtol {rtol:g}, atol {atol:g}.",
                 expected="a func that is finite along the solution, and tolerances that "
@@ -131,10 +126,6 @@ class Problem:
                 fix="evaluate(..., rtol=1e-4, atol=1e-4)",
             )
         return dict(zip(shares, states, strict=True))
-
-
-def _dtype_of(y: State) -> torch.dtype:
-    return reduce(torch.promote_types, (part.dtype for part in parts_of(y)))
 
 
 def unless_broken(solve: Callable[[], Solution]) -> Solution | None:
@@ -202,11 +193,7 @@ look_through(Counted, "base_func", "whole")
 def count_macs(
     solve: Callable[[Problem], object], problem: Problem, *, has_hypernet: bool
 ) -> tuple[float, float]:
-    """Return the multiply-accumulates per sample of one solve: inside func, and outside it.
-
-    Half of what torch's own FLOP counter says: products of matrices, convolutions and
-    attention count, elementwise operations do not.
-    """
+    """Return the multiply-accumulates (half the FLOPs) a sample of a solve, in func and outside."""
     counted = Counted(problem.func, counts_flops=True)
     # The counter makes every operation slow, and adaptive solvers have many of their own.
     with FlopCounter() if has_hypernet else nullcontext() as counter:
@@ -258,11 +245,9 @@ def _ratio(off: Tensor, size: Tensor) -> Tensor:
 
 def describe_machine(device: torch.device) -> str:
     """Return the machine that times belong to, in a few words."""
-    name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")  # the only place where Linux names the processor
-    if info.exists():
-        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = models[0].partition(":")[2].strip() if models else name
+    models = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    name = models[0] if models else platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     words = [name, f"{os.cpu_count()} cores", f"{threads} torch thread{'s' * (threads != 1)}"]
     if device.type == "cuda":

@@ -78,8 +78,7 @@ class EvaluationTable:
     Attributes:
         rows: one row a method and setting, in the order asked for.
         metric_name: heading of the task metric.
-        measured: the machine, the batch and the reference, in words: times mean
-            nothing without them.
+        measured: the machine, the batch and the reference, in words.
 
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
@@ -144,7 +143,12 @@ class EvaluationTable:
             OptionError: the suffix names no format.
             FileWriteError: the file cannot be written.
         """
-        _check_format(path)
+        if Path(path).suffix.lower() not in _FORMATS:
+            raise OptionError(
+                problem=f"{os.fspath(path)!r} names no format of picture.",
+                expected="a file name that ends in " + " or ".join(_FORMATS) + ".",
+                fix=f'table.plot("{Path(path).with_suffix(".png")}")',
+            )
         figure = _new_figure()
         by_nfe, by_ms = figure.subplots(1, 2, sharey=True)
         _draw(by_nfe, self.rows, "nfe", "calls of func (NFE)")
@@ -172,7 +176,7 @@ def _cells(row: EvaluationRow) -> list[str]:
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table of a head and rows, the first column to the left.
+    """Return a Markdown table of a head and rows.
 
     >>> print(markdown([("method", "NFE"), ("rk4", "40")]))
     | method | NFE |
@@ -227,16 +231,6 @@ _MARKERS = "osD^vP*X"
 _GREYS = ("#9a9a9a", "#5f5f5f", "#b5a17a", "#7d8fa8", "#b0808e")
 _LEARNED: dict[str, Any] = {"markersize": 8, "linewidth": 2.5, "zorder": 3}
 _PLAIN: dict[str, Any] = {"markersize": 6, "markerfacecolor": "white", "linewidth": 1.2, "ls": "--"}
-
-
-def _check_format(path: str | os.PathLike[str]) -> None:
-    suffix = Path(path).suffix.lower()
-    if suffix not in _FORMATS:
-        raise OptionError(
-            problem=f"{os.fspath(path)!r} names no format of picture.",
-            expected="a file name that ends in " + " or ".join(_FORMATS) + ".",
-            fix=f'table.plot("{Path(path).with_suffix(".png")}")',
-        )
 
 
 def _new_figure() -> Figure:

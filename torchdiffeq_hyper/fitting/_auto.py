@@ -26,18 +26,12 @@ from torchdiffeq_hyper.fitting._problem import HypersolverProblem
 from torchdiffeq_hyper.hypernets import ReadyHypernet, families
 from torchdiffeq_hyper.recording import FlopCounter
 
-AUTO = "auto"
-"""The name under which `fit` takes the choice."""
-ROUNDS = (40, 120)
-"""Iterations of a comparison's rounds; between two the worse half of the nets leaves."""
-RATE = 3.0
-"""Learning rate of a comparison, over the fit's: so few iterations want larger steps."""
-FEWEST = 10
-"""Iterations without which errors say nothing."""
-TIE = 1.02
-"""Nets within this factor of the smallest error count as equal: the cheapest wins."""
-SHARE_OF_TIME = 0.15
-"""Share of a fit's time that a comparison may take."""
+AUTO = "auto"  # the name under which `fit` takes the choice
+ROUNDS = (40, 120)  # iterations of a comparison's rounds; between two the worse half leaves
+RATE = 3.0  # learning rate of a comparison, over the fit's: so few iterations want larger steps
+FEWEST = 10  # iterations without which errors say nothing
+TIE = 1.02  # nets within this factor of the smallest error count as equal: the cheapest wins
+SHARE_OF_TIME = 0.15  # share of a fit's time that a comparison may take
 
 
 def check_auto(hypernet: str) -> None:
@@ -69,12 +63,9 @@ class ComparedNet:
 
 
 def choose(problem: HypersolverProblem, first: Batch, held_out: Batch) -> dict[str, Any]:
-    """Return the ready net that leaves the smallest held-out residual within the budget.
+    """Return the "architecture" of the ready net to fit, and a "note" that says for people why.
 
-    The widest net of each kind within the budget competes, fitted to the first batch's
-    residuals; of those within 2 % of the best the cheapest is taken. The result has the net's
-    "architecture", and a "note" that says for people what was chosen and compared. It depends
-    on the seed alone, unless the comparison is cut short.
+    It depends on the seed alone, unless the comparison is cut short.
     """
     deadline = time.perf_counter() + SHARE_OF_TIME * problem.config.max_seconds
     with own_random_state(problem.config.seed):
@@ -95,10 +86,7 @@ def choose(problem: HypersolverProblem, first: Batch, held_out: Batch) -> dict[s
 
 
 def within_budget(problem: HypersolverProblem, batch: Batch) -> list[ComparedNet]:
-    """Return the widest net of each kind within the budget, or else the cheapest of all.
-
-    Where func has no multiply-adds that torch can count, costs are infinite.
-    """
+    """Return the widest net of each kind within the budget, or else the cheapest of all."""
     step, y = next(step_inputs(batch, 0)), batch.start(0)
     t = step.t.to(batch.dtype)
     in_func = problem.tableau.calls * count_flops(lambda: batch.field(problem.func)(t, y))

@@ -52,21 +52,14 @@ from torchdiffeq_hyper.fitting._signature import signs_of_net
 from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers.bespoke import ORDER, BespokeSolver, compositions
 
-WEIGHTS_FIRST = 0.5
-"""Share of the time that the weights get where a correction is fitted after them."""
-MOST_STARTS = 3
-"""Classical methods that weights start from, where there is time."""
-LOOSE = 1e3
-"""Noise, in units of the dtype's rounding, that is more than rounding."""
-FEWEST_TO_PAY = 20
-"""Iterations below which a fit is a trial that nobody has to earn back."""
+WEIGHTS_FIRST = 0.5  # share of the time that the weights get where a correction follows
+MOST_STARTS = 3  # classical methods that weights start from, where there is time
+LOOSE = 1e3  # noise, in units of the dtype's rounding, that is more than rounding
+FEWEST_TO_PAY = 20  # iterations below which a fit is a trial that nobody has to earn back
 
 
 class BespokeTarget(Target):
-    """A bespoke solver's weights, and the net g at its end if there is one.
-
-    The problem's ``steps`` is the number of calls of func, n.
-    """
+    """A bespoke solver's weights for n calls of func, and the net g at its end if there is one."""
 
     module: BespokeSolver
 
@@ -82,19 +75,11 @@ class BespokeTarget(Target):
 
     @classmethod
     def of(
-        cls,
-        func: VectorField,
-        t_span: object,
-        *,
-        base: str,
-        alpha: float | None,
-        hypernet: nn.Module | str | None,
-        **given: Any,
+        cls, func: VectorField, t_span: object, *, base: str, alpha: Any, hypernet: Any, **rest: Any
     ) -> BespokeTarget:
         """Return the target of the arguments of `fit`, checked."""
-        _refuse(base, alpha, hypernet, given)
-        assert not isinstance(hypernet, str)
-        return cls(Problem.of(func, t_span, **given), hypernet)
+        _refuse(base, alpha, hypernet, rest)
+        return cls(Problem.of(func, t_span, **rest), hypernet)
 
     def config_for(self, y0: object) -> FitConfig:
         """Return the configuration with batches large enough for one step, if fit makes them."""
@@ -275,10 +260,7 @@ def _refuse(base: str, alpha: float | None, hypernet: object, given: dict[str, A
 
 
 def best_starts(held_out: Sequence[Chunk], like: Tensor) -> list[str]:
-    """Return the classical methods that stay finite, the smallest held-out error first.
-
-    ``like`` are weights (n, n) on the right device.
-    """
+    """Return the classical methods that stay finite, the smallest held-out error first."""
     n = len(like)
     classical = {name: weights.to(like) for name, weights in compositions(n).items()}
     errors = {name: mean_error(held_out, weights) for name, weights in classical.items()}
@@ -317,20 +299,16 @@ def _notes(state: FitState, data: Data, start: str, n: int) -> Iterator[str]:
 
 def _refuse_exact(name: str, n: int, error: float, noise: float, dtype: torch.dtype) -> NoReturn:
     """Refuse to fit where a classical method is exact to rounding, or the reference too loose."""
+    what, tighter = f"{name} with {n} calls of func", "FitConfig(rtol=..., atol=...)"
+    figures = f"its mean relative error is {error:.3g}, the noise in it {noise:.3g} ({dtype})"
     if noise > LOOSE * torch.finfo(dtype).eps:
-        raise NoiseFloorError(
-            problem="the reference solution is too loose to fit to: the mean relative error of "
-            f"{name} with {n} calls of func is {error:.3g}, the reference's own {noise:.3g}.",
-            expected="noise below half of the error.",
-            fix="config=tdh.FitConfig(rtol=..., atol=...)   # 100 times smaller, or left out",
+        problem = f"the reference solution is too loose to fit {what} to: {figures}."
+        fix = f"config=tdh.{tighter}   # 100 times smaller, or left out"
+    else:
+        problem = f"{what} is already exact to this dtype, as far as can be told: {figures}."
+        fix = (
+            f"{name} as it is\nor fewer calls: steps={max(1, n // 2)}\n"
+            "or, if the digits matter: func.double() and y0.double()\n"
+            f"or, if the reference is the loose part: {tighter}, 100 times smaller"
         )
-    raise NoiseFloorError(
-        problem=f"{name} with {n} calls of func is already exact to this dtype, as far as can be "
-        f"told: its mean relative error is {error:.3g}, the noise in it {noise:.3g} ({dtype}).",
-        expected="noise below half of the error: nothing else could be learned.",
-        fix=f"{name} as it is\n"
-        f"or fewer calls: steps={max(1, n // 2)}\n"
-        "or, if the digits matter: func.double() and y0.double()\n"
-        "or, if the reference is the loose part: FitConfig(rtol=..., atol=...), "
-        "100 times smaller",
-    )
+    raise NoiseFloorError(problem, "noise below half of the error.", fix)

@@ -87,41 +87,27 @@ def _adams_bashforth(func: VectorField, y0: State, t: Tensor, steps: int, *, ord
     return layout.split(torch.stack([start, y]))
 
 
+_ORDERS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}  # and calls in a step
 FIXED = {
-    "euler": FixedStep(1, 0, 1, partial(_fixed, method="euler")),
-    "midpoint": FixedStep(2, 0, 2, partial(_fixed, method="midpoint")),
-    "heun2": FixedStep(2, 0, 2, partial(_fixed, method="heun2")),
-    "heun3": FixedStep(3, 0, 3, partial(_fixed, method="heun3")),
-    "rk4": FixedStep(4, 0, 4, partial(_fixed, method="rk4")),
+    **{name: FixedStep(p, 0, p, partial(_fixed, method=name)) for name, p in _ORDERS.items()},
     "Adams-Bashforth 2": FixedStep(1, 1, 2, partial(_adams_bashforth, order=2)),
     "Adams-Bashforth 3": FixedStep(1, 1, 3, partial(_adams_bashforth, order=3)),
 }
-"""The methods with equal steps, by name."""
 
-
-SHARE_OF_FIT = 0.05
-"""Share of a fit's time that the measurement may take, if that is more than `LEAST_SECONDS`."""
-LEAST_SECONDS = 5.0
-MOST_SAMPLES = 8
-"""Samples on which the classical solvers' settings are sought, where time is short."""
-SEARCH = 100
-"""Solves that such a search takes at most."""
-MOST_WORK = 16
-"""Calls of func that a classical solver may take, over the fitted solver's."""
+SHARE_OF_FIT = 0.05  # share of a fit's time that the measurement may take
+LEAST_SECONDS = 5.0  # what it may take at least
+MOST_SAMPLES = 8  # samples on which the classical solvers' settings are sought, where time is short
+SEARCH = 100  # solves that such a search takes at most
+MOST_WORK = 16  # calls of func that a classical solver may take, over the fitted solver's
 MOST_TRIES = 6
-CLOSE = 1.5
-"""Fixed-step methods whose predicted work is within this factor of the least are tried."""
+CLOSE = 1.5  # fixed-step methods whose predicted work is within this factor of the least are tried
 ROUNDS = 3
 TURN_SECONDS = 0.005
 
-QUICK = 0.05
-"""Seconds of a solve below which a second run is timed, too, and the shorter one counts."""
-MOST_SECONDS = 2.0
-"""Time that the comparison should take at most: with more to do, fewer samples are solved."""
-FEWEST = 8
-"""Samples that are solved at least."""
-TOLERANCES = tuple(10.0 ** (-k / 2) for k in range(2, 13))
-"""dopri5's, from loose to those that float32 can just meet."""
+QUICK = 0.05  # seconds of a solve below which the shorter of two runs counts
+MOST_SECONDS = 2.0  # of a comparison at equal time: with more to do, fewer samples are solved
+FEWEST = 8  # samples that are solved at least
+TOLERANCES = [10.0 ** (-k / 2) for k in range(2, 13)]  # the tightest that float32 can just meet
 
 
 class _NoTimeError(Exception):
@@ -147,8 +133,7 @@ class _Task:
 
     def some(self, count: int) -> _Task:
         """Return the same for the first samples."""
-        index = torch.arange(min(count, len(self)))
-        return replace(self, batch=self.batch.some(index))
+        return replace(self, batch=self.batch.some(torch.arange(len(self))[:count]))
 
     def timed(self, run: Run) -> tuple[ErrorSummary, float]:
         """Return the errors at the end and the wall time of a solve."""
@@ -168,11 +153,7 @@ def measure(
     fit_seconds: float,
     seconds_left: float,
 ) -> BreakEven | str:
-    """Measure a fitted solver's time, and that of a classical solver that is as accurate.
-
-    Takes a twentieth of the fit's time, or five seconds if that is more, but no more than
-    ``seconds_left``. Where there is no break-even, it is the reason.
-    """
+    """Return the break-even with a classical solver as accurate, or why there is none."""
     if is_half(batch.dtype):
         return "the host cannot solve in half precision"
     allowed = min(seconds_left, max(SHARE_OF_FIT * fit_seconds, LEAST_SECONDS))
@@ -277,13 +258,12 @@ def _does_run(solve: Callable[[], object]) -> bool:
 def best_classical(
     run: Run, func: VectorField, batch: Batch, *, calls: int
 ) -> ClassicalAlternative | None:
-    """Return the best of the classical solvers in the time that a fitted one takes.
+    """Return the classical solver with the smallest mean error in a fitted one's time, if any.
 
-    Each of them has as many steps as end in that time, or as its calls of func allow, if
-    that is more: times of single runs are only roughly known. The one with the smallest mean
-    error is the best. None for half-precision samples, which the host cannot solve as ours are.
+    Each has as many steps as end in that time, or as the fitted one's calls of func allow, if
+    that is more: times of single runs are only roughly known.
     """
-    if is_half(batch.dtype):
+    if is_half(batch.dtype):  # the host cannot solve these as ours do
         return None
     task = _Task(func, batch)
     own_errors, own_seconds = task.timed(run)

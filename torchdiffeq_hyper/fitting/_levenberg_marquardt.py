@@ -32,22 +32,14 @@ T = TypeVar("T")
 
 DAMPING = 1e-3
 LEAST_DAMPING = 1e-9
-FORGETTING = 0.7
-"""Forgetting factor: share of an iteration's equations that the next one still counts."""
-RECENT = 4
-"""Iterations whose samples tell whether a step is taken."""
-TRIES = 6
-"""Dampings tried in an iteration, each four times the one before."""
-GAIN = 0.03
-"""Fall of the held-out error that counts, relative."""
-STALLED = 4
-"""Iterations without such a gain after which more samples are looked at."""
-MOST_GROWTH = 8
-"""Times as many samples as in the beginning, at most."""
-LAST_PATIENCE = 10
-"""Iterations without a gain, with all these samples, that end the descent."""
-SLOWER = 1.5
-"""Times as long as the one before that the descent from a further start may take."""
+FORGETTING = 0.7  # forgetting factor: share of older equations that an iteration still counts
+RECENT = 4  # iterations whose samples tell whether a step is taken
+TRIES = 6  # dampings tried in an iteration, each four times the one before
+GAIN = 0.03  # fall of the held-out error that counts, relative
+STALLED = 4  # iterations without such a gain after which more samples are looked at
+MOST_GROWTH = 8  # times as many samples as in the beginning, at most
+LAST_PATIENCE = 10  # iterations without a gain, with all these samples, that end the descent
+SLOWER = 1.5  # times as long as the one before that the descent from a further start may take
 
 _SQUARE = TensorOf((torch.float64,), (None, None))
 _VECTOR = TensorOf((torch.float64,), (None,))
@@ -74,11 +66,7 @@ class LevenbergMarquardtState(PhaseState):
 
 @dataclass(eq=False)
 class LevenbergMarquardt(Phase):
-    """Improves a solver's weights step by step, from one classical start or more in turn.
-
-    A descent ends in the valley it began in, and the best start is not always in the lowest:
-    where there is time, further starts follow.
-    """
+    """Improves a solver's weights step by step, from one classical start or more in turn."""
 
     solver: BespokeSolver
     starts: Sequence[str]
@@ -199,7 +187,7 @@ class LevenbergMarquardt(Phase):
             self._try_next_start()
 
     def _try_next_start(self) -> None:
-        """Begin anew at the next start, if there is one and time for it."""
+        """Begin anew at the next start in time: the best may lead into no good minimum."""
         start, now = self.training.start + 1, self._budget.seconds
         if start < len(self.starts) and now + SLOWER * (now - self._began) <= self.pace.deadline:
             self.solver.set_weights(compositions(self._n)[self.starts[start]])

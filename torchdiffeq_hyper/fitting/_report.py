@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from torchdiffeq_hyper.fitting._data import Batch, Data
 from torchdiffeq_hyper.fitting._errors import (
     QUANTILES,
     Comparison,
+    Run,
     at_end,
     errors_along,
     solved,
@@ -33,10 +35,8 @@ from torchdiffeq_hyper.solvers._fit_report import (
     FitReport,
 )
 
-FURTHER = 1.3
-"""How many times as far from their mean as the starts fitted on."""
-ASTRAY = 3.0
-"""Distance from the base's end, relative to its size, that no error of a base explains."""
+FURTHER = 1.3  # how many times as far from their mean as the starts fitted on
+ASTRAY = 3.0  # distance from the base's end, relative to its size, that no error of a base explains
 
 
 @torch.no_grad()
@@ -67,19 +67,13 @@ def _further_out(part: Tensor) -> Tensor:
     return mean + FURTHER * (part - mean)
 
 
-UNUSABLE = 0.3
-"""Mean relative error from which on a result says little of the solution."""
-HEAVY_TAIL = 20.0
-"""Ratio of the worst to the median error from which on the worst decides."""
-FEW = 20
-"""Held-out samples below which their 95th percentile is their worst."""
-UNLIKE = 1e3
-"""Ratio of the sizes of channels from which on the smaller ones do not count in a norm."""
-CLEAR = 1.25
-"""Ratio of errors below which a gain on some held-out samples may be none on others."""
+UNUSABLE = 0.3  # mean relative error from which on a result says little of the solution
+HEAVY_TAIL = 20.0  # ratio of the worst to the median error from which on the worst decides
+FEW = 20  # held-out samples below which their 95th percentile is their worst
+UNLIKE = 1e3  # ratio of the sizes of channels from which on the smaller ones do not count in a norm
+CLEAR = 1.25  # ratio of errors below which a gain on some held-out samples may be none on others
 
-NOTHING = dict.fromkeys(QUANTILES, math.nan)
-"""Quantiles of what was not measured."""
+NOTHING = dict.fromkeys(QUANTILES, math.nan)  # quantiles of what was not measured
 
 T = TypeVar("T")
 
@@ -105,16 +99,19 @@ def reported(
             failures.append(f"{what} could not be measured: {reason}")
             return None
 
-    finest = max(range(len(held_out.grids)), key=lambda r: len(held_out.grids[r].dt))
     run, calls = compared.run, compared.calls
     errors = measured("the error", lambda: at_end(run, func, held_out))
     base_errors = measured("the base", lambda: at_end(compared.base, func, held_out))
-    along = measured("the span", lambda: errors_along(run, func, held_out, finest))
+    along, worst_time = measured("the span", lambda: _along(run, func, held_out)) or (None, None)
     classical = measured(
         "classical solvers", lambda: best_classical(run, func, held_out, calls=calls)
     )
-    pays = measured("the break-even", lambda: _break_even(compared, func, held_out, state, budget))
-    pays = "its measurement failed" if pays is None else pays
+    pays: BreakEven | str = f"{state.iteration} iterations are a trial, not a fit to be earned back"
+    if state.iteration >= compared.fewest:
+        used = budget.seconds
+        search = partial(measure_break_even, run, func, held_out, calls=calls)
+        search = partial(search, fit_seconds=used, seconds_left=budget.max_seconds - used)
+        pays = measured("the break-even", search) or "its measurement failed"
     delta, base_delta = measured("delta", deltas) or (dict(NOTHING), dict(NOTHING))
     further = (
         *_notes(errors, base_errors, classical, compared.name),
@@ -139,8 +136,8 @@ def reported(
         no_break_even="" if isinstance(pays, BreakEven) else pays,
         errors=errors,
         base_errors=base_errors,
-        along=None if along is None else ErrorSummary.of(along.mean(0)),
-        worst_time=None if along is None else _worst_time(along, held_out.grids[finest].times),
+        along=along,
+        worst_time=worst_time,
         rival=classical,  # the name that files hold
     )
 
@@ -184,25 +181,14 @@ def unlike_channels(batch: Batch) -> str:
     )
 
 
-def _worst_time(along: Tensor, times: Tensor) -> tuple[float, float]:
-    means = along.mean(1)
+def _along(run: Run, func: VectorField, batch: Batch) -> tuple[ErrorSummary, tuple[float, float]]:
+    """Return the errors along the finest grid, and when their mean is largest, with that mean."""
+    finest = max(range(len(batch.grids)), key=lambda r: len(batch.grids[r].dt))
+    errors = errors_along(run, func, batch, finest)
+    means = errors.mean(1)
     worst = int(means.argmax())
-    return float(times[1 + worst]), float(means[worst])
-
-
-def _break_even(
-    compared: Comparison, func: VectorField, batch: Batch, state: FitState, budget: Budget
-) -> BreakEven | str:
-    if state.iteration < compared.fewest:
-        return f"{state.iteration} iterations are a trial, not a fit to be earned back"
-    return measure_break_even(
-        compared.run,
-        func,
-        batch,
-        calls=compared.calls,
-        fit_seconds=budget.seconds,
-        seconds_left=budget.max_seconds - budget.seconds,
-    )
+    worst_time = float(batch.grids[finest].times[1 + worst]), float(means[worst])
+    return ErrorSummary.of(errors.mean(0)), worst_time
 
 
 def _notes(

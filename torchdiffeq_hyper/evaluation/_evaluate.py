@@ -17,12 +17,7 @@ from tqdm import tqdm
 from torchdiffeq_hyper._fields import attributes_as_found, model_as_found
 from torchdiffeq_hyper._rules import Whole, checked_arguments
 from torchdiffeq_hyper._state import State, VectorField
-from torchdiffeq_hyper.errors import (
-    OptionError,
-    OutsideFitWarning,
-    StateTypeError,
-    unknown_method,
-)
+from torchdiffeq_hyper.errors import OptionError, OutsideFitWarning, StateTypeError, unknown_method
 from torchdiffeq_hyper.evaluation._measure import (
     FAILED,
     Counted,
@@ -268,11 +263,7 @@ def _first_trial(method: str | Solver) -> Trial:
 
 
 def _row(
-    trial: Trial,
-    problem: Problem,
-    reference: dict[float, State],
-    metric: Metric | None,
-    bar: Any,
+    trial: Trial, problem: Problem, reference: dict[float, State], metric: Metric | None, bar: Any
 ) -> EvaluationRow:
     """Return a trial's row, its time still open: calls and errors, then MACs, then errors along."""
     bar.set_description(trial.label)

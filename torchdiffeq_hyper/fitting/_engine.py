@@ -30,13 +30,9 @@ from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._data import Data
 from torchdiffeq_hyper.fitting._errors import Comparison
 from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError
-from torchdiffeq_hyper.fitting._guard import (
-    frozen_or_restored,
-    left_as_found,
-    measuring_time_in,
-    own_random_state,
-)
+from torchdiffeq_hyper.fitting._guard import frozen_or_restored, left_as_found, own_random_state
 from torchdiffeq_hyper.fitting._loop import Loop, Phase, Progress
+from torchdiffeq_hyper.fitting._objectives import measuring_time_in
 from torchdiffeq_hyper.fitting._prepare import (
     NOISE_LATEST,
     FieldCheck,

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._fields import Conditioned, attributes_as_found
-from torchdiffeq_hyper.hypernets import ReadyHypernet
 
 
 class ModuleState:
@@ -89,21 +88,6 @@ def frozen_or_restored(hypernet: nn.Module) -> Iterator[None]:
     for parameter in hypernet.parameters():
         parameter.grad = None
     hypernet.eval().requires_grad_(requires_grad=False)
-
-
-@contextmanager
-def measuring_time_in(net: object, width: float, order: int) -> Iterator[None]:
-    """Let a ready net that is still zero measure time in spans; as before on any error.
-
-    One that was fitted before keeps its unit, for a base of this order from now on. Every
-    other net is left as it is.
-    """
-    with ExitStack() as on_error:
-        if isinstance(net, ReadyHypernet):
-            on_error.callback(net.measure_time_in, net.time_unit, net.order)
-            net.measure_time_in(width if net.is_zero else net.time_unit, order)
-        yield
-        on_error.pop_all()
 
 
 @contextmanager

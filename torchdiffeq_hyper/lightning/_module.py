@@ -32,16 +32,12 @@ from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._data import Batch
 from torchdiffeq_hyper.fitting._field import Field
 from torchdiffeq_hyper.fitting._fit import check_hypernet
-from torchdiffeq_hyper.fitting._guard import (
-    left_as_found,
-    measuring_time_in,
-    modules_in,
-    own_random_state,
-)
+from torchdiffeq_hyper.fitting._guard import left_as_found, modules_in, own_random_state
 from torchdiffeq_hyper.fitting._hypersolver import measure_noise
 from torchdiffeq_hyper.fitting._objectives import (
     calibrate,
     delta_quantiles,
+    measuring_time_in,
     no_correction,
     objectives_of,
     usable_scale,
@@ -50,12 +46,7 @@ from torchdiffeq_hyper.fitting._prepare import FieldCheck
 from torchdiffeq_hyper.fitting._problem import HypersolverProblem
 from torchdiffeq_hyper.fitting._signature import check_same_field
 from torchdiffeq_hyper.hypernets import ready
-from torchdiffeq_hyper.lightning._trainer import (
-    FieldAsFound,
-    History,
-    KnownBatches,
-    find_lightning,
-)
+from torchdiffeq_hyper.lightning._trainer import FieldAsFound, History, KnownBatches, find_lightning
 from torchdiffeq_hyper.solvers._fit_report import FitReport, LossPoint
 from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver

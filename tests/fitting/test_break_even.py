@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,10 +63,10 @@ def held_out(func: Any = damped_wave, y0: Any = Y0) -> Batch:
 
 
 def measured(
-    solve: Callable[..., Any], func: Any = damped_wave, calls: int = 8, **arguments: Any
+    solve: Callable[..., Any], func: Any = damped_wave, calls: int = 8, seconds_left: float = 1e3
 ) -> BreakEven | str:
-    given = {"fit_seconds": 50.0, "seconds_left": 1e3, **arguments}
-    return _break_even.measure(solve, func, held_out(), calls=calls, **given)
+    budget: Any = SimpleNamespace(seconds=50.0, max_seconds=50.0 + seconds_left)
+    return _break_even.measure(solve, func, held_out(), calls=calls, budget=budget)
 
 
 def host(method: str, steps: int) -> Callable[..., Tensor]:

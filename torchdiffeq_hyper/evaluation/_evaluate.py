@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from torchdiffeq_hyper._fields import attributes_as_found, model_as_found
-from torchdiffeq_hyper._rules import Whole, checked_arguments
+from torchdiffeq_hyper._rules import Real, Whole, checked_arguments
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import OptionError, OutsideFitWarning, StateTypeError, unknown_method
 from torchdiffeq_hyper.evaluation._measure import (
@@ -35,8 +35,6 @@ from torchdiffeq_hyper.recording import median_seconds
 from torchdiffeq_hyper.solvers._grid import equal_steps
 from torchdiffeq_hyper.solvers._solver import Solver
 
-Metric: TypeAlias = Callable[[Any], Any]
-
 
 def evaluate(
     func: VectorField,
@@ -46,7 +44,7 @@ def evaluate(
     *,
     steps: int | Sequence[int] | None = None,
     tolerances: float | Sequence[float] = (1e-3,),
-    metric: Metric | None = None,
+    metric: Callable[[Any], Any] | None = None,
     metric_name: str = "metric",
     rtol: float | None = None,
     atol: float | None = None,
@@ -205,12 +203,10 @@ def _trials(
         for n in counts or [counts]:
             checked_arguments({"steps": Whole(1)}, {"steps": n}, fix="steps=[2, 4, 8]")
     limits = [tolerances] if isinstance(tolerances, int | float) else list(tolerances)
-    if not limits or not all(math.isfinite(limit) and limit > 0 for limit in limits):
-        raise OptionError(
-            problem=f"tolerances is {tolerances!r}.",
-            expected="finite numbers above 0.",
-            fix="tolerances=[1e-2, 1e-3]",
-        )
+    numbers: list[Any] = [float(limit) for limit in limits]
+    for number in numbers or [limits]:
+        fix = "tolerances=[1e-2, 1e-3]"
+        checked_arguments({"tolerances": Real(above=0.0)}, {"tolerances": number}, fix=fix)
     trials: list[Trial] = []
     for method in methods:
         first = _first_trial(method)
@@ -263,9 +259,9 @@ def _first_trial(method: str | Solver) -> Trial:
 
 
 def _row(
-    trial: Trial, problem: Problem, reference: dict[float, State], metric: Metric | None, bar: Any
+    trial: Trial, problem: Problem, reference: dict[float, State], metric: Any, bar: Any
 ) -> EvaluationRow:
-    """Return a trial's row, its time still open: calls and errors, then MACs, then errors along."""
+    """Return a trial's row, its time still open."""
     bar.set_description(trial.label)
     counted = Counted(problem.func)
     end = unless_broken(lambda: trial.solve(replace(problem, func=counted)))
@@ -294,6 +290,7 @@ def _row(
 
 def _along(trial: Trial, problem: Problem, reference: dict[float, State]) -> float:
     """Return the mean relative error over the points of the method's own grid."""
+    # A solve of its own: a solver that is not told its steps takes these points for its grid.
     shares = trial.shares()
     states = unless_broken(lambda: trial.solve(problem, shares))
     if states is None:

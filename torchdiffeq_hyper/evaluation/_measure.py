@@ -210,9 +210,7 @@ class Errors(NamedTuple):
     worst_relative_l2: float
 
 
-FAILED = Errors(math.inf, math.inf, math.inf)
-"""The errors of a solve that broke off, or whose state is not finite."""
-
+FAILED = Errors(math.inf, math.inf, math.inf)  # where a solve broke off, or is not finite
 _FLOOR = 1e-3
 
 

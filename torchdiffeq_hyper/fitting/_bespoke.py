@@ -11,14 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._fields import find_coupling
-from torchdiffeq_hyper._state import (
-    State,
-    StateLayout,
-    VectorField,
-    parts_of,
-    sample_norms,
-    stepped_dtype,
-)
+from torchdiffeq_hyper._state import State, StateLayout, parts_of, sample_norms, stepped_dtype
 from torchdiffeq_hyper.errors import FitDivergedError, NoiseFloorError, OptionError
 from torchdiffeq_hyper.fitting._adamw import AdamWPhase, AdamWState
 from torchdiffeq_hyper.fitting._auto import AUTO, check_auto
@@ -75,7 +68,7 @@ class BespokeTarget(Target):
 
     @classmethod
     def of(
-        cls, func: VectorField, t_span: object, *, base: str, alpha: Any, hypernet: Any, **rest: Any
+        cls, func: Any, t_span: object, *, base: str, alpha: Any, hypernet: Any, **rest: Any
     ) -> BespokeTarget:
         """Return the target of the arguments of `fit`, checked."""
         _refuse(base, alpha, hypernet, rest)
@@ -139,28 +132,19 @@ class BespokeTarget(Target):
 
     def phases(self) -> Sequence[Phase]:
         """Return the phase of the weights, and that of the correction if there is one."""
-        has_net = self.net is not None
-        weights = LevenbergMarquardt(
-            self.module,
-            self._starts,
-            TrainingChunks(self._data, self.problem, self._rows),
-            self._held_out,
-            self.problem,
-            share_of_time=WEIGHTS_FIRST if has_net else LAST_PHASE,
-        )
-        if not has_net:
-            return [weights]
-        pair = (EndObjective(self.module, self.problem.func),) * 2
-        wanted = self.problem.config.iterations
-        correction = AdamWPhase(pair, self.module, self._data, self.problem, wanted, is_last=True)
-        return [weights, correction]
+        module, data, problem = self.module, self._data, self.problem
+        chunks = TrainingChunks(data, problem, self._rows)
+        share = LAST_PHASE if self.net is None else WEIGHTS_FIRST
+        first = LevenbergMarquardt(module, self._starts, chunks, self._held_out, problem, share)
+        if self.net is None:
+            return [first]
+        pair = (EndObjective(module, problem.func),) * 2
+        wanted = problem.config.iterations
+        return [first, AdamWPhase(pair, module, data, problem, wanted, is_last=True)]
 
-    def comparison(self) -> Comparison:
-        """Return the solver as it is, and the classical method that it started as."""
-        return self._compared(self.module)
-
-    def _compared(self, solver: BespokeSolver) -> Comparison:
-        own, start = map(self._as_used, (solver, self._classical(self._start)))
+    def comparison(self, solver: BespokeSolver | None = None) -> Comparison:
+        """Return the solver as it is, or another, and the classical method that it started as."""
+        own, start = map(self._as_used, (solver or self.module, self._classical(self._start)))
         return Comparison(own.solve, start.solve, self._start, self._n, FEWEST_TO_PAY)
 
     def _as_used(self, solver: BespokeSolver) -> BespokeSolver:
@@ -193,7 +177,7 @@ class BespokeTarget(Target):
         if self.net is not None:
             solvers["weights"] = BespokeSolver(self.module.weights)
         for fallback, solver in solvers.items():
-            compared = self._compared(solver)
+            compared = self.comparison(solver)
             if state.iteration == 0 or not is_worse(compared, self.problem.func, self._data):
                 return fallback
         return "start"

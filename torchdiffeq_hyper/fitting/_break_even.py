@@ -6,6 +6,7 @@ import contextvars
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -17,6 +18,7 @@ from torchdiffeq import odeint
 
 from torchdiffeq_hyper._state import State, StateLayout, VectorField, is_half
 from torchdiffeq_hyper.fitting._batches import n_samples
+from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._data import Batch
 from torchdiffeq_hyper.fitting._errors import BROKEN, Run, end_errors, timed_errors
 from torchdiffeq_hyper.recording import median_seconds
@@ -145,18 +147,13 @@ class _Task:
 
 @torch.no_grad()
 def measure(
-    run: Run,
-    func: VectorField,
-    batch: Batch,
-    *,
-    calls: int,
-    fit_seconds: float,
-    seconds_left: float,
+    run: Run, func: VectorField, batch: Batch, *, calls: int, budget: Budget
 ) -> BreakEven | str:
     """Return the break-even with a classical solver as accurate, or why there is none."""
     if is_half(batch.dtype):
         return "the host cannot solve in half precision"
-    allowed = min(seconds_left, max(SHARE_OF_FIT * fit_seconds, LEAST_SECONDS))
+    used = budget.seconds
+    allowed = min(budget.max_seconds - used, max(SHARE_OF_FIT * used, LEAST_SECONDS))
     if allowed <= 0:
         return "no time was left to measure it"
     task = _Task(func, batch, time.perf_counter() + allowed)
@@ -167,7 +164,7 @@ def measure(
         target = probe.error(run)
         if not math.isfinite(target):
             return "the fitted solver blows up on held-out samples"
-        return _race(run, _as_accurate(probe, target, calls), task, fit_seconds)
+        return _race(run, _as_accurate(probe, target, calls), task, used)
     except _NoTimeError:
         return f"its measurement would have taken more than {allowed:.2g} s"
 
@@ -207,11 +204,10 @@ def _fewest_steps(task: _Task, name: str, work: float, target: float, most: int)
         error = task.error(solve.run)
         guess = n * _growth(error, target, method.order)
         if error <= target:
-            found, above = solve, n
-            n = max(below + 1, min(above - 1, math.floor(guess)))
+            found, above, guess = solve, n, math.floor(guess)
         else:
-            below = n
-            n = min(above - 1, max(below + 1, math.ceil(guess)))
+            below, guess = n, math.ceil(guess)
+        n = min(above - 1, max(below + 1, guess))
     return found
 
 
@@ -222,11 +218,12 @@ def _race(run: Run, classical: list[Solve], task: _Task, fit_seconds: float) -> 
     arguments = batch.field(task.func), batch.start(0), times
     error = task.error(run)
     # Settings were sought on a few samples: what is less accurate on all is no alternative.
-    left = [
-        solve
-        for solve in classical
-        if _does_run(partial(solve.run, *arguments)) and task.error(solve.run) <= error
-    ]
+    left = []
+    for solve in classical:
+        with suppress(*BROKEN):
+            solve.run(*arguments)  # sets up what is timed
+            if task.error(solve.run) <= error:
+                left.append(solve)
     if not left:
         return f"no classical solver is as accurate in {MOST_WORK} times as many calls of func"
     now = time.perf_counter()
@@ -243,15 +240,6 @@ def _race(run: Run, classical: list[Solve], task: _Task, fit_seconds: float) -> 
         samples=len(task),
         error=error,
     )
-
-
-def _does_run(solve: Callable[[], object]) -> bool:
-    """Return whether a solve of the whole batch comes to its end; it is set up by that."""
-    try:
-        solve()
-    except BROKEN:
-        return False
-    return True
 
 
 @torch.no_grad()

@@ -98,7 +98,7 @@ def at_end(run: Run, func: VectorField, batch: Batch) -> ErrorSummary:
 
 
 def is_worse(compared: Comparison, func: VectorField, data: Data) -> bool:
-    """Return whether the base's end is better in mean or 95th percentile, be it where fitted."""
+    """Return whether the base ends better in mean or 95th percentile, held-out or fitted on."""
     for batch in (data.held_out, data.first):
         own, base = (at_end(run, func, batch) for run in (compared.run, compared.base))
         if not (own.mean <= base.mean and own.p95 <= base.p95):

@@ -108,9 +108,7 @@ def reported(
     )
     pays: BreakEven | str = f"{state.iteration} iterations are a trial, not a fit to be earned back"
     if state.iteration >= compared.fewest:
-        used = budget.seconds
-        search = partial(measure_break_even, run, func, held_out, calls=calls)
-        search = partial(search, fit_seconds=used, seconds_left=budget.max_seconds - used)
+        search = partial(measure_break_even, run, func, held_out, calls=calls, budget=budget)
         pays = measured("the break-even", search) or "its measurement failed"
     delta, base_delta = measured("delta", deltas) or (dict(NOTHING), dict(NOTHING))
     further = (

@@ -295,4 +295,4 @@ def _refuse_exact(name: str, n: int, error: float, noise: float, dtype: torch.dt
             "or, if the digits matter: func.double() and y0.double()\n"
             f"or, if the reference is the loose part: {tighter}, 100 times smaller"
         )
-    raise NoiseFloorError(problem, "noise below half of the error.", fix)
+    raise NoiseFloorError(problem=problem, expected="noise below half of the error.", fix=fix)

@@ -142,6 +142,14 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+_BREAKDOWNS = ("underflow in dt", "non-finite values in state", "max_num_steps exceeded")
+
+
+def is_breakdown(error: AssertionError) -> bool:
+    """Return whether torchdiffeq says so that a method cannot go on; others are func's own."""
+    return str(error).startswith(_BREAKDOWNS)
+
+
 def explain(problem: str, expected: str, fix: str) -> str:
     """Lay out an error text: what was wrong, what was expected, a fix to paste.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import torchdiffeq_hyper as tdh
 from stubs import MLPField, damped_wave
-from torchdiffeq_hyper.fitting import _break_even
+from torchdiffeq_hyper.fitting import _break_even, _errors
 from torchdiffeq_hyper.fitting import _report as report_module
 from torchdiffeq_hyper.fitting._batches import Batches
 from torchdiffeq_hyper.fitting._break_even import FIXED
@@ -21,7 +21,7 @@ from torchdiffeq_hyper.fitting._distributed import ProcessGroup
 from torchdiffeq_hyper.fitting._errors import end_errors, errors_along
 from torchdiffeq_hyper.fitting._field import Units
 from torchdiffeq_hyper.fitting._reference import Plan, Tolerances
-from torchdiffeq_hyper.solvers._fit_report import ErrorSummary, FitReport, Rival
+from torchdiffeq_hyper.solvers._fit_report import ClassicalAlternative, ErrorSummary, FitReport
 from torchdiffeq_hyper.tableaus import EULER
 
 Y0 = torch.randn(90, 2, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
@@ -33,7 +33,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr(_break_even, "time", self)
+        monkeypatch.setattr(_errors, "time", self)
         monkeypatch.setattr(_break_even, "MOST_SECONDS", 1e9)
 
     def perf_counter(self) -> float:
@@ -61,7 +61,7 @@ def held_out(func: Any = damped_wave, y0: Any = Y0) -> Batch:
     return data.held_out
 
 
-def best(run: Any, func: Any, calls: int, y0: Any = Y0) -> Rival:
+def best(run: Any, func: Any, calls: int, y0: Any = Y0) -> ClassicalAlternative:
     found = _break_even.best_classical(run, func, held_out(y0=y0), calls=calls)
     assert found is not None
     return found
@@ -252,8 +252,8 @@ def summary(mean: float, *, p95: float | None = None, worst: float | None = None
     return ErrorSummary(mean, mean, p95 or 2 * mean, worst or 3 * mean, 50)
 
 
-def best_of(mean: float, p95: float, own: ErrorSummary) -> Rival:
-    return Rival("rk4 with 3 steps", summary(mean), own, p95, 1.0, 1.0)
+def best_of(mean: float, p95: float, own: ErrorSummary) -> ClassicalAlternative:
+    return ClassicalAlternative("rk4 with 3 steps", summary(mean), own, p95, 1.0, 1.0)
 
 
 def test_channels_too_small_to_count_are_named() -> None:

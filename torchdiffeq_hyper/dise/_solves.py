@@ -30,7 +30,7 @@ from torchdiffeq_hyper.dise._costs import Cost
 from torchdiffeq_hyper.dise._report import Labels
 from torchdiffeq_hyper.errors import NonFiniteError, OptionError
 from torchdiffeq_hyper.evaluation._measure import Counted, unless_broken
-from torchdiffeq_hyper.evaluation._trials import distinct
+from torchdiffeq_hyper.evaluation._table import distinct
 from torchdiffeq_hyper.fitting._batches import Starts, bind
 from torchdiffeq_hyper.fitting._field import check_repeatable
 from torchdiffeq_hyper.fitting._guard import left_as_found

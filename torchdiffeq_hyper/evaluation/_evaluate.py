@@ -6,18 +6,18 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from torchdiffeq_hyper._fields import attributes_as_found, model_as_found
-from torchdiffeq_hyper._rules import Whole, checked_arguments
+from torchdiffeq_hyper._rules import Real, Whole, checked_arguments
 from torchdiffeq_hyper._state import State, VectorField
-from torchdiffeq_hyper.errors import OptionError, OutsideFitWarning
+from torchdiffeq_hyper.errors import OptionError, OutsideFitWarning, StateTypeError, unknown_method
 from torchdiffeq_hyper.evaluation._measure import (
     FAILED,
     Counted,
@@ -27,14 +27,13 @@ from torchdiffeq_hyper.evaluation._measure import (
     errors,
     unless_broken,
 )
-from torchdiffeq_hyper.evaluation._table import EvaluationRow, EvaluationTable
-from torchdiffeq_hyper.evaluation._trials import Trial, expand
+from torchdiffeq_hyper.evaluation._table import EvaluationRow, EvaluationTable, distinct
 from torchdiffeq_hyper.fitting._batches import bound
 from torchdiffeq_hyper.fitting._guard import ModuleState, modules_in
+from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.recording import median_seconds
+from torchdiffeq_hyper.solvers._grid import equal_steps
 from torchdiffeq_hyper.solvers._solver import Solver
-
-Metric: TypeAlias = Callable[[Any], Any]
 
 
 def evaluate(
@@ -45,7 +44,7 @@ def evaluate(
     *,
     steps: int | Sequence[int] | None = None,
     tolerances: float | Sequence[float] = (1e-3,),
-    metric: Metric | None = None,
+    metric: Callable[[Any], Any] | None = None,
     metric_name: str = "metric",
     rtol: float | None = None,
     atol: float | None = None,
@@ -109,7 +108,7 @@ def evaluate(
     """
     field = bound(func, y0, context)
     problem = Problem.of(field, y0, t_span)
-    trials = expand(methods, steps, tolerances)
+    trials = _trials(methods, steps, tolerances)
     checked_arguments({"repeats": Whole(1)}, {"repeats": repeats}, fix="repeats=5")
     total = 1 + len(trials) * (3 + repeats)
     with (
@@ -146,14 +145,123 @@ def _left_as_found(func: object, field: object, trials: list[Trial]) -> Iterator
         yield
 
 
+OWN_POINTS = 8  # points along the span at which a method that chooses its own steps is looked at
+MOST_POINTS = 16  # points of a grid that are looked at
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One method at one setting: equal steps where it follows a grid, else a tolerance."""
+
+    label: str  # how tables call the method
+    method: str  # how the host calls it
+    follows_grid: bool
+    is_learned: bool = False
+    solver: Solver | None = None  # the fitted one, where it is known here
+    steps: int | None = None  # for "bns" its calls of func
+    tolerance: float | None = None  # rtol = atol
+    steps_between_points: bool = False  # as of "dise": there are no other points to look at
+
+    def shares(self) -> list[float]:
+        """Return shares of the span at which the method has states at no further call."""
+        if self.steps_between_points:
+            return [1.0]
+        n = self.steps or OWN_POINTS
+        every = -(-n // MOST_POINTS)
+        return [k / n for k in range(n, 0, -every)][::-1]
+
+    def solve(self, problem: Problem, shares: Sequence[float] = (1.0,)) -> list[State]:
+        """Return the states at some shares of the problem's span, of those in `shares`."""
+        options: dict[str, object] = {}
+        how: dict[str, Any] = {"method": self.method, "options": options}
+        if self.steps is not None and self.follows_grid:
+            # Not step_size: the host rounds the number of steps up, often to one too many.
+            options["grid_constructor"] = lambda func, y0, t: equal_steps(t[[0, -1]], self.steps)
+        if self.solver is not None:
+            options["solver"] = self.solver
+        if self.tolerance is not None:
+            how |= {"rtol": self.tolerance, "atol": self.tolerance}
+        return problem.solve(shares, **how)
+
+
+def _trials(
+    methods: Sequence[str | Solver],
+    steps: int | Sequence[int] | None,
+    tolerances: float | Sequence[float],
+) -> list[Trial]:
+    """Return the trials in the order of ``methods``, after checking all three arguments."""
+    if isinstance(methods, str | Solver) or len(methods) == 0:
+        got = "a single method" if isinstance(methods, str | Solver) else "empty"
+        raise OptionError(
+            problem=f"methods is {got}.",
+            expected="a list of method names and fitted solvers.",
+            fix='methods=["euler", "dopri5", solver]',
+        )
+    counts: list[Any] = []
+    if steps is not None:
+        counts = [steps] if isinstance(steps, int) else list(steps)
+        for n in counts or [counts]:
+            checked_arguments({"steps": Whole(1)}, {"steps": n}, fix="steps=[2, 4, 8]")
+    limits = [tolerances] if isinstance(tolerances, int | float) else list(tolerances)
+    numbers: list[Any] = [float(limit) for limit in limits]
+    for number in numbers or [limits]:
+        fix = "tolerances=[1e-2, 1e-3]"
+        checked_arguments({"tolerances": Real(above=0.0)}, {"tolerances": number}, fix=fix)
+    trials: list[Trial] = []
+    for method in methods:
+        first = _first_trial(method)
+        alike = (t for t in trials if None in (t.steps, first.steps) or t.steps == first.steps)
+        first = replace(first, label=distinct(first.label, {trial.label for trial in alike}))
+        if first.follows_grid:
+            own = None if first.solver is None else first.solver.n_steps
+            if not counts and own is None:
+                raise OptionError(
+                    problem=f'"{first.label}" follows a time grid, and steps is None.',
+                    expected="the numbers of steps to measure it at.",
+                    fix="steps=[2, 4, 8]",
+                )
+            trials += [replace(first, steps=n) for n in counts or [own]]
+        elif first.is_learned:  # all its steps belong to the fit
+            trials.append(first)
+        else:
+            trials += [replace(first, tolerance=limit) for limit in limits]
+    return trials
+
+
+def _first_trial(method: str | Solver) -> Trial:
+    """Return a trial of a method, its settings still to be filled in."""
+    entry = _registry.methods().get(method) if isinstance(method, str) else None
+    solver = method if entry is None else entry.fitted
+    if isinstance(solver, Solver):
+        return Trial(
+            method.label if isinstance(method, Solver) else method,
+            solver.method,
+            solver.follows_grid,
+            is_learned=True,
+            # So that its one warning is not used up here.
+            solver=solver.without_warnings(),
+            steps=None if solver.follows_grid else solver.n_steps,
+        )
+    if not isinstance(method, str):
+        raise StateTypeError(
+            problem=f"a method is a {type(method).__name__}.",
+            expected="a method's name or a fitted solver.",
+            fix='methods=["euler", tdh.HyperSolver("euler", net, steps=10)]',
+        )
+    hosts = _registry.host_methods()
+    if entry is None:
+        if method not in hosts:
+            raise unknown_method(method, [*_registry.methods(), *hosts], 'methods=["{}"]')
+        return Trial(method, method, hosts[method])
+    is_learned, is_plain = entry.option == "solver", entry.option is None
+    between = not (is_learned or is_plain)
+    return Trial(method, method, entry.follows_grid, is_learned, steps_between_points=between)
+
+
 def _row(
-    trial: Trial,
-    problem: Problem,
-    reference: dict[float, State],
-    metric: Metric | None,
-    bar: Any,
+    trial: Trial, problem: Problem, reference: dict[float, State], metric: Any, bar: Any
 ) -> EvaluationRow:
-    """Return a trial's row, its time still open: calls and errors, then MACs, then errors along."""
+    """Return a trial's row, its time still open."""
     bar.set_description(trial.label)
     counted = Counted(problem.func)
     end = unless_broken(lambda: trial.solve(replace(problem, func=counted)))
@@ -161,7 +269,7 @@ def _row(
     if end is not None:
         off = errors(end[0], reference[1.0])
         macs = count_macs(trial.solve, problem, has_hypernet=trial.is_learned)
-        along = _along(trial, problem, reference)
+        along = math.nan if trial.steps_between_points else _along(trial, problem, reference)
         if metric is not None and math.isfinite(off.worst_relative_l2):
             value = _number(metric(end[0]))
     bar.update(3)
@@ -182,8 +290,7 @@ def _row(
 
 def _along(trial: Trial, problem: Problem, reference: dict[float, State]) -> float:
     """Return the mean relative error over the points of the method's own grid."""
-    if trial.steps_between_points:
-        return math.nan
+    # A solve of its own: a solver that is not told its steps takes these points for its grid.
     shares = trial.shares()
     states = unless_broken(lambda: trial.solve(problem, shares))
     if states is None:
@@ -200,11 +307,9 @@ def _timed(
     whole = [i for i, row in enumerate(rows) if not math.isnan(row.macs_func)]
     bar.total -= repeats * (len(rows) - len(whole))
     runs = [partial(trials[i].solve, problem) for i in whole]
-    seconds = median_seconds(runs, problem.t.device, repeats, bar.update)
-    timed = list(rows)
-    for i, each in zip(whole, seconds, strict=True):
-        timed[i] = replace(rows[i], ms=1000 * each)
-    return timed
+    times = median_seconds(runs, problem.t.device, repeats, bar.update)
+    seconds = dict(zip(whole, times, strict=True))
+    return [replace(row, ms=1000 * seconds.get(i, math.nan)) for i, row in enumerate(rows)]
 
 
 def _number(value: Any) -> float:

@@ -6,10 +6,11 @@ import contextvars
 import math
 import os
 import platform
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -36,36 +37,30 @@ from torchdiffeq_hyper._state import (
     parts_of,
     sample_norms,
 )
-from torchdiffeq_hyper.errors import NonFiniteError, StateShapeError, UnfinishedSolveError
+from torchdiffeq_hyper.errors import (
+    NonFiniteError,
+    StateShapeError,
+    UnfinishedSolveError,
+    is_breakdown,
+)
 from torchdiffeq_hyper.fitting._field import Units, check_repeatable
-from torchdiffeq_hyper.fitting._reference import BROKEN_DOWN, check_span
+from torchdiffeq_hyper.fitting._reference import check_span
 from torchdiffeq_hyper.recording import FlopCounter
 
 # In float32, tighter than 1e-7 gains nothing over rounding; in half precision every answer
 # of func is rounded to about 1e-3 (float16) or 1e-2 (bfloat16).
-_TOLERANCES = {
-    torch.float64: 1e-10,
-    torch.complex128: 1e-10,
-    torch.float16: 1e-3,
-    torch.bfloat16: 1e-2,
-}
+_TOLERANCES = {torch.float64: 1e-10, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 Solution = TypeVar("Solution")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """An initial value problem on a batch.
-
-    Attributes:
-        func: the vector field.
-        y0: the start; dimension 0 of each part is the batch.
-        t: start and end time, at least float32.
-    """
+    """An initial value problem on a batch."""
 
     func: VectorField
     y0: State
-    t: Tensor
+    t: Tensor  # start and end time, at least float32
 
     @classmethod
     def of(cls, func: VectorField, y0: State, t_span: tuple[float, float]) -> Problem:
@@ -78,8 +73,9 @@ class Problem:
                 expected="at least one sample along dim 0.",
                 fix="y0 = torch.randn(256, 2)",
             )
-        dtype = torch.promote_types(_dtype_of(y0).to_real(), torch.float32)
-        return cls(func, y0, torch.tensor(check_span(t_span), dtype=dtype, device=parts[0].device))
+        joined = StateLayout.of(y0).join(y0)
+        dtype = torch.promote_types(joined.dtype.to_real(), torch.float32)
+        return cls(func, y0, torch.tensor(check_span(t_span), dtype=dtype, device=joined.device))
 
     @property
     def batch(self) -> int:
@@ -89,7 +85,7 @@ class Problem:
     @property
     def dtype(self) -> torch.dtype:
         """The state's dtype; for tuples, the one that the parts promote to."""
-        return _dtype_of(self.y0)
+        return StateLayout.of(self.y0).join(self.y0).dtype
 
     def solve(self, shares: Sequence[float], **how: Any) -> list[State]:
         """Return the host's states at some shares of the span, rising, above 0 and up to 1."""
@@ -102,7 +98,7 @@ class Problem:
     def tolerances(self, rtol: float | None, atol: float | None) -> tuple[float, float]:
         """Return the reference's tolerances, filled in: those that suit dtype and size."""
         if rtol is None:
-            rtol = _TOLERANCES.get(self.dtype, 1e-7)
+            rtol = _TOLERANCES.get(self.dtype.to_real(), 1e-7)
         if atol is None:
             join = StateLayout.of(self.y0).join
             start, end = self.t.tolist()
@@ -111,26 +107,18 @@ class Problem:
         return rtol, atol
 
     def reference(self, rtol: float, atol: float, shares: Sequence[float]) -> dict[float, State]:
-        """Return dopri5's states by share of the span; half precision is integrated in float32.
-
-        Raises:
-            NoisyFieldError: func answers differently twice at one point.
-            NonFiniteError: a state is not finite, or dopri5 breaks off on the way.
-        """
-        dtype = self.dtype
+        """Return dopri5's states by share of the span; half precision is integrated in float32."""
+        dtype, t = self.dtype, self.t
         y0 = cast(self.y0, torch.float32) if is_half(dtype) else self.y0
-        field = Counted(self.func, dtype=dtype)
+        field, join = Counted(self.func, dtype=dtype), StateLayout.of(y0).join
         # An adaptive solve of a noisy field may never end.
-        join = StateLayout.of(y0).join
-        first, second = (join(field(self.t[0], y0)) for _ in range(2))
-        check_repeatable(first, second, dtype, float(self.t[0]))
+        first, second = (join(field(t[0], y0)) for _ in range(2))
+        check_repeatable(first, second, dtype, float(t[0]))
         # An empty context: no scope of ours may replace or record the reference.
-        run = contextvars.Context().run
-        solve = Problem(field, y0, self.t).solve
+        run, solve = contextvars.Context().run, Problem(field, y0, t).solve
         how = {"method": "dopri5", "rtol": rtol, "atol": atol}
-        states = unless_broken(lambda: run(solve, shares, **how)) or []
-        parts = [part for state in states for part in parts_of(state)]
-        if not parts or not all(bool(torch.isfinite(part).all()) for part in parts):
+        states = unless_broken(lambda: run(solve, shares, **how)) or [torch.tensor(math.nan)]
+        if not all(bool(part.isfinite().all()) for state in states for part in parts_of(state)):
             raise NonFiniteError(
                 problem=f"dopri5 finds no reference solution at rtol {rtol:g}, atol {atol:g}.",
                 expected="a func that is finite along the solution, and tolerances that "
@@ -140,21 +128,14 @@ class Problem:
         return dict(zip(shares, states, strict=True))
 
 
-def _dtype_of(y: State) -> torch.dtype:
-    return reduce(torch.promote_types, (part.dtype for part in parts_of(y)))
-
-
 def unless_broken(solve: Callable[[], Solution]) -> Solution | None:
-    """Return what ``solve`` does, or None where the method cannot go on.
-
-    torchdiffeq's adaptive methods say so by assertions; other assertions are func's own.
-    """
+    """Return what ``solve`` does, or None where the method cannot go on."""
     try:
         return solve()
     except (NonFiniteError, UnfinishedSolveError):
         return None
     except AssertionError as error:
-        if not str(error).startswith(BROKEN_DOWN):
+        if not is_breakdown(error):
             raise
         return None
 
@@ -162,14 +143,9 @@ def unless_broken(solve: Callable[[], Solution]) -> Solution | None:
 class Counted:
     """A vector field that counts its calls and, if asked to (it is slow), its FLOPs.
 
-    Args:
-        func: the field of a whole batch.
-        index: positions of the samples that it is called on; None for all.
-        dtype: the state's, for a solver that steps half precision in float32: func is called in
-            this dtype, and its answers come back in memory of their own, in the solver's
-            dtype. None calls func as it is.
-        counts_flops: whether to count them.
-        counter: the field that counts the calls of this one.
+    It is the field of the samples at ``index``, and counts for ``total`` if that is given. A
+    solver that steps half precision in float32 gives the state's ``dtype``: func is called in
+    it, and answers come back in the solver's, in memory of their own.
     """
 
     def __init__(
@@ -179,34 +155,26 @@ class Counted:
         *,
         dtype: torch.dtype | None = None,
         counts_flops: bool = False,
-        counter: Counted | None = None,
+        total: Counted | None = None,
     ) -> None:
         self.base_func = func if index is None else restrict(func, index)
         self.whole = func
-        self.calls = 0
-        self.flops = 0
-        self._dtype = dtype
-        self._counts_flops = counts_flops
-        self._counter = counter or self
+        self.calls = self.flops = 0
+        self._dtype, self._counts_flops, self._total = dtype, counts_flops, total or self
         if can_restrict(self.base_func):
-            self.restrict = partial(
-                Counted,
-                self.base_func,
-                dtype=dtype,
-                counts_flops=counts_flops,
-                counter=self._counter,
-            )
+            given: dict[str, Any] = {"dtype": dtype, "counts_flops": counts_flops}
+            self.restrict = partial(Counted, self.base_func, total=self._total, **given)
 
     def __call__(self, t: Tensor, y: State) -> State:
         """Return ``func(t, y)``, checked to be like ``y``."""
         state, dtype = y, self._dtype
         if dtype is not None and is_half(dtype):
             t, state = t.to(dtype), cast(y, dtype)
-        self._counter.calls += not is_probing()
-        counts_flops = self._counts_flops and not is_probing()
-        with FlopCounter() if counts_flops else nullcontext() as counter:
+        is_counted = not is_probing()
+        self._total.calls += is_counted
+        with FlopCounter() if self._counts_flops and is_counted else nullcontext() as counter:
             k = self.base_func(t, state)
-        self._counter.flops += 0 if counter is None else counter.get_total_flops()
+        self._total.flops += 0 if counter is None else counter.get_total_flops()
         check_answer(k, y)
         answer: State = tuple(k) if isinstance(k, list) else k
         if dtype is None:
@@ -225,12 +193,7 @@ look_through(Counted, "base_func", "whole")
 def count_macs(
     solve: Callable[[Problem], object], problem: Problem, *, has_hypernet: bool
 ) -> tuple[float, float]:
-    """Return the multiply-accumulates per sample of one solve: inside func, and outside it.
-
-    Half of what torch's own FLOP counter says: products of matrices, convolutions and
-    attention count, elementwise operations do not. Methods without a hypernet have
-    nothing to count outside func.
-    """
+    """Return the multiply-accumulates (half the FLOPs) a sample of a solve, in func and outside."""
     counted = Counted(problem.func, counts_flops=True)
     # The counter makes every operation slow, and adaptive solvers have many of their own.
     with FlopCounter() if has_hypernet else nullcontext() as counter:
@@ -247,18 +210,15 @@ class Errors(NamedTuple):
     worst_relative_l2: float
 
 
-FAILED = Errors(math.inf, math.inf, math.inf)
-"""The errors of a solve that broke off, or whose state is not finite."""
-
+FAILED = Errors(math.inf, math.inf, math.inf)  # where a solve broke off, or is not finite
 _FLOOR = 1e-3
 
 
 def errors(y: State, reference: State) -> Errors:
-    """Return the errors of ``y``, in float64; dimension 0 of every part is the batch.
+    """Return the errors of ``y``, in float64; the norms run over all parts of a sample together.
 
-    The norms run over all parts of a sample together. Denominators near zero would make up
-    the means, so none is smaller than 1e-3 of their root mean square: for percentages that of
-    |y_ref| over the part, else that of the samples' norms.
+    Denominators near zero would make up the means: none is smaller than 1e-3 of their root mean
+    square, for percentages over the part, else over the samples.
     """
     ys, refs = _float64(y), _float64(reference)
     off = tuple((a - b).abs() for a, b in zip(ys, refs, strict=True))
@@ -283,11 +243,9 @@ def _ratio(off: Tensor, size: Tensor) -> Tensor:
 
 def describe_machine(device: torch.device) -> str:
     """Return the machine that times belong to, in a few words."""
-    name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")  # the only place where Linux names the processor
-    if info.exists():
-        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = models[0].partition(":")[2].strip() if models else name
+    models = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    name = models[0] if models else platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     words = [name, f"{os.cpu_count()} cores", f"{threads} torch thread{'s' * (threads != 1)}"]
     if device.type == "cuda":

@@ -6,9 +6,9 @@ import csv
 import math
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
-from itertools import cycle
+from itertools import count, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,8 @@ class EvaluationRow:
         tolerance: rtol = atol of such a method, else None.
         nfe: calls of func in one solve of the whole batch, the choice of a first step
             and rejected steps included.
-        macs_func: multiply-accumulates per sample of one solve, inside func.
+        macs_func: multiply-accumulates per sample of one solve, inside func: those of products
+            of matrices, convolutions and attention.
         macs_g: the same inside the hypernet; 0 for methods that have none.
         ms: median wall time of one solve of the whole batch, in ms.
         mape: mean absolute percentage error of the final state, in percent; |y_ref|
@@ -77,8 +78,7 @@ class EvaluationTable:
     Attributes:
         rows: one row a method and setting, in the order asked for.
         metric_name: heading of the task metric.
-        measured: the machine, the batch and the reference, in words: times mean
-            nothing without them.
+        measured: the machine, the batch and the reference, in words.
 
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
@@ -99,16 +99,14 @@ class EvaluationTable:
     def to_markdown(self) -> str:
         """Return a Markdown table in three significant digits, the machine below it.
 
-        NFE are calls of func; MACs are per sample and count products of matrices,
-        convolutions and attention (k, M, G: thousands, millions, billions); ms are for
-        the whole batch; "worst" is the largest relative L2 error of one sample, "along" the
-        mean one over the points of the method's grid.
+        Its columns are those of `EvaluationRow`: NFE are calls of func, k, M and G stand for
+        thousands, millions and billions, and "worst" is the largest relative L2 error.
         """
         head = ["method", "steps", "NFE", "MACs func", "MACs g", "ms"]
         head += ["MAPE %", "rel. L2", "worst", "along", self.metric_name]
-        # Without a task metric there is no such column.
         lines = [head, *map(_cells, self.rows)]
-        lines = lines if self._has_metric else [line[:-1] for line in lines]
+        if not self._has_metric:
+            lines = [line[:-1] for line in lines]
         return f"{markdown(lines)}\n\n{self.measured}"
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
@@ -123,7 +121,8 @@ class EvaluationTable:
         heads = {name: name for name in names if name not in {"metric", "is_learned"}}
         if self._has_metric:  # last, and under its own name
             heads["metric"] = self.metric_name
-        lines = [[_csv_cell(getattr(row, name)) for name in heads] for row in self.rows]
+        lines = [[getattr(row, name) for name in heads] for row in self.rows]
+        lines = [["" if x is None or x != x else x for x in line] for line in lines]  # noqa: PLR0124
         try:
             with Path(path).open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file, lineterminator="\n").writerows([heads.values(), *lines])
@@ -134,8 +133,7 @@ class EvaluationTable:
         """Draw relative L2 error against calls of func and against ms, side by side.
 
         One line a method, through its settings; learned methods in colour, the others in
-        grey. Further down and to the left is better. All axes are logarithmic, so points
-        with an error of 0, inf or nan are left out.
+        grey. All axes are logarithmic, so points with an error of 0, inf or nan are left out.
 
         Args:
             path: file to write; its suffix chooses the format (png, pdf, svg).
@@ -145,13 +143,17 @@ class EvaluationTable:
             OptionError: the suffix names no format.
             FileWriteError: the file cannot be written.
         """
-        _check_format(path)
+        if Path(path).suffix.lower() not in _FORMATS:
+            raise OptionError(
+                problem=f"{os.fspath(path)!r} names no format of picture.",
+                expected="a file name that ends in " + " or ".join(_FORMATS) + ".",
+                fix=f'table.plot("{Path(path).with_suffix(".png")}")',
+            )
         figure = _new_figure()
         by_nfe, by_ms = figure.subplots(1, 2, sharey=True)
-        _draw(by_nfe, self.rows, "nfe")
-        _draw(by_ms, self.rows, "ms")
-        by_nfe.set(xlabel="calls of func (NFE)", ylabel="relative L2 error")
-        by_ms.set(xlabel="wall time, ms")
+        _draw(by_nfe, self.rows, "nfe", "calls of func (NFE)")
+        _draw(by_ms, self.rows, "ms", "wall time, ms")
+        by_nfe.set(ylabel="relative L2 error")
         handles = by_nfe.get_legend_handles_labels()
         figure.legend(*handles, loc="outside right upper", frameon=False)
         figure.supxlabel(textwrap.fill(self.measured, 150), fontsize=8, color="0.4")
@@ -174,7 +176,7 @@ def _cells(row: EvaluationRow) -> list[str]:
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table of a head and rows, the first column to the left.
+    """Return a Markdown table of a head and rows.
 
     >>> print(markdown([("method", "NFE"), ("rk4", "40")]))
     | method | NFE |
@@ -187,8 +189,10 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(row.format(*line) for line in (lines[0], rule, *lines[1:]))
 
 
-def _csv_cell(value: object) -> object:
-    return "" if value is None or value != value else value  # noqa: PLR0124 - nan
+def distinct(label: str, taken: Collection[str]) -> str:
+    """Return a label, numbered where it is taken."""
+    names = (label if i == 1 else f"{label} #{i}" for i in count(1))
+    return next(name for name in names if name not in taken)
 
 
 def significant(value: float, digits: int = 3) -> str:
@@ -223,24 +227,10 @@ def with_suffix(value: float) -> str:
 
 _FORMATS = (".png", ".pdf", ".svg")
 _COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf")
+_MARKERS = "osD^vP*X"
 _GREYS = ("#9a9a9a", "#5f5f5f", "#b5a17a", "#7d8fa8", "#b0808e")
 _LEARNED: dict[str, Any] = {"markersize": 8, "linewidth": 2.5, "zorder": 3}
-_PLAIN: dict[str, Any] = {
-    "markersize": 6,
-    "markerfacecolor": "white",
-    "linewidth": 1.2,
-    "linestyle": "--",
-}
-
-
-def _check_format(path: str | os.PathLike[str]) -> None:
-    suffix = Path(path).suffix.lower()
-    if suffix not in _FORMATS:
-        raise OptionError(
-            problem=f"{os.fspath(path)!r} names no format of picture.",
-            expected="a file name that ends in " + " or ".join(_FORMATS) + ".",
-            fix=f'table.plot("{Path(path).with_suffix(".png")}")',
-        )
+_PLAIN: dict[str, Any] = {"markersize": 6, "markerfacecolor": "white", "linewidth": 1.2, "ls": "--"}
 
 
 def _new_figure() -> Figure:
@@ -256,24 +246,21 @@ def _new_figure() -> Figure:
     return Figure(figsize=(11, 4.8), layout="constrained")
 
 
-def _draw(axes: Axes, rows: Sequence[EvaluationRow], cost: str) -> None:
+def _draw(axes: Axes, rows: Sequence[EvaluationRow], cost: str, name: str) -> None:
     """Draw one line a method: error against ``cost``, an attribute of the rows."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    looks = {
-        is_learned: (cycle(colours), cycle("osD^vP*X"))
-        for is_learned, colours in ((True, _COLOURS), (False, _GREYS))
-    }
+    learned = zip(cycle(_COLOURS), cycle(_MARKERS))
+    plain = zip(cycle(_GREYS), cycle(_MARKERS))
     for method in dict.fromkeys(row.method for row in rows):
         line = sorted((row for row in rows if row.method == method), key=lambda row: row.nfe)
-        is_learned = line[0].is_learned
-        colour, marker = map(next, looks[is_learned])
-        style = _LEARNED if is_learned else _PLAIN
+        looks, style = (learned, _LEARNED) if line[0].is_learned else (plain, _PLAIN)
+        colour, marker = next(looks)
         points = [(getattr(row, cost), row.relative_l2) for row in line]
         drawn = [point for point in points if all(0 < value < math.inf for value in point)]
         xs, ys = [x for x, _ in drawn], [y for _, y in drawn]
         axes.plot(xs, ys, label=method, color=colour, marker=marker, **style)
-    axes.set(xscale="log", yscale="log")
+    axes.set(xscale="log", yscale="log", xlabel=name)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())

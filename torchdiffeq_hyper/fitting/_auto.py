@@ -1,11 +1,10 @@
-"""Ready nets: their scales, and the choice of one by a short fit of the residuals."""
+"""The choice of a ready net by a short fit of the residuals: ``fit(hypernet="auto")``."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,60 +15,23 @@ from torch import nn, optim
 from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.fitting._data import Batch
 from torchdiffeq_hyper.fitting._guard import own_random_state
-from torchdiffeq_hyper.fitting._objectives import ResidualObjective, step_inputs
-from torchdiffeq_hyper.fitting._phases import annealed
+from torchdiffeq_hyper.fitting._objectives import (
+    ResidualObjective,
+    calibrate,
+    step_inputs,
+    usable_scale,
+)
+from torchdiffeq_hyper.fitting._phases import STEEPEST, annealed
 from torchdiffeq_hyper.fitting._problem import HypersolverProblem
-from torchdiffeq_hyper.hypernets import ReadyHypernet, families, join_channels
+from torchdiffeq_hyper.hypernets import ReadyHypernet, families
 from torchdiffeq_hyper.recording import FlopCounter
 
-
-@contextmanager
-def measuring_time_in(net: object, width: float, order: int) -> Iterator[None]:
-    """Let a ready net that is still zero measure time in spans; as before on any error.
-
-    One that was fitted before keeps its unit, for a base of this order from now on. Every
-    other net is left as it is.
-    """
-    if not isinstance(net, ReadyHypernet):
-        yield
-        return
-    before = net.time_unit, net.order
-    net.measure_time_in(width if net.is_zero else net.time_unit, order)
-    try:
-        yield
-    except BaseException:
-        net.measure_time_in(*before)
-        raise
-
-
-@torch.no_grad()
-def calibrate(net: nn.Module, batch: Batch) -> None:
-    """Calibrate a ready net that is still zero; leave every other net as it is.
-
-    Scales must not be changed under a net that was fitted before and is fitted on.
-    """
-    if not isinstance(net, ReadyHypernet) or not net.is_zero:
-        return
-    inputs, residuals = [], []
-    for grid, samples in enumerate(batch.grids):
-        for n, step in enumerate(step_inputs(batch, grid)):
-            inputs.append(net.concat(step))
-            residuals.append(join_channels(batch.layout.split(samples.residual[n])))
-    net.calibrate(torch.cat(inputs), torch.cat(residuals), batch.units.state)
-
-
-AUTO = "auto"
-"""The name under which `fit` takes the choice."""
-ROUNDS = (40, 120)
-"""Iterations of a comparison's rounds; between two the worse half of the nets leaves."""
-RATE = 3.0
-"""Learning rate of a comparison, over the fit's: so few iterations want larger steps."""
-FEWEST = 10
-"""Iterations without which errors say nothing."""
-TIE = 1.02
-"""Nets within this factor of the smallest error count as equal: the cheapest wins."""
-SHARE_OF_TIME = 0.15
-"""Share of a fit's time that a comparison may take."""
+AUTO = "auto"  # the name under which `fit` takes the choice
+ROUNDS = (40, 120)  # iterations of a comparison's rounds; between two the worse half leaves
+RATE = 3.0  # learning rate of a comparison, over the fit's: so few iterations want larger steps
+FEWEST = 10  # iterations without which errors say nothing
+TIE = 1.02  # nets within this factor of the smallest error count as equal: the cheapest wins
+SHARE_OF_TIME = 0.15  # share of a fit's time that a comparison may take
 
 
 def check_auto(hypernet: str) -> None:
@@ -83,8 +45,8 @@ def check_auto(hypernet: str) -> None:
 
 
 @dataclass
-class Candidate:
-    """A net to be compared."""
+class ComparedNet:
+    """A ready net in the comparison."""
 
     net: ReadyHypernet
     cost: float  # multiply-adds of one call, as a share of func's in one step of the base
@@ -93,65 +55,49 @@ class Candidate:
 
     def __str__(self) -> str:
         """Return the net's kind and widths, its cost and its error."""
-        shown = ("hidden", "kernel_size")
         own = self.net.architecture
-        arguments = ", ".join(f"{name}={own[name]}" for name in shown if name in own)
-        name = f"{type(self.net).__name__}({arguments})"
+        arguments = ", ".join(f"{k}={own[k]}" for k in ("hidden", "kernel_size") if k in own)
         cost = "" if math.isinf(self.cost) else f", {100 * self.cost:.2g} % of func's cost"
         error = f", {100 * self.error:.2g} % of |R| left" if self.iterations else ""
-        return name + cost + error
+        return f"{type(self.net).__name__}({arguments}){cost}{error}"
 
 
 def choose(problem: HypersolverProblem, first: Batch, held_out: Batch) -> dict[str, Any]:
-    """Return the ready net that leaves the smallest held-out residual within the budget.
+    """Return the "architecture" of the ready net to fit, and a "note" that says for people why.
 
-    The widest net of each kind (see `hypernets.families`) whose multiply-adds are at most
-    ``config.hypernet_budget`` of func's in one step competes; each is fitted to the first
-    batch's residuals for 40 iterations, the better half for 120 more. Of nets within 2 % of
-    the best the cheapest is taken. The result depends on the seed alone, unless the
-    comparison is cut short at 15 % of ``config.max_seconds``.
-
-    The result has the net's "architecture" (see `ReadyHypernet.architecture`) and a "note",
-    which says for people what was chosen and what it was compared to.
+    It depends on the seed alone, unless the comparison is cut short.
     """
     deadline = time.perf_counter() + SHARE_OF_TIME * problem.config.max_seconds
     with own_random_state(problem.config.seed):
-        candidates = within_budget(problem, first)
-        if len(candidates) > 1:
-            _compare(candidates, problem, (first, held_out), deadline)
-    least = min(candidate.error for candidate in candidates)
-    tied = [candidate for candidate in candidates if candidate.error <= TIE * least]
-    compared = all(candidate.iterations >= FEWEST for candidate in candidates)
+        nets = within_budget(problem, first)
+        if len(nets) > 1:
+            _compare(nets, problem, (first, held_out), deadline)
+    least = min(net.error for net in nets)
+    is_compared = all(net.iterations >= FEWEST for net in nets)
+    tied = [net for net in nets if net.error <= TIE * least]
     # Kinds that have done well come last.
-    best = min(tied, key=lambda candidate: candidate.cost) if compared else candidates[-1]
-    others = "; ".join(str(candidate) for candidate in candidates if candidate is not best)
+    best = min(tied, key=lambda net: net.cost) if is_compared else nets[-1]
     note = f'hypernet="{AUTO}" chose {best}'
-    if others:
-        note += f" (compared {'with' if compared else 'too briefly with'} {others})"
+    if others := "; ".join(str(net) for net in nets if net is not best):
+        note += f" (compared {'with' if is_compared else 'too briefly with'} {others})"
     if best.cost > problem.config.hypernet_budget:
         note += "; no net is within the budget, this is the cheapest"
     return {"architecture": best.net.architecture, "note": note}
 
 
-def within_budget(problem: HypersolverProblem, batch: Batch) -> list[Candidate]:
-    """Return the widest net of each kind within the budget, or else the cheapest of all.
-
-    Multiply-adds are half of what torch's own counter says. Where func has none that can
-    be counted, costs are infinite.
-    """
-    step = next(step_inputs(batch, 0))
-    y = batch.start(0)
+def within_budget(problem: HypersolverProblem, batch: Batch) -> list[ComparedNet]:
+    """Return the widest net of each kind within the budget, or else the cheapest of all."""
+    step, y = next(step_inputs(batch, 0)), batch.start(0)
     t = step.t.to(batch.dtype)
     in_func = problem.tableau.calls * count_flops(lambda: batch.field(problem.func)(t, y))
     kinds = []
     for family in families(y, problem.tableau, time_unit=problem.width):
         flops = [count_flops(partial(net, step)) for net in family]
         costs = [n / in_func if in_func else math.inf for n in flops]
-        kinds.append([Candidate(*pair) for pair in zip(family, costs, strict=True)])
+        kinds.append([ComparedNet(*pair) for pair in zip(family, costs, strict=True)])
     budget = problem.config.hypernet_budget
-    affordable = [[candidate for candidate in kind if candidate.cost <= budget] for kind in kinds]
-    widest = [kind[-1] for kind in affordable if kind]
-    return widest or [kinds[0][0]]
+    affordable = [[net for net in kind if net.cost <= budget] for kind in kinds]
+    return [kind[-1] for kind in affordable if kind] or [kinds[0][0]]
 
 
 def count_flops(call: Callable[[], object]) -> int:
@@ -162,51 +108,41 @@ def count_flops(call: Callable[[], object]) -> int:
 
 
 def _compare(
-    candidates: list[Candidate],
-    problem: HypersolverProblem,
-    batches: tuple[Batch, Batch],
-    end: float,
+    nets: list[ComparedNet], problem: HypersolverProblem, batches: tuple[Batch, Batch], end: float
 ) -> None:
-    """Fill in the candidates' errors by successive halving, until the clock says ``end``."""
-    first, held_out = batches
-    left: Sequence[Candidate] = candidates
-    for candidate in candidates:
-        calibrate(candidate.net, first)
+    """Fill in the nets' errors by successive halving, until the clock says ``end``."""
+    left, order, lr = nets, problem.tableau.order, RATE * problem.config.lr
+    for net in nets:
+        calibrate(net.net, batches[0])
     for iterations in ROUNDS:
-        objectives = [ResidualObjective(c.net, problem.tableau.order) for c in left]
-        runs = [
-            _training(candidate, objective, batches, RATE * problem.config.lr, iterations)
-            for candidate, objective in zip(left, objectives, strict=True)
-        ]
+        runs = [_training(net, order, batches, lr, iterations) for net in left]
         for _ in range(iterations):
             if time.perf_counter() > end:
                 break
             for run in runs:
                 next(run)
-        for candidate, objective in zip(left, objectives, strict=True):
-            error = objective.error(held_out)
-            candidate.error = error if math.isfinite(error) else math.inf
-        left = sorted(left, key=lambda candidate: candidate.error)[: -(-len(left) // 2)]
+        for net in left:
+            error = ResidualObjective(net.net, order).error(batches[1])
+            net.error = error if math.isfinite(error) else math.inf
+        left = sorted(left, key=lambda net: net.error)[: -(-len(left) // 2)]
 
 
 def _training(
-    candidate: Candidate,
-    objective: ResidualObjective,
-    batches: tuple[Batch, Batch],
-    lr: float,
-    iterations: int,
+    compared: ComparedNet, order: int, batches: tuple[Batch, Batch], lr: float, iterations: int
 ) -> Iterator[None]:
-    """Fit a candidate's residuals, one iteration for each item, at a rate that falls to nought."""
+    """Fit a net's residuals, one iteration for each item, at a rate that falls to nought."""
     first, held_out = batches
-    scale = objective.base_loss(held_out, 0) or 1.0
-    optimizer = optim.AdamW(candidate.net.parameters(), lr=lr)
+    objective, n_grids = ResidualObjective(compared.net, order), len(first.grids)
+    scales = [usable_scale(objective.base_loss(held_out, grid)) for grid in range(n_grids)]
+    parameters = list(compared.net.parameters())
+    optimizer = optim.AdamW(parameters, lr=lr)
     for done in range(iterations):
         for group in optimizer.param_groups:
             group["lr"] = lr * annealed(done / iterations, lowest=0.0)
         optimizer.zero_grad()
-        loss = objective.loss(first, done % len(first.grids)) / scale
-        loss.backward()
-        nn.utils.clip_grad_norm_(candidate.net.parameters(), 1.0)
+        grid = done % n_grids
+        (objective.loss(first, grid) / scales[grid]).backward()
+        nn.utils.clip_grad_norm_(parameters, STEEPEST)
         optimizer.step()
-        candidate.iterations += 1
+        compared.iterations += 1
         yield

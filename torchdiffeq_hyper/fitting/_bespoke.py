@@ -11,14 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._fields import find_coupling
-from torchdiffeq_hyper._state import (
-    State,
-    StateLayout,
-    VectorField,
-    parts_of,
-    sample_norms,
-    stepped_dtype,
-)
+from torchdiffeq_hyper._state import State, StateLayout, parts_of, sample_norms, stepped_dtype
 from torchdiffeq_hyper.errors import FitDivergedError, NoiseFloorError, OptionError
 from torchdiffeq_hyper.fitting._auto import AUTO, check_auto
 from torchdiffeq_hyper.fitting._batches import n_samples
@@ -51,21 +44,14 @@ from torchdiffeq_hyper.fitting._signature import signs_of_net
 from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers.bespoke import ORDER, BespokeSolver, compositions
 
-WEIGHTS_FIRST = 0.5
-"""Share of the time that the weights get where a correction is fitted after them."""
-MOST_STARTS = 3
-"""Classical methods that weights start from, where there is time."""
-LOOSE = 1e3
-"""Noise, in units of the dtype's rounding, that is more than rounding."""
-FEWEST_TO_PAY = 20
-"""Iterations below which a fit is a trial that nobody has to earn back."""
+WEIGHTS_FIRST = 0.5  # share of the time that the weights get where a correction follows
+MOST_STARTS = 3  # classical methods that weights start from, where there is time
+LOOSE = 1e3  # noise, in units of the dtype's rounding, that is more than rounding
+FEWEST_TO_PAY = 20  # iterations below which a fit is a trial that nobody has to earn back
 
 
 class BespokeTarget(Target):
-    """A bespoke solver's weights, and the net g at its end if there is one.
-
-    The problem's ``steps`` is the number of calls of func, n.
-    """
+    """A bespoke solver's weights for n calls of func, and the net g at its end if there is one."""
 
     module: BespokeSolver
 
@@ -81,20 +67,11 @@ class BespokeTarget(Target):
 
     @classmethod
     def of(
-        cls,
-        func: VectorField,
-        t_span: object,
-        *,
-        base: str,
-        alpha: float | None,
-        hypernet: nn.Module | str | None,
-        **given: Any,
+        cls, func: Any, t_span: object, *, base: str, alpha: Any, hypernet: Any, **rest: Any
     ) -> BespokeTarget:
         """Return the target of the arguments of `fit`, checked."""
-        _refuse(base, alpha, hypernet, given)
-        problem = Problem.of(func, t_span, **given)
-        assert not isinstance(hypernet, str)
-        return cls(problem, hypernet)
+        _refuse(base, alpha, hypernet, rest)
+        return cls(Problem.of(func, t_span, **rest), hypernet)
 
     def config_for(self, y0: object) -> FitConfig:
         """Return the configuration with batches large enough for one step, if fit makes them."""
@@ -111,8 +88,7 @@ class BespokeTarget(Target):
         self.module.hypernet = self.net
 
     def _classical(self, method: str) -> BespokeSolver:
-        solver = BespokeSolver.classical(method, self._n).requires_grad_(requires_grad=False)
-        return solver.to(parts_of(self._y0)[0].device)
+        return BespokeSolver.classical(method, self._n).to(parts_of(self._y0)[0].device)
 
     def signature(self) -> dict[str, Any]:
         """Return the number of calls, and the solver's shapes."""
@@ -123,9 +99,7 @@ class BespokeTarget(Target):
         layout, times = StateLayout.of(y0), self.problem.plan.times[[0, -1]]
         flat = layout.join(y0)
         tight = tolerances.tightened(10.0 if tolerances.rtol >= 1e-12 else 0.1)
-        first, second = (
-            solve_reference(field, flat, times, each)[-1:] for each in (tolerances, tight)
-        )
+        first, second = (solve_reference(field, flat, times, t)[-1:] for t in (tolerances, tight))
         size, noise = (
             float(sample_norms(layout.split(state)).mean()) for state in (first, first - second)
         )
@@ -134,25 +108,21 @@ class BespokeTarget(Target):
 
     def prepare(self, data: Data, choice: dict[str, Any] | None) -> dict[str, Any] | None:
         """Cut the held-out samples into chunks, and order the classical starts."""
-        self._data = data
-        self._held_out = cut(data.held_out, self.problem.func, ENDLESS, None)
-        first, last = self.problem.span
-        times = torch.tensor([first, (first + last) / 2, last], dtype=torch.float64)
-        field, y0 = data.held_out.field(self.problem.func), data.held_out.y0
+        self._data, problem, held_out = data, self.problem, data.held_out
+        self._held_out = cut(held_out, problem.func, ENDLESS, None)
+        times = torch.linspace(*problem.span, 3, dtype=torch.float64)
         with torch.no_grad():
-            is_coupled = find_coupling(field, y0, times) is not None
-        self._rows = None if is_coupled else rows_of(y0, self._n)
+            coupling = find_coupling(held_out.field(problem.func), held_out.y0, times)
+        self._rows = rows_of(held_out.y0, self._n) if coupling is None else None
         weights = self.module.weights
-        group = self.problem.group
-        self._starts = group.from_first(lambda: best_starts(self._held_out, weights))[:MOST_STARTS]
-        self._start = self._starts[0]
+        starts = problem.group.from_first(lambda: best_starts(self._held_out, weights))
+        self._starts, self._start = starts[:MOST_STARTS], starts[0]
         return None
 
     def start(self, noise: float | None, plan: ReferencePlan) -> Start:
         """Start as the classical method with the smallest held-out error."""
         rtol = plan.tolerances.rtol
-        noise = rtol if noise is None else noise
-        noise = max(noise, rtol) if plan.is_looser else noise
+        noise = rtol if noise is None else max(noise, rtol * plan.is_looser)
         self.module.set_weights(compositions(self._n)[self._start])
         error = mean_error(self._held_out, self.module.weights)
         if error <= 2 * noise and not plan.is_looser:
@@ -161,37 +131,26 @@ class BespokeTarget(Target):
 
     def phases(self) -> Sequence[Phase]:
         """Return the phase of the weights, and that of the correction if there is one."""
-        has_net = self.net is not None
-        weights = LevenbergMarquardt(
-            self.module,
-            self._starts,
-            TrainingChunks(self._data, self.problem, self._rows),
-            self._held_out,
-            self.problem,
-            share_of_time=WEIGHTS_FIRST if has_net else LAST_PHASE,
-        )
-        if not has_net:
-            return [weights]
-        objective = EndObjective(self.module, self.problem.func)
-        wanted = self.problem.config.iterations
-        correction = AdamWPhase(
-            (objective, objective), self.module, self._data, self.problem, wanted, is_last=True
-        )
-        return [weights, correction]
+        module, data, problem = self.module, self._data, self.problem
+        chunks = TrainingChunks(data, problem, self._rows)
+        share = LAST_PHASE if self.net is None else WEIGHTS_FIRST
+        first = LevenbergMarquardt(module, self._starts, chunks, self._held_out, problem, share)
+        if self.net is None:
+            return [first]
+        pair = (EndObjective(module, problem.func),) * 2
+        wanted = problem.config.iterations
+        return [first, AdamWPhase(pair, module, data, problem, wanted, is_last=True)]
 
-    def comparison(self) -> Comparison:
-        """Return the solver as it is, and the classical method that it started as."""
-        return self._compared(self.module)
-
-    def _compared(self, solver: BespokeSolver) -> Comparison:
-        own, start = (self._with_domain(s) for s in (solver, self._classical(self._start)))
+    def comparison(self, solver: BespokeSolver | None = None) -> Comparison:
+        """Return the solver as it is, or another, and the classical method that it started as."""
+        own, start = map(self._as_used, (solver or self.module, self._classical(self._start)))
         return Comparison(own.solve, start.solve, self._start, self._n, FEWEST_TO_PAY)
 
-    def _with_domain(self, solver: BespokeSolver) -> BespokeSolver:
-        """Return a copy with the span, as it will be used."""
+    def _as_used(self, solver: BespokeSolver) -> BespokeSolver:
+        """Return a copy that knows the span."""
         knots = solver.get_buffer("knot_values"), solver.get_buffer("knot_slopes")
-        net, domain = solver.hypernet, self._domain(self._y0)
-        return BespokeSolver(solver.weights, hypernet=net, knots=knots, domain=domain)
+        domain = self._domain(self._y0)
+        return BespokeSolver(solver.weights, hypernet=solver.hypernet, knots=knots, domain=domain)
 
     def _domain(self, y0: State) -> FitDomain:
         """Return what the solver is fitted for: the span as one step."""
@@ -213,13 +172,12 @@ class BespokeTarget(Target):
 
     def _fallback(self, state: FitState) -> str:
         """Return what is better than what was fitted: "weights", "start", or "" for nothing."""
-        if state.iteration == 0:
-            return ""
         solvers = {"": self.module}
         if self.net is not None:
             solvers["weights"] = BespokeSolver(self.module.weights)
         for fallback, solver in solvers.items():
-            if not is_worse(self._compared(solver), self.problem.func, self._data):
+            compared = self.comparison(solver)
+            if state.iteration == 0 or not is_worse(compared, self.problem.func, self._data):
                 return fallback
         return "start"
 
@@ -238,13 +196,10 @@ class BespokeTarget(Target):
     @torch.no_grad()
     def deltas(self) -> tuple[dict[str, float], dict[str, float]]:
         """Return quantiles of the residuals: the span is one step, its error over its square."""
-        batch = self._data.held_out
-        unit = batch.units.residual(ORDER)
-        own, start = (
-            EndObjective(solver, self.problem.func).norms(batch)
-            for solver in (self.module, self._classical(self._start))
-        )
-        return quantiles(own, unit), quantiles(start, unit)
+        batch, solvers = self._data.held_out, (self.module, self._classical(self._start))
+        norms = (EndObjective(solver, self.problem.func).norms(batch) for solver in solvers)
+        own, start = (quantiles(each, batch.units.residual(ORDER)) for each in norms)
+        return own, start
 
     def restore(self, state: FitState) -> None:
         """Take the weights of an earlier run."""
@@ -288,24 +243,17 @@ def _refuse(base: str, alpha: float | None, hypernet: object, given: dict[str, A
 
 
 def best_starts(held_out: Sequence[Chunk], like: Tensor) -> list[str]:
-    """Return the classical methods that stay finite, the smallest held-out error first.
-
-    ``like`` are weights (n, n) on the right device.
-    """
+    """Return the classical methods that stay finite, the smallest held-out error first."""
     n = len(like)
     classical = {name: weights.to(like) for name, weights in compositions(n).items()}
     errors = {name: mean_error(held_out, weights) for name, weights in classical.items()}
-    finite = sorted(
-        (name for name in errors if math.isfinite(errors[name])), key=errors.__getitem__
-    )
+    finite = [name for name in sorted(errors, key=errors.__getitem__) if errors[name] < math.inf]
     if not finite:
         total = sum(len(chunk.scale) for chunk in held_out)
-        least = min(
-            sum(chunk.blown_up(weights) for chunk in held_out) for weights in classical.values()
-        )
+        blown_up = [sum(c.blown_up(weights) for c in held_out) for weights in classical.values()]
         raise FitDivergedError(
             problem=f"no classical method stays finite with {n} calls of func on the held-out "
-            f"samples: at best {least} of {total} blow up. There is nothing to start from.",
+            f"samples: at best {min(blown_up)} of {total} blow up. There is nothing to start from.",
             expected="a method that stays finite on all of them.",
             fix=f"a shorter span, starts without those, or more calls: steps={2 * n}",
         )
@@ -334,20 +282,16 @@ def _notes(state: FitState, data: Data, start: str, n: int) -> Iterator[str]:
 
 def _refuse_exact(name: str, n: int, error: float, noise: float, dtype: torch.dtype) -> NoReturn:
     """Refuse to fit where a classical method is exact to rounding, or the reference too loose."""
+    what, tighter = f"{name} with {n} calls of func", "FitConfig(rtol=..., atol=...)"
+    figures = f"its mean relative error is {error:.3g}, the noise in it {noise:.3g} ({dtype})"
     if noise > LOOSE * torch.finfo(dtype).eps:
-        raise NoiseFloorError(
-            problem="the reference solution is too loose to fit to: the mean relative error of "
-            f"{name} with {n} calls of func is {error:.3g}, the reference's own {noise:.3g}.",
-            expected="noise below half of the error.",
-            fix="config=tdh.FitConfig(rtol=..., atol=...)   # 100 times smaller, or left out",
+        problem = f"the reference solution is too loose to fit {what} to: {figures}."
+        fix = f"config=tdh.{tighter}   # 100 times smaller, or left out"
+    else:
+        problem = f"{what} is already exact to this dtype, as far as can be told: {figures}."
+        fix = (
+            f"{name} as it is\nor fewer calls: steps={max(1, n // 2)}\n"
+            "or, if the digits matter: func.double() and y0.double()\n"
+            f"or, if the reference is the loose part: {tighter}, 100 times smaller"
         )
-    raise NoiseFloorError(
-        problem=f"{name} with {n} calls of func is already exact to this dtype, as far as can be "
-        f"told: its mean relative error is {error:.3g}, the noise in it {noise:.3g} ({dtype}).",
-        expected="noise below half of the error: nothing else could be learned.",
-        fix=f"{name} as it is\n"
-        f"or fewer calls: steps={max(1, n // 2)}\n"
-        "or, if the digits matter: func.double() and y0.double()\n"
-        "or, if the reference is the loose part: FitConfig(rtol=..., atol=...), "
-        "100 times smaller",
-    )
+    raise NoiseFloorError(problem=problem, expected="noise below half of the error.", fix=fix)

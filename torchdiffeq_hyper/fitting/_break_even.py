@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextvars
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -17,10 +18,11 @@ from torchdiffeq import odeint
 
 from torchdiffeq_hyper._state import State, StateLayout, VectorField, is_half
 from torchdiffeq_hyper.fitting._batches import n_samples
+from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._data import Batch
-from torchdiffeq_hyper.fitting._errors import BROKEN, Run, end_errors
+from torchdiffeq_hyper.fitting._errors import BROKEN, Run, end_errors, timed_errors
 from torchdiffeq_hyper.recording import median_seconds
-from torchdiffeq_hyper.solvers._fit_report import BreakEven, ErrorSummary, Rival
+from torchdiffeq_hyper.solvers._fit_report import BreakEven, ClassicalAlternative, ErrorSummary
 from torchdiffeq_hyper.solvers._grid import equal_steps
 from torchdiffeq_hyper.solvers._stepping import stage_call
 from torchdiffeq_hyper.tableaus import MIDPOINT
@@ -49,9 +51,8 @@ class FixedStep(NamedTuple):
 
 def dopri5(tolerance: float, size: float) -> Solve:
     """Return torchdiffeq's dopri5 with one tolerance, the absolute one for states of a size."""
-    label = f"dopri5 at rtol = {tolerance:.1e}"
-    atol = tolerance * size
-    return Solve(label, partial(_host, method="dopri5", rtol=tolerance, atol=atol))
+    run = partial(_host, method="dopri5", rtol=tolerance, atol=tolerance * size)
+    return Solve(f"dopri5 at rtol = {tolerance:.1e}", run)
 
 
 def _host(func: VectorField, y0: State, t: Tensor, **given: Any) -> State:
@@ -70,14 +71,10 @@ _ADAMS_BASHFORTH = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12
 
 
 def _adams_bashforth(func: VectorField, y0: State, t: Tensor, steps: int, *, order: int) -> State:
-    """Solve by the method of Adams and Bashforth, started by one midpoint step.
-
-    A later step has as high an order as there are derivatives, up to ``order``.
-    """
+    """Solve by the method of Adams and Bashforth, started by one midpoint step."""
     layout = StateLayout.of(y0)
-    y = layout.join(y0)
-    call = stage_call(func, layout, y.dtype)
-    start, history = y, list[Tensor]()
+    y = start = layout.join(y0)
+    call, history = stage_call(func, layout, y.dtype), list[Tensor]()
     for t0, t1 in pairwise(equal_steps(t.to(y.device), steps).unbind()):
         dt = t1 - t0
         if not history:
@@ -86,47 +83,33 @@ def _adams_bashforth(func: VectorField, y0: State, t: Tensor, steps: int, *, ord
         else:
             history = [call(t0, y), *history][:order]
             weights = _ADAMS_BASHFORTH[len(history)]
-            terms = (w * f for w, f in zip(weights, history, strict=True))
-            dy = dt * torch.stack(list(terms)).sum(0)
+            terms = [w * f for w, f in zip(weights, history, strict=True)]
+            dy = dt * torch.stack(terms).sum(0)
         y = y + dy.to(y.dtype)
     return layout.split(torch.stack([start, y]))
 
 
+_ORDERS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}  # and calls in a step
 FIXED = {
-    "euler": FixedStep(1, 0, 1, partial(_fixed, method="euler")),
-    "midpoint": FixedStep(2, 0, 2, partial(_fixed, method="midpoint")),
-    "heun2": FixedStep(2, 0, 2, partial(_fixed, method="heun2")),
-    "heun3": FixedStep(3, 0, 3, partial(_fixed, method="heun3")),
-    "rk4": FixedStep(4, 0, 4, partial(_fixed, method="rk4")),
+    **{name: FixedStep(p, 0, p, partial(_fixed, method=name)) for name, p in _ORDERS.items()},
     "Adams-Bashforth 2": FixedStep(1, 1, 2, partial(_adams_bashforth, order=2)),
     "Adams-Bashforth 3": FixedStep(1, 1, 3, partial(_adams_bashforth, order=3)),
 }
-"""The methods with equal steps, by name."""
 
-
-SHARE_OF_FIT = 0.05
-"""Share of a fit's time that the measurement may take, if that is more than `LEAST_SECONDS`."""
-LEAST_SECONDS = 5.0
-MOST_SAMPLES = 8
-"""Samples on which the classical solvers' settings are sought, where time is short."""
-SEARCH = 100
-"""Solves that such a search takes at most."""
-MOST_WORK = 16
-"""Calls of func that a classical solver may take, over the fitted solver's."""
+SHARE_OF_FIT = 0.05  # share of a fit's time that the measurement may take
+LEAST_SECONDS = 5.0  # what it may take at least
+MOST_SAMPLES = 8  # samples on which the classical solvers' settings are sought, where time is short
+SEARCH = 100  # solves that such a search takes at most
+MOST_WORK = 16  # calls of func that a classical solver may take, over the fitted solver's
 MOST_TRIES = 6
-CLOSE = 1.5
-"""Fixed-step methods whose predicted work is within this factor of the least are tried."""
+CLOSE = 1.5  # fixed-step methods whose predicted work is within this factor of the least are tried
 ROUNDS = 3
 TURN_SECONDS = 0.005
 
-QUICK = 0.05
-"""Seconds of a solve below which a second run is timed, too, and the shorter one counts."""
-MOST_SECONDS = 2.0
-"""Time that the comparison should take at most: with more to do, fewer samples are solved."""
-FEWEST = 8
-"""Samples that are solved at least."""
-TOLERANCES = tuple(10.0 ** (-k / 2) for k in range(2, 13))
-"""dopri5's, from loose to those that float32 can just meet."""
+QUICK = 0.05  # seconds of a solve below which the shorter of two runs counts
+MOST_SECONDS = 2.0  # of a comparison at equal time: with more to do, fewer samples are solved
+FEWEST = 8  # samples that are solved at least
+TOLERANCES = [10.0 ** (-k / 2) for k in range(2, 13)]  # the tightest that float32 can just meet
 
 
 class _NoTimeError(Exception):
@@ -144,78 +127,54 @@ class _Task:
     def __len__(self) -> int:
         return n_samples(self.batch.y0)
 
-    def error(self, solve: Solve) -> float:
+    def error(self, run: Run) -> float:
         """Return the mean relative error at the end; inf where a sample blows up."""
         if time.perf_counter() > self.deadline:
             raise _NoTimeError
-        return float(end_errors(solve.run, self.func, self.batch).mean())
+        return float(end_errors(run, self.func, self.batch).mean())
 
     def some(self, count: int) -> _Task:
         """Return the same for the first samples."""
-        index = torch.arange(min(count, len(self)))
-        return _Task(self.func, self.batch.some(index), self.deadline)
+        return replace(self, batch=self.batch.some(torch.arange(len(self))[:count]))
 
     def timed(self, run: Run) -> tuple[ErrorSummary, float]:
         """Return the errors at the end and the wall time of a solve."""
-        began = time.perf_counter()
-        errors = ErrorSummary.of(end_errors(run, self.func, self.batch))  # waits for the device
-        seconds = time.perf_counter() - began
+        errors, seconds = timed_errors(run, self.func, self.batch)
         if seconds < QUICK:  # what is set up once counts in the first
-            began = time.perf_counter()
-            end_errors(run, self.func, self.batch)
-            seconds = min(seconds, time.perf_counter() - began)
-        return errors, seconds
-
-    def runs(self, solves: Sequence[Solve]) -> list[Callable[[], object]]:
-        """Return the solves of all samples, ready to be timed."""
-        field, y0 = self.batch.field(self.func), self.batch.start(0)
-        t = self.batch.grids[0].times[[0, -1]]
-        return [partial(solve.run, field, y0, t) for solve in solves]
+            seconds = min(seconds, timed_errors(run, self.func, self.batch)[1])
+        return ErrorSummary.of(errors), seconds
 
 
 @torch.no_grad()
 def measure(
-    run: Run,
-    func: VectorField,
-    batch: Batch,
-    *,
-    calls: int,
-    fit_seconds: float,
-    seconds_left: float,
+    run: Run, func: VectorField, batch: Batch, *, calls: int, budget: Budget
 ) -> BreakEven | str:
-    """Measure a fitted solver's time, and that of a classical solver that is as accurate.
-
-    `BreakEven` says how. Takes a twentieth of the fit's time, or five seconds if that is more,
-    but no more than ``seconds_left``. Where there is no break-even, it is the reason.
-    """
+    """Return the break-even with a classical solver as accurate, or why there is none."""
     if is_half(batch.dtype):
         return "the host cannot solve in half precision"
-    allowed = min(seconds_left, max(SHARE_OF_FIT * fit_seconds, LEAST_SECONDS))
+    used = budget.seconds
+    allowed = min(budget.max_seconds - used, max(SHARE_OF_FIT * used, LEAST_SECONDS))
+    if allowed <= 0:
+        return "no time was left to measure it"
     task = _Task(func, batch, time.perf_counter() + allowed)
-    ours = Solve("", run)
     try:
-        began = time.perf_counter()
-        task.error(ours)
-        seconds = time.perf_counter() - began
+        _, seconds = timed_errors(run, func, batch)
         # All samples, if there is time for the search on them.
         probe = task if SEARCH * seconds < allowed else task.some(MOST_SAMPLES)
-        target = probe.error(ours)
+        target = probe.error(run)
         if not math.isfinite(target):
             return "the fitted solver blows up on held-out samples"
-        classical = _as_accurate(probe, target, calls, probe.batch.units.state)
-        return _race(ours, classical, task, fit_seconds)
+        return _race(run, _as_accurate(probe, target, calls), task, used)
     except _NoTimeError:
-        if allowed <= 0:
-            return "no time was left to measure it"
         return f"its measurement would have taken more than {allowed:.2g} s"
 
 
-def _as_accurate(task: _Task, target: float, calls: int, size: float) -> list[Solve]:
+def _as_accurate(task: _Task, target: float, calls: int) -> list[Solve]:
     """Return the classical solvers that reach an error with little work."""
     predicted = {}
     for name, method in FIXED.items():
         n = max(1, calls // method.each)
-        growth = _growth(task.error(method.with_steps(name, n)), target, method.order)
+        growth = _growth(task.error(method.with_steps(name, n).run), target, method.order)
         predicted[name] = max(1.0, n * growth) * method.each
     least = min(predicted.values())
     found = [
@@ -223,8 +182,8 @@ def _as_accurate(task: _Task, target: float, calls: int, size: float) -> list[So
         for name, work in predicted.items()
         if work <= CLOSE * least
     ]
-    adaptive = (dopri5(tolerance, size) for tolerance in TOLERANCES)
-    reached = (solve for solve in adaptive if task.error(solve) <= target)
+    adaptive = (dopri5(tolerance, task.batch.units.state) for tolerance in TOLERANCES)
+    reached = (solve for solve in adaptive if task.error(solve.run) <= target)
     return [solve for solve in (*found, next(reached, None)) if solve is not None]
 
 
@@ -236,39 +195,42 @@ def _growth(error: float, target: float, order: int) -> float:
 
 def _fewest_steps(task: _Task, name: str, work: float, target: float, most: int) -> Solve | None:
     """Return a method with the fewest steps that reach the target, if it does so in time."""
-    each, order = FIXED[name].each, FIXED[name].order
-    below, above, n = 0, most // each + 1, math.ceil(work / each)
-    found = None
+    method, found = FIXED[name], None
+    below, above, n = 0, most // method.each + 1, math.ceil(work / method.each)
     for _ in range(MOST_TRIES):
         if not below < n < above:
             break
-        solve = FIXED[name].with_steps(name, n)
-        error = task.error(solve)
-        guess = n * _growth(error, target, order)
+        solve = method.with_steps(name, n)
+        error = task.error(solve.run)
+        guess = n * _growth(error, target, method.order)
         if error <= target:
-            found, above = solve, n
-            n = max(below + 1, min(above - 1, math.floor(guess)))
+            found, above, guess = solve, n, math.floor(guess)
         else:
-            below = n
-            n = min(above - 1, max(below + 1, math.ceil(guess)))
+            below, guess = n, math.ceil(guess)
+        n = min(above - 1, max(below + 1, guess))
     return found
 
 
-def _race(ours: Solve, classical: list[Solve], task: _Task, fit_seconds: float) -> BreakEven | str:
+def _race(run: Run, classical: list[Solve], task: _Task, fit_seconds: float) -> BreakEven | str:
     """Time all on the whole batch; a classical solver that breaks down there is out."""
-    began = time.perf_counter()
-    pairs = zip(classical, task.runs(classical), strict=True)
-    error = task.error(ours)
+    began, batch = time.perf_counter(), task.batch
+    times = batch.grids[0].times[[0, -1]]
+    arguments = batch.field(task.func), batch.start(0), times
+    error = task.error(run)
     # Settings were sought on a few samples: what is less accurate on all is no alternative.
-    left = [solve for solve, run in pairs if _does_run(run) and task.error(solve) <= error]
-    once = time.perf_counter() - began
+    left = []
+    for solve in classical:
+        with suppress(*BROKEN):
+            solve.run(*arguments)  # sets up what is timed
+            if task.error(solve.run) <= error:
+                left.append(solve)
     if not left:
         return f"no classical solver is as accurate in {MOST_WORK} times as many calls of func"
-    if time.perf_counter() + ROUNDS * once > task.deadline:
+    now = time.perf_counter()
+    if now + ROUNDS * (now - began) > task.deadline:
         raise _NoTimeError
-    device = task.batch.grids[0].y.device
-    times = median_seconds(task.runs([ours, *left]), device, ROUNDS, turn_seconds=TURN_SECONDS)
-    own, *others = times
+    runs = [partial(each, *arguments) for each in (run, *(solve.run for solve in left))]
+    own, *others = median_seconds(runs, times.device, ROUNDS, turn_seconds=TURN_SECONDS)
     seconds, fastest = min(zip(others, left, strict=True), key=lambda pair: pair[0])
     return BreakEven(
         predictions=fit_seconds / (seconds - own) if seconds > own else None,
@@ -280,34 +242,26 @@ def _race(ours: Solve, classical: list[Solve], task: _Task, fit_seconds: float) 
     )
 
 
-def _does_run(run: Callable[[], object]) -> bool:
-    """Return whether a solve of the whole batch comes to its end; it is set up by that."""
-    try:
-        run()
-    except BROKEN:
-        return False
-    return True
-
-
 @torch.no_grad()
-def best_classical(run: Run, func: VectorField, batch: Batch, *, calls: int) -> Rival | None:
-    """Return the best of the classical solvers in the time that a fitted one takes.
+def best_classical(
+    run: Run, func: VectorField, batch: Batch, *, calls: int
+) -> ClassicalAlternative | None:
+    """Return the classical solver with the smallest mean error in a fitted one's time, if any.
 
-    Each of them has as many steps as end in that time, or as its calls of func allow, if
-    that is more: times of single runs are only roughly known. The one with the smallest mean
-    error is the best. None for half-precision samples, which the host cannot solve as ours are.
+    Each has as many steps as end in that time, or as the fitted one's calls of func allow, if
+    that is more: times of single runs are only roughly known.
     """
-    if is_half(batch.dtype):
+    if is_half(batch.dtype):  # the host cannot solve these as ours do
         return None
     task = _Task(func, batch)
     own_errors, own_seconds = task.timed(run)
-    wanted = int(len(task) * MOST_SECONDS / max(2 * len(FIXED) * own_seconds, 1e-9))
-    if max(FEWEST, wanted) < len(task):
-        task = task.some(max(FEWEST, wanted))
+    wanted = max(FEWEST, int(len(task) * MOST_SECONDS / max(2 * len(FIXED) * own_seconds, 1e-9)))
+    if wanted < len(task):
+        task = task.some(wanted)
         own_errors, own_seconds = task.timed(run)
     found = [_in_time(name, task, calls, own_seconds) for name in FIXED]
     label, errors, seconds = min(found, key=lambda each: each[1].mean)
-    return Rival(
+    return ClassicalAlternative(
         solver=label,
         errors=errors,
         own_errors=own_errors,
@@ -320,10 +274,7 @@ def best_classical(run: Run, func: VectorField, batch: Batch, *, calls: int) -> 
 def _in_time(
     name: str, task: _Task, calls: int, own_seconds: float
 ) -> tuple[str, ErrorSummary, float]:
-    """Return a method with the steps that fit into the fitted solver's calls and time.
-
-    That is its label, its errors and its seconds.
-    """
+    """Return label, errors and seconds of a method in the fitted solver's calls and time."""
     method = FIXED[name]
     steps = max(1, calls // method.each)
     label, run = method.with_steps(name, steps)

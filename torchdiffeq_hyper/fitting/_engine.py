@@ -24,7 +24,6 @@ from tqdm import tqdm
 from torchdiffeq_hyper._fields import model_as_found
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import NoiseFloorError
-from torchdiffeq_hyper.fitting._auto import measuring_time_in
 from torchdiffeq_hyper.fitting._batches import Batches, head, n_samples
 from torchdiffeq_hyper.fitting._budget import (
     FEWEST,
@@ -41,6 +40,7 @@ from torchdiffeq_hyper.fitting._data import MOST_BYTES, Data, References
 from torchdiffeq_hyper.fitting._errors import Comparison, end_errors
 from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError
 from torchdiffeq_hyper.fitting._guard import frozen_or_restored, left_as_found, own_random_state
+from torchdiffeq_hyper.fitting._objectives import measuring_time_in
 from torchdiffeq_hyper.fitting._phases import Loop, Phase
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._reference import Tolerances

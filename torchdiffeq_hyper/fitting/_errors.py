@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,8 +31,7 @@ class Comparison(NamedTuple):
     fewest: int  # iterations below which a fit is a trial that nobody has to earn back
 
 
-BROKEN = (ArithmeticError, AssertionError)
-"""What our solvers and the host raise where a solve blows up."""
+BROKEN = (ArithmeticError, AssertionError)  # what solvers and func raise where a solve blows up
 
 
 @torch.no_grad()
@@ -55,12 +55,22 @@ def solved(
 
 def end_errors(run: Run, func: VectorField, batch: Batch, grid: int = 0) -> Tensor:
     """Return |y(T) - y_n|_2 / |y(T)|_2 of each sample at the end of a grid, (batch,)."""
-    return _finite_or_inf(_off(run, func, batch, grid, [0, -1])[-1] / batch.end_sizes(grid))
+    off = _off(run, func, batch, grid, [0, -1])[-1]
+    return (off / batch.end_sizes(grid)).nan_to_num(math.inf, math.inf)
+
+
+@torch.no_grad()
+def timed_errors(run: Run, func: VectorField, batch: Batch) -> tuple[Tensor, float]:
+    """Return the errors at the end, (batch,), and the wall time of the solve."""
+    began = time.perf_counter()
+    errors = end_errors(run, func, batch).cpu()  # waits for the device
+    return errors, time.perf_counter() - began
 
 
 def errors_along(run: Run, func: VectorField, batch: Batch, grid: int = 0) -> Tensor:
     """Return the relative errors at all times of a grid but the first, (n, batch)."""
-    return _finite_or_inf(_off(run, func, batch, grid, slice(None)) / batch.sizes(grid)[1:])
+    off = _off(run, func, batch, grid, slice(None))
+    return (off / batch.sizes(grid)[1:]).nan_to_num(math.inf, math.inf)
 
 
 def _off(run: Run, func: VectorField, batch: Batch, grid: int, points: slice | list[int]) -> Tensor:
@@ -70,10 +80,6 @@ def _off(run: Run, func: VectorField, batch: Batch, grid: int, points: slice | l
     exact = parts_of(batch.layout.split(samples.y[points]))
     difference = tuple(a[1:].to(b.dtype) - b[1:] for a, b in zip(found, exact, strict=True))
     return sample_norms(difference, batch.units.state)
-
-
-def _finite_or_inf(errors: Tensor) -> Tensor:
-    return torch.where(torch.isfinite(errors), errors, torch.inf)
 
 
 def quantiles(values: Tensor, unit: float) -> dict[str, float]:
@@ -92,10 +98,7 @@ def at_end(run: Run, func: VectorField, batch: Batch) -> ErrorSummary:
 
 
 def is_worse(compared: Comparison, func: VectorField, data: Data) -> bool:
-    """Return whether the base has smaller errors at the end, in mean or 95th percentile.
-
-    That is on held-out samples, or even on those fitted to.
-    """
+    """Return whether the base ends better in mean or 95th percentile, held-out or fitted on."""
     for batch in (data.held_out, data.first):
         own, base = (at_end(run, func, batch) for run in (compared.run, compared.base))
         if not (own.mean <= base.mean and own.p95 <= base.p95):

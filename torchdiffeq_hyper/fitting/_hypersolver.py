@@ -17,7 +17,7 @@ from torchdiffeq_hyper._state import (
     stepped_dtype,
 )
 from torchdiffeq_hyper.errors import HyperError, NoiseFloorError
-from torchdiffeq_hyper.fitting._auto import calibrate, check_auto, choose
+from torchdiffeq_hyper.fitting._auto import check_auto, choose
 from torchdiffeq_hyper.fitting._budget import ReferencePlan
 from torchdiffeq_hyper.fitting._checkpoint import FitState
 from torchdiffeq_hyper.fitting._data import Data, measure_residuals
@@ -27,6 +27,7 @@ from torchdiffeq_hyper.fitting._field import Field
 from torchdiffeq_hyper.fitting._guard import own_random_state
 from torchdiffeq_hyper.fitting._objectives import (
     Objective,
+    calibrate,
     delta_quantiles,
     no_correction,
     objectives_of,

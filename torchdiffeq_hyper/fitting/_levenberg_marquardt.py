@@ -1,12 +1,9 @@
 r"""Levenberg-Marquardt steps for the weights of a bespoke solver.
 
-n(n + 1)/2 weights are few beside the numbers in a batch of states, and a roll-out is
-nearly linear in them once they are near: a step of
-
 .. math:: (H + \lambda\,\mathrm{diag} H)\,\delta = -g, \qquad H = J^\top J,\; g = J^\top r
 
-with the residuals r of the end and their sensitivities J does what thousands of steps
-along the gradient do not.
+with the residuals r of the end and their sensitivities J by the n(n + 1)/2 weights, in which
+a roll-out is nearly linear once they are near.
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import chain
 from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -34,22 +32,14 @@ T = TypeVar("T")
 
 DAMPING = 1e-3
 LEAST_DAMPING = 1e-9
-FORGETTING = 0.7
-"""Forgetting factor: share of an iteration's equations that the next one still counts."""
-RECENT = 4
-"""Iterations whose samples tell whether a step is taken."""
-TRIES = 6
-"""Dampings tried in an iteration, each four times the one before."""
-GAIN = 0.03
-"""Fall of the held-out error that counts, relative."""
-STALLED = 4
-"""Iterations without such a gain after which more samples are looked at."""
-MOST_GROWTH = 8
-"""Times as many samples as in the beginning, at most."""
-LAST_PATIENCE = 10
-"""Iterations without a gain, with all these samples, that end the descent."""
-SLOWER = 1.5
-"""Times as long as the one before that the descent from a further start may take."""
+FORGETTING = 0.7  # forgetting factor: share of older equations that an iteration still counts
+RECENT = 4  # iterations whose samples tell whether a step is taken
+TRIES = 6  # dampings tried in an iteration, each four times the one before
+GAIN = 0.03  # fall of the held-out error that counts, relative
+STALLED = 4  # iterations without such a gain after which more samples are looked at
+MOST_GROWTH = 8  # times as many samples as in the beginning, at most
+LAST_PATIENCE = 10  # iterations without a gain, with all these samples, that end the descent
+SLOWER = 1.5  # times as long as the one before that the descent from a further start may take
 
 _SQUARE = TensorOf((torch.float64,), (None, None))
 _VECTOR = TensorOf((torch.float64,), (None,))
@@ -76,11 +66,7 @@ class LevenbergMarquardtState(PhaseState):
 
 @dataclass(eq=False)
 class LevenbergMarquardt(Phase):
-    """Improves a solver's weights step by step, from one classical start or more in turn.
-
-    A descent ends in the valley it began in, and the best start is not always in the lowest:
-    where there is time, further starts follow.
-    """
+    """Improves a solver's weights step by step, from one classical start or more in turn."""
 
     solver: BespokeSolver
     starts: Sequence[str]
@@ -95,8 +81,7 @@ class LevenbergMarquardt(Phase):
 
     def __post_init__(self) -> None:
         """Read the numbers off."""
-        config, self._group = self.problem.config, self.problem.group
-        self.wanted, self._patience = config.iterations, min(config.patience, LAST_PATIENCE)
+        self.wanted, self._group = self.problem.config.iterations, self.problem.group
         self._n = len(self.solver.weights)
 
     def begin(self, saved: PhaseState | None, budget: Budget) -> bool:
@@ -122,17 +107,19 @@ class LevenbergMarquardt(Phase):
     @torch.no_grad()
     def iterate(self, number: int, done: int) -> float:
         """Try steps with more and more damping, until one lowers the error."""
-        training = self.training
-        vector = packed(self.solver.weights.detach().double().cpu())
+        training, weights = self.training, self.solver.weights.detach()
+        vector = packed(weights.double().cpu())
         chunks = self._next_chunks()
-        weights = self.solver.weights.detach()
-        found = self._together(lambda: _equations(chunks, weights))
+        found = self._together(
+            lambda: reduce(NormalEquations.plus, (NormalEquations.of(c, weights) for c in chunks))
+        )
         if training.memory is not None:
             found.append(NormalEquations(*training.memory))
         equations = reduce(NormalEquations.plus, found)
-        compared = self._recent()
-        before = self._loss(compared, vector)
-        loss, moved = before, torch.zeros_like(vector)
+        recent = [self.chunks.get(position) for position in training.recent]
+        compared = [chunk for chunk in recent if chunk is not None]
+        loss = before = self._loss(compared, vector)
+        moved = torch.zeros_like(vector)
         for tried in range(TRIES):
             new = equations.step(vector, self._n, training.damping)
             after = self._loss(compared, new)
@@ -143,8 +130,8 @@ class LevenbergMarquardt(Phase):
                     training.damping = max(training.damping / 4, LEAST_DAMPING)
                 break
             training.damping *= 4
-        older = equations.forgotten(FORGETTING, moved)
-        training.memory = (older.curvature, older.gradient)
+        curvature, gradient = equations  # of these samples, where the weights are now
+        training.memory = (FORGETTING * curvature, FORGETTING * (gradient + curvature @ moved))
         return loss
 
     def _loss(self, chunks: Sequence[Chunk], vector: Tensor | None) -> float:
@@ -153,8 +140,8 @@ class LevenbergMarquardt(Phase):
             return math.inf
         weights = unpacked(vector, self._n).to(self.solver.weights)
         found = self._together(lambda: [(c.loss(weights), len(c.scale)) for c in chunks])
-        losses = [one for process in found for one in process]
-        return sum(loss for loss, _ in losses) / sum(count for _, count in losses)
+        losses, counts = zip(*chain.from_iterable(found), strict=True)
+        return float(sum(losses) / sum(counts))
 
     def _together(self, measure: Callable[[], T]) -> list[T]:
         """Return what all processes measure; `OutOfTimeError` where one has no time left."""
@@ -187,11 +174,6 @@ class LevenbergMarquardt(Phase):
         training.recent = [*older, *chosen][-RECENT * training.count :]
         return list(chosen.values())
 
-    def _recent(self) -> list[Chunk]:
-        """Return the chunks of this and the last iterations."""
-        chunks = [self.chunks.get(position) for position in self.training.recent]
-        return [chunk for chunk in chunks if chunk is not None]
-
     def error(self) -> float:
         """Return the mean relative error at the end of the held-out samples."""
         return mean_error(self.held_out, self.solver.weights.detach())
@@ -205,7 +187,7 @@ class LevenbergMarquardt(Phase):
             self._try_next_start()
 
     def _try_next_start(self) -> None:
-        """Begin anew at the next start, if there is one and time for it."""
+        """Begin anew at the next start in time: the best may lead into no good minimum."""
         start, now = self.training.start + 1, self._budget.seconds
         if start < len(self.starts) and now + SLOWER * (now - self._began) <= self.pace.deadline:
             self.solver.set_weights(compositions(self._n)[self.starts[start]])
@@ -213,7 +195,7 @@ class LevenbergMarquardt(Phase):
 
     def has_converged(self, done: int) -> bool:
         """Return whether nothing more is gained."""
-        return self.training.since_best >= self._patience
+        return self.training.since_best >= min(self.problem.config.patience, LAST_PATIENCE)
 
 
 @torch.no_grad()
@@ -224,24 +206,16 @@ def mean_error(chunks: Sequence[Chunk], weights: Tensor) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def _equations(chunks: Sequence[Chunk], weights: Tensor) -> NormalEquations:
-    """Return the normal equations of some chunks together."""
-    each = (NormalEquations.of(*c.residual_and_sensitivities(weights)) for c in chunks)
-    return reduce(NormalEquations.plus, each)
-
-
 def packed(weights: Tensor) -> Tensor:
     """Return the lower triangle of (n, n) weights, row by row."""
-    return torch.cat([row[: i + 1] for i, row in enumerate(weights)])
+    rows, columns = torch.tril_indices(*weights.shape)
+    return weights[rows, columns]
 
 
 def unpacked(vector: Tensor, n: int) -> Tensor:
     """Return the (n, n) weights whose lower triangle `packed` returned."""
-    weights = vector.new_zeros(n, n)
-    rows = vector.split([i + 1 for i in range(n)])
-    for i, row in enumerate(rows):
-        weights[i, : i + 1] = row
-    return weights
+    rows, columns = torch.tril_indices(n, n)
+    return vector.new_zeros(n, n).index_put((rows, columns), vector)
 
 
 class NormalEquations(NamedTuple):
@@ -251,24 +225,16 @@ class NormalEquations(NamedTuple):
     gradient: Tensor  # (n_weights,)
 
     @classmethod
-    def of(cls, residual: Tensor, sensitivities: Tensor) -> NormalEquations:
-        """Return those of weighted residuals, and of their derivatives (n_weights, ...)."""
+    def of(cls, chunk: Chunk, weights: Tensor) -> NormalEquations:
+        """Return those of a chunk."""
+        residual, sensitivities = chunk.residual_and_sensitivities(weights)
         rows = sensitivities.flatten(1)
-        return cls(
-            curvature=(rows @ rows.t()).double().cpu(),
-            gradient=(rows @ residual.flatten()).double().cpu(),
-        )
+        products = rows @ rows.t(), rows @ residual.flatten()
+        return cls(*(product.double().cpu() for product in products))
 
     def plus(self, other: NormalEquations) -> NormalEquations:
         """Return the equations of both together."""
-        return NormalEquations(self.curvature + other.curvature, self.gradient + other.gradient)
-
-    def forgotten(self, factor: float, moved: Tensor) -> NormalEquations:
-        """Return the equations after the weights have moved, times a forgetting factor."""
-        return NormalEquations(
-            factor * self.curvature,
-            factor * (self.gradient + self.curvature @ moved),
-        )
+        return NormalEquations(*map(torch.add, self, other))
 
     def step(self, vector: Tensor, n: int, damping: float) -> Tensor | None:
         """Return the packed weights after a damped step; None where there is none.
@@ -300,10 +266,8 @@ class NormalEquations(NamedTuple):
 
 def gap_rows(n: int) -> Tensor:
     """Return the matrix that makes packed weights the n gaps between the n + 1 times."""
-    sums = torch.zeros(n, n_weights(n), dtype=torch.float64)
-    for i in range(n):
-        sums[i, n_weights(i) : n_weights(i + 1)] = 1
-    return torch.cat([sums[:1], sums[1:] - sums[:-1]])
+    sums = (torch.arange(n)[:, None] == torch.tril_indices(n, n)[0]).double()
+    return torch.cat([sums[:1], sums.diff(dim=0)])
 
 
 def _constrained(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +97,37 @@ def step_inputs(batch: Batch, grid: int) -> Iterator[StepInput]:
         stages = tuple(layout.split(stage[n]) for stage in samples.stages)
         y = layout.split(samples.y[n])
         yield StepInput(dt, samples.times[n], y, stages[0], stages, start, batch.context)
+
+
+@contextmanager
+def measuring_time_in(net: object, width: float, order: int) -> Iterator[None]:
+    """Let a ready net that is still zero measure time in spans; as before on any error.
+
+    One that was fitted before keeps its unit, for a base of this order from now on. Every
+    other net is left as it is.
+    """
+    with ExitStack() as on_error:
+        if isinstance(net, ReadyHypernet):
+            on_error.callback(net.measure_time_in, net.time_unit, net.order)
+            net.measure_time_in(width if net.is_zero else net.time_unit, order)
+        yield
+        on_error.pop_all()
+
+
+@torch.no_grad()
+def calibrate(net: nn.Module, batch: Batch) -> None:
+    """Calibrate a ready net that is still zero; leave every other net as it is.
+
+    Scales must not be changed under a net that was fitted before and is fitted on.
+    """
+    if not isinstance(net, ReadyHypernet) or not net.is_zero:
+        return
+    inputs, residuals = [], []
+    for grid, samples in enumerate(batch.grids):
+        for n, step in enumerate(step_inputs(batch, grid)):
+            inputs.append(net.concat(step))
+            residuals.append(join_channels(batch.layout.split(samples.residual[n])))
+    net.calibrate(torch.cat(inputs), torch.cat(residuals), batch.units.state)
 
 
 def residual_errors(

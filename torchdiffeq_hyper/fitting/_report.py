@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from torchdiffeq_hyper.fitting._data import Batch, Data
 from torchdiffeq_hyper.fitting._errors import (
     QUANTILES,
     Comparison,
+    Run,
     at_end,
     errors_along,
     solved,
@@ -26,34 +28,31 @@ from torchdiffeq_hyper.fitting._errors import (
 from torchdiffeq_hyper.fitting._field import size_of
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.hypernets import join_channels
-from torchdiffeq_hyper.solvers._fit_report import BreakEven, ErrorSummary, FitReport, Rival
+from torchdiffeq_hyper.solvers._fit_report import (
+    BreakEven,
+    ClassicalAlternative,
+    ErrorSummary,
+    FitReport,
+)
 
-FURTHER = 1.3
-"""How many times as far from their mean as the starts fitted on."""
-ASTRAY = 3.0
-"""Distance from the base's end, relative to its size, that no error of a base explains."""
+FURTHER = 1.3  # how many times as far from their mean as the starts fitted on
+ASTRAY = 3.0  # distance from the base's end, relative to its size, that no error of a base explains
 
 
 @torch.no_grad()
 def starts_further_out(compared: Comparison, func: VectorField, batch: Batch) -> str:
     """Return what to say of starts further out than those fitted on; "" where all is well.
 
-    Held-out samples are like those fitted on, and may miss what a tail of others does. No
-    reference is needed to see a blow-up: the classical method that the solver started as
-    stands in for it, on the samples on which that stays finite.
+    Held-out samples may miss what a tail of others does. No reference is needed to see a
+    blow-up: the classical method that the solver started as stands in for it, where it is finite.
     """
     far, times = map_parts(_further_out, batch.start(0)), batch.grids[0].times[[0, -1]]
-    own, base = (
-        tuple(part[-1:] for part in solved(run, func, batch, far, times))
-        for run in (compared.run, compared.base)
-    )
-    unit = batch.units.state
-    is_finite = torch.isfinite(sample_norms(base, unit)[0])
-    if not bool(is_finite.any()):
-        return ""
-    own, base = (tuple(part[:, is_finite] for part in ends) for ends in (own, base))
-    off = sample_norms(tuple(a - b for a, b in zip(own, base, strict=True)), unit)[0]
-    astray = int((~(off / sample_sizes(base, unit)[0] < ASTRAY)).sum())
+    runs, unit = (compared.run, compared.base), batch.units.state
+    own, base = ([p[-1:] for p in solved(run, func, batch, far, times)] for run in runs)
+    is_finite = torch.isfinite(sample_norms(tuple(base), unit)[0])
+    own, base = ([part[:, is_finite] for part in ends] for ends in (own, base))
+    off = sample_norms(tuple(map(torch.sub, own, base)), unit)[0]
+    astray = int((~(off / sample_sizes(tuple(base), unit)[0] < ASTRAY)).sum())
     if not astray:
         return ""
     return (
@@ -68,19 +67,13 @@ def _further_out(part: Tensor) -> Tensor:
     return mean + FURTHER * (part - mean)
 
 
-UNUSABLE = 0.3
-"""Mean relative error from which on a result says little of the solution."""
-HEAVY_TAIL = 20.0
-"""Ratio of the worst to the median error from which on the worst decides."""
-FEW = 20
-"""Held-out samples below which their 95th percentile is their worst."""
-UNLIKE = 1e3
-"""Ratio of the sizes of channels from which on the smaller ones do not count in a norm."""
-CLEAR = 1.25
-"""Ratio of errors below which a gain on some held-out samples may be none on others."""
+UNUSABLE = 0.3  # mean relative error from which on a result says little of the solution
+HEAVY_TAIL = 20.0  # ratio of the worst to the median error from which on the worst decides
+FEW = 20  # held-out samples below which their 95th percentile is their worst
+UNLIKE = 1e3  # ratio of the sizes of channels from which on the smaller ones do not count in a norm
+CLEAR = 1.25  # ratio of errors below which a gain on some held-out samples may be none on others
 
-NOTHING = dict.fromkeys(QUANTILES, math.nan)
-"""Quantiles of what was not measured."""
+NOTHING = dict.fromkeys(QUANTILES, math.nan)  # quantiles of what was not measured
 
 T = TypeVar("T")
 
@@ -95,30 +88,28 @@ def reported(
     deltas: Callable[[], tuple[dict[str, float], dict[str, float]]],
     notes: Sequence[str],
 ) -> FitReport:
-    """Return the report of a fit that ends, with notes of its own before those made here.
-
-    No measurement that fails loses the fit: func may raise anything.
-    """
+    """Return the report of a fit that ends; ``notes`` of its own stand first."""
     held_out, func, failures = data.held_out, problem.func, list[str]()
 
     def measured(what: str, measure: Callable[[], T]) -> T | None:
         try:
             return measure()
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 - func may raise anything; the fit is not lost
             reason = f"{type(error).__name__}: {first_line(error)}"
             failures.append(f"{what} could not be measured: {reason}")
             return None
 
-    finest = max(range(len(held_out.grids)), key=lambda r: len(held_out.grids[r].dt))
-    errors = measured("the error", lambda: at_end(compared.run, func, held_out))
+    run, calls = compared.run, compared.calls
+    errors = measured("the error", lambda: at_end(run, func, held_out))
     base_errors = measured("the base", lambda: at_end(compared.base, func, held_out))
-    along = measured("the span", lambda: errors_along(compared.run, func, held_out, finest))
+    along, worst_time = measured("the span", lambda: _along(run, func, held_out)) or (None, None)
     classical = measured(
-        "classical solvers",
-        lambda: best_classical(compared.run, func, held_out, calls=compared.calls),
+        "classical solvers", lambda: best_classical(run, func, held_out, calls=calls)
     )
-    pays = measured("the break-even", lambda: _break_even(compared, func, held_out, state, budget))
-    pays = "its measurement failed" if pays is None else pays
+    pays: BreakEven | str = f"{state.iteration} iterations are a trial, not a fit to be earned back"
+    if state.iteration >= compared.fewest:
+        search = partial(measure_break_even, run, func, held_out, calls=calls, budget=budget)
+        pays = measured("the break-even", search) or "its measurement failed"
     delta, base_delta = measured("delta", deltas) or (dict(NOTHING), dict(NOTHING))
     further = (
         *_notes(errors, base_errors, classical, compared.name),
@@ -143,19 +134,16 @@ def reported(
         no_break_even="" if isinstance(pays, BreakEven) else pays,
         errors=errors,
         base_errors=base_errors,
-        along=None if along is None else ErrorSummary.of(along.mean(0)),
-        worst_time=None if along is None else _worst_time(along, held_out.grids[finest].times),
-        rival=classical,
+        along=along,
+        worst_time=worst_time,
+        rival=classical,  # the name that files hold
     )
 
 
 def without_references(
     problem: Problem, name: str, budget: Budget, state: FitState | None = None
 ) -> FitReport:
-    """Return the report of a fit that had no time for reference solutions.
-
-    What is returned is called ``name``; ``state`` is where an earlier run had ended, if any.
-    """
+    """Return the report where there was no time for references, after an earlier run if any."""
     note = (
         f"max_seconds = {problem.config.max_seconds:g} was over before reference solutions were "
         f"known: this is {name}; pass a larger max_seconds"
@@ -191,31 +179,20 @@ def unlike_channels(batch: Batch) -> str:
     )
 
 
-def _worst_time(along: Tensor, times: Tensor) -> tuple[float, float]:
-    means = along.mean(1)
+def _along(run: Run, func: VectorField, batch: Batch) -> tuple[ErrorSummary, tuple[float, float]]:
+    """Return the errors along the finest grid, and when their mean is largest, with that mean."""
+    finest = max(range(len(batch.grids)), key=lambda r: len(batch.grids[r].dt))
+    errors = errors_along(run, func, batch, finest)
+    means = errors.mean(1)
     worst = int(means.argmax())
-    return float(times[1 + worst]), float(means[worst])
-
-
-def _break_even(
-    compared: Comparison, func: VectorField, batch: Batch, state: FitState, budget: Budget
-) -> BreakEven | str:
-    if state.iteration < compared.fewest:
-        return f"{state.iteration} iterations are a trial, not a fit to be earned back"
-    return measure_break_even(
-        compared.run,
-        func,
-        batch,
-        calls=compared.calls,
-        fit_seconds=budget.seconds,
-        seconds_left=budget.max_seconds - budget.seconds,
-    )
+    worst_time = float(batch.grids[finest].times[1 + worst]), float(means[worst])
+    return ErrorSummary.of(errors.mean(0)), worst_time
 
 
 def _notes(
     errors: ErrorSummary | None,
     base_errors: ErrorSummary | None,
-    classical: Rival | None,
+    classical: ClassicalAlternative | None,
     name: str,
 ) -> Iterator[str]:
     """Yield what the errors mean for a user."""
@@ -242,7 +219,7 @@ def _notes(
         yield from _compared(classical)
 
 
-def _compared(best: Rival) -> Iterator[str]:
+def _compared(best: ClassicalAlternative) -> Iterator[str]:
     errors = best.own_errors
     if not errors.mean <= best.errors.mean:
         yield f"a classical solver wins: {best.solver} is more accurate in the same time"

@@ -19,7 +19,6 @@ from torchdiffeq_hyper._files import checked
 from torchdiffeq_hyper._rules import ANYTHING, Maybe, Record, Table, record_of
 from torchdiffeq_hyper._state import State, VectorField, wide_dtype
 from torchdiffeq_hyper.errors import OptionError
-from torchdiffeq_hyper.fitting._auto import calibrate, measuring_time_in
 from torchdiffeq_hyper.fitting._batches import (
     check_like,
     checked_batch,
@@ -35,7 +34,9 @@ from torchdiffeq_hyper.fitting._fit import check_hypernet
 from torchdiffeq_hyper.fitting._guard import left_as_found, modules_in, own_random_state
 from torchdiffeq_hyper.fitting._hypersolver import measure_noise
 from torchdiffeq_hyper.fitting._objectives import (
+    calibrate,
     delta_quantiles,
+    measuring_time_in,
     no_correction,
     objectives_of,
     usable_scale,
@@ -44,12 +45,7 @@ from torchdiffeq_hyper.fitting._phases import annealed
 from torchdiffeq_hyper.fitting._problem import HypersolverProblem
 from torchdiffeq_hyper.fitting._signature import check_same_field
 from torchdiffeq_hyper.hypernets import ready
-from torchdiffeq_hyper.lightning._trainer import (
-    FieldAsFound,
-    History,
-    KnownBatches,
-    find_lightning,
-)
+from torchdiffeq_hyper.lightning._trainer import FieldAsFound, History, KnownBatches, find_lightning
 from torchdiffeq_hyper.solvers._fit_report import FitReport, LossPoint
 from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver

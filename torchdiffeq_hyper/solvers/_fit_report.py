@@ -72,7 +72,7 @@ class ErrorSummary:
 
 
 @dataclass(frozen=True)
-class Rival:
+class ClassicalAlternative:
     """The best classical solver in the fitted one's time, or with as many calls of func.
 
     Attributes:
@@ -185,7 +185,7 @@ class FitReport:
     base_errors: ErrorSummary | None = None
     along: ErrorSummary | None = None
     worst_time: tuple[float, float] | None = None
-    rival: Rival | None = None
+    rival: ClassicalAlternative | None = None
 
     def __str__(self) -> str:
         """Return a few lines for people."""

@@ -1,11 +1,10 @@
-"""What a selector chooses among: methods with their settings."""
+"""What a selector chooses among: methods with their settings, and solves by them."""
 
 from __future__ import annotations
 
-import math
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -14,11 +13,26 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from torchdiffeq_hyper._rules import Whole, checked_arguments
-from torchdiffeq_hyper._state import State, VectorField
+from torchdiffeq_hyper import recording
+from torchdiffeq_hyper._fields import check_independence
+from torchdiffeq_hyper._rules import Real, Whole, checked_arguments
+from torchdiffeq_hyper._state import (
+    RowLayout,
+    State,
+    VectorField,
+    cast,
+    is_half,
+    map_parts,
+    parts_of,
+    take,
+)
+from torchdiffeq_hyper.dise._costs import check_number
 from torchdiffeq_hyper.errors import OptionError, StateTypeError, unknown_method
+from torchdiffeq_hyper.evaluation._measure import Counted
 from torchdiffeq_hyper.methods import _registry
+from torchdiffeq_hyper.solvers._grid import check_times
 from torchdiffeq_hyper.solvers._solver import Solver
+from torchdiffeq_hyper.solvers._stepping import cast_back
 
 # Methods on a grid that read no tolerance (the implicit ones iterate until they meet theirs).
 _EXPLICIT = frozenset({"euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams"})
@@ -123,13 +137,13 @@ class Candidate:
         )
         if not self.options:
             return run()
-        ignored = ".*Unexpected arguments"  # the host only warns of them
+        ignored = "Unexpected arguments"  # the host only warns of them
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=ignored, category=UserWarning)
+            warnings.filterwarnings("error", message=f".*{ignored}", category=UserWarning)
             try:
                 return run()
             except UserWarning as warning:
-                if not re.match(ignored, str(warning)):
+                if ignored not in str(warning):
                     raise
                 raise OptionError(
                     problem=f"{self} has an option that torchdiffeq does not know ({warning}).",
@@ -141,14 +155,12 @@ class Candidate:
         if self.steps is None:
             return
         checked_arguments({"steps": Whole(1)}, {"steps": self.steps}, fix=self._ways_to_set())
-        if not self.follows_grid:
-            problem = f'"{self.method}" chooses its own steps, and steps is {self.steps}.'
-        elif self._own_grid:
-            problem = f"both steps and the option {self._own_grid.pop()!r} are given."
-        else:
+        if self.follows_grid and not self._own_grid:
             return
         raise OptionError(
-            problem=problem,
+            problem=f"both steps and the option {self._own_grid.pop()!r} are given."
+            if self.follows_grid
+            else f'"{self.method}" chooses its own steps, and steps is {self.steps}.',
             expected="steps for a method on a time grid, and no other option for that grid.",
             fix=self._ways_to_set(),
         )
@@ -164,18 +176,13 @@ class Candidate:
         for name, value in (("rtol", self.rtol), ("atol", self.atol)):
             if value is None:
                 continue
-            is_number = isinstance(value, float | int) and not isinstance(value, bool)
-            if not is_number or not (math.isfinite(value) and value >= 0):
-                problem = f"{name} is {value!r}."
-            elif is_learned or self.method in _EXPLICIT:
-                problem = f'"{self.method}" has no error estimate to hold against {name}.'
-            else:
-                continue
-            raise OptionError(
-                problem=problem,
-                expected="a finite number of at least 0, for adaptive methods.",
-                fix=self._ways_to_set(),
-            )
+            check_number(name, value, Real(low=0.0), self._ways_to_set())
+            if is_learned or self.method in _EXPLICIT:
+                raise OptionError(
+                    problem=f'"{self.method}" has no error estimate to hold against {name}.',
+                    expected="tolerances for adaptive methods.",
+                    fix=self._ways_to_set(),
+                )
 
 
 def check_candidates(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
@@ -225,3 +232,134 @@ def _refined(t: Tensor, steps: int) -> Tensor:
     """Return ``t`` with each interval cut into equal steps; its points stay exact."""
     weights = torch.arange(steps, dtype=t.dtype, device=t.device) / steps
     return torch.cat([torch.lerp(t[:-1, None], t[1:, None], weights).flatten(), t[-1:]])
+
+
+def count_samples(y0: State) -> int:
+    """Return the number of samples, after checking that they lie along dim 0 of every part."""
+    RowLayout.of(y0)
+    return len(parts_of(y0)[0])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The problem of a batch, of which some samples can be solved without the others.
+
+    The tolerances are those of candidates without their own.
+    """
+
+    func: VectorField
+    y0: State
+    t: Tensor
+    rtol: Any
+    atol: Any
+
+    @classmethod
+    def of(cls, func: VectorField, y0: State, t: Tensor, *, rtol: Any, atol: Any) -> Batch:
+        """Return the problem, after checking its state and times."""
+        count_samples(y0)
+        return cls(func, y0, check_times(t, parts_of(y0)[0]), rtol, atol)
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    @property
+    def first(self) -> Tensor:
+        """The state's first part."""
+        return parts_of(self.y0)[0]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no numbers to solve for."""
+        return not any(part.numel() for part in parts_of(self.y0))
+
+    def constant(self, y0: State) -> State:
+        """Return the solution that stays at a state."""
+        return map_parts(lambda part: part.expand(len(self.t), *part.shape).clone(), y0)
+
+    def field(self, index: Tensor | None = None) -> Counted:
+        """Return the field of the samples at ``index``; of all for None."""
+        return Counted(self.func, index, dtype=self.first.dtype)
+
+    def solve(self, candidate: Candidate, field: Counted, index: Tensor | None = None) -> State:
+        """Return a candidate's solution for some samples; half precision in float32."""
+        start = self.y0 if index is None else take(self.y0, index)
+        rtol, atol = (_restricted(given, self.y0, index) for given in (self.rtol, self.atol))
+        dtype = self.first.dtype
+        if not is_half(dtype):
+            return candidate.solve(field, start, self.t, rtol=rtol, atol=atol)
+        start = cast(start, torch.float32)
+        solution = candidate.solve(field, start, self.t, rtol=rtol, atol=atol)
+        return map_parts(partial(cast_back, dtype=dtype), solution)
+
+    def dispatch(
+        self,
+        candidates: Sequence[Candidate],
+        selection: Tensor,
+        draft: recording.Draft | None = None,
+    ) -> State:
+        """Return the solution of each sample by the candidate at its position in ``selection``.
+
+        ``draft`` is the record of this solve, which learns of the groups; None if none is kept.
+        """
+        selection = _check_selection(selection, len(self), len(candidates)).to(self.first.device)
+        order = selection.argsort(stable=True)
+        groups = order.split(torch.bincount(selection, minlength=len(candidates)).tolist())
+        if max(map(len, groups)) < len(self):
+            check_independence(self.func, self.y0, self.t, groups=groups)
+        solutions, calls, sample_nfe = [], 0, torch.zeros_like(selection)
+        for candidate, group in zip(candidates, groups, strict=True):
+            if len(group) == 0:
+                continue
+            index = None if len(group) == len(self) else group
+            field = self.field(index)
+            solutions.append(self.solve(candidate, field, index))
+            calls += field.calls
+            if draft is not None and draft.recorders:
+                # The group's own record tells its samples apart where they step on their own.
+                sample_nfe[group] = draft.recorders[-1].solves[-1].sample_nfe
+        if draft is not None:
+            draft.nfe, draft.sample_nfe, draft.selection = calls, sample_nfe, selection
+        if len(solutions) == 1:
+            return solutions[0]
+        return take(joined(solutions), order.argsort(), dim=1)
+
+
+def joined(solutions: Sequence[State]) -> State:
+    """Return solutions (times, samples, ...) as one, samples behind each other."""
+    return map_parts(lambda *parts: torch.cat(parts, dim=1), *solutions)
+
+
+def _check_selection(selection: Tensor, batch: int, n_candidates: int) -> Tensor:
+    is_tensor = isinstance(selection, Tensor)
+    is_index = is_tensor and not selection.is_floating_point() and not selection.is_complex()
+    is_fitting = is_index and selection.shape == (batch,)
+    if not is_fitting or bool(((selection < 0) | (selection >= n_candidates)).any()):
+        got = f"{selection.dtype}, {tuple(selection.shape)}" if is_tensor else repr(selection)
+        raise OptionError(
+            problem=f"selection is {got}.",
+            expected=f"for each of the {batch} samples, the position of its candidate, 0 to "
+            f"{n_candidates - 1}.",
+            fix="dise.dispatch(func, y0, t, dise.select(y0))",
+        )
+    return selection.long()
+
+
+def _restricted(tolerance: Any, y0: State, index: Tensor | None) -> Any:
+    """Return a tolerance for some samples: what has a batch dimension loses the others."""
+    if isinstance(tolerance, tuple | list):
+        n_parts = len(y0) if isinstance(y0, tuple) else 0
+        if len(tolerance) != n_parts:
+            each = f"one a part: {n_parts}" if n_parts else "a tensor: the state is one tensor"
+            raise OptionError(
+                problem=f"rtol or atol has {len(tolerance)} entries.",
+                expected=f"a number, or {each}.",
+                fix="rtol=1e-3, atol=1e-3",
+            )
+        pairs = zip(tolerance, parts_of(y0), strict=True)
+        parts = (_restricted(part, y, index) for part, y in pairs)
+        # The host wants what belongs to a part of a tuple state flat.
+        return tuple(part.flatten() if isinstance(part, Tensor) else part for part in parts)
+    if index is None or not isinstance(tolerance, Tensor) or not isinstance(y0, Tensor):
+        return tolerance
+    has_batch = tolerance.dim() == y0.dim() and len(tolerance) > 1
+    return tolerance.index_select(0, index) if has_batch else tolerance

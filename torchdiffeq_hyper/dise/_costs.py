@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from torchdiffeq_hyper._rules import Real, Rule, checked_arguments
 from torchdiffeq_hyper._state import State, map_parts, parts_of, take
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError
 
@@ -50,17 +50,17 @@ class Cost(Protocol):
         ...
 
 
+def check_number(name: str, value: Any, rule: Rule, fix: str) -> None:
+    """Refuse a number that is not what its rule says; numpy's floats count as Python's."""
+    plain = float(value) if isinstance(value, float) else value
+    checked_arguments({name: rule}, {name: plain}, fix)
+
+
 def check_settings(alpha: float, penalty: float) -> tuple[float, float]:
     """Return alpha and M, after checking that both are finite numbers above 0."""
-    return _positive("alpha", alpha, 0.3), _positive("penalty", penalty, 1000.0)
-
-
-def _positive(name: str, value: Any, example: float) -> float:
-    is_number = isinstance(value, float | int) and not isinstance(value, bool)
-    if not is_number or not (math.isfinite(value) and value > 0):
-        problem, fix = f"{name} is {value!r}.", f"{name}={example}"
-        raise OptionError(problem=problem, expected="a finite number above 0.", fix=fix)
-    return float(value)
+    check_number("alpha", alpha, Real(above=0.0), "alpha=0.3")
+    check_number("penalty", penalty, Real(above=0.0), "penalty=1000.0")
+    return float(alpha), float(penalty)
 
 
 def check_callable(name: str, value: Any, fix: str) -> None:
@@ -154,19 +154,15 @@ class ClassificationCost:
             OptionError: a label is none of the classes.
         """
         logits = self.predict(_end(solution))
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(index):
+        is_matrix = isinstance(logits, Tensor) and logits.dim() == 2
+        if not is_matrix or len(logits) != len(index) or logits.shape[1] < 2:
             raise StateShapeError(
                 problem=f"predict returned {_shape(logits)} for {len(index)} samples.",
-                expected="logits of shape (batch, classes).",
-                fix="predict=lambda y: classifier(y.flatten(1))",
+                expected="logits of shape (batch, classes), of at least two classes.",
+                fix="predict=lambda y: classifier(y.flatten(1))\n"
+                "predict=lambda y: torch.cat([-score(y), score(y)], dim=1)   # of one score",
             )
         classes, labels = logits.shape[1], self.labels.to(logits.device)[index]
-        if classes < 2:
-            raise StateShapeError(
-                problem=f"predict returned {classes} class: every answer would be the same.",
-                expected="logits of at least two classes.",
-                fix="predict=lambda y: torch.cat([-score(y), score(y)], dim=1)",
-            )
         if bool(((labels < 0) | (labels >= classes)).any()):
             raise OptionError(
                 problem=f"labels lie in {int(labels.min())} to {int(labels.max())}, and predict "
@@ -228,7 +224,8 @@ class RegressionCost:
             )
         self.error = error
         self.at = at
-        self.threshold = _positive("threshold", threshold, 0.1)
+        check_number("threshold", threshold, Real(above=0.0), "threshold=0.1")
+        self.threshold = float(threshold)
         self.alpha, self.penalty = check_settings(alpha, penalty)
 
     def check(self, batch: int) -> None:

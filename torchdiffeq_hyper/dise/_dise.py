@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 import warnings
@@ -12,23 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._state import State, VectorField, parts_of, take
+from torchdiffeq_hyper._state import State, VectorField, map_parts, take
 from torchdiffeq_hyper.dise import _files
-from torchdiffeq_hyper.dise._candidates import Candidate, check_candidates
-from torchdiffeq_hyper.dise._costs import Cost, check_callable
-from torchdiffeq_hyper.dise._report import DiseReport, Labels, Oracle, TradeOff, one_candidate
-from torchdiffeq_hyper.dise._solves import Batch, dispatch, labels_of, raise_non_finite
-from torchdiffeq_hyper.dise._training import (
-    Scale,
-    SelectorConfig,
-    fittable,
-    predict,
-    split,
-    sweep,
-    train_selector,
+from torchdiffeq_hyper.dise._candidates import Batch, Candidate, check_candidates
+from torchdiffeq_hyper.dise._costs import Cost, check_callable, check_settings
+from torchdiffeq_hyper.dise._fit import Scale, SelectorConfig, Training, are_finite, labels_of
+from torchdiffeq_hyper.dise._report import (
+    DiseReport,
+    Labels,
+    Oracle,
+    TradeOff,
+    TradeOffPoint,
+    one_candidate,
 )
-from torchdiffeq_hyper.errors import OneCandidateWarning
-from torchdiffeq_hyper.solvers._stepping import is_finite
+from torchdiffeq_hyper.dise.selectors import no_selector, predict
+from torchdiffeq_hyper.errors import NonFiniteError, OneCandidateWarning
 
 
 class Dise(nn.Module):
@@ -137,10 +136,17 @@ class Dise(nn.Module):
         if batch.is_empty:
             return batch.constant(y0)
         selection = self.select(y0)
-        solution = dispatch(self.candidates, batch, selection, draft)
+        solution = batch.dispatch(self.candidates, selection, draft)
         # Candidates of the host do not look at what they return.
-        if not all(is_finite(part[-1]) for part in parts_of(solution)):
-            raise_non_finite(solution, self.candidates, selection)
+        finite = are_finite(map_parts(lambda part: part[-1:], solution))
+        if not bool(finite.all()):
+            sample = int((~finite).nonzero()[0])
+            label = self.candidates[int(selection[sample])].label
+            raise NonFiniteError(
+                problem=f"the solution of sample {sample} by {label} ended in inf or nan.",
+                expected="a candidate that stays finite on the samples that are sent to it.",
+                fix='more steps for that candidate, or tdh.Candidate("dopri5_per_sample")',
+            )
         return solution
 
     def dispatch(
@@ -161,7 +167,7 @@ class Dise(nn.Module):
             OptionError: ``selection`` is no choice of candidates for this batch.
         """
         batch = Batch.of(func, y0, t, rtol=rtol, atol=atol)
-        return dispatch(self.candidates, batch, selection)
+        return batch.constant(y0) if batch.is_empty else batch.dispatch(self.candidates, selection)
 
     @torch.no_grad()
     def select(self, y0: State) -> Tensor:
@@ -223,17 +229,16 @@ class Dise(nn.Module):
             FitDivergedError: v's loss turned non-finite.
         """
         start = time.perf_counter()
-        config = config or SelectorConfig()
         n_candidates = len(self.candidates)
-        _, held_out = split(y0, config)
-        selector = fittable(self.selector, y0, n_candidates, config)
+        training = Training.of(y0, config, progress=progress)
+        selector = training.selector(self.selector, n_candidates)
         with torch.no_grad():  # before the long part
-            predict(selector.eval(), take(y0, held_out[:1]), n_candidates)
+            predict(selector.eval(), take(y0, training.held_out[:1]), n_candidates)
         batch = Batch.of(func, y0, t, rtol=rtol, atol=atol)
         labels = labels_of(self.candidates, batch, cost, known=labels, progress=progress)
         costs = labels.costs(cost.alpha, cost.penalty)
         label_seconds = time.perf_counter() - start
-        self.unit, losses = train_selector(selector, y0, costs, config, progress=progress)
+        self.unit, losses = training.run(selector, costs)
         self.selector = selector
         selection = self.select(y0)
         self.report = DiseReport(
@@ -241,7 +246,7 @@ class Dise(nn.Module):
             alpha=cost.alpha,
             penalty=cost.penalty,
             selection=selection,
-            held_out=held_out,
+            held_out=training.held_out,
             losses=tuple(losses),
             label_seconds=label_seconds,
             seconds=time.perf_counter() - start,
@@ -276,15 +281,26 @@ class Dise(nn.Module):
             OptionError: a value is not above 0, or an M is too small.
             StateTypeError: the selector is a module without parameters.
         """
-        config = config or SelectorConfig()
-        split(y0, config)
+        training = Training.of(y0, config, progress=progress)
         own = self.selector if isinstance(self.selector, nn.Module) else None
-        selector = fittable(own, y0, len(self.candidates), config)
+        unfitted = training.selector(own, len(self.candidates))
         batch = Batch.of(func, y0, t, rtol=rtol, atol=atol)
         labels = labels_of(self.candidates, batch, cost, known=labels, progress=progress)
-        return sweep(
-            labels, y0, selector, config, alphas=alphas, penalties=penalties, progress=progress
-        )
+        if penalties is None:
+            dearest = float(labels.weighted_nfe.max())
+            penalties = [1.5 * dearest, 10 * dearest, 100 * dearest]
+        settings = [check_settings(alpha, penalty) for alpha in alphas for penalty in penalties]
+        matrices = [labels.costs(alpha, penalty) for alpha, penalty in settings]
+        held, points = labels.of(training.held_out), []
+        for setting, costs in zip(settings, matrices, strict=True):
+            selector = copy.deepcopy(unfitted)
+            training.run(selector, costs)
+            with torch.no_grad():
+                starts = take(y0, training.held_out)
+                choice = predict(selector, starts, len(self.candidates)).argmin(dim=1)
+            points.append(TradeOffPoint(*setting, *held.means(choice), held.shares(choice)))
+        points.sort(key=lambda point: point.mean_nfe)
+        return TradeOff(tuple(points), held.singles, held.means(held.oracle()), labels)
 
     def oracle(
         self,
@@ -318,6 +334,8 @@ class Dise(nn.Module):
                 of a candidate is no JSON value.
             FileWriteError: the file cannot be written; nothing half-written is left.
         """
+        if self.selector is None:
+            raise no_selector()
         _files.write(path, self.candidates, self.selector, self.unit, self.report)
 
     @classmethod

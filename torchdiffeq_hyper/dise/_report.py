@@ -67,6 +67,10 @@ class Labels:
         """Return the share of right answers of a choice of candidates (batch,)."""
         return _mean(self.is_right, selection)
 
+    def means(self, selection: Tensor) -> tuple[float, float]:
+        """Return `mean_nfe` and `accuracy` of a choice of candidates (batch,)."""
+        return self.mean_nfe(selection), self.accuracy(selection)
+
     def shares(self, selection: Tensor) -> dict[str, float]:
         """Return for each candidate the share of samples that a choice sends to it."""
         counts = torch.bincount(selection, minlength=len(self.names)).double()
@@ -95,7 +99,7 @@ def _mean(matrix: Tensor, selection: Tensor) -> float:
 
 
 def _table(columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> str:
-    """Return a table of names, mean calls and shares of right answers, and further cells."""
+    """Return a table of names, mean calls, shares of right answers, and further cells."""
     cells = [(name, f"{nfe:.2f}", f"{right:.4f}", *rest) for name, nfe, right, *rest in rows]
     return markdown([(columns[0], "mean NFE", "right", *columns[1:]), *cells])
 
@@ -268,8 +272,7 @@ class DiseReport:
             for single, cost in zip(held.singles, costs.mean(dim=0).tolist(), strict=True)
         ]
         for name, choice in (("selector", selected), ("oracle", costs.argmin(dim=1))):
-            means = held.mean_nfe(choice), held.accuracy(choice)
-            rows.append((name, *means, f"{_mean(costs, choice):.4g}", ""))
+            rows.append((name, *held.means(choice), f"{_mean(costs, choice):.4g}", ""))
         return (
             f"{_table(('method', 'mean cost', 'selected'), rows)}\n\n"
             f"{len(held)} held-out samples, alpha {self.alpha:g}, M {self.penalty:g}; regret "
@@ -277,32 +280,6 @@ class DiseReport:
             f"{self.best_single} alone; {self.seconds:.1f} s ({self.label_seconds:.1f} s for "
             "solving every sample alone)"
         )
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Return the matrices and vectors, by name."""
-        matrices = {name: getattr(self.labels, name) for name in _MATRICES}
-        return {**matrices, "selection": self.selection, "held_out": self.held_out}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all other fields as JSON-ready values."""
-        numbers = {name: getattr(self, name) for name in _NUMBERS}
-        losses = [list(point) for point in self.losses]
-        return {"names": list(self.labels.names), "losses": losses, **numbers}
-
-    @classmethod
-    def from_parts(cls, data: dict[str, Any], tensors: dict[str, Tensor]) -> DiseReport:
-        """Rebuild from what `to_dict` and `to_tensors` returned."""
-        return cls(
-            labels=Labels(tuple(data["names"]), *(tensors[name] for name in _MATRICES)),
-            selection=tensors["selection"],
-            held_out=tensors["held_out"],
-            losses=tuple((n, float(a), float(b)) for n, a, b in data["losses"]),
-            **{name: float(data[name]) for name in _NUMBERS},
-        )
-
-
-_MATRICES = ("nfe", "is_right", "weight")
-_NUMBERS = ("alpha", "penalty", "label_seconds", "seconds")
 
 
 def one_candidate(labels: Labels, position: int, alpha: float, penalty: float) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -36,6 +37,10 @@ from torchdiffeq_hyper.solvers._stepping import cast_back
 
 # Methods on a grid that read no tolerance (the implicit ones iterate until they meet theirs).
 _EXPLICIT = frozenset({"euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams"})
+
+_FIX = """tdh.Candidate("rk4", steps=4)
+tdh.Candidate("dopri5", rtol=1e-3, atol=1e-3)
+tdh.Candidate(solver)   # with the steps that it was fitted for"""
 
 
 class Candidate:
@@ -75,8 +80,7 @@ class Candidate:
         self.rtol, self.atol = rtol, atol
         self.options: dict[str, Any] = dict(options or {})
         self.follows_grid = _check_method(self.method)
-        self._check_steps()
-        self._check_tolerances()
+        self._check_settings()
 
     def __repr__(self) -> str:
         settings = {name: getattr(self, name) for name in ("steps", "rtol", "atol")}
@@ -95,25 +99,21 @@ class Candidate:
         return ", ".join(given + [f"{name} {value}" for name, value in self.options.items()])
 
     @property
-    def steps_taken(self) -> int | None:
-        """Steps between two points of t: one, where a host's method on a grid is not told."""
-        is_hosts = self.follows_grid and self.method in _registry.host_methods()
-        return 1 if self.steps is None and is_hosts and not self._own_grid else self.steps
-
-    @property
     def _own_grid(self) -> set[str]:
         return {"step_size", "grid_constructor"} & self.options.keys()
 
-    def is_same(self, other: Candidate) -> bool:
-        """Return whether both would solve a problem the same way."""
-        mine, theirs = (
-            (c.method, c.steps_taken, c.rtol, c.atol, set(c.options)) for c in (self, other)
-        )
-        if mine != theirs or self.solver is not other.solver:
-            return False
-        pairs = [(value, other.options[name]) for name, value in self.options.items()]
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells it from other candidates: equal where both solve a problem the same way."""
+        is_hosts = self.follows_grid and self.method in _registry.host_methods()
+        # A host's method on a grid takes one step where it is not told.
+        steps = 1 if self.steps is None and is_hosts and not self._own_grid else self.steps
         # Tensors and callables have no equality to speak of: only the same object counts.
-        return all(a is b or (isinstance(a, float | int | str) and a == b) for a, b in pairs)
+        options = {
+            name: value if isinstance(value, float | int | str) else id(value)
+            for name, value in self.options.items()
+        }
+        return self.method, self.solver, steps, self.rtol, self.atol, options
 
     def tolerances(self, rtol: Any, atol: Any) -> tuple[Any, Any]:
         """Return its own tolerances, and the call's where it has none."""
@@ -132,63 +132,51 @@ class Candidate:
         if self.solver is not None:
             options["solver"] = self.solver
         rtol, atol = self.tolerances(rtol, atol)
-        run: Callable[[], State] = partial(
-            odeint, func, y0, t, rtol=rtol, atol=atol, method=self.method, options=options
-        )
-        if not self.options:
-            return run()
-        ignored = "Unexpected arguments"  # the host only warns of them
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=f".*{ignored}", category=UserWarning)
+        how = {"rtol": rtol, "atol": atol, "method": self.method, "options": options}
+        unknown = "Unexpected arguments"  # what the host only warns of
+        with warnings.catch_warnings() if self.options else nullcontext():
+            if self.options:
+                warnings.filterwarnings("error", f".*{unknown}", UserWarning)
             try:
-                return run()
+                solution: State = odeint(func, y0, t, **how)
             except UserWarning as warning:
-                if ignored not in str(warning):
+                if unknown not in str(warning):
                     raise
                 raise OptionError(
                     problem=f"{self} has an option that torchdiffeq does not know ({warning}).",
                     expected=f'options of method "{self.method}".',
                     fix=f'tdh.Candidate("{self.method}")   # check the spelling of its options',
                 ) from warning
+        return solution
 
-    def _check_steps(self) -> None:
-        if self.steps is None:
-            return
-        checked_arguments({"steps": Whole(1)}, {"steps": self.steps}, fix=self._ways_to_set())
-        if self.follows_grid and not self._own_grid:
-            return
-        raise OptionError(
-            problem=f"both steps and the option {self._own_grid.pop()!r} are given."
-            if self.follows_grid
-            else f'"{self.method}" chooses its own steps, and steps is {self.steps}.',
-            expected="steps for a method on a time grid, and no other option for that grid.",
-            fix=self._ways_to_set(),
-        )
-
-    def _ways_to_set(self) -> str:
-        if self.solver is not None:
-            return "tdh.Candidate(solver)   # with the steps that it was fitted for"
-        return 'tdh.Candidate("rk4", steps=4)\ntdh.Candidate("dopri5", rtol=1e-3, atol=1e-3)'
-
-    def _check_tolerances(self) -> None:
+    def _check_settings(self) -> None:
+        problem, own_grid = "", self._own_grid
+        if self.steps is not None:
+            checked_arguments({"steps": Whole(1)}, {"steps": self.steps}, _FIX)
+            if not self.follows_grid:
+                problem = f'"{self.method}" chooses its own steps, and steps is {self.steps}.'
+            elif own_grid:
+                problem = f"both steps and the option {own_grid.pop()!r} are given."
         entry = _registry.methods().get(self.method)
         is_learned = self.solver is not None or (entry is not None and entry.is_learned)
         for name, value in (("rtol", self.rtol), ("atol", self.atol)):
-            if value is None:
-                continue
-            check_number(name, value, Real(low=0.0), self._ways_to_set())
-            if is_learned or self.method in _EXPLICIT:
-                raise OptionError(
-                    problem=f'"{self.method}" has no error estimate to hold against {name}.',
-                    expected="tolerances for adaptive methods.",
-                    fix=self._ways_to_set(),
-                )
+            if value is not None:
+                check_number(name, value, Real(low=0.0), _FIX)
+                if is_learned or self.method in _EXPLICIT:
+                    problem = f'"{self.method}" has no error estimate to hold against {name}.'
+        if problem:
+            raise OptionError(
+                problem=problem,
+                expected="steps for a method on a time grid without other options for that grid, "
+                "tolerances for adaptive methods.",
+                fix=_FIX,
+            )
 
 
 def check_candidates(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
     """Return the candidates of a `Dise`: at least one, and no two the same."""
     example = 'tdh.Dise([tdh.Candidate("euler", steps=2), tdh.Candidate("dopri5", rtol=1e-3)])'
-    is_list = isinstance(candidates, Sequence) and not isinstance(candidates, str)
+    is_list = isinstance(candidates, Sequence)
     others = [c for c in candidates if not isinstance(c, Candidate)] if is_list else [candidates]
     if others:
         problem = f"a candidate is a {type(others[0]).__name__}."
@@ -196,7 +184,7 @@ def check_candidates(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
     if not candidates:
         raise OptionError(problem="there are no candidates.", expected="at least one.", fix=example)
     for (first, one), (second, other) in combinations(enumerate(candidates), 2):
-        if one.is_same(other):
+        if one.key == other.key:
             raise OptionError(
                 problem=f"candidates {first} and {second} are the same: {other!r}.",
                 expected="candidates that differ.",
@@ -214,10 +202,9 @@ def _check_method(name: object) -> bool:
             fix='tdh.Candidate("euler", steps=2)',
         )
     entry, hosts = _registry.methods().get(name), _registry.host_methods()
+    if entry is None and name not in hosts:
+        raise unknown_method(name, [*_registry.methods(), *hosts], 'tdh.Candidate("{}")')
     if entry is None:
-        known = [*_registry.methods(), *hosts]
-        if name not in hosts:
-            raise unknown_method(name, known, 'tdh.Candidate("{}")')
         return hosts[name]
     if entry.option == "dise":
         raise OptionError(
@@ -232,12 +219,6 @@ def _refined(t: Tensor, steps: int) -> Tensor:
     """Return ``t`` with each interval cut into equal steps; its points stay exact."""
     weights = torch.arange(steps, dtype=t.dtype, device=t.device) / steps
     return torch.cat([torch.lerp(t[:-1, None], t[1:, None], weights).flatten(), t[-1:]])
-
-
-def count_samples(y0: State) -> int:
-    """Return the number of samples, after checking that they lie along dim 0 of every part."""
-    RowLayout.of(y0)
-    return len(parts_of(y0)[0])
 
 
 @dataclass(frozen=True)
@@ -256,7 +237,7 @@ class Batch:
     @classmethod
     def of(cls, func: VectorField, y0: State, t: Tensor, *, rtol: Any, atol: Any) -> Batch:
         """Return the problem, after checking its state and times."""
-        count_samples(y0)
+        RowLayout.of(y0)
         return cls(func, y0, check_times(t, parts_of(y0)[0]), rtol, atol)
 
     def __len__(self) -> int:
@@ -301,9 +282,20 @@ class Batch:
 
         ``draft`` is the record of this solve, which learns of the groups; None if none is kept.
         """
-        selection = _check_selection(selection, len(self), len(candidates)).to(self.first.device)
+        n, is_tensor = len(candidates), isinstance(selection, Tensor)
+        is_index = is_tensor and not (selection.is_floating_point() or selection.is_complex())
+        is_fitting = is_index and selection.shape == (len(self),)
+        if not is_fitting or bool(((selection < 0) | (selection >= n)).any()):
+            got = f"{selection.dtype}, {tuple(selection.shape)}" if is_tensor else repr(selection)
+            raise OptionError(
+                problem=f"selection is {got}.",
+                expected=f"for each of the {len(self)} samples, the position of its candidate, "
+                f"0 to {n - 1}.",
+                fix="dise.dispatch(func, y0, t, dise.select(y0))",
+            )
+        selection = selection.to(self.first.device, torch.int64)
         order = selection.argsort(stable=True)
-        groups = order.split(torch.bincount(selection, minlength=len(candidates)).tolist())
+        groups = order.split(torch.bincount(selection, minlength=n).tolist())
         if max(map(len, groups)) < len(self):
             check_independence(self.func, self.y0, self.t, groups=groups)
         solutions, calls, sample_nfe = [], 0, torch.zeros_like(selection)
@@ -327,21 +319,6 @@ class Batch:
 def joined(solutions: Sequence[State]) -> State:
     """Return solutions (times, samples, ...) as one, samples behind each other."""
     return map_parts(lambda *parts: torch.cat(parts, dim=1), *solutions)
-
-
-def _check_selection(selection: Tensor, batch: int, n_candidates: int) -> Tensor:
-    is_tensor = isinstance(selection, Tensor)
-    is_index = is_tensor and not selection.is_floating_point() and not selection.is_complex()
-    is_fitting = is_index and selection.shape == (batch,)
-    if not is_fitting or bool(((selection < 0) | (selection >= n_candidates)).any()):
-        got = f"{selection.dtype}, {tuple(selection.shape)}" if is_tensor else repr(selection)
-        raise OptionError(
-            problem=f"selection is {got}.",
-            expected=f"for each of the {batch} samples, the position of its candidate, 0 to "
-            f"{n_candidates - 1}.",
-            fix="dise.dispatch(func, y0, t, dise.select(y0))",
-        )
-    return selection.long()
 
 
 def _restricted(tolerance: Any, y0: State, index: Tensor | None) -> Any:

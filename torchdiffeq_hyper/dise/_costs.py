@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from torchdiffeq_hyper._fields import SHAPE_CLASHES
 from torchdiffeq_hyper._rules import Real, Rule, checked_arguments
 from torchdiffeq_hyper._state import State, map_parts, parts_of, take
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError
@@ -108,11 +109,7 @@ class ClassificationCost:
     """
 
     def __init__(
-        self,
-        predict: Callable[[State], Tensor],
-        labels: Tensor,
-        alpha: float,
-        penalty: float,
+        self, predict: Callable[[State], Tensor], labels: Tensor, alpha: float, penalty: float
     ) -> None:
         check_callable("predict", predict, "predict=model.classifier")
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
@@ -133,11 +130,7 @@ class ClassificationCost:
         self.alpha, self.penalty = check_settings(alpha, penalty)
 
     def check(self, batch: int) -> None:
-        """Refuse labels of another length.
-
-        Raises:
-            StateShapeError: there are not as many labels as samples.
-        """
+        """Raise `StateShapeError` unless there are as many labels as samples."""
         if len(self.labels) != batch:
             raise StateShapeError(
                 problem=f"there are {len(self.labels)} labels and {batch} samples in y0.",
@@ -179,9 +172,8 @@ class RegressionCost:
 
     .. math:: c = (\Delta\,\Gamma)^\alpha \text{ if } \Gamma \le \beta, \text{ else } M^\alpha
 
-    with :math:`\Delta` the calls of func for the sample, solved alone: equation 5 of "DISE:
-    Dynamic Integrator Selection to Minimize Forward-pass Time in Neural ODEs", ICLR 2021
-    submission.
+    with :math:`\Delta` the calls of func for the sample, solved alone: equation 5 of the paper
+    that `ClassificationCost` names.
 
     Args:
         error: called as ``error(y, index)`` with the solution and the samples' positions
@@ -201,9 +193,8 @@ class RegressionCost:
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
         >>> target = torch.tensor([1.0, 2.0])
-        >>> cost = tdh.RegressionCost(
-        ...     lambda y, index: (y - target[index]).abs(), 0.5, alpha=0.5, penalty=100.0
-        ... )
+        >>> error = lambda y, index: (y - target[index]).abs()
+        >>> cost = tdh.RegressionCost(error, 0.5, alpha=0.5, penalty=100.0)
         >>> cost.judge(torch.tensor([[0.0, 0.0], [1.1, 1.1]]), torch.arange(2)).is_right
         tensor([ True, False])
     """
@@ -219,13 +210,10 @@ class RegressionCost:
     ) -> None:
         check_callable("error", error, "error=lambda y, index: (y - x[index]).norm(dim=1)")
         if at not in ("end", "all", None):
-            raise OptionError(
-                problem=f"at is {at!r}.", expected='"end", "all" or None.', fix='at="end"'
-            )
-        self.error = error
-        self.at = at
+            problem, expected = f"at is {at!r}.", '"end", "all" or None.'
+            raise OptionError(problem=problem, expected=expected, fix='at="end"')
         check_number("threshold", threshold, Real(above=0.0), "threshold=0.1")
-        self.threshold = float(threshold)
+        self.error, self.at, self.threshold = error, at, float(threshold)
         self.alpha, self.penalty = check_settings(alpha, penalty)
 
     def check(self, batch: int) -> None:
@@ -236,6 +224,7 @@ class RegressionCost:
 
         Raises:
             StateShapeError: ``error`` returned another shape than (batch,).
+            OptionError: an error is below 0.
         """
         gamma = self._gamma(solution, index)
         if not isinstance(gamma, Tensor) or gamma.shape != index.shape:
@@ -269,8 +258,7 @@ class RegressionCost:
             return torch.cat(gammas) if all(isinstance(g, Tensor) for g in gammas) else None
         try:
             gamma = self.error(solution, index)
-        except (RuntimeError, ValueError, IndexError, TypeError):
+        except SHAPE_CLASHES:
             gamma = None  # it may take the final state only, and says what is wrong below
-        if isinstance(gamma, Tensor) and gamma.shape == index.shape:
-            return gamma
-        return self.error(_end(solution), index)
+        is_of_samples = isinstance(gamma, Tensor) and gamma.shape == index.shape
+        return gamma if is_of_samples else self.error(_end(solution), index)

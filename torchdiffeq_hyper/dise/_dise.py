@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 import warnings
@@ -18,14 +17,7 @@ from torchdiffeq_hyper.dise import _files
 from torchdiffeq_hyper.dise._candidates import Batch, Candidate, check_candidates
 from torchdiffeq_hyper.dise._costs import Cost, check_callable, check_settings
 from torchdiffeq_hyper.dise._fit import Scale, SelectorConfig, Training, are_finite, labels_of
-from torchdiffeq_hyper.dise._report import (
-    DiseReport,
-    Labels,
-    Oracle,
-    TradeOff,
-    TradeOffPoint,
-    one_candidate,
-)
+from torchdiffeq_hyper.dise._report import DiseReport, Labels, Oracle, TradeOff, one_candidate
 from torchdiffeq_hyper.dise.selectors import no_selector, predict
 from torchdiffeq_hyper.errors import NonFiniteError, OneCandidateWarning
 
@@ -73,9 +65,7 @@ class Dise(nn.Module):
     """The method string."""
 
     def __init__(
-        self,
-        candidates: Sequence[Candidate],
-        selector: Callable[[State], Tensor] | None = None,
+        self, candidates: Sequence[Candidate], selector: Callable[[State], Tensor] | None = None
     ) -> None:
         super().__init__()
         self.candidates = check_candidates(candidates)
@@ -88,10 +78,6 @@ class Dise(nn.Module):
         self.unit = Scale(0.0, 1.0)
         self.report: DiseReport | None = None
         self.train()
-
-    def extra_repr(self) -> str:
-        """Return the candidates, for printing."""
-        return ",\n".join(map(repr, self.candidates))
 
     def train(self, mode: bool = True) -> Dise:  # noqa: FBT001, FBT002 - torch's signature
         """Set the mode of the candidates; v stays in evaluation mode: it must not be noisy."""
@@ -171,10 +157,7 @@ class Dise(nn.Module):
 
     @torch.no_grad()
     def select(self, y0: State) -> Tensor:
-        """Return the position of the candidate chosen for each sample, (batch,) int64.
-
-        Raises as `predicted_costs` does.
-        """
+        """Return the position of each sample's cheapest candidate in `predicted_costs`, int64."""
         return predict(self.selector, y0, len(self.candidates)).argmin(dim=1)
 
     @torch.no_grad()
@@ -226,6 +209,7 @@ class Dise(nn.Module):
             StateShapeError: labels of another length, or a wrong shape.
             NoisyFieldError: func draws fresh noise at each call.
             CoupledSamplesError: func makes samples depend on each other.
+            NonFiniteError: v predicted inf or nan.
             FitDivergedError: v's loss turned non-finite.
         """
         start = time.perf_counter()
@@ -247,7 +231,7 @@ class Dise(nn.Module):
             penalty=cost.penalty,
             selection=selection,
             held_out=training.held_out,
-            losses=tuple(losses),
+            losses=losses,
             label_seconds=label_seconds,
             seconds=time.perf_counter() - start,
         )
@@ -290,17 +274,7 @@ class Dise(nn.Module):
             dearest = float(labels.weighted_nfe.max())
             penalties = [1.5 * dearest, 10 * dearest, 100 * dearest]
         settings = [check_settings(alpha, penalty) for alpha in alphas for penalty in penalties]
-        matrices = [labels.costs(alpha, penalty) for alpha, penalty in settings]
-        held, points = labels.of(training.held_out), []
-        for setting, costs in zip(settings, matrices, strict=True):
-            selector = copy.deepcopy(unfitted)
-            training.run(selector, costs)
-            with torch.no_grad():
-                starts = take(y0, training.held_out)
-                choice = predict(selector, starts, len(self.candidates)).argmin(dim=1)
-            points.append(TradeOffPoint(*setting, *held.means(choice), held.shares(choice)))
-        points.sort(key=lambda point: point.mean_nfe)
-        return TradeOff(tuple(points), held.singles, held.means(held.oracle()), labels)
+        return training.sweep(unfitted, labels, settings)
 
     def oracle(
         self,

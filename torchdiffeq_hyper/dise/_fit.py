@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from torchdiffeq_hyper._fields import check_independence, model_as_found
 from torchdiffeq_hyper._rules import Real, Such, Whole
-from torchdiffeq_hyper._state import State, StateLayout, map_parts, parts_of, take
-from torchdiffeq_hyper.dise._candidates import Batch, Candidate, count_samples, joined
+from torchdiffeq_hyper._state import RowLayout, State, StateLayout, map_parts, parts_of, take
+from torchdiffeq_hyper.dise._candidates import Batch, Candidate, joined
 from torchdiffeq_hyper.dise._costs import Cost, check_number
-from torchdiffeq_hyper.dise._report import Labels
+from torchdiffeq_hyper.dise._report import Labels, TradeOff, TradeOffPoint
 from torchdiffeq_hyper.dise.selectors import ReadySelector, predict, ready
 from torchdiffeq_hyper.errors import FitDivergedError, OptionError, StateTypeError
 from torchdiffeq_hyper.evaluation._measure import unless_broken
@@ -82,12 +82,14 @@ class SelectorConfig:
             check_number(field.name, getattr(self, field.name), _RULES[field.name], fix)
 
 
+Losses: TypeAlias = tuple[tuple[int, float, float], ...]
+
+
 class Scale(NamedTuple):
     """The unit in which a selector predicts: costs are ``shift + scale * prediction``.
 
-    Mean and standard deviation of all costs: one unit for all candidates, so that the smallest
-    prediction is the smallest cost. (A logarithm would not do: v estimates a mean, and wrong
-    answers must weigh in it.)
+    One for all candidates, so that the smallest prediction is the smallest cost. (No logarithm:
+    v estimates a mean, and wrong answers must weigh in it.)
     """
 
     shift: float
@@ -108,7 +110,8 @@ class Training:
     def of(cls, y0: State, config: SelectorConfig | None, *, progress: bool) -> Training:
         """Split the samples, of which there must be at least two."""
         config = config or SelectorConfig()
-        batch = count_samples(y0)
+        RowLayout.of(y0)
+        batch = len(parts_of(y0)[0])
         if batch < 2:
             raise OptionError(
                 problem=f"y0 has {batch} sample{'s' * (batch != 1)}: none would be left to "
@@ -134,13 +137,11 @@ class Training:
             fix="tdh.Dise(candidates)   # fit makes a ready selector",
         )
 
-    def run(
-        self, selector: nn.Module, costs: Tensor
-    ) -> tuple[Scale, list[tuple[int, float, float]]]:
+    def run(self, selector: nn.Module, costs: Tensor) -> tuple[Scale, Losses]:
         """Train a selector in place on costs (batch, candidates); return its unit and the losses.
 
         It ends in the state that was best on held-out samples, in evaluation mode and frozen; on
-        an error it is as it was before. The losses are those of `DiseReport`.
+        an error it is as it was before.
         """
         config, seen = self.config, costs[self.train]
         unit = Scale(float(seen.mean()), float(seen.std(correction=0)) or 1.0)
@@ -153,14 +154,14 @@ class Training:
         every = max(1, config.iterations // VALIDATIONS)
         losses: list[tuple[int, float, float]] = []
         best_loss = math.inf
-        bar = tqdm(total=config.iterations, disable=not self.progress, unit="it", desc="selector")
+        bar = tqdm(total=config.iterations, disable=not self.progress, desc="selector")
         with frozen_or_restored(selector), own_random_state(config.seed), bar, torch.enable_grad():
             if isinstance(selector, ReadySelector):
                 selector.calibrate(take(self.y0, self.train))
             if not any(parameter.requires_grad for parameter in selector.parameters()):
                 selector.requires_grad_(requires_grad=True)  # an earlier fit froze it
             best = copy.deepcopy(selector.state_dict())
-            optimizer = AdamW(selector.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+            optimizer = AdamW(selector.parameters(), config.lr, weight_decay=config.weight_decay)
             schedule = CosineAnnealingLR(optimizer, config.iterations, eta_min=config.lr / 100)
             numbers = range(1, config.iterations + 1)
             for iteration, index in zip(numbers, self._batches(), strict=False):
@@ -175,12 +176,33 @@ class Training:
                     continue
                 selector.eval()
                 with torch.no_grad():
-                    held = _checked(loss_on(self.held_out), iteration)
-                losses.append((iteration, _checked(loss, iteration), held))
+                    held = loss_on(self.held_out).item()
+                losses.append((iteration, loss.item(), held))
+                if not math.isfinite(held + loss.item()):
+                    raise FitDivergedError(
+                        problem=f"the selector's loss is {held} at iteration {iteration}.",
+                        expected="a finite loss.",
+                        fix="tdh.SelectorConfig(lr=3e-4)",
+                    )
                 if held < best_loss:
                     best, best_loss = copy.deepcopy(selector.state_dict()), held
             selector.load_state_dict(best)
-        return unit, losses
+        return unit, tuple(losses)
+
+    def sweep(
+        self, unfitted: nn.Module, labels: Labels, settings: Iterable[tuple[float, float]]
+    ) -> TradeOff:
+        """Train copies of a selector, one at every alpha and M; see `Dise.suggest`."""
+        held, starts = labels.of(self.held_out), take(self.y0, self.held_out)
+        points = []
+        for setting, costs in [(setting, labels.costs(*setting)) for setting in settings]:
+            selector = copy.deepcopy(unfitted)
+            self.run(selector, costs)
+            with torch.no_grad():
+                choice = predict(selector, starts, len(labels.names)).argmin(dim=1)
+            points.append(TradeOffPoint(*setting, *held.means(choice), held.shares(choice)))
+        points.sort(key=lambda point: point.mean_nfe)
+        return TradeOff(tuple(points), held.singles, held.means(held.oracle()), labels)
 
     def _batches(self) -> Iterator[Tensor]:
         """Yield positions of training samples, epoch after epoch in new orders."""
@@ -189,16 +211,6 @@ class Training:
             order = torch.randperm(len(self.train), generator=generator).to(self.train.device)
             # Nearly equal sizes: batch norm fails on a last batch of one sample.
             yield from self.train[order].tensor_split(-(-len(order) // self.config.batch_size))
-
-
-def _checked(loss: Tensor, iteration: int) -> float:
-    if math.isfinite(loss.item()):
-        return loss.item()
-    raise FitDivergedError(
-        problem=f"the selector's loss is {loss.item()} at iteration {iteration}.",
-        expected="a finite loss.",
-        fix="tdh.SelectorConfig(lr=3e-4)",
-    )
 
 
 def are_finite(solution: State) -> Tensor:
@@ -246,9 +258,7 @@ def labels_of(
         model_as_found(field),
         left_as_found(getattr(cost, "predict", None) or getattr(cost, "error", None)),
         torch.no_grad(),
-        tqdm(
-            total=n * len(candidates), disable=not progress, unit="solve", desc="solving alone"
-        ) as bar,
+        tqdm(total=n * len(candidates), disable=not progress, desc="solving alone") as bar,
     ):
         _check_field(batch)
         for candidate in candidates:
@@ -292,22 +302,23 @@ def _solve_alone(
     return _one_by_one(candidate, batch, everyone, tick)
 
 
-_BY_SAMPLE = ("dopri5", "dopri5_per_sample")
-_CONTROLS = {field.name for field in fields(PerSampleDopri5)}
-
-
 def _together(candidate: Candidate, batch: Batch) -> tuple[State, Tensor] | None:
     """Return the solution of all samples in one go, or None where the method has none."""
     if candidate.follows_grid or candidate.solver is not None:
         field = batch.field()
         solution = batch.solve(candidate, field)
         return solution, torch.full((len(batch),), field.calls, device=batch.first.device)
-    known = _CONTROLS - ({"time"} if candidate.method == "dopri5" else set())
-    if candidate.method in _BY_SAMPLE and candidate.options.keys() <= known:
-        rtol, atol = candidate.tolerances(batch.rtol, batch.atol)
-        solver = PerSampleDopri5(**candidate.options)
-        return solver.run(batch.func, batch.y0, batch.t, rtol=rtol, atol=atol)
-    return None
+    # The controls of both methods are the same; "time" is no option of the host's.
+    known = {field.name for field in fields(PerSampleDopri5)}
+    if candidate.method == "dopri5":
+        known.remove("time")
+    elif candidate.method != "dopri5_per_sample":
+        return None
+    if not candidate.options.keys() <= known:
+        return None
+    rtol, atol = candidate.tolerances(batch.rtol, batch.atol)
+    solver = PerSampleDopri5(**candidate.options)
+    return solver.run(batch.func, batch.y0, batch.t, rtol=rtol, atol=atol)
 
 
 def _one_by_one(

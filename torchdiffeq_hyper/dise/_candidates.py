@@ -16,7 +16,7 @@ from torchdiffeq import odeint
 
 from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._fields import check_independence
-from torchdiffeq_hyper._rules import Real, Whole, checked_arguments
+from torchdiffeq_hyper._rules import Real, Whole, checked_arguments, shown
 from torchdiffeq_hyper._state import (
     RowLayout,
     State,
@@ -286,9 +286,8 @@ class Batch:
         is_index = is_tensor and not (selection.is_floating_point() or selection.is_complex())
         is_fitting = is_index and selection.shape == (len(self),)
         if not is_fitting or bool(((selection < 0) | (selection >= n)).any()):
-            got = f"{selection.dtype}, {tuple(selection.shape)}" if is_tensor else repr(selection)
             raise OptionError(
-                problem=f"selection is {got}.",
+                problem=f"selection is {shown(selection)}.",
                 expected=f"for each of the {len(self)} samples, the position of its candidate, "
                 f"0 to {n - 1}.",
                 fix="dise.dispatch(func, y0, t, dise.select(y0))",

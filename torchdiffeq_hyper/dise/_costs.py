@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._fields import SHAPE_CLASHES
-from torchdiffeq_hyper._rules import Real, Rule, checked_arguments
+from torchdiffeq_hyper._rules import Real, Rule, checked_arguments, shown
 from torchdiffeq_hyper._state import State, map_parts, parts_of, take
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError
 
@@ -75,11 +75,6 @@ def _end(solution: State) -> State:
     return map_parts(lambda part: part[-1], solution)
 
 
-def _shape(answer: Any) -> Any:
-    """Return what a message says of an answer of the wrong shape."""
-    return tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
-
-
 class ClassificationCost:
     r"""Calls of func where the class is right, a penalty where it is wrong.
 
@@ -113,9 +108,8 @@ class ClassificationCost:
     ) -> None:
         check_callable("predict", predict, "predict=model.classifier")
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
-            got = labels.dtype if isinstance(labels, Tensor) else "no tensor"
             raise StateTypeError(
-                problem=f"labels are {got}.",
+                problem=f"labels are {shown(labels)}.",
                 expected="a tensor of integers: each sample's class.",
                 fix="labels = torch.as_tensor(labels).long()",
             )
@@ -150,7 +144,7 @@ class ClassificationCost:
         is_matrix = isinstance(logits, Tensor) and logits.dim() == 2
         if not is_matrix or len(logits) != len(index) or logits.shape[1] < 2:
             raise StateShapeError(
-                problem=f"predict returned {_shape(logits)} for {len(index)} samples.",
+                problem=f"predict returned {shown(logits)} for {len(index)} samples.",
                 expected="logits of shape (batch, classes), of at least two classes.",
                 fix="predict=lambda y: classifier(y.flatten(1))\n"
                 "predict=lambda y: torch.cat([-score(y), score(y)], dim=1)   # of one score",
@@ -229,8 +223,7 @@ class RegressionCost:
         gamma = self._gamma(solution, index)
         if not isinstance(gamma, Tensor) or gamma.shape != index.shape:
             raise StateShapeError(
-                problem=f"error returned {_shape(gamma)} for {len(index)} samples "
-                f"(at={self.at!r}).",
+                problem=f"error returned {shown(gamma)} for {len(index)} samples (at={self.at!r}).",
                 expected="Gamma of shape (batch,).",
                 fix="error=lambda y, index: (y - x[index]).flatten(1).norm(dim=1)   # y(t[-1])\n"
                 'at="all"   # if error takes y at all points of t, (len(t), batch, ...)',

@@ -251,6 +251,7 @@ def labels_of(
     func, field = batch.func, bound(batch.func, batch.y0, None)
     batch = replace(batch, func=field)
     everyone = torch.arange(n, device=batch.first.device)
+    some = everyone[torch.linspace(0, n - 1, min(4, n)).long().unique()]
     names: list[str] = []
     columns = []
     with (
@@ -260,31 +261,35 @@ def labels_of(
         torch.no_grad(),
         tqdm(total=n * len(candidates), disable=not progress, desc="solving alone") as bar,
     ):
-        _check_field(batch)
+        _check_field(batch, some)
         for candidate in candidates:
-            solution, nfe = _solve_alone(candidate, batch, everyone, bar.update)
+            solution, nfe = _solve_alone(candidate, batch, everyone, some, bar.update)
             is_right, weight = cost.judge(solution, everyone)
             columns.append((nfe, is_right & are_finite(solution), weight))
             names.append(distinct(candidate.label, names))
     return Labels(tuple(names), *(torch.stack(column, 1) for column in zip(*columns, strict=True)))
 
 
-def _check_field(batch: Batch) -> None:
+def _check_field(batch: Batch, some: Tensor) -> None:
     """Refuse a field that draws fresh noise, or whose samples cannot be solved alone."""
     # As the host does: a func may concatenate its time with its state.
     t0, dtype = batch.t[0].to(batch.first.dtype.to_real()), batch.first.dtype
     field, join = batch.field(), StateLayout.of(batch.y0).join
     first, second = (join(field(t0, batch.y0)) for _ in range(2))
     check_repeatable(first, second, dtype, float(t0))
-    check_independence(batch.func, batch.y0, batch.t, groups=_some_samples(batch).split(1))
+    check_independence(batch.func, batch.y0, batch.t, groups=some.split(1))
 
 
 def _solve_alone(
-    candidate: Candidate, batch: Batch, everyone: Tensor, tick: Callable[[int], object]
+    candidate: Candidate,
+    batch: Batch,
+    everyone: Tensor,
+    some: Tensor,
+    tick: Callable[[int], object],
 ) -> tuple[State, Tensor]:
     """Return a candidate's solution of every sample alone, and its calls of func (batch,).
 
-    All are solved together where that gives the same for a few samples, else one by one. A
+    All are solved together where that gives the same for ``some`` samples, else one by one. A
     sample that the candidate cannot solve is nan, at the calls made until then. ``tick`` is
     told the number of samples solved.
     """
@@ -294,7 +299,6 @@ def _solve_alone(
         together = None
     if together is not None:
         solution, nfe = together
-        some = _some_samples(batch)
         alone, calls = _one_by_one(candidate, batch, some)
         if torch.equal(nfe[some], calls) and _are_close(take(solution, some, 1), alone):
             tick(len(batch))
@@ -338,13 +342,6 @@ def _one_by_one(
         nfe.append(field.calls)
         tick(1)
     return joined(solutions), torch.tensor(nfe, device=batch.first.device)
-
-
-def _some_samples(batch: Batch) -> Tensor:
-    """Return the positions of up to four samples, to compare solves together and alone on."""
-    n = len(batch)
-    positions: Tensor = torch.linspace(0, n - 1, min(4, n)).long().unique()
-    return positions.to(batch.first.device)
 
 
 def _are_close(solution: State, other: State) -> bool:

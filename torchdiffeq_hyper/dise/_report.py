@@ -52,10 +52,7 @@ class Labels:
         return torch.where(self.is_right, calls, penalty) ** alpha
 
     def oracle(self) -> Tensor:
-        """Return for each sample the right candidate with the fewest calls of func.
-
-        Where none is right, the one with the fewest calls.
-        """
+        """Return each sample's candidate with the fewest calls: of the right ones, if any is."""
         worst = self.nfe.max() + 1 if len(self) else 0
         return (self.nfe + worst * ~self.is_right).argmin(dim=1)
 
@@ -173,10 +170,6 @@ class TradeOff:
     singles: tuple[tuple[str, float, float], ...]
     oracle: tuple[float, float]
     labels: Labels
-
-    def cheapest(self, accuracy: float) -> TradeOffPoint | None:
-        """Return the setting with the fewest calls among those at least so accurate, if any."""
-        return next((point for point in self.points if point.accuracy >= accuracy), None)
 
     def __str__(self) -> str:
         """Return a table."""

@@ -23,6 +23,7 @@ from torchdiffeq_hyper._rules import (
     Tagged,
     Whole,
     checked_arguments,
+    shown,
 )
 from torchdiffeq_hyper._state import RowLayout, State, parts_of, stepped_dtype
 from torchdiffeq_hyper.errors import (
@@ -72,10 +73,9 @@ class ReadySelector(nn.Module):
     def calibrate(self, y0: State) -> None:
         """Set the normalisation from samples: every channel to mean 0, deviation 1."""
         x = self.features(y0).to(self.shift.dtype)
-        dims = [0, *range(2, x.dim())]
-        variance, mean = torch.var_mean(x, dims, correction=0)
-        self.shift.copy_(mean.view_as(self.shift))
+        variance, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
         scale = torch.where(variance > 0, variance, 1.0).rsqrt()
+        self.shift.copy_(mean.view_as(self.shift))
         self.scale.copy_(scale.view_as(self.scale))
 
     def forward(self, y0: State) -> Tensor:
@@ -119,13 +119,8 @@ class MLP(ReadySelector):
     """
 
     kind = "mlp"
-    arguments = Record(
-        _SIZES,
-        optional={
-            "hidden": _HIDDEN,
-            "dropout": Such(Real(low=0.0), lambda share: share < 1, "and below 1"),
-        },
-    )
+    _DROPOUT = Such(Real(low=0.0), lambda share: share < 1, "and below 1")
+    arguments = Record(_SIZES, optional={"hidden": _HIDDEN, "dropout": _DROPOUT})
 
     def __init__(
         self,
@@ -143,13 +138,7 @@ class MLP(ReadySelector):
 class TanhMLP(ReadySelector):
     """A perceptron with tanh activations on the flattened start, as the paper's for flows.
 
-    Args:
-        n_inputs: numbers of a sample, all parts of a tuple state together.
-        n_candidates: number of candidates.
-        hidden: widths of the hidden layers.
-
-    Raises:
-        OptionError: an argument is impossible.
+    Its arguments are those of `MLP`, without the dropout.
 
     Example:
         >>> import torch
@@ -272,9 +261,8 @@ def from_architecture(
 ) -> ReadySelector:
     """Rebuild a ready selector, with new weights, from its ``architecture``.
 
-    A selector larger than ``weights``, its ``state_dict()``, is refused before it is built;
-    None for any size. Messages name ``what`` the description was read from, and its place ``at``
-    in there.
+    One larger than ``weights``, a ``state_dict()``, is refused before it is built. Messages name
+    ``what`` the description was read from, and its place ``at`` in there.
 
     Raises:
         FileFormatError: the kind is unknown, or an argument is impossible.
@@ -301,9 +289,8 @@ def predict(selector: Callable[[State], Tensor] | None, y0: State, n_candidates:
         raise no_selector()
     out = selector(y0)
     if not isinstance(out, Tensor) or not out.is_floating_point():
-        got = out.dtype if isinstance(out, Tensor) else type(out).__name__
         raise StateTypeError(
-            problem=f"the selector returned {got}.",
+            problem=f"the selector returned {shown(out)}.",
             expected="a floating-point tensor of predicted costs.",
             fix="return self.head(features)",
         )

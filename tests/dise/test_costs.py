@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper.dise import ClassificationCost, Labels, RegressionCost
+from torchdiffeq_hyper.dise import ClassificationCost, Labels, Oracle, RegressionCost
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError
 
 INDEX = torch.arange(3)
@@ -167,6 +167,7 @@ def test_the_oracle_takes_the_fewest_calls_among_right_answers() -> None:
     )
     choice = labels.oracle()
     assert choice.tolist() == [0, 1, 2, 1]
-    assert labels.mean_nfe(choice) == (4 + 60 + 10 + 8) / 4
-    assert labels.accuracy(choice) == 0.75
-    assert labels.shares(choice) == {"candidate 0": 0.25, "candidate 1": 0.5, "candidate 2": 0.25}
+    oracle = Oracle(labels, choice)
+    assert oracle.mean_nfe == (4 + 60 + 10 + 8) / 4
+    assert oracle.accuracy == 0.75
+    assert oracle.shares == {"candidate 0": 0.25, "candidate 1": 0.5, "candidate 2": 0.25}

@@ -29,9 +29,7 @@ class Verdict(NamedTuple):
 class Cost(Protocol):
     """A rule for what answers cost: `ClassificationCost`, `RegressionCost`, or one of your own.
 
-    Attributes:
-        alpha: the exponent of costs, above 0.
-        penalty: M, what a wrong answer costs at alpha = 1.
+    ``alpha`` is the exponent of costs, ``penalty`` M, what a wrong answer costs at alpha = 1.
     """
 
     alpha: float
@@ -39,16 +37,13 @@ class Cost(Protocol):
 
     def check(self, batch: int) -> None:
         """Raise if the cost belongs to another number of samples."""
-        ...
 
     def judge(self, solution: State, index: Tensor) -> Verdict:
         """Return which answers are right, and what a call of func counts for in them.
 
-        Args:
-            solution: the states at all points of t, (times, batch, ...), or a tuple of such.
-            index: the samples' positions in y0 (batch,).
+        ``solution`` is (times, batch, ...), or a tuple of such; ``index`` has the samples'
+        positions in y0 (batch,).
         """
-        ...
 
 
 def check_number(name: str, value: Any, rule: Rule, fix: str) -> None:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._state import State, VectorField, map_parts, take
+from torchdiffeq_hyper._state import State, VectorField, map_parts
 from torchdiffeq_hyper.dise import _files
 from torchdiffeq_hyper.dise._candidates import Batch, Candidate, check_candidates
 from torchdiffeq_hyper.dise._costs import Cost, check_callable, check_settings
 from torchdiffeq_hyper.dise._fit import Scale, SelectorConfig, Training, are_finite, labels_of
 from torchdiffeq_hyper.dise._report import DiseReport, Labels, Oracle, TradeOff, one_candidate
-from torchdiffeq_hyper.dise.selectors import no_selector, predict
-from torchdiffeq_hyper.errors import NonFiniteError, OneCandidateWarning
+from torchdiffeq_hyper.dise.selectors import predict
+from torchdiffeq_hyper.errors import MissingHypernetError, NonFiniteError, OneCandidateWarning
 
 
 class Dise(nn.Module):
@@ -158,19 +158,28 @@ class Dise(nn.Module):
     @torch.no_grad()
     def select(self, y0: State) -> Tensor:
         """Return the position of each sample's cheapest candidate in `predicted_costs`, int64."""
-        return predict(self.selector, y0, len(self.candidates)).argmin(dim=1)
+        return predict(self._found_selector, y0, len(self.candidates)).argmin(dim=1)
 
     @torch.no_grad()
     def predicted_costs(self, y0: State) -> Tensor:
         """Return the predicted cost of every candidate, (batch, candidates).
 
-        Raises:
-            MissingHypernetError: there is no selector.
-            StateShapeError: v returned another shape than (batch, candidates).
-            NonFiniteError: v predicted inf or nan.
+        Raises what `solve` raises of v.
         """
-        predicted = predict(self.selector, y0, len(self.candidates))
+        predicted = predict(self._found_selector, y0, len(self.candidates))
         return predicted * self.unit.scale + self.unit.shift
+
+    @property
+    def _found_selector(self) -> Callable[[State], Tensor]:
+        if self.selector is None:
+            raise MissingHypernetError(
+                problem="this Dise has no selector.",
+                expected="a fitted one, or one of your own.",
+                fix="dise.fit(func, y0, t, cost=cost)   # see tdh.ClassificationCost\n"
+                "tdh.Dise(candidates, selector=v)\n"
+                "dise.dispatch(func, y0, t, selection)   # with choices of your own",
+            )
+        return self.selector
 
     def fit(
         self,
@@ -216,8 +225,6 @@ class Dise(nn.Module):
         n_candidates = len(self.candidates)
         training = Training.of(y0, config, progress=progress)
         selector = training.selector(self.selector, n_candidates)
-        with torch.no_grad():  # before the long part
-            predict(selector.eval(), take(y0, training.held_out[:1]), n_candidates)
         batch = Batch.of(func, y0, t, rtol=rtol, atol=atol)
         labels = labels_of(self.candidates, batch, cost, known=labels, progress=progress)
         costs = labels.costs(cost.alpha, cost.penalty)
@@ -299,8 +306,7 @@ class Dise(nn.Module):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write candidates, selector and report to one safetensors file.
 
-        Solvers among the candidates are stored inside. An old file stays until the new one is
-        complete.
+        It holds the solvers among the candidates. An old file stays until it is complete.
 
         Raises:
             MissingHypernetError: there is no selector.
@@ -308,9 +314,7 @@ class Dise(nn.Module):
                 of a candidate is no JSON value.
             FileWriteError: the file cannot be written; nothing half-written is left.
         """
-        if self.selector is None:
-            raise no_selector()
-        _files.write(path, self.candidates, self.selector, self.unit, self.report)
+        _files.write(path, self.candidates, self._found_selector, self.unit, self.report)
 
     @classmethod
     def load(

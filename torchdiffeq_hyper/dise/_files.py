@@ -37,7 +37,6 @@ from torchdiffeq_hyper._rules import (
     Text,
     Value,
     Whole,
-    mismatch,
     shown,
 )
 from torchdiffeq_hyper.dise._candidates import Candidate, check_candidates
@@ -155,14 +154,11 @@ def read(
     found = checked(_DISE, metadata, described_in(path))
     with refused(described_in(path)):
         _check_owners(tensors, found)
-        n_candidates = len(found["candidates"])
-        n_predicted = found["selector"].get("n_candidates", n_candidates)
-        if n_predicted != n_candidates:
-            place, expected = "selector.n_candidates", f"{n_candidates}, one a candidate"
-            raise mismatch(place, n_predicted, expected)
+        n = len(found["candidates"])
+        Choice(n).check(found["selector"].get("n_candidates", n), "selector.n_candidates")
         report = None
         if found["report"] is not None:
-            report = _report(found["report"], tensors_under("report.", tensors), n_candidates)
+            report = _report(found["report"], tensors_under("report.", tensors), n)
     rebuilt = [
         _candidate(settings, i, tensors_under(f"candidates.{i}.", tensors), hypernets.get(i), path)
         for i, settings in enumerate(found["candidates"])
@@ -189,8 +185,7 @@ def _check_owners(tensors: Mapping[str, Tensor], found: Mapping[str, Any]) -> No
 
 def _report(described: dict[str, Any], own: Mapping[str, Tensor], n_candidates: int) -> DiseReport:
     """Return the report, after checking that it is of these candidates."""
-    names = Items(Text(), least=n_candidates, most=n_candidates)
-    names.check(described["names"], "report.names")
+    Items(Text(), n_candidates, n_candidates).check(described["names"], "report.names")
     batch = own["nfe"].shape[0] if "nfe" in own and own["nfe"].dim() == 2 else None
     numbers = (torch.int64, torch.int32, *FLOATS)
     rules = Record(

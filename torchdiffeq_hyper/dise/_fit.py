@@ -20,7 +20,7 @@ from torchdiffeq_hyper._rules import Real, Such, Whole
 from torchdiffeq_hyper._state import RowLayout, State, StateLayout, map_parts, parts_of, take
 from torchdiffeq_hyper.dise._candidates import Batch, Candidate, joined
 from torchdiffeq_hyper.dise._costs import Cost, check_number
-from torchdiffeq_hyper.dise._report import Labels, TradeOff, TradeOffPoint
+from torchdiffeq_hyper.dise._report import Choice, Labels, TradeOff, TradeOffPoint
 from torchdiffeq_hyper.dise.selectors import ReadySelector, predict, ready
 from torchdiffeq_hyper.errors import FitDivergedError, OptionError, StateTypeError
 from torchdiffeq_hyper.evaluation._measure import unless_broken
@@ -33,8 +33,6 @@ from torchdiffeq_hyper.fitting._guard import (
     own_random_state,
 )
 from torchdiffeq_hyper.solvers.per_sample import PerSampleDopri5
-
-VALIDATIONS = 50
 
 _RULES = {
     "iterations": Whole(1),
@@ -129,19 +127,20 @@ class Training:
         if given is None:
             with own_random_state(self.config.seed):
                 return ready(self.y0, n_candidates)
-        if isinstance(given, nn.Module) and any(True for _ in given.parameters()):
-            return given
-        raise StateTypeError(
-            problem=f"the selector is a {type(given).__name__}, which has nothing to fit.",
-            expected="an nn.Module with parameters.",
-            fix="tdh.Dise(candidates)   # fit makes a ready selector",
-        )
+        if not isinstance(given, nn.Module) or not any(True for _ in given.parameters()):
+            raise StateTypeError(
+                problem=f"the selector is a {type(given).__name__}, which has nothing to fit.",
+                expected="an nn.Module with parameters.",
+                fix="tdh.Dise(candidates)   # fit makes a ready selector",
+            )
+        with torch.no_grad():  # before anything is solved
+            predict(given.eval(), take(self.y0, self.held_out[:1]), n_candidates)
+        return given
 
     def run(self, selector: nn.Module, costs: Tensor) -> tuple[Scale, Losses]:
         """Train a selector in place on costs (batch, candidates); return its unit and the losses.
 
-        It ends in the state that was best on held-out samples, in evaluation mode and frozen; on
-        an error it is as it was before.
+        It ends in the state that was best on held-out samples, or on an error as it was.
         """
         config, seen = self.config, costs[self.train]
         unit = Scale(float(seen.mean()), float(seen.std(correction=0)) or 1.0)
@@ -151,7 +150,7 @@ class Training:
             out = predict(selector, take(self.y0, index), targets.shape[1])
             return (out.to(targets.dtype) - targets[index]).square().mean()
 
-        every = max(1, config.iterations // VALIDATIONS)
+        every = max(1, config.iterations // 50)  # validations
         losses: list[tuple[int, float, float]] = []
         best_loss = math.inf
         bar = tqdm(total=config.iterations, disable=not self.progress, desc="selector")
@@ -199,10 +198,11 @@ class Training:
             selector = copy.deepcopy(unfitted)
             self.run(selector, costs)
             with torch.no_grad():
-                choice = predict(selector, starts, len(labels.names)).argmin(dim=1)
-            points.append(TradeOffPoint(*setting, *held.means(choice), held.shares(choice)))
+                chosen = predict(selector, starts, len(labels.names)).argmin(dim=1)
+            points.append(TradeOffPoint(held, chosen, *setting))
         points.sort(key=lambda point: point.mean_nfe)
-        return TradeOff(tuple(points), held.singles, held.means(held.oracle()), labels)
+        best = Choice(held, held.oracle())
+        return TradeOff(tuple(points), held.singles, (best.mean_nfe, best.accuracy), labels)
 
     def _batches(self) -> Iterator[Tensor]:
         """Yield positions of training samples, epoch after epoch in new orders."""
@@ -229,8 +229,7 @@ def labels_of(
 ) -> Labels:
     """Solve every sample with every candidate, alone, and return calls and right answers.
 
-    Modules in func are put in evaluation mode meanwhile, and come back as found. What is
-    ``known`` from an earlier call is returned if it belongs to so many samples and candidates.
+    Modules come back as found. What is ``known`` from an earlier call is returned as it is.
     """
     n = len(batch)
     if known is not None:
@@ -290,8 +289,7 @@ def _solve_alone(
     """Return a candidate's solution of every sample alone, and its calls of func (batch,).
 
     All are solved together where that gives the same for ``some`` samples, else one by one. A
-    sample that the candidate cannot solve is nan, at the calls made until then. ``tick`` is
-    told the number of samples solved.
+    sample that the candidate cannot solve is nan, at the calls made until then.
     """
     try:
         together = unless_broken(partial(_together, candidate, batch))

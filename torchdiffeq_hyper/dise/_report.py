@@ -56,24 +56,6 @@ class Labels:
         worst = self.nfe.max() + 1 if len(self) else 0
         return (self.nfe + worst * ~self.is_right).argmin(dim=1)
 
-    def mean_nfe(self, selection: Tensor) -> float:
-        """Return the mean calls of func of a choice of candidates (batch,)."""
-        return _mean(self.nfe, selection)
-
-    def accuracy(self, selection: Tensor) -> float:
-        """Return the share of right answers of a choice of candidates (batch,)."""
-        return _mean(self.is_right, selection)
-
-    def means(self, selection: Tensor) -> tuple[float, float]:
-        """Return `mean_nfe` and `accuracy` of a choice of candidates (batch,)."""
-        return self.mean_nfe(selection), self.accuracy(selection)
-
-    def shares(self, selection: Tensor) -> dict[str, float]:
-        """Return for each candidate the share of samples that a choice sends to it."""
-        counts = torch.bincount(selection, minlength=len(self.names)).double()
-        shares = counts / max(1, len(selection))
-        return dict(zip(self.names, shares.tolist(), strict=True))
-
     def of(self, index: Tensor) -> Labels:
         """Return the labels of some samples."""
         return Labels(self.names, self.nfe[index], self.is_right[index], self.weight[index])
@@ -90,11 +72,6 @@ class Labels:
         return tuple(zip(self.names, *means, strict=True))
 
 
-def _mean(matrix: Tensor, selection: Tensor) -> float:
-    """Return the mean entry of each sample's candidate, of a matrix (batch, candidates)."""
-    return float(matrix.gather(1, selection.unsqueeze(1)).double().mean())
-
-
 def _table(columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> str:
     """Return a table of names, mean calls, shares of right answers, and further cells."""
     cells = [(name, f"{nfe:.2f}", f"{right:.4f}", *rest) for name, nfe, right, *rest in rows]
@@ -102,31 +79,41 @@ def _table(columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> str:
 
 
 @dataclass(frozen=True)
-class Oracle:
-    """For each sample the right candidate with the fewest calls of func.
+class Choice:
+    """A candidate for each sample, and what they achieve.
 
     Attributes:
         labels: calls of func and right answers of every candidate on every sample.
-        selection: the oracle's choices (batch,); `Dise.dispatch` takes them.
+        selection: the choices (batch,); `Dise.dispatch` takes them.
     """
 
     labels: Labels
     selection: Tensor
 
+    def mean(self, matrix: Tensor) -> float:
+        """Return the mean entry of the chosen candidates in a matrix (batch, candidates)."""
+        return float(matrix.gather(1, self.selection.unsqueeze(1)).double().mean())
+
     @property
     def mean_nfe(self) -> float:
-        """Mean calls of func with the oracle's choices."""
-        return self.labels.mean_nfe(self.selection)
+        """Mean calls of func with these choices."""
+        return self.mean(self.labels.nfe)
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers with the oracle's choices."""
-        return self.labels.accuracy(self.selection)
+        """Share of right answers with these choices."""
+        return self.mean(self.labels.is_right)
 
     @property
     def shares(self) -> dict[str, float]:
         """Share of samples sent to each candidate."""
-        return self.labels.shares(self.selection)
+        counts = torch.bincount(self.selection, minlength=len(self.labels.names)).double()
+        shares = counts / max(1, len(self.selection))
+        return dict(zip(self.labels.names, shares.tolist(), strict=True))
+
+
+class Oracle(Choice):
+    """For each sample the right candidate with the fewest calls of func."""
 
     def __str__(self) -> str:
         """Return a table of the candidates and of the oracle beside them."""
@@ -137,22 +124,16 @@ class Oracle:
 
 
 @dataclass(frozen=True)
-class TradeOffPoint:
-    """One setting of a sweep; means over held-out samples.
+class TradeOffPoint(Choice):
+    """One setting of a sweep: the choices of a selector fitted at it for held-out samples.
 
     Attributes:
         alpha: of the cost.
         penalty: M of the cost.
-        mean_nfe: mean calls of func with the choices of a selector fitted at this setting.
-        accuracy: share of right answers with them.
-        shares: share of samples sent to each candidate.
     """
 
     alpha: float
     penalty: float
-    mean_nfe: float
-    accuracy: float
-    shares: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -219,56 +200,52 @@ class DiseReport:
     @property
     def mean_nfe(self) -> float:
         """Mean calls of func with v's choices, each sample solved alone."""
-        held, _, choice = self._held
-        return held.mean_nfe(choice)
+        return self._held.mean_nfe
 
     @property
     def accuracy(self) -> float:
         """Share of right answers with v's choices."""
-        held, _, choice = self._held
-        return held.accuracy(choice)
+        return self._held.accuracy
 
     @property
     def shares(self) -> dict[str, float]:
         """Share of samples sent to each candidate."""
-        held, _, choice = self._held
-        return held.shares(choice)
+        return self._held.shares
 
     @property
     def regret(self) -> float:
         """Mean cost of v's choices above that of an oracle's; 0 is perfect."""
-        _, costs, choice = self._held
-        return _mean(costs, choice) - float(costs.amin(dim=1).mean())
+        costs = self.costs[self.held_out]
+        return self._held.mean(costs) - float(costs.amin(dim=1).mean())
 
     @property
     def regret_to_single(self) -> float:
         """Mean cost of v's choices above that of the best single candidate; below 0 is a gain."""
-        _, costs, choice = self._held
-        return _mean(costs, choice) - float(costs.mean(dim=0).min())
+        costs = self.costs[self.held_out]
+        return self._held.mean(costs) - float(costs.mean(dim=0).min())
 
     @property
     def best_single(self) -> str:
         """The candidate with the smallest mean cost."""
-        return self.labels.names[int(self._held[1].mean(dim=0).argmin())]
+        return self.labels.names[int(self.costs[self.held_out].mean(dim=0).argmin())]
 
     @property
-    def _held(self) -> tuple[Labels, Tensor, Tensor]:
-        """Labels, costs and v's choices of the held-out samples."""
-        index = self.held_out
-        return self.labels.of(index), self.costs[index], self.selection[index]
+    def _held(self) -> Choice:
+        return Choice(self.labels.of(self.held_out), self.selection[self.held_out])
 
     def __str__(self) -> str:
         """Return a table of the candidates and of v beside them."""
-        (held, costs, selected), shares = self._held, self.shares
+        held, costs = self._held, self.costs[self.held_out]
         rows: list[tuple[Any, ...]] = [
-            (*single, f"{cost:.4g}", f"{shares[single[0]]:.0%}")
-            for single, cost in zip(held.singles, costs.mean(dim=0).tolist(), strict=True)
+            (*single, f"{cost:.4g}", f"{held.shares[single[0]]:.0%}")
+            for single, cost in zip(held.labels.singles, costs.mean(dim=0).tolist(), strict=True)
         ]
-        for name, choice in (("selector", selected), ("oracle", costs.argmin(dim=1))):
-            rows.append((name, *held.means(choice), f"{_mean(costs, choice):.4g}", ""))
+        for name, choice in (("selector", held), ("oracle", Choice(held.labels, costs.argmin(1)))):
+            mean_cost = f"{choice.mean(costs):.4g}"
+            rows.append((name, choice.mean_nfe, choice.accuracy, mean_cost, ""))
         return (
             f"{_table(('method', 'mean cost', 'selected'), rows)}\n\n"
-            f"{len(held)} held-out samples, alpha {self.alpha:g}, M {self.penalty:g}; regret "
+            f"{len(costs)} held-out samples, alpha {self.alpha:g}, M {self.penalty:g}; regret "
             f"{self.regret:.3g} against the oracle, {self.regret_to_single:+.3g} against "
             f"{self.best_single} alone; {self.seconds:.1f} s ({self.label_seconds:.1f} s for "
             "solving every sample alone)"

@@ -26,12 +26,7 @@ from torchdiffeq_hyper._rules import (
     shown,
 )
 from torchdiffeq_hyper._state import RowLayout, State, parts_of, stepped_dtype
-from torchdiffeq_hyper.errors import (
-    MissingHypernetError,
-    NonFiniteError,
-    StateShapeError,
-    StateTypeError,
-)
+from torchdiffeq_hyper.errors import NonFiniteError, StateShapeError, StateTypeError
 from torchdiffeq_hyper.hypernets._files import built
 from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS
 
@@ -272,21 +267,8 @@ def from_architecture(
         return built(_KINDS, arguments, weights, at)
 
 
-def no_selector() -> MissingHypernetError:
-    """Return the error for a `Dise` without a selector."""
-    return MissingHypernetError(
-        problem="this Dise has no selector.",
-        expected="a fitted one, or one of your own.",
-        fix="dise.fit(func, y0, t, cost=cost)   # see tdh.ClassificationCost\n"
-        "tdh.Dise(candidates, selector=v)\n"
-        "dise.dispatch(func, y0, t, selection)   # with choices of your own",
-    )
-
-
-def predict(selector: Callable[[State], Tensor] | None, y0: State, n_candidates: int) -> Tensor:
+def predict(selector: Callable[[State], Tensor], y0: State, n_candidates: int) -> Tensor:
     """Return a selector's predictions (batch, candidates), in its own unit, checked."""
-    if selector is None:
-        raise no_selector()
     out = selector(y0)
     if not isinstance(out, Tensor) or not out.is_floating_point():
         raise StateTypeError(

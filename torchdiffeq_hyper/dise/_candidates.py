@@ -37,6 +37,7 @@ from torchdiffeq_hyper.solvers._stepping import cast_back
 
 # Methods on a grid that read no tolerance (the implicit ones iterate until they meet theirs).
 _EXPLICIT = frozenset({"euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams"})
+_GRID_OPTIONS = {"step_size", "grid_constructor"}
 
 _FIX = """tdh.Candidate("rk4", steps=4)
 tdh.Candidate("dopri5", rtol=1e-3, atol=1e-3)
@@ -99,15 +100,12 @@ class Candidate:
         return ", ".join(given + [f"{name} {value}" for name, value in self.options.items()])
 
     @property
-    def _own_grid(self) -> set[str]:
-        return {"step_size", "grid_constructor"} & self.options.keys()
-
-    @property
     def key(self) -> tuple[Any, ...]:
         """What tells it from other candidates: equal where both solve a problem the same way."""
         is_hosts = self.follows_grid and self.method in _registry.host_methods()
         # A host's method on a grid takes one step where it is not told.
-        steps = 1 if self.steps is None and is_hosts and not self._own_grid else self.steps
+        is_told = self.steps is not None or _GRID_OPTIONS & self.options.keys()
+        steps = self.steps if is_told or not is_hosts else 1
         # Tensors and callables have no equality to speak of: only the same object counts.
         options = {
             name: value if isinstance(value, float | int | str) else id(value)
@@ -150,7 +148,7 @@ class Candidate:
         return solution
 
     def _check_settings(self) -> None:
-        problem, own_grid = "", self._own_grid
+        problem, own_grid = "", _GRID_OPTIONS & self.options.keys()
         if self.steps is not None:
             checked_arguments({"steps": Whole(1)}, {"steps": self.steps}, _FIX)
             if not self.follows_grid:
@@ -221,12 +219,22 @@ def _refined(t: Tensor, steps: int) -> Tensor:
     return torch.cat([torch.lerp(t[:-1, None], t[1:, None], weights).flatten(), t[-1:]])
 
 
+def count_samples(y0: State, least: int = 0) -> int:
+    """Return the number of samples, after checking that they lie along dim 0 of every part."""
+    RowLayout.of(y0)
+    n = len(parts_of(y0)[0])
+    if n < least:
+        raise OptionError(
+            problem=f"y0 has {n} sample{'s' * (n != 1)}.",
+            expected=f"at least {least} along dim 0, better hundreds, some to measure a fit on.",
+            fix="y0 = torch.randn(256, 2)   # starts like those to be solved",
+        )
+    return n
+
+
 @dataclass(frozen=True)
 class Batch:
-    """The problem of a batch, of which some samples can be solved without the others.
-
-    The tolerances are those of candidates without their own.
-    """
+    """The problem of a batch; its tolerances are those of candidates without their own."""
 
     func: VectorField
     y0: State
@@ -237,7 +245,7 @@ class Batch:
     @classmethod
     def of(cls, func: VectorField, y0: State, t: Tensor, *, rtol: Any, atol: Any) -> Batch:
         """Return the problem, after checking its state and times."""
-        RowLayout.of(y0)
+        count_samples(y0)
         return cls(func, y0, check_times(t, parts_of(y0)[0]), rtol, atol)
 
     def __len__(self) -> int:

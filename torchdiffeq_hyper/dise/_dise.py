@@ -158,7 +158,7 @@ class Dise(nn.Module):
     @torch.no_grad()
     def select(self, y0: State) -> Tensor:
         """Return the position of each sample's cheapest candidate in `predicted_costs`, int64."""
-        return predict(self._found_selector, y0, len(self.candidates)).argmin(dim=1)
+        return predict(self._fitted_selector, y0, len(self.candidates)).argmin(dim=1)
 
     @torch.no_grad()
     def predicted_costs(self, y0: State) -> Tensor:
@@ -166,11 +166,11 @@ class Dise(nn.Module):
 
         Raises what `solve` raises of v.
         """
-        predicted = predict(self._found_selector, y0, len(self.candidates))
+        predicted = predict(self._fitted_selector, y0, len(self.candidates))
         return predicted * self.unit.scale + self.unit.shift
 
     @property
-    def _found_selector(self) -> Callable[[State], Tensor]:
+    def _fitted_selector(self) -> Callable[[State], Tensor]:
         if self.selector is None:
             raise MissingHypernetError(
                 problem="this Dise has no selector.",
@@ -238,7 +238,7 @@ class Dise(nn.Module):
             penalty=cost.penalty,
             selection=selection,
             held_out=training.held_out,
-            losses=losses,
+            losses=tuple(losses),
             label_seconds=label_seconds,
             seconds=time.perf_counter() - start,
         )
@@ -314,7 +314,7 @@ class Dise(nn.Module):
                 of a candidate is no JSON value.
             FileWriteError: the file cannot be written; nothing half-written is left.
         """
-        _files.write(path, self.candidates, self._found_selector, self.unit, self.report)
+        _files.write(path, self.candidates, self._fitted_selector, self.unit, self.report)
 
     @classmethod
     def load(

@@ -145,9 +145,7 @@ def _under(owner: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read(
-    path: str | os.PathLike[str],
-    selector: nn.Module | None,
-    hypernets: Mapping[int, nn.Module],
+    path: str | os.PathLike[str], selector: nn.Module | None, hypernets: Mapping[int, nn.Module]
 ) -> tuple[tuple[Candidate, ...], nn.Module, Scale, DiseReport | None]:
     """Return what `write` wrote; see `Dise.load`. Weights are loaded once all of it is right."""
     tensors, metadata = read_file(path, KIND)

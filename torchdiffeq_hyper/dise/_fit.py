@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +17,17 @@ from tqdm import tqdm
 
 from torchdiffeq_hyper._fields import check_independence, model_as_found
 from torchdiffeq_hyper._rules import Real, Such, Whole
-from torchdiffeq_hyper._state import RowLayout, State, StateLayout, map_parts, parts_of, take
-from torchdiffeq_hyper.dise._candidates import Batch, Candidate, joined
+from torchdiffeq_hyper._state import State, StateLayout, map_parts, parts_of, take
+from torchdiffeq_hyper.dise._candidates import Batch, Candidate, count_samples, joined
 from torchdiffeq_hyper.dise._costs import Cost, check_number
-from torchdiffeq_hyper.dise._report import Choice, Labels, TradeOff, TradeOffPoint
+from torchdiffeq_hyper.dise._report import Choice, Labels, Loss, TradeOff, TradeOffPoint
 from torchdiffeq_hyper.dise.selectors import ReadySelector, predict, ready
 from torchdiffeq_hyper.errors import FitDivergedError, OptionError, StateTypeError
 from torchdiffeq_hyper.evaluation._measure import unless_broken
 from torchdiffeq_hyper.evaluation._trials import distinct
 from torchdiffeq_hyper.fitting._batches import bound
 from torchdiffeq_hyper.fitting._field import check_repeatable
-from torchdiffeq_hyper.fitting._guard import (
-    frozen_or_restored,
-    left_as_found,
-    own_random_state,
-)
+from torchdiffeq_hyper.fitting._guard import frozen_or_restored, left_as_found, own_random_state
 from torchdiffeq_hyper.solvers.per_sample import PerSampleDopri5
 
 _RULES = {
@@ -80,9 +76,6 @@ class SelectorConfig:
             check_number(field.name, getattr(self, field.name), _RULES[field.name], fix)
 
 
-Losses: TypeAlias = tuple[tuple[int, float, float], ...]
-
-
 class Scale(NamedTuple):
     """The unit in which a selector predicts: costs are ``shift + scale * prediction``.
 
@@ -108,18 +101,10 @@ class Training:
     def of(cls, y0: State, config: SelectorConfig | None, *, progress: bool) -> Training:
         """Split the samples, of which there must be at least two."""
         config = config or SelectorConfig()
-        RowLayout.of(y0)
-        batch = len(parts_of(y0)[0])
-        if batch < 2:
-            raise OptionError(
-                problem=f"y0 has {batch} sample{'s' * (batch != 1)}: none would be left to "
-                "measure the fit on.",
-                expected="at least two samples along dim 0, better hundreds.",
-                fix="y0 = torch.randn(256, 2)   # starts like those the selector will meet",
-            )
+        n = count_samples(y0, least=2)
         generator = torch.Generator().manual_seed(config.seed)
-        order = torch.randperm(batch, generator=generator).to(parts_of(y0)[0].device)
-        held = min(max(1, round(config.validation * batch)), batch - 1)
+        order = torch.randperm(n, generator=generator).to(parts_of(y0)[0].device)
+        held = min(max(1, round(config.validation * n)), n - 1)
         return cls(y0, order[held:], order[:held], config, progress)
 
     def selector(self, given: object, n_candidates: int) -> nn.Module:
@@ -137,7 +122,7 @@ class Training:
             predict(given.eval(), take(self.y0, self.held_out[:1]), n_candidates)
         return given
 
-    def run(self, selector: nn.Module, costs: Tensor) -> tuple[Scale, Losses]:
+    def run(self, selector: nn.Module, costs: Tensor) -> tuple[Scale, list[Loss]]:
         """Train a selector in place on costs (batch, candidates); return its unit and the losses.
 
         It ends in the state that was best on held-out samples, or on an error as it was.
@@ -151,7 +136,7 @@ class Training:
             return (out.to(targets.dtype) - targets[index]).square().mean()
 
         every = max(1, config.iterations // 50)  # validations
-        losses: list[tuple[int, float, float]] = []
+        losses: list[Loss] = []
         best_loss = math.inf
         bar = tqdm(total=config.iterations, disable=not self.progress, desc="selector")
         with frozen_or_restored(selector), own_random_state(config.seed), bar, torch.enable_grad():
@@ -186,7 +171,7 @@ class Training:
                 if held < best_loss:
                     best, best_loss = copy.deepcopy(selector.state_dict()), held
             selector.load_state_dict(best)
-        return unit, tuple(losses)
+        return unit, losses
 
     def sweep(
         self, unfitted: nn.Module, labels: Labels, settings: Iterable[tuple[float, float]]
@@ -231,7 +216,7 @@ def labels_of(
 
     Modules come back as found. What is ``known`` from an earlier call is returned as it is.
     """
-    n = len(batch)
+    n = count_samples(batch.y0, least=1)
     if known is not None:
         if known.nfe.shape == (n, len(candidates)):
             return known
@@ -239,12 +224,6 @@ def labels_of(
             problem="labels are of {} samples and {} candidates.".format(*known.nfe.shape),
             expected=f"those of these {n} samples and {len(candidates)} candidates.",
             fix="labels=dise.suggest(func, y0, t, cost=cost).labels",
-        )
-    if n == 0:
-        raise OptionError(
-            problem="y0 is an empty batch.",
-            expected="at least one sample.",
-            fix="y0 = torch.randn(256, 2)",
         )
     cost.check(n)
     func, field = batch.func, bound(batch.func, batch.y0, None)
@@ -310,13 +289,11 @@ def _together(candidate: Candidate, batch: Batch) -> tuple[State, Tensor] | None
         field = batch.field()
         solution = batch.solve(candidate, field)
         return solution, torch.full((len(batch),), field.calls, device=batch.first.device)
-    # The controls of both methods are the same; "time" is no option of the host's.
-    known = {field.name for field in fields(PerSampleDopri5)}
-    if candidate.method == "dopri5":
-        known.remove("time")
-    elif candidate.method != "dopri5_per_sample":
-        return None
-    if not candidate.options.keys() <= known:
+    controls = {field.name for field in fields(PerSampleDopri5)}
+    # The host's dopri5 has the same ones, but for "time".
+    options = {"dopri5": controls - {"time"}, "dopri5_per_sample": controls}
+    known = options.get(candidate.method)
+    if known is None or not candidate.options.keys() <= known:
         return None
     rtol, atol = candidate.tolerances(batch.rtol, batch.atol)
     solver = PerSampleDopri5(**candidate.options)

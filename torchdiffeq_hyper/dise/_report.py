@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -162,6 +162,9 @@ class TradeOff:
         return _table(("setting", "selected"), rows)
 
 
+Loss: TypeAlias = tuple[int, float, float]
+
+
 @dataclass(frozen=True)
 class DiseReport:
     """What a fit of a selector measured; all means are over held-out samples.
@@ -174,7 +177,7 @@ class DiseReport:
         held_out: positions of the samples that v was not fitted on.
         losses: (iteration, training loss, held-out loss), squared errors of the costs in
             units of their variance.
-        label_seconds: wall time of solving and judging every sample alone.
+        label_seconds: wall time of solving every sample alone.
         seconds: wall time of the fit, all included.
     """
 
@@ -183,7 +186,7 @@ class DiseReport:
     penalty: float
     selection: Tensor
     held_out: Tensor
-    losses: tuple[tuple[int, float, float], ...]
+    losses: tuple[Loss, ...]
     label_seconds: float
     seconds: float
 

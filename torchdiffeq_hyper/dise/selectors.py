@@ -25,7 +25,8 @@ from torchdiffeq_hyper._rules import (
     checked_arguments,
     shown,
 )
-from torchdiffeq_hyper._state import RowLayout, State, parts_of, stepped_dtype
+from torchdiffeq_hyper._state import State, parts_of, stepped_dtype
+from torchdiffeq_hyper.dise._candidates import count_samples
 from torchdiffeq_hyper.errors import NonFiniteError, StateShapeError, StateTypeError
 from torchdiffeq_hyper.hypernets._files import built
 from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS
@@ -276,8 +277,7 @@ def predict(selector: Callable[[State], Tensor], y0: State, n_candidates: int) -
             expected="a floating-point tensor of predicted costs.",
             fix="return self.head(features)",
         )
-    RowLayout.of(y0)
-    wanted = (len(parts_of(y0)[0]), n_candidates)
+    wanted = (count_samples(y0), n_candidates)
     if out.shape != wanted:
         raise StateShapeError(
             problem=f"the selector returned shape {tuple(out.shape)}.",

@@ -228,8 +228,8 @@ def labels_of(
     cost.check(n)
     func, field = batch.func, bound(batch.func, batch.y0, None)
     batch = replace(batch, func=field)
-    everyone = torch.arange(n, device=batch.first.device)
-    some = everyone[torch.linspace(0, n - 1, min(4, n)).long().unique()]
+    samples = torch.arange(n, device=batch.first.device)
+    some = samples[torch.linspace(0, n - 1, min(4, n)).long().unique()]
     names: list[str] = []
     columns = []
     with (
@@ -241,8 +241,8 @@ def labels_of(
     ):
         _check_field(batch, some)
         for candidate in candidates:
-            solution, nfe = _solve_alone(candidate, batch, everyone, some, bar.update)
-            is_right, weight = cost.judge(solution, everyone)
+            solution, nfe = _solve_alone(candidate, batch, samples, some, bar.update)
+            is_right, weight = cost.judge(solution, samples)
             columns.append((nfe, is_right & are_finite(solution), weight))
             names.append(distinct(candidate.label, names))
     return Labels(tuple(names), *(torch.stack(column, 1) for column in zip(*columns, strict=True)))
@@ -261,7 +261,7 @@ def _check_field(batch: Batch, some: Tensor) -> None:
 def _solve_alone(
     candidate: Candidate,
     batch: Batch,
-    everyone: Tensor,
+    samples: Tensor,
     some: Tensor,
     tick: Callable[[int], object],
 ) -> tuple[State, Tensor]:
@@ -280,7 +280,7 @@ def _solve_alone(
         if torch.equal(nfe[some], calls) and _are_close(take(solution, some, 1), alone):
             tick(len(batch))
             return together
-    return _one_by_one(candidate, batch, everyone, tick)
+    return _one_by_one(candidate, batch, samples, tick)
 
 
 def _together(candidate: Candidate, batch: Batch) -> tuple[State, Tensor] | None:

@@ -31,9 +31,6 @@ class Labels:
     is_right: Tensor
     weight: Tensor
 
-    def __len__(self) -> int:
-        return len(self.nfe)
-
     def costs(self, alpha: float, penalty: float) -> Tensor:
         r"""Return :math:`(\Delta \Gamma)^\alpha` of right answers, :math:`M^\alpha` of wrong ones.
 
@@ -53,7 +50,7 @@ class Labels:
 
     def oracle(self) -> Tensor:
         """Return each sample's candidate with the fewest calls: of the right ones, if any is."""
-        worst = self.nfe.max() + 1 if len(self) else 0
+        worst = self.nfe.max() + 1 if len(self.nfe) else 0
         return (self.nfe + worst * ~self.is_right).argmin(dim=1)
 
     def of(self, index: Tensor) -> Labels:

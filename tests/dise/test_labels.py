@@ -214,7 +214,7 @@ def _bent(t: Tensor, y: Tensor) -> Tensor:
 
 
 def test_an_empty_batch_is_refused() -> None:
-    with pytest.raises(OptionError, match="empty batch"):
+    with pytest.raises(OptionError, match="y0 has 0 samples"):
         _labels(spiral, Y0[:0])
 
 

@@ -5,8 +5,8 @@ from torchdiffeq_hyper.dise import selectors
 from torchdiffeq_hyper.dise._candidates import Candidate
 from torchdiffeq_hyper.dise._costs import ClassificationCost, Cost, RegressionCost, Verdict
 from torchdiffeq_hyper.dise._dise import Dise
+from torchdiffeq_hyper.dise._fit import SelectorConfig
 from torchdiffeq_hyper.dise._report import DiseReport, Labels, Oracle, TradeOff, TradeOffPoint
-from torchdiffeq_hyper.dise._training import SelectorConfig
 
 __all__ = [
     "Candidate",

@@ -1,11 +1,11 @@
-"""What a selector chooses among: methods with their settings."""
+"""What a selector chooses among: methods with their settings, and solves by them."""
 
 from __future__ import annotations
 
-import math
-import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -14,14 +14,34 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from torchdiffeq_hyper._rules import Whole, checked_arguments
-from torchdiffeq_hyper._state import State, VectorField
+from torchdiffeq_hyper import recording
+from torchdiffeq_hyper._fields import check_independence
+from torchdiffeq_hyper._rules import Real, Whole, checked_arguments, shown
+from torchdiffeq_hyper._state import (
+    RowLayout,
+    State,
+    VectorField,
+    cast,
+    is_half,
+    map_parts,
+    parts_of,
+    take,
+)
+from torchdiffeq_hyper.dise._costs import check_number
 from torchdiffeq_hyper.errors import OptionError, StateTypeError, unknown_method
+from torchdiffeq_hyper.evaluation._measure import Counted
 from torchdiffeq_hyper.methods import _registry
+from torchdiffeq_hyper.solvers._grid import check_times
 from torchdiffeq_hyper.solvers._solver import Solver
+from torchdiffeq_hyper.solvers._stepping import cast_back
 
 # Methods on a grid that read no tolerance (the implicit ones iterate until they meet theirs).
 _EXPLICIT = frozenset({"euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams"})
+_GRID_OPTIONS = {"step_size", "grid_constructor"}
+
+_FIX = """tdh.Candidate("rk4", steps=4)
+tdh.Candidate("dopri5", rtol=1e-3, atol=1e-3)
+tdh.Candidate(solver)   # with the steps that it was fitted for"""
 
 
 class Candidate:
@@ -61,8 +81,7 @@ class Candidate:
         self.rtol, self.atol = rtol, atol
         self.options: dict[str, Any] = dict(options or {})
         self.follows_grid = _check_method(self.method)
-        self._check_steps()
-        self._check_tolerances()
+        self._check_settings()
 
     def __repr__(self) -> str:
         settings = {name: getattr(self, name) for name in ("steps", "rtol", "atol")}
@@ -81,25 +100,18 @@ class Candidate:
         return ", ".join(given + [f"{name} {value}" for name, value in self.options.items()])
 
     @property
-    def steps_taken(self) -> int | None:
-        """Steps between two points of t: one, where a host's method on a grid is not told."""
+    def key(self) -> tuple[Any, ...]:
+        """What tells it from other candidates: equal where both solve a problem the same way."""
         is_hosts = self.follows_grid and self.method in _registry.host_methods()
-        return 1 if self.steps is None and is_hosts and not self._own_grid else self.steps
-
-    @property
-    def _own_grid(self) -> set[str]:
-        return {"step_size", "grid_constructor"} & self.options.keys()
-
-    def is_same(self, other: Candidate) -> bool:
-        """Return whether both would solve a problem the same way."""
-        mine, theirs = (
-            (c.method, c.steps_taken, c.rtol, c.atol, set(c.options)) for c in (self, other)
-        )
-        if mine != theirs or self.solver is not other.solver:
-            return False
-        pairs = [(value, other.options[name]) for name, value in self.options.items()]
+        # A host's method on a grid takes one step where it is not told.
+        is_told = self.steps is not None or _GRID_OPTIONS & self.options.keys()
+        steps = self.steps if is_told or not is_hosts else 1
         # Tensors and callables have no equality to speak of: only the same object counts.
-        return all(a is b or (isinstance(a, float | int | str) and a == b) for a, b in pairs)
+        options = {
+            name: value if isinstance(value, float | int | str) else id(value)
+            for name, value in self.options.items()
+        }
+        return self.method, self.solver, steps, self.rtol, self.atol, options
 
     def tolerances(self, rtol: Any, atol: Any) -> tuple[Any, Any]:
         """Return its own tolerances, and the call's where it has none."""
@@ -118,70 +130,51 @@ class Candidate:
         if self.solver is not None:
             options["solver"] = self.solver
         rtol, atol = self.tolerances(rtol, atol)
-        run: Callable[[], State] = partial(
-            odeint, func, y0, t, rtol=rtol, atol=atol, method=self.method, options=options
-        )
-        if not self.options:
-            return run()
-        ignored = ".*Unexpected arguments"  # the host only warns of them
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=ignored, category=UserWarning)
+        how = {"rtol": rtol, "atol": atol, "method": self.method, "options": options}
+        unknown = "Unexpected arguments"  # what the host only warns of
+        with warnings.catch_warnings() if self.options else nullcontext():
+            if self.options:
+                warnings.filterwarnings("error", f".*{unknown}", UserWarning)
             try:
-                return run()
+                solution: State = odeint(func, y0, t, **how)
             except UserWarning as warning:
-                if not re.match(ignored, str(warning)):
+                if unknown not in str(warning):
                     raise
                 raise OptionError(
                     problem=f"{self} has an option that torchdiffeq does not know ({warning}).",
                     expected=f'options of method "{self.method}".',
                     fix=f'tdh.Candidate("{self.method}")   # check the spelling of its options',
                 ) from warning
+        return solution
 
-    def _check_steps(self) -> None:
-        if self.steps is None:
-            return
-        checked_arguments({"steps": Whole(1)}, {"steps": self.steps}, fix=self._ways_to_set())
-        if not self.follows_grid:
-            problem = f'"{self.method}" chooses its own steps, and steps is {self.steps}.'
-        elif self._own_grid:
-            problem = f"both steps and the option {self._own_grid.pop()!r} are given."
-        else:
-            return
-        raise OptionError(
-            problem=problem,
-            expected="steps for a method on a time grid, and no other option for that grid.",
-            fix=self._ways_to_set(),
-        )
-
-    def _ways_to_set(self) -> str:
-        if self.solver is not None:
-            return "tdh.Candidate(solver)   # with the steps that it was fitted for"
-        return 'tdh.Candidate("rk4", steps=4)\ntdh.Candidate("dopri5", rtol=1e-3, atol=1e-3)'
-
-    def _check_tolerances(self) -> None:
+    def _check_settings(self) -> None:
+        problem, own_grid = "", _GRID_OPTIONS & self.options.keys()
+        if self.steps is not None:
+            checked_arguments({"steps": Whole(1)}, {"steps": self.steps}, _FIX)
+            if not self.follows_grid:
+                problem = f'"{self.method}" chooses its own steps, and steps is {self.steps}.'
+            elif own_grid:
+                problem = f"both steps and the option {own_grid.pop()!r} are given."
         entry = _registry.methods().get(self.method)
         is_learned = self.solver is not None or (entry is not None and entry.corrects_base)
         for name, value in (("rtol", self.rtol), ("atol", self.atol)):
-            if value is None:
-                continue
-            is_number = isinstance(value, float | int) and not isinstance(value, bool)
-            if not is_number or not (math.isfinite(value) and value >= 0):
-                problem = f"{name} is {value!r}."
-            elif is_learned or self.method in _EXPLICIT:
-                problem = f'"{self.method}" has no error estimate to hold against {name}.'
-            else:
-                continue
+            if value is not None:
+                check_number(name, value, Real(low=0.0), _FIX)
+                if is_learned or self.method in _EXPLICIT:
+                    problem = f'"{self.method}" has no error estimate to hold against {name}.'
+        if problem:
             raise OptionError(
                 problem=problem,
-                expected="a finite number of at least 0, for adaptive methods.",
-                fix=self._ways_to_set(),
+                expected="steps for a method on a time grid without other options for that grid, "
+                "tolerances for adaptive methods.",
+                fix=_FIX,
             )
 
 
 def check_candidates(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
     """Return the candidates of a `Dise`: at least one, and no two the same."""
     example = 'tdh.Dise([tdh.Candidate("euler", steps=2), tdh.Candidate("dopri5", rtol=1e-3)])'
-    is_list = isinstance(candidates, Sequence) and not isinstance(candidates, str)
+    is_list = isinstance(candidates, Sequence)
     others = [c for c in candidates if not isinstance(c, Candidate)] if is_list else [candidates]
     if others:
         problem = f"a candidate is a {type(others[0]).__name__}."
@@ -189,7 +182,7 @@ def check_candidates(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
     if not candidates:
         raise OptionError(problem="there are no candidates.", expected="at least one.", fix=example)
     for (first, one), (second, other) in combinations(enumerate(candidates), 2):
-        if one.is_same(other):
+        if one.key == other.key:
             raise OptionError(
                 problem=f"candidates {first} and {second} are the same: {other!r}.",
                 expected="candidates that differ.",
@@ -207,10 +200,9 @@ def _check_method(name: object) -> bool:
             fix='tdh.Candidate("euler", steps=2)',
         )
     entry, hosts = _registry.methods().get(name), _registry.host_methods()
+    if entry is None and name not in hosts:
+        raise unknown_method(name, [*_registry.methods(), *hosts], 'tdh.Candidate("{}")')
     if entry is None:
-        known = [*_registry.methods(), *hosts]
-        if name not in hosts:
-            raise unknown_method(name, known, 'tdh.Candidate("{}")')
         return hosts[name]
     if entry.option == "dise":
         raise OptionError(
@@ -225,3 +217,133 @@ def _refined(t: Tensor, steps: int) -> Tensor:
     """Return ``t`` with each interval cut into equal steps; its points stay exact."""
     weights = torch.arange(steps, dtype=t.dtype, device=t.device) / steps
     return torch.cat([torch.lerp(t[:-1, None], t[1:, None], weights).flatten(), t[-1:]])
+
+
+def count_samples(y0: State, least: int = 0) -> int:
+    """Return the number of samples, after checking that they lie along dim 0 of every part."""
+    RowLayout.of(y0)
+    n = len(parts_of(y0)[0])
+    if n < least:
+        raise OptionError(
+            problem=f"y0 has {n} sample{'s' * (n != 1)}.",
+            expected=f"at least {least} along dim 0, better hundreds, some to measure a fit on.",
+            fix="y0 = torch.randn(256, 2)   # starts like those to be solved",
+        )
+    return n
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The problem of a batch; its tolerances are those of candidates without their own."""
+
+    func: VectorField
+    y0: State
+    t: Tensor
+    rtol: Any
+    atol: Any
+
+    @classmethod
+    def of(cls, func: VectorField, y0: State, t: Tensor, *, rtol: Any, atol: Any) -> Batch:
+        """Return the problem, after checking its state and times."""
+        count_samples(y0)
+        return cls(func, y0, check_times(t, parts_of(y0)[0]), rtol, atol)
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    @property
+    def first(self) -> Tensor:
+        """The state's first part."""
+        return parts_of(self.y0)[0]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no numbers to solve for."""
+        return not any(part.numel() for part in parts_of(self.y0))
+
+    def constant(self, y0: State) -> State:
+        """Return the solution that stays at a state."""
+        return map_parts(lambda part: part.expand(len(self.t), *part.shape).clone(), y0)
+
+    def field(self, index: Tensor | None = None) -> Counted:
+        """Return the field of the samples at ``index``; of all for None."""
+        return Counted(self.func, index, dtype=self.first.dtype)
+
+    def solve(self, candidate: Candidate, field: Counted, index: Tensor | None = None) -> State:
+        """Return a candidate's solution for some samples; half precision in float32."""
+        start = self.y0 if index is None else take(self.y0, index)
+        rtol, atol = (_restricted(given, self.y0, index) for given in (self.rtol, self.atol))
+        dtype = self.first.dtype
+        if not is_half(dtype):
+            return candidate.solve(field, start, self.t, rtol=rtol, atol=atol)
+        start = cast(start, torch.float32)
+        solution = candidate.solve(field, start, self.t, rtol=rtol, atol=atol)
+        return map_parts(partial(cast_back, dtype=dtype), solution)
+
+    def dispatch(
+        self,
+        candidates: Sequence[Candidate],
+        selection: Tensor,
+        draft: recording.Draft | None = None,
+    ) -> State:
+        """Return the solution of each sample by the candidate at its position in ``selection``.
+
+        ``draft`` is the record of this solve, which learns of the groups; None if none is kept.
+        """
+        n, is_tensor = len(candidates), isinstance(selection, Tensor)
+        is_index = is_tensor and not (selection.is_floating_point() or selection.is_complex())
+        is_fitting = is_index and selection.shape == (len(self),)
+        if not is_fitting or bool(((selection < 0) | (selection >= n)).any()):
+            raise OptionError(
+                problem=f"selection is {shown(selection)}.",
+                expected=f"for each of the {len(self)} samples, the position of its candidate, "
+                f"0 to {n - 1}.",
+                fix="dise.dispatch(func, y0, t, dise.select(y0))",
+            )
+        selection = selection.to(self.first.device, torch.int64)
+        order = selection.argsort(stable=True)
+        groups = order.split(torch.bincount(selection, minlength=n).tolist())
+        if max(map(len, groups)) < len(self):
+            check_independence(self.func, self.y0, self.t, groups=groups)
+        solutions, calls, sample_nfe = [], 0, torch.zeros_like(selection)
+        for candidate, group in zip(candidates, groups, strict=True):
+            if len(group) == 0:
+                continue
+            index = None if len(group) == len(self) else group
+            field = self.field(index)
+            solutions.append(self.solve(candidate, field, index))
+            calls += field.calls
+            if draft is not None and draft.recorders:
+                # The group's own record tells its samples apart where they step on their own.
+                sample_nfe[group] = draft.recorders[-1].solves[-1].sample_nfe
+        if draft is not None:
+            draft.nfe, draft.sample_nfe, draft.selection = calls, sample_nfe, selection
+        if len(solutions) == 1:
+            return solutions[0]
+        return take(joined(solutions), order.argsort(), dim=1)
+
+
+def joined(solutions: Sequence[State]) -> State:
+    """Return solutions (times, samples, ...) as one, samples behind each other."""
+    return map_parts(lambda *parts: torch.cat(parts, dim=1), *solutions)
+
+
+def _restricted(tolerance: Any, y0: State, index: Tensor | None) -> Any:
+    """Return a tolerance for some samples: what has a batch dimension loses the others."""
+    if isinstance(tolerance, tuple | list):
+        n_parts = len(y0) if isinstance(y0, tuple) else 0
+        if len(tolerance) != n_parts:
+            each = f"one a part: {n_parts}" if n_parts else "a tensor: the state is one tensor"
+            raise OptionError(
+                problem=f"rtol or atol has {len(tolerance)} entries.",
+                expected=f"a number, or {each}.",
+                fix="rtol=1e-3, atol=1e-3",
+            )
+        pairs = zip(tolerance, parts_of(y0), strict=True)
+        parts = (_restricted(part, y, index) for part, y in pairs)
+        # The host wants what belongs to a part of a tuple state flat.
+        return tuple(part.flatten() if isinstance(part, Tensor) else part for part in parts)
+    if index is None or not isinstance(tolerance, Tensor) or not isinstance(y0, Tensor):
+        return tolerance
+    has_batch = tolerance.dim() == y0.dim() and len(tolerance) > 1
+    return tolerance.index_select(0, index) if has_batch else tolerance

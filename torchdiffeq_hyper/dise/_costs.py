@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from torchdiffeq_hyper._fields import SHAPE_CLASHES
+from torchdiffeq_hyper._rules import Real, Rule, checked_arguments, shown
 from torchdiffeq_hyper._state import State, map_parts, parts_of, take
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError
 
@@ -28,9 +29,7 @@ class Verdict(NamedTuple):
 class Cost(Protocol):
     """A rule for what answers cost: `ClassificationCost`, `RegressionCost`, or one of your own.
 
-    Attributes:
-        alpha: the exponent of costs, above 0.
-        penalty: M, what a wrong answer costs at alpha = 1.
+    ``alpha`` is the exponent of costs, ``penalty`` M, what a wrong answer costs at alpha = 1.
     """
 
     alpha: float
@@ -38,29 +37,26 @@ class Cost(Protocol):
 
     def check(self, batch: int) -> None:
         """Raise if the cost belongs to another number of samples."""
-        ...
 
     def judge(self, solution: State, index: Tensor) -> Verdict:
         """Return which answers are right, and what a call of func counts for in them.
 
-        Args:
-            solution: the states at all points of t, (times, batch, ...), or a tuple of such.
-            index: the samples' positions in y0 (batch,).
+        ``solution`` is (times, batch, ...), or a tuple of such; ``index`` has the samples'
+        positions in y0 (batch,).
         """
-        ...
+
+
+def check_number(name: str, value: Any, rule: Rule, fix: str) -> None:
+    """Refuse a number that is not what its rule says; numpy's floats count as Python's."""
+    plain = float(value) if isinstance(value, float) else value
+    checked_arguments({name: rule}, {name: plain}, fix)
 
 
 def check_settings(alpha: float, penalty: float) -> tuple[float, float]:
     """Return alpha and M, after checking that both are finite numbers above 0."""
-    return _positive("alpha", alpha, 0.3), _positive("penalty", penalty, 1000.0)
-
-
-def _positive(name: str, value: Any, example: float) -> float:
-    is_number = isinstance(value, float | int) and not isinstance(value, bool)
-    if not is_number or not (math.isfinite(value) and value > 0):
-        problem, fix = f"{name} is {value!r}.", f"{name}={example}"
-        raise OptionError(problem=problem, expected="a finite number above 0.", fix=fix)
-    return float(value)
+    check_number("alpha", alpha, Real(above=0.0), "alpha=0.3")
+    check_number("penalty", penalty, Real(above=0.0), "penalty=1000.0")
+    return float(alpha), float(penalty)
 
 
 def check_callable(name: str, value: Any, fix: str) -> None:
@@ -72,11 +68,6 @@ def check_callable(name: str, value: Any, fix: str) -> None:
 
 def _end(solution: State) -> State:
     return map_parts(lambda part: part[-1], solution)
-
-
-def _shape(answer: Any) -> Any:
-    """Return what a message says of an answer of the wrong shape."""
-    return tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
 
 
 class ClassificationCost:
@@ -108,17 +99,12 @@ class ClassificationCost:
     """
 
     def __init__(
-        self,
-        predict: Callable[[State], Tensor],
-        labels: Tensor,
-        alpha: float,
-        penalty: float,
+        self, predict: Callable[[State], Tensor], labels: Tensor, alpha: float, penalty: float
     ) -> None:
         check_callable("predict", predict, "predict=model.classifier")
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
-            got = labels.dtype if isinstance(labels, Tensor) else "no tensor"
             raise StateTypeError(
-                problem=f"labels are {got}.",
+                problem=f"labels are {shown(labels)}.",
                 expected="a tensor of integers: each sample's class.",
                 fix="labels = torch.as_tensor(labels).long()",
             )
@@ -133,11 +119,7 @@ class ClassificationCost:
         self.alpha, self.penalty = check_settings(alpha, penalty)
 
     def check(self, batch: int) -> None:
-        """Refuse labels of another length.
-
-        Raises:
-            StateShapeError: there are not as many labels as samples.
-        """
+        """Raise `StateShapeError` unless there are as many labels as samples."""
         if len(self.labels) != batch:
             raise StateShapeError(
                 problem=f"there are {len(self.labels)} labels and {batch} samples in y0.",
@@ -154,19 +136,15 @@ class ClassificationCost:
             OptionError: a label is none of the classes.
         """
         logits = self.predict(_end(solution))
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(index):
+        is_matrix = isinstance(logits, Tensor) and logits.dim() == 2
+        if not is_matrix or len(logits) != len(index) or logits.shape[1] < 2:
             raise StateShapeError(
-                problem=f"predict returned {_shape(logits)} for {len(index)} samples.",
-                expected="logits of shape (batch, classes).",
-                fix="predict=lambda y: classifier(y.flatten(1))",
+                problem=f"predict returned {shown(logits)} for {len(index)} samples.",
+                expected="logits of shape (batch, classes), of at least two classes.",
+                fix="predict=lambda y: classifier(y.flatten(1))\n"
+                "predict=lambda y: torch.cat([-score(y), score(y)], dim=1)   # of one score",
             )
         classes, labels = logits.shape[1], self.labels.to(logits.device)[index]
-        if classes < 2:
-            raise StateShapeError(
-                problem=f"predict returned {classes} class: every answer would be the same.",
-                expected="logits of at least two classes.",
-                fix="predict=lambda y: torch.cat([-score(y), score(y)], dim=1)",
-            )
         if bool(((labels < 0) | (labels >= classes)).any()):
             raise OptionError(
                 problem=f"labels lie in {int(labels.min())} to {int(labels.max())}, and predict "
@@ -183,9 +161,8 @@ class RegressionCost:
 
     .. math:: c = (\Delta\,\Gamma)^\alpha \text{ if } \Gamma \le \beta, \text{ else } M^\alpha
 
-    with :math:`\Delta` the calls of func for the sample, solved alone: equation 5 of "DISE:
-    Dynamic Integrator Selection to Minimize Forward-pass Time in Neural ODEs", ICLR 2021
-    submission.
+    with :math:`\Delta` the calls of func for the sample, solved alone: equation 5 of the paper
+    that `ClassificationCost` names.
 
     Args:
         error: called as ``error(y, index)`` with the solution and the samples' positions
@@ -205,9 +182,8 @@ class RegressionCost:
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
         >>> target = torch.tensor([1.0, 2.0])
-        >>> cost = tdh.RegressionCost(
-        ...     lambda y, index: (y - target[index]).abs(), 0.5, alpha=0.5, penalty=100.0
-        ... )
+        >>> error = lambda y, index: (y - target[index]).abs()
+        >>> cost = tdh.RegressionCost(error, 0.5, alpha=0.5, penalty=100.0)
         >>> cost.judge(torch.tensor([[0.0, 0.0], [1.1, 1.1]]), torch.arange(2)).is_right
         tensor([ True, False])
     """
@@ -223,12 +199,10 @@ class RegressionCost:
     ) -> None:
         check_callable("error", error, "error=lambda y, index: (y - x[index]).norm(dim=1)")
         if at not in ("end", "all", None):
-            raise OptionError(
-                problem=f"at is {at!r}.", expected='"end", "all" or None.', fix='at="end"'
-            )
-        self.error = error
-        self.at = at
-        self.threshold = _positive("threshold", threshold, 0.1)
+            problem, expected = f"at is {at!r}.", '"end", "all" or None.'
+            raise OptionError(problem=problem, expected=expected, fix='at="end"')
+        check_number("threshold", threshold, Real(above=0.0), "threshold=0.1")
+        self.error, self.at, self.threshold = error, at, float(threshold)
         self.alpha, self.penalty = check_settings(alpha, penalty)
 
     def check(self, batch: int) -> None:
@@ -239,12 +213,12 @@ class RegressionCost:
 
         Raises:
             StateShapeError: ``error`` returned another shape than (batch,).
+            OptionError: an error is below 0.
         """
         gamma = self._gamma(solution, index)
         if not isinstance(gamma, Tensor) or gamma.shape != index.shape:
             raise StateShapeError(
-                problem=f"error returned {_shape(gamma)} for {len(index)} samples "
-                f"(at={self.at!r}).",
+                problem=f"error returned {shown(gamma)} for {len(index)} samples (at={self.at!r}).",
                 expected="Gamma of shape (batch,).",
                 fix="error=lambda y, index: (y - x[index]).flatten(1).norm(dim=1)   # y(t[-1])\n"
                 'at="all"   # if error takes y at all points of t, (len(t), batch, ...)',
@@ -272,8 +246,7 @@ class RegressionCost:
             return torch.cat(gammas) if all(isinstance(g, Tensor) for g in gammas) else None
         try:
             gamma = self.error(solution, index)
-        except (RuntimeError, ValueError, IndexError, TypeError):
+        except SHAPE_CLASHES:
             gamma = None  # it may take the final state only, and says what is wrong below
-        if isinstance(gamma, Tensor) and gamma.shape == index.shape:
-            return gamma
-        return self.error(_end(solution), index)
+        is_of_samples = isinstance(gamma, Tensor) and gamma.shape == index.shape
+        return gamma if is_of_samples else self.error(_end(solution), index)

@@ -12,23 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._state import State, VectorField, parts_of, take
+from torchdiffeq_hyper._state import State, VectorField, map_parts
 from torchdiffeq_hyper.dise import _files
-from torchdiffeq_hyper.dise._candidates import Candidate, check_candidates
-from torchdiffeq_hyper.dise._costs import Cost, check_callable
+from torchdiffeq_hyper.dise._candidates import Batch, Candidate, check_candidates
+from torchdiffeq_hyper.dise._costs import Cost, check_callable, check_settings
+from torchdiffeq_hyper.dise._fit import Scale, SelectorConfig, Training, are_finite, labels_of
 from torchdiffeq_hyper.dise._report import DiseReport, Labels, Oracle, TradeOff, one_candidate
-from torchdiffeq_hyper.dise._solves import Batch, dispatch, labels_of, raise_non_finite
-from torchdiffeq_hyper.dise._training import (
-    Scale,
-    SelectorConfig,
-    fittable,
-    predict,
-    split,
-    sweep,
-    train_selector,
-)
-from torchdiffeq_hyper.errors import OneCandidateWarning
-from torchdiffeq_hyper.solvers._stepping import is_finite
+from torchdiffeq_hyper.dise.selectors import predict
+from torchdiffeq_hyper.errors import MissingHypernetError, NonFiniteError, OneCandidateWarning
 
 
 class Dise(nn.Module):
@@ -74,9 +65,7 @@ class Dise(nn.Module):
     """The method string."""
 
     def __init__(
-        self,
-        candidates: Sequence[Candidate],
-        selector: Callable[[State], Tensor] | None = None,
+        self, candidates: Sequence[Candidate], selector: Callable[[State], Tensor] | None = None
     ) -> None:
         super().__init__()
         self.candidates = check_candidates(candidates)
@@ -89,10 +78,6 @@ class Dise(nn.Module):
         self.unit = Scale(0.0, 1.0)
         self.report: DiseReport | None = None
         self.train()
-
-    def extra_repr(self) -> str:
-        """Return the candidates, for printing."""
-        return ",\n".join(map(repr, self.candidates))
 
     def train(self, mode: bool = True) -> Dise:  # noqa: FBT001, FBT002 - torch's signature
         """Set the mode of the candidates; v stays in evaluation mode: it must not be noisy."""
@@ -137,10 +122,17 @@ class Dise(nn.Module):
         if batch.is_empty:
             return batch.constant(y0)
         selection = self.select(y0)
-        solution = dispatch(self.candidates, batch, selection, draft)
+        solution = batch.dispatch(self.candidates, selection, draft)
         # Candidates of the host do not look at what they return.
-        if not all(is_finite(part[-1]) for part in parts_of(solution)):
-            raise_non_finite(solution, self.candidates, selection)
+        finite = are_finite(map_parts(lambda part: part[-1:], solution))
+        if not bool(finite.all()):
+            sample = int((~finite).nonzero()[0])
+            label = self.candidates[int(selection[sample])].label
+            raise NonFiniteError(
+                problem=f"the solution of sample {sample} by {label} ended in inf or nan.",
+                expected="a candidate that stays finite on the samples that are sent to it.",
+                fix='more steps for that candidate, or tdh.Candidate("dopri5_per_sample")',
+            )
         return solution
 
     def dispatch(
@@ -161,27 +153,33 @@ class Dise(nn.Module):
             OptionError: ``selection`` is no choice of candidates for this batch.
         """
         batch = Batch.of(func, y0, t, rtol=rtol, atol=atol)
-        return dispatch(self.candidates, batch, selection)
+        return batch.constant(y0) if batch.is_empty else batch.dispatch(self.candidates, selection)
 
     @torch.no_grad()
     def select(self, y0: State) -> Tensor:
-        """Return the position of the candidate chosen for each sample, (batch,) int64.
-
-        Raises as `predicted_costs` does.
-        """
-        return predict(self.selector, y0, len(self.candidates)).argmin(dim=1)
+        """Return the position of each sample's cheapest candidate in `predicted_costs`, int64."""
+        return predict(self._fitted_selector, y0, len(self.candidates)).argmin(dim=1)
 
     @torch.no_grad()
     def predicted_costs(self, y0: State) -> Tensor:
         """Return the predicted cost of every candidate, (batch, candidates).
 
-        Raises:
-            MissingHypernetError: there is no selector.
-            StateShapeError: v returned another shape than (batch, candidates).
-            NonFiniteError: v predicted inf or nan.
+        Raises what `solve` raises of v.
         """
-        predicted = predict(self.selector, y0, len(self.candidates))
+        predicted = predict(self._fitted_selector, y0, len(self.candidates))
         return predicted * self.unit.scale + self.unit.shift
+
+    @property
+    def _fitted_selector(self) -> Callable[[State], Tensor]:
+        if self.selector is None:
+            raise MissingHypernetError(
+                problem="this Dise has no selector.",
+                expected="a fitted one, or one of your own.",
+                fix="dise.fit(func, y0, t, cost=cost)   # see tdh.ClassificationCost\n"
+                "tdh.Dise(candidates, selector=v)\n"
+                "dise.dispatch(func, y0, t, selection)   # with choices of your own",
+            )
+        return self.selector
 
     def fit(
         self,
@@ -220,20 +218,18 @@ class Dise(nn.Module):
             StateShapeError: labels of another length, or a wrong shape.
             NoisyFieldError: func draws fresh noise at each call.
             CoupledSamplesError: func makes samples depend on each other.
+            NonFiniteError: v predicted inf or nan.
             FitDivergedError: v's loss turned non-finite.
         """
         start = time.perf_counter()
-        config = config or SelectorConfig()
         n_candidates = len(self.candidates)
-        _, held_out = split(y0, config)
-        selector = fittable(self.selector, y0, n_candidates, config)
-        with torch.no_grad():  # before the long part
-            predict(selector.eval(), take(y0, held_out[:1]), n_candidates)
+        training = Training.of(y0, config, progress=progress)
+        selector = training.selector(self.selector, n_candidates)
         batch = Batch.of(func, y0, t, rtol=rtol, atol=atol)
         labels = labels_of(self.candidates, batch, cost, known=labels, progress=progress)
         costs = labels.costs(cost.alpha, cost.penalty)
         label_seconds = time.perf_counter() - start
-        self.unit, losses = train_selector(selector, y0, costs, config, progress=progress)
+        self.unit, losses = training.run(selector, costs)
         self.selector = selector
         selection = self.select(y0)
         self.report = DiseReport(
@@ -241,7 +237,7 @@ class Dise(nn.Module):
             alpha=cost.alpha,
             penalty=cost.penalty,
             selection=selection,
-            held_out=held_out,
+            held_out=training.held_out,
             losses=tuple(losses),
             label_seconds=label_seconds,
             seconds=time.perf_counter() - start,
@@ -276,15 +272,16 @@ class Dise(nn.Module):
             OptionError: a value is not above 0, or an M is too small.
             StateTypeError: the selector is a module without parameters.
         """
-        config = config or SelectorConfig()
-        split(y0, config)
+        training = Training.of(y0, config, progress=progress)
         own = self.selector if isinstance(self.selector, nn.Module) else None
-        selector = fittable(own, y0, len(self.candidates), config)
+        unfitted = training.selector(own, len(self.candidates))
         batch = Batch.of(func, y0, t, rtol=rtol, atol=atol)
         labels = labels_of(self.candidates, batch, cost, known=labels, progress=progress)
-        return sweep(
-            labels, y0, selector, config, alphas=alphas, penalties=penalties, progress=progress
-        )
+        if penalties is None:
+            dearest = float(labels.weighted_nfe.max())
+            penalties = [1.5 * dearest, 10 * dearest, 100 * dearest]
+        settings = [check_settings(alpha, penalty) for alpha in alphas for penalty in penalties]
+        return training.sweep(unfitted, labels, settings)
 
     def oracle(
         self,
@@ -309,8 +306,7 @@ class Dise(nn.Module):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write candidates, selector and report to one safetensors file.
 
-        Solvers among the candidates are stored inside. An old file stays until the new one is
-        complete.
+        It holds the solvers among the candidates. An old file stays until it is complete.
 
         Raises:
             MissingHypernetError: there is no selector.
@@ -318,7 +314,7 @@ class Dise(nn.Module):
                 of a candidate is no JSON value.
             FileWriteError: the file cannot be written; nothing half-written is left.
         """
-        _files.write(path, self.candidates, self.selector, self.unit, self.report)
+        _files.write(path, self.candidates, self._fitted_selector, self.unit, self.report)
 
     @classmethod
     def load(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,9 +31,6 @@ class Labels:
     is_right: Tensor
     weight: Tensor
 
-    def __len__(self) -> int:
-        return len(self.nfe)
-
     def costs(self, alpha: float, penalty: float) -> Tensor:
         r"""Return :math:`(\Delta \Gamma)^\alpha` of right answers, :math:`M^\alpha` of wrong ones.
 
@@ -52,26 +49,9 @@ class Labels:
         return torch.where(self.is_right, calls, penalty) ** alpha
 
     def oracle(self) -> Tensor:
-        """Return for each sample the right candidate with the fewest calls of func.
-
-        Where none is right, the one with the fewest calls.
-        """
-        worst = self.nfe.max() + 1 if len(self) else 0
+        """Return each sample's candidate with the fewest calls: of the right ones, if any is."""
+        worst = self.nfe.max() + 1 if len(self.nfe) else 0
         return (self.nfe + worst * ~self.is_right).argmin(dim=1)
-
-    def mean_nfe(self, selection: Tensor) -> float:
-        """Return the mean calls of func of a choice of candidates (batch,)."""
-        return _mean(self.nfe, selection)
-
-    def accuracy(self, selection: Tensor) -> float:
-        """Return the share of right answers of a choice of candidates (batch,)."""
-        return _mean(self.is_right, selection)
-
-    def shares(self, selection: Tensor) -> dict[str, float]:
-        """Return for each candidate the share of samples that a choice sends to it."""
-        counts = torch.bincount(selection, minlength=len(self.names)).double()
-        shares = counts / max(1, len(selection))
-        return dict(zip(self.names, shares.tolist(), strict=True))
 
     def of(self, index: Tensor) -> Labels:
         """Return the labels of some samples."""
@@ -89,43 +69,48 @@ class Labels:
         return tuple(zip(self.names, *means, strict=True))
 
 
-def _mean(matrix: Tensor, selection: Tensor) -> float:
-    """Return the mean entry of each sample's candidate, of a matrix (batch, candidates)."""
-    return float(matrix.gather(1, selection.unsqueeze(1)).double().mean())
-
-
 def _table(columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> str:
-    """Return a table of names, mean calls and shares of right answers, and further cells."""
+    """Return a table of names, mean calls, shares of right answers, and further cells."""
     cells = [(name, f"{nfe:.2f}", f"{right:.4f}", *rest) for name, nfe, right, *rest in rows]
     return markdown([(columns[0], "mean NFE", "right", *columns[1:]), *cells])
 
 
 @dataclass(frozen=True)
-class Oracle:
-    """For each sample the right candidate with the fewest calls of func.
+class Choice:
+    """A candidate for each sample, and what they achieve.
 
     Attributes:
         labels: calls of func and right answers of every candidate on every sample.
-        selection: the oracle's choices (batch,); `Dise.dispatch` takes them.
+        selection: the choices (batch,); `Dise.dispatch` takes them.
     """
 
     labels: Labels
     selection: Tensor
 
+    def mean(self, matrix: Tensor) -> float:
+        """Return the mean entry of the chosen candidates in a matrix (batch, candidates)."""
+        return float(matrix.gather(1, self.selection.unsqueeze(1)).double().mean())
+
     @property
     def mean_nfe(self) -> float:
-        """Mean calls of func with the oracle's choices."""
-        return self.labels.mean_nfe(self.selection)
+        """Mean calls of func with these choices."""
+        return self.mean(self.labels.nfe)
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers with the oracle's choices."""
-        return self.labels.accuracy(self.selection)
+        """Share of right answers with these choices."""
+        return self.mean(self.labels.is_right)
 
     @property
     def shares(self) -> dict[str, float]:
         """Share of samples sent to each candidate."""
-        return self.labels.shares(self.selection)
+        counts = torch.bincount(self.selection, minlength=len(self.labels.names)).double()
+        shares = counts / max(1, len(self.selection))
+        return dict(zip(self.labels.names, shares.tolist(), strict=True))
+
+
+class Oracle(Choice):
+    """For each sample the right candidate with the fewest calls of func."""
 
     def __str__(self) -> str:
         """Return a table of the candidates and of the oracle beside them."""
@@ -136,22 +121,16 @@ class Oracle:
 
 
 @dataclass(frozen=True)
-class TradeOffPoint:
-    """One setting of a sweep; means over held-out samples.
+class TradeOffPoint(Choice):
+    """One setting of a sweep: the choices of a selector fitted at it for held-out samples.
 
     Attributes:
         alpha: of the cost.
         penalty: M of the cost.
-        mean_nfe: mean calls of func with the choices of a selector fitted at this setting.
-        accuracy: share of right answers with them.
-        shares: share of samples sent to each candidate.
     """
 
     alpha: float
     penalty: float
-    mean_nfe: float
-    accuracy: float
-    shares: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -170,10 +149,6 @@ class TradeOff:
     oracle: tuple[float, float]
     labels: Labels
 
-    def cheapest(self, accuracy: float) -> TradeOffPoint | None:
-        """Return the setting with the fewest calls among those at least so accurate, if any."""
-        return next((point for point in self.points if point.accuracy >= accuracy), None)
-
     def __str__(self) -> str:
         """Return a table."""
         rows: list[tuple[Any, ...]] = []
@@ -182,6 +157,9 @@ class TradeOff:
             rows.append((f"alpha {p.alpha:g}, M {p.penalty:g}", p.mean_nfe, p.accuracy, chosen))
         rows += [(*single, "") for single in (*self.singles, ("oracle", *self.oracle))]
         return _table(("setting", "selected"), rows)
+
+
+Loss: TypeAlias = tuple[int, float, float]
 
 
 @dataclass(frozen=True)
@@ -196,7 +174,7 @@ class DiseReport:
         held_out: positions of the samples that v was not fitted on.
         losses: (iteration, training loss, held-out loss), squared errors of the costs in
             units of their variance.
-        label_seconds: wall time of solving and judging every sample alone.
+        label_seconds: wall time of solving every sample alone.
         seconds: wall time of the fit, all included.
     """
 
@@ -205,7 +183,7 @@ class DiseReport:
     penalty: float
     selection: Tensor
     held_out: Tensor
-    losses: tuple[tuple[int, float, float], ...]
+    losses: tuple[Loss, ...]
     label_seconds: float
     seconds: float
 
@@ -222,87 +200,56 @@ class DiseReport:
     @property
     def mean_nfe(self) -> float:
         """Mean calls of func with v's choices, each sample solved alone."""
-        held, _, choice = self._held
-        return held.mean_nfe(choice)
+        return self._held.mean_nfe
 
     @property
     def accuracy(self) -> float:
         """Share of right answers with v's choices."""
-        held, _, choice = self._held
-        return held.accuracy(choice)
+        return self._held.accuracy
 
     @property
     def shares(self) -> dict[str, float]:
         """Share of samples sent to each candidate."""
-        held, _, choice = self._held
-        return held.shares(choice)
+        return self._held.shares
 
     @property
     def regret(self) -> float:
         """Mean cost of v's choices above that of an oracle's; 0 is perfect."""
-        _, costs, choice = self._held
-        return _mean(costs, choice) - float(costs.amin(dim=1).mean())
+        costs = self.costs[self.held_out]
+        return self._held.mean(costs) - float(costs.amin(dim=1).mean())
 
     @property
     def regret_to_single(self) -> float:
         """Mean cost of v's choices above that of the best single candidate; below 0 is a gain."""
-        _, costs, choice = self._held
-        return _mean(costs, choice) - float(costs.mean(dim=0).min())
+        costs = self.costs[self.held_out]
+        return self._held.mean(costs) - float(costs.mean(dim=0).min())
 
     @property
     def best_single(self) -> str:
         """The candidate with the smallest mean cost."""
-        return self.labels.names[int(self._held[1].mean(dim=0).argmin())]
+        return self.labels.names[int(self.costs[self.held_out].mean(dim=0).argmin())]
 
     @property
-    def _held(self) -> tuple[Labels, Tensor, Tensor]:
-        """Labels, costs and v's choices of the held-out samples."""
-        index = self.held_out
-        return self.labels.of(index), self.costs[index], self.selection[index]
+    def _held(self) -> Choice:
+        return Choice(self.labels.of(self.held_out), self.selection[self.held_out])
 
     def __str__(self) -> str:
         """Return a table of the candidates and of v beside them."""
-        (held, costs, selected), shares = self._held, self.shares
+        held, costs = self._held, self.costs[self.held_out]
         rows: list[tuple[Any, ...]] = [
-            (*single, f"{cost:.4g}", f"{shares[single[0]]:.0%}")
-            for single, cost in zip(held.singles, costs.mean(dim=0).tolist(), strict=True)
+            (*single, f"{cost:.4g}", f"{held.shares[single[0]]:.0%}")
+            for single, cost in zip(held.labels.singles, costs.mean(dim=0).tolist(), strict=True)
         ]
-        for name, choice in (("selector", selected), ("oracle", costs.argmin(dim=1))):
-            means = held.mean_nfe(choice), held.accuracy(choice)
-            rows.append((name, *means, f"{_mean(costs, choice):.4g}", ""))
+        for name, choice in (("selector", held), ("oracle", Choice(held.labels, costs.argmin(1)))):
+            mean_cost = f"{choice.mean(costs):.4g}"
+            rows.append((name, choice.mean_nfe, choice.accuracy, mean_cost, ""))
         return (
             f"{_table(('method', 'mean cost', 'selected'), rows)}\n\n"
-            f"{len(held)} held-out samples, alpha {self.alpha:g}, M {self.penalty:g}; regret "
+            f"{len(costs)} held-out samples, alpha {self.alpha:g}, M {self.penalty:g}; regret "
             f"{self.regret:.3g} against the oracle, {self.regret_to_single:+.3g} against "
             f"{self.best_single} alone; {self.seconds:.1f} s ({self.label_seconds:.1f} s for "
             "solving every sample alone)"
         )
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Return the matrices and vectors, by name."""
-        matrices = {name: getattr(self.labels, name) for name in _MATRICES}
-        return {**matrices, "selection": self.selection, "held_out": self.held_out}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all other fields as JSON-ready values."""
-        numbers = {name: getattr(self, name) for name in _NUMBERS}
-        losses = [list(point) for point in self.losses]
-        return {"names": list(self.labels.names), "losses": losses, **numbers}
-
-    @classmethod
-    def from_parts(cls, data: dict[str, Any], tensors: dict[str, Tensor]) -> DiseReport:
-        """Rebuild from what `to_dict` and `to_tensors` returned."""
-        return cls(
-            labels=Labels(tuple(data["names"]), *(tensors[name] for name in _MATRICES)),
-            selection=tensors["selection"],
-            held_out=tensors["held_out"],
-            losses=tuple((n, float(a), float(b)) for n, a, b in data["losses"]),
-            **{name: float(data[name]) for name in _NUMBERS},
-        )
-
-
-_MATRICES = ("nfe", "is_right", "weight")
-_NUMBERS = ("alpha", "penalty", "label_seconds", "seconds")
 
 
 def one_candidate(labels: Labels, position: int, alpha: float, penalty: float) -> str:

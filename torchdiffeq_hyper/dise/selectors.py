@@ -7,7 +7,7 @@ and one with tanh activations. Any module that maps y0 to (batch, candidates) do
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, pairwise
 from typing import Any, ClassVar
 
@@ -19,13 +19,15 @@ from torchdiffeq_hyper._rules import (
     Items,
     Real,
     Record,
-    Rule,
     Such,
     Tagged,
     Whole,
     checked_arguments,
+    shown,
 )
 from torchdiffeq_hyper._state import State, parts_of, stepped_dtype
+from torchdiffeq_hyper.dise._candidates import count_samples
+from torchdiffeq_hyper.errors import NonFiniteError, StateShapeError, StateTypeError
 from torchdiffeq_hyper.hypernets._files import built
 from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS
 
@@ -43,14 +45,14 @@ class ReadySelector(nn.Module):
     """
 
     kind: ClassVar[str]
-    arguments: ClassVar[dict[str, Rule]]
+    arguments: ClassVar[Record]
     layers: nn.Module
     shift: Tensor
     scale: Tensor
 
     def __init__(self, architecture: Mapping[str, Any], shape: Sequence[int]) -> None:
         super().__init__()
-        checked_arguments(self.arguments, architecture)
+        checked_arguments(self.arguments.fields, architecture)
         self.architecture: dict[str, Any] = {"kind": self.kind, **architecture}
         self.register_buffer("shift", torch.zeros(*shape))
         self.register_buffer("scale", torch.ones(*shape))
@@ -67,10 +69,9 @@ class ReadySelector(nn.Module):
     def calibrate(self, y0: State) -> None:
         """Set the normalisation from samples: every channel to mean 0, deviation 1."""
         x = self.features(y0).to(self.shift.dtype)
-        dims = [0, *range(2, x.dim())]
-        variance, mean = torch.var_mean(x, dims, correction=0)
-        self.shift.copy_(mean.view_as(self.shift))
+        variance, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
         scale = torch.where(variance > 0, variance, 1.0).rsqrt()
+        self.shift.copy_(mean.view_as(self.shift))
         self.scale.copy_(scale.view_as(self.scale))
 
     def forward(self, y0: State) -> Tensor:
@@ -90,11 +91,8 @@ def _perceptron(widths: Sequence[int], *between: nn.Module) -> nn.Sequential:
     return nn.Sequential(*chain(*layers[:-1]), layers[-1][0])
 
 
-_PERCEPTRON: dict[str, Rule] = {
-    "n_inputs": _COUNT,
-    "n_candidates": _COUNT,
-    "hidden": Items(_COUNT, most=1000),
-}
+_SIZES = {"n_inputs": _COUNT, "n_candidates": _COUNT}
+_HIDDEN = Items(_COUNT, most=1000)
 
 
 class MLP(ReadySelector):
@@ -117,10 +115,8 @@ class MLP(ReadySelector):
     """
 
     kind = "mlp"
-    arguments: ClassVar[dict[str, Rule]] = {
-        **_PERCEPTRON,
-        "dropout": Such(Real(low=0.0), lambda share: share < 1, "and below 1"),
-    }
+    _DROPOUT = Such(Real(low=0.0), lambda share: share < 1, "and below 1")
+    arguments = Record(_SIZES, optional={"hidden": _HIDDEN, "dropout": _DROPOUT})
 
     def __init__(
         self,
@@ -138,13 +134,7 @@ class MLP(ReadySelector):
 class TanhMLP(ReadySelector):
     """A perceptron with tanh activations on the flattened start, as the paper's for flows.
 
-    Args:
-        n_inputs: numbers of a sample, all parts of a tuple state together.
-        n_candidates: number of candidates.
-        hidden: widths of the hidden layers.
-
-    Raises:
-        OptionError: an argument is impossible.
+    Its arguments are those of `MLP`, without the dropout.
 
     Example:
         >>> import torch
@@ -154,7 +144,7 @@ class TanhMLP(ReadySelector):
     """
 
     kind = "tanh-mlp"
-    arguments = _PERCEPTRON
+    arguments = Record(_SIZES, optional={"hidden": _HIDDEN})
 
     def __init__(self, n_inputs: int, n_candidates: int, hidden: Sequence[int] = (64, 64)) -> None:
         own = {"n_inputs": n_inputs, "n_candidates": n_candidates, "hidden": list(hidden)}
@@ -186,13 +176,14 @@ class ResidualConv(ReadySelector):
     """
 
     kind = "residual-conv"
-    arguments: ClassVar[dict[str, Rule]] = {
-        "channels": _COUNT,
-        "n_candidates": _COUNT,
-        "hidden": _COUNT,
-        "blocks": Whole(1, 1000),
-        "n_spatial": Whole(min(CONVOLUTIONS), max(CONVOLUTIONS)),
-    }
+    arguments = Record(
+        {"channels": _COUNT, "n_candidates": _COUNT},
+        optional={
+            "hidden": _COUNT,
+            "blocks": Whole(1, 1000),
+            "n_spatial": Whole(min(CONVOLUTIONS), max(CONVOLUTIONS)),
+        },
+    )
 
     def __init__(
         self,
@@ -233,14 +224,7 @@ class _Block(nn.Module):
 
 
 _KINDS: dict[str, type[ReadySelector]] = {net.kind: net for net in (MLP, TanhMLP, ResidualConv)}
-_REQUIRED = {"n_inputs", "n_candidates", "channels"}
-ARCHITECTURES: dict[str, Record] = {
-    kind: Record(
-        {name: rule for name, rule in net.arguments.items() if name in _REQUIRED},
-        optional={name: rule for name, rule in net.arguments.items() if name not in _REQUIRED},
-    )
-    for kind, net in _KINDS.items()
-}
+ARCHITECTURES = {kind: net.arguments for kind, net in _KINDS.items()}
 """What describes a ready selector of each kind in a file."""
 
 
@@ -273,9 +257,8 @@ def from_architecture(
 ) -> ReadySelector:
     """Rebuild a ready selector, with new weights, from its ``architecture``.
 
-    A selector larger than ``weights``, its ``state_dict()``, is refused before it is built;
-    None for any size. Messages name ``what`` the description was read from, and its place ``at``
-    in there.
+    One larger than ``weights``, a ``state_dict()``, is refused before it is built. Messages name
+    ``what`` the description was read from, and its place ``at`` in there.
 
     Raises:
         FileFormatError: the kind is unknown, or an argument is impossible.
@@ -283,3 +266,28 @@ def from_architecture(
     arguments = checked(Tagged(ARCHITECTURES), architecture, what, at)
     with refused(what):
         return built(_KINDS, arguments, weights, at)
+
+
+def predict(selector: Callable[[State], Tensor], y0: State, n_candidates: int) -> Tensor:
+    """Return a selector's predictions (batch, candidates), in its own unit, checked."""
+    out = selector(y0)
+    if not isinstance(out, Tensor) or not out.is_floating_point():
+        raise StateTypeError(
+            problem=f"the selector returned {shown(out)}.",
+            expected="a floating-point tensor of predicted costs.",
+            fix="return self.head(features)",
+        )
+    wanted = (count_samples(y0), n_candidates)
+    if out.shape != wanted:
+        raise StateShapeError(
+            problem=f"the selector returned shape {tuple(out.shape)}.",
+            expected=f"{wanted}: for every sample, the predicted cost of every candidate.",
+            fix=f"a last layer with {n_candidates} outputs",
+        )
+    if not bool(torch.isfinite(out).all()):
+        raise NonFiniteError(
+            problem="the selector predicted inf or nan costs.",
+            expected="finite costs.",
+            fix="torch.isfinite(y0).all()   # or fit the selector again with a lower lr",
+        )
+    return out

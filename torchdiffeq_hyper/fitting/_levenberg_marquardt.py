@@ -9,7 +9,7 @@ a roll-out is nearly linear once they are near.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import chain
@@ -23,7 +23,6 @@ from torchdiffeq_hyper._rules import Maybe, Real, Row, Rule, TensorOf, Whole
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._checkpoint import PhaseState
 from torchdiffeq_hyper.fitting._chunks import Chunk, TrainingChunks, n_weights
-from torchdiffeq_hyper.fitting._field import OutOfTimeError
 from torchdiffeq_hyper.fitting._phases import Phase
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.solvers.bespoke import BespokeSolver, compositions
@@ -110,7 +109,7 @@ class LevenbergMarquardt(Phase):
         training, weights = self.training, self.solver.weights.detach()
         vector = packed(weights.double().cpu())
         chunks = self._next_chunks()
-        found = self._together(
+        found = self._group.gather_in_time(
             lambda: reduce(NormalEquations.plus, (NormalEquations.of(c, weights) for c in chunks))
         )
         if training.memory is not None:
@@ -139,21 +138,11 @@ class LevenbergMarquardt(Phase):
         if vector is None:
             return math.inf
         weights = unpacked(vector, self._n).to(self.solver.weights)
-        found = self._together(lambda: [(c.loss(weights), len(c.scale)) for c in chunks])
+        found = self._group.gather_in_time(
+            lambda: [(c.loss(weights), len(c.scale)) for c in chunks]
+        )
         losses, counts = zip(*chain.from_iterable(found), strict=True)
         return float(sum(losses) / sum(counts))
-
-    def _together(self, measure: Callable[[], T]) -> list[T]:
-        """Return what all processes measure; `OutOfTimeError` where one has no time left."""
-        mine: T | None
-        try:
-            mine = measure()
-        except OutOfTimeError:
-            mine = None
-        found = [one for one in self._group.gather(mine) if one is not None]
-        if len(found) < self._group.size:
-            raise OutOfTimeError
-        return found
 
     def _next_chunks(self) -> list[Chunk]:
         """Return the next chunks in turn, each at most once."""

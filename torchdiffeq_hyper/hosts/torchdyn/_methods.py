@@ -12,7 +12,6 @@ are their own.
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib
 import inspect
@@ -29,7 +28,6 @@ from torch import nn
 
 from torchdiffeq_hyper.errors import (
     DuplicateMethodError,
-    HostWarning,
     MissingExtraError,
     PluginWarning,
 )
@@ -247,7 +245,7 @@ def _without_solvers(kind: type[Any], names: Sequence[str]) -> dict[str, Any]:
     """Return what a class of torchdyn's is given to hold solvers under these names."""
 
     def set_attribute(model: Any, name: str, value: Any) -> None:
-        if name in names and _is_ours(value):
+        if name in names and isinstance(value, nn.Module) and isinstance(value, part_classes()):
             model._modules.pop(name, None)
             object.__setattr__(model, name, value)
         else:
@@ -260,67 +258,7 @@ def _without_solvers(kind: type[Any], names: Sequence[str]) -> dict[str, Any]:
             solver._apply(*positional, **named)
         return applied
 
-    def load(
-        model: Any, state: dict[str, Any], prefix: str, metadata: Any, *others: Any, **named: Any
-    ) -> None:
-        _take_out_solvers(model, names, state, prefix, metadata)
-        super(kind, model)._load_from_state_dict(state, prefix, metadata, *others, **named)
-
-    def set_state(model: Any, state: dict[str, Any]) -> None:
-        super(kind, model).__setstate__(state)
-        for name in names:  # whole models saved while the solver was part of them
-            if _is_ours(model._modules.get(name)):
-                set_attribute(model, name, model._modules[name])
-
-    return {
-        "__setattr__": set_attribute,
-        "__setstate__": set_state,
-        "_apply": apply,
-        "_load_from_state_dict": load,
-    }
-
-
-def _is_ours(value: object) -> bool:
-    return isinstance(value, nn.Module) and isinstance(value, part_classes())
-
-
-def _take_out_solvers(
-    model: Any, names: Sequence[str], state: dict[str, Any], prefix: str, metadata: Any
-) -> None:
-    """Take a solver's weights, which older checkpoints hold, out of a model's ``state``.
-
-    The model's own solver gets them if they are such a solver's, as it did when it was
-    part of the model.
-    """
-    left_out = []
-    for name in names:
-        if name in model._modules and model._modules[name].state_dict():
-            continue  # one of torchdyn's own, with weights
-        start = f"{prefix}{name}."
-        weights = {key: state.pop(key) for key in list(state) if key.startswith(start)}
-        own = {key.removeprefix(start): value for key, value in weights.items()}
-        solver = vars(model).get(name)
-        is_assigned = bool(metadata.get("assign_to_params_buffers", False))
-        if own and not (isinstance(solver, nn.Module) and _load(solver, own, assign=is_assigned)):
-            left_out += list(weights)
-    if left_out:
-        warnings.warn(
-            f"the checkpoint holds weights of a solver, {left_out[0]} and others, which this "
-            "model's solver cannot take: they are left out. A solver is no part of a NeuralODE; "
-            "solver.save(path) and tdh.HyperSolver.load(path) keep it.",
-            HostWarning,
-            stacklevel=2,
-        )
-
-
-def _load(solver: nn.Module, weights: dict[str, Any], *, assign: bool) -> bool:
-    try:
-        # A load that fails halfway has changed what came before.
-        copy.deepcopy(solver).load_state_dict(weights, assign=assign)
-    except RuntimeError:
-        return False
-    solver.load_state_dict(weights, assign=assign)
-    return True
+    return {"__setattr__": set_attribute, "_apply": apply}
 
 
 _WRAPPERS = {

@@ -1,19 +1,40 @@
-"""The user's vector field inside torchdyn's calls and models, as torchdyn would have called it."""
+"""The user's vector field inside calls and models of torchdyn (1.0.6), called as torchdyn does.
+
+Imports nothing of torchdyn: it looks at what the user has imported.
+"""
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from types import FunctionType
+from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields import ModelField, can_restrict, look_through, restrict
+from torchdiffeq_hyper._fields import (
+    ModelField,
+    add_models,
+    can_restrict,
+    look_through,
+    look_through_by,
+    restrict,
+)
 from torchdiffeq_hyper._state import State, VectorField
-from torchdiffeq_hyper.errors import StateTypeError
-from torchdiffeq_hyper.hosts.torchdyn import _upstream
-from torchdiffeq_hyper.hosts.torchdyn._upstream import Held, held_by
+from torchdiffeq_hyper.errors import OptionError, StateTypeError
+from torchdiffeq_hyper.fitting._guard import own_random_state
+
+ODEINT = "torchdyn.numerics.odeint"
+PROBLEMS = "torchdyn.core.problems"
+_FIELDS = "torchdyn.core.defunc"
+
+
+def imported(module: str, name: str) -> Any:
+    """Return what a module of torchdyn's calls ``name``; None while it is not imported."""
+    return getattr(sys.modules.get(module), name, None)
 
 
 @dataclass(frozen=True)
@@ -33,23 +54,51 @@ class HostCall:
     @classmethod
     def of(cls, func: Any, t: Tensor) -> HostCall:
         """Look through the wrapper that `odeint` may have put around ``func``."""
-        inner = _upstream.unreversed(func)
-        negated = inner is not None
-        return cls(func if inner is None else inner, -t if negated else t, negated)
+        wrappers = ("odeint.<locals>.<lambda>", "odeint_symplectic.<locals>.<lambda>")
+        is_function = isinstance(func, FunctionType) and func.__module__ == ODEINT
+        if is_function and func.__qualname__ in wrappers:
+            return cls(inspect.getclosurevars(func).nonlocals["f"], -t, negated=True)
+        return cls(func, t, negated=False)
 
 
 def with_args(func: VectorField, args: Any) -> VectorField:
     """Return ``func`` of (t, y), called with the ``args`` of `odeint` if it takes them."""
-    return Field(func, args) if _upstream.takes_args(func, args) else func
+    try:
+        parameters = inspect.signature(getattr(func, "forward", func)).parameters
+    except (TypeError, ValueError):  # no signature to look at: builtins
+        return func
+    named = parameters.get("args")
+    takes_them = named is not None and named.kind is not inspect.Parameter.VAR_POSITIONAL
+    kinds = {parameter.kind for parameter in parameters.values()}
+    if takes_them or (args and inspect.Parameter.VAR_KEYWORD in kinds):
+        return Field(func, args)
+    return func
 
 
 def of_samples(func: VectorField, args: Any, batch: int) -> VectorField:
-    """Return `with_args`, with the method ``restrict`` if it holds something of every sample."""
+    """Return `with_args`, with the method ``restrict`` if it holds something of every sample.
+
+    That is data control, and a CNF's noise.
+    """
     field = with_args(func, args)
-    held = [] if can_restrict(func) else _upstream.sample_state(func, batch)
-    # Depth alone is told anew at every call.
-    is_held = any(value is not None for _, _, value in held)
-    return HoldingField(field, held) if is_held else field
+    if can_restrict(func) or not isinstance(func, nn.Module):
+        return field
+    parts = list(func.modules())
+    values = [(m, n, getattr(m, n, None)) for m in parts for n in ("_control", "noise")]
+    held: list[Held] = [
+        (part, name, value)
+        for part, name, value in values
+        if isinstance(value, Tensor) and value.dim() and len(value) == batch
+    ]
+    # Depth, which layers are told at every call, is put back with the rest.
+    depths: list[Held] = [(part, "t", None) for part in parts if hasattr(part, "t")]
+    return HoldingField(field, [*held, *depths]) if held else field
+
+
+def drops_args(func: Any) -> bool:
+    """Return whether ``func`` is a `DEFunc` that keeps ``args`` from the user's field."""
+    order, loss = getattr(func, "order", 1), getattr(func, "integral_loss", None)
+    return type(func).__module__ == _FIELDS and (order > 1 or loss is not None)
 
 
 class Field:
@@ -63,6 +112,19 @@ class Field:
 
     def __call__(self, t: Tensor, y: Tensor) -> Any:
         return self.base_func(t, y, args=self._args)
+
+
+Held: TypeAlias = tuple[nn.Module, str, Tensor | None]
+"""A layer, an attribute of it, and its value: for each sample along dim 0, or None for one
+that is only put back after a call."""
+
+
+def _held_by(held: Sequence[Held], index: Tensor) -> list[Held]:
+    """Return what layers hold of the samples at ``index``."""
+    return [
+        (module, name, None if value is None else value[index.to(value.device)])
+        for module, name, value in held
+    ]
 
 
 class HoldingField:
@@ -85,7 +147,7 @@ class HoldingField:
 
     def restrict(self, index: Tensor) -> HoldingField:
         """Return the field of the samples at ``index``; func and its weights are shared."""
-        return HoldingField(self.base_func, held_by(self._held, index))
+        return HoldingField(self.base_func, _held_by(self._held, index))
 
 
 class NeuralODEField(ModelField):
@@ -94,43 +156,55 @@ class NeuralODEField(ModelField):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    @classmethod
-    def of(cls, model: object) -> NeuralODEField | None:
-        """Return the field of a `NeuralODE`, or another `ODEProblem`; None for other objects."""
-        return cls(model) if _upstream.is_problem(model) else None
-
     @property
     def field(self) -> VectorField:
         """Torchdyn's wrapper of the user's field."""
         return cast("VectorField", self.model.vf)
 
-    @property
-    def has_noise(self) -> bool:
-        """Whether a trace estimator draws noise at the start of each solve."""
-        return _upstream.draws_noise(self.model)
+    def check_shareable(self, n_processes: int) -> None:
+        """Refuse to share noise, which trace estimators draw, among processes."""
+        noise = [getattr(part, "noise_dist", None) for part in self.model.modules()]
+        if n_processes > 1 and any(dist is not None for dist in noise):
+            raise OptionError(
+                problem=f"func estimates a trace from noise, and {n_processes} processes fit "
+                "together.",
+                expected="an exact trace, or a fit in one process.",
+                fix="CNF(net, trace_estimator=autograd_trace)",
+            )
 
     def __call__(self, t: Tensor, y: Tensor) -> Any:
-        field: Any = self.model.vf
-        return field(t, y)
+        return self.field(t, y)
 
     def given(self, y0: State) -> StartedField:
-        """Return the field of the solve that starts at ``y0``.
-
-        Raises:
-            StateTypeError: ``y0`` is a tuple.
-        """
+        """Return the field of the solve that starts at ``y0``; refuse tuples."""
         if not isinstance(y0, Tensor):
             raise StateTypeError(
                 problem=f"y0 is a {type(y0).__name__}, func is a {type(self.model).__name__}.",
                 expected="one tensor: that is what torchdyn solves.",
                 fix="y0 = torch.cat(y0, dim=1)",
             )
-        return StartedField(self.model, _upstream.set_at_start(self.model, y0.detach()))
+        y0, model, held = y0.detach(), cast("Any", self.model), []
+        # An integral loss and each log-density come before the state proper.
+        has_integral = getattr(model, "integral_loss", None) is not None
+        excess = int(has_integral and getattr(model, "sensitivity", "") == "autograd")
+        for part in model.vf.modules():
+            if hasattr(part, "trace_estimator"):
+                noise_dist = getattr(part, "noise_dist", None)
+                if noise_dist is not None:
+                    with own_random_state(0):
+                        held.append((part, "noise", noise_dist.sample((len(y0),)).to(y0)))
+                excess += 1
+            if hasattr(part, "_control"):
+                held.append((part, "_control", y0[:, excess:]))
+        return StartedField(model, held)
 
     @contextmanager
     def as_found(self) -> Iterator[None]:
         """Give the modules back what solves inside the block set on them."""
-        before = _upstream.set_by_solves(self.model)
+        # Calls, the time of layers, the start that data control sees, a trace estimator's noise.
+        names = ("nfe", "t", "_control", "noise")
+        parts = [(part, vars(part)) for part in self.model.modules()]
+        before = [(part, n, own[n]) for part, own in parts for n in names if n in own]
         try:
             yield
         finally:
@@ -156,9 +230,24 @@ class StartedField(NeuralODEField):
 
     def restrict(self, index: Tensor) -> StartedField:
         """Return the field of the samples at ``index``; the module is shared."""
-        return StartedField(self.model, held_by(self._held, index))
+        return StartedField(self.model, _held_by(self._held, index))
 
 
+def _in_model(model: object) -> NeuralODEField | None:
+    """Return the field of a `NeuralODE`, or another `ODEProblem`; None for other objects."""
+    kind = imported(PROBLEMS, "ODEProblem")
+    return NeuralODEField(model) if kind and isinstance(model, kind) else None
+
+
+def _in_wrapper(func: object) -> object | None:
+    """Return the field inside torchdyn's wrapper if the two are the same; else None."""
+    kinds = (imported(_FIELDS, "DEFunc"), imported(_FIELDS, "DEFuncBase"))
+    # One that drops args has more states than the field inside.
+    return func.vf if type(func) in kinds and not drops_args(func) else None  # type: ignore[attr-defined]
+
+
+add_models(_in_model)
+look_through_by(_in_wrapper)
 look_through(Field, "base_func")
 look_through(HoldingField, "base_func")
 look_through(NeuralODEField, "field")

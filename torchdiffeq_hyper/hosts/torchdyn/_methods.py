@@ -15,9 +15,10 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import itertools
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -32,15 +33,33 @@ from torchdiffeq_hyper.errors import (
     PluginWarning,
 )
 from torchdiffeq_hyper.hosts._host import Host
-from torchdiffeq_hyper.hosts.torchdyn import _upstream
+from torchdiffeq_hyper.hosts.torchdyn._field import ODEINT, PROBLEMS, imported
 from torchdiffeq_hyper.hosts.torchdyn._stepper import (
+    SENSITIVITY,
     AdjointStepper,
-    CheckedFunction,
     Stepper,
+    checked_function,
     part_classes,
 )
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.methods._method import Method
+
+_SOLVERS = "torchdyn.numerics.solvers"
+
+_ENTRANCES = (ODEINT, SENSITIVITY, PROBLEMS)
+"""The modules that whoever uses torchdyn's numerics, adjoints or models imports first.
+
+`PROBLEMS` holds names of its own, imported from `SENSITIVITY`.
+"""
+
+_HOLDERS = (
+    (PROBLEMS, "ODEProblem", ("solver", "solver_adjoint")),
+    (f"{_SOLVERS}.templates", "MultipleShootingDiffeqSolver", ("coarse_method", "fine_method")),
+)
+"""The classes whose objects hold solvers, and under which attributes."""
+
+_ADAPTIVE_LOOP = "_adaptive_odeint"
+_INTERPOLATED_ADJOINT = "_gather_odefunc_interp_adjoint"
 
 _HOSTS_OWN = "_torchdiffeq_hyper_hosts_own"
 _added: list[tuple[type[Any], str]] = []
@@ -56,7 +75,7 @@ class ImportHook(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Return what the other finders find; its loader has `host` follow, once."""
-        if fullname not in _upstream.ENTRANCES:
+        if fullname not in _ENTRANCES:
             return None
         for finder in sys.meta_path:
             find = None if finder is self else getattr(finder, "find_spec", None)
@@ -96,7 +115,8 @@ class Torchdyn(Host):
 
     def entries(self) -> dict[str, Any] | None:
         """Return `SOLVER_DICT`; None while torchdyn is not imported."""
-        return _upstream.solver_dict()
+        found: dict[str, Any] | None = imported(f"{_SOLVERS}.ode", "SOLVER_DICT")
+        return found if ODEINT in sys.modules else None
 
     def step_by_step(self, method: Method) -> Any:
         """Return what torchdyn calls with a dtype to get a solver object."""
@@ -133,7 +153,7 @@ def load() -> None:
         MissingExtraError: torchdyn is not installed, or lacks a package that it needs.
     """
     try:
-        importlib.import_module(_upstream.ENTRANCES[0])
+        importlib.import_module(ODEINT)
     except ImportError as error:
         raise MissingExtraError(
             problem=f"torchdyn cannot be imported: {error}.",
@@ -144,15 +164,16 @@ def load() -> None:
 
 def _patch() -> None:
     """Let torchdyn, as far as it is imported, give our solvers their calls; again: no change."""
-    for name, wrap in _WRAPPERS.items():
-        for module in _upstream.holders(name):
-            own = getattr(module, name)
-            if not hasattr(own, _HOSTS_OWN):
-                wrapper = functools.wraps(own)(wrap(own))
-                setattr(wrapper, _HOSTS_OWN, own)
-                setattr(module, name, wrapper)
-    for kind, names in _upstream.holders_of_solvers():
-        _give(kind, {n: f for n, f in _without_solvers(kind, names).items() if n not in vars(kind)})
+    for module, name, wrap in _wrapped():
+        own = getattr(module, name)
+        if not hasattr(own, _HOSTS_OWN):
+            wrapper = functools.wraps(own)(wrap(own))
+            setattr(wrapper, _HOSTS_OWN, own)
+            setattr(module, name, wrapper)
+    for module_name, kind_name, names in _HOLDERS:
+        kind = imported(module_name, kind_name)
+        if kind is not None and "_apply" not in vars(kind):
+            _give(kind, _without_solvers(kind, names))
     for kind in part_classes():
         _give(kind, {name: value for name, value in _PROTOCOL.items() if not hasattr(kind, name)})
 
@@ -165,17 +186,24 @@ def _give(kind: type[Any], attributes: dict[str, Any]) -> None:
 
 def _unpatch() -> None:
     """Leave torchdyn, and our classes, as `_patch` found them; models keep what they hold."""
-    for name in _WRAPPERS:
-        for module in _upstream.holders(name):
-            setattr(module, name, getattr(getattr(module, name), _HOSTS_OWN, getattr(module, name)))
+    for module, name, _ in _wrapped():
+        own = getattr(module, name)
+        setattr(module, name, getattr(own, _HOSTS_OWN, own))
     while _added:
         delattr(*_added.pop())
+
+
+def _wrapped() -> Iterator[tuple[ModuleType, str, Callable[..., Any]]]:
+    """Yield the imported modules, their functions that are wrapped, and what wraps these."""
+    for module_name, (name, wrap) in itertools.product(_ENTRANCES, _WRAPPERS.items()):
+        if imported(module_name, name) is not None:
+            yield sys.modules[module_name], name, wrap
 
 
 def _loop(own: Callable[..., Any]) -> Callable[..., Any]:
     """Return a loop over fixed or adaptive steps that gives our solvers the whole problem."""
     signature = inspect.signature(own)
-    is_adaptive = own.__name__ == _upstream.ADAPTIVE_LOOP
+    is_adaptive = own.__name__ == _ADAPTIVE_LOOP
 
     def loop(*positional: Any, **named: Any) -> Any:
         call = signature.bind(*positional, **named)
@@ -201,7 +229,7 @@ def _loop(own: Callable[..., Any]) -> Callable[..., Any]:
 def _adjoint(own: Callable[..., Any]) -> Callable[..., Any]:
     """Return what gives each call under an adjoint solver objects of its own, if ours."""
     signature = inspect.signature(own)
-    is_interpolated = own.__name__ == _upstream.INTERPOLATED_ADJOINT
+    is_interpolated = own.__name__ == _INTERPOLATED_ADJOINT
 
     def gather(*positional: Any, **named: Any) -> Any:
         call = signature.bind(*positional, **named)
@@ -223,12 +251,14 @@ def _adjoint(own: Callable[..., Any]) -> Callable[..., Any]:
             given["solver"] = for_call
         if backward is not None and backward.is_whole and not is_interpolated:
             # Nothing of ours is left to do there, and the host's loop knows of seminorms.
-            given["solver_adjoint"] = _upstream.dopri5(given["vf_params"].dtype)
+            given["solver_adjoint"] = "dopri5"
         elif backward is not None:
             shares = forward is None or solver_adjoint is solver
             given["solver_adjoint"] = for_call if shares else AdjointStepper(backward, tolerances)
         function = own(*call.args, **call.kwargs)
-        return function if forward is None else CheckedFunction(function, forward.who)
+        if forward is None:
+            return function
+        return checked_function(function, forward if forward.part is None else forward.part)
 
     return gather
 
@@ -262,10 +292,10 @@ def _without_solvers(kind: type[Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 _WRAPPERS = {
-    _upstream.FIXED_LOOP: _loop,
-    _upstream.ADAPTIVE_LOOP: _loop,
-    _upstream.ADJOINT: _adjoint,
-    _upstream.INTERPOLATED_ADJOINT: _adjoint,
+    "_fixed_odeint": _loop,
+    _ADAPTIVE_LOOP: _loop,
+    "_gather_odefunc_adjoint": _adjoint,
+    _INTERPOLATED_ADJOINT: _adjoint,
 }
 
 _PROTOCOL: dict[str, Any] = {

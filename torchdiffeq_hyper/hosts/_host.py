@@ -12,11 +12,13 @@ from torch import nn
 
 from torchdiffeq_hyper.errors import AdjointWarning
 from torchdiffeq_hyper.methods import _registry
-from torchdiffeq_hyper.methods._method import Builder
 
 
-class Host(Builder, ABC):
+class Host(ABC):
     """Puts the registry's methods into a library's dict, and takes them out again.
+
+    Each kind of method asks for its own way to be built: ``step_by_step`` along a time grid,
+    ``all_at_once`` by its part, or ``ready_made`` as a solver class of torchdiffeq's own kind.
 
     Attributes:
         name: the library's name.

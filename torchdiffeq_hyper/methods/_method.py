@@ -1,8 +1,7 @@
 """A registered method: its name, what it declares, and which fitted part solves with it.
 
-There is one kind for each thing that a plugin may register: a `Tableau`, a `WholeSolve`
-and a solver class of torchdiffeq's own kind. Hosts and look-ups ask the method, not its
-kind.
+There is one kind for each thing that a plugin may register. Hosts and look-ups ask the method,
+not its kind.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NoReturn
 
 from torchdiffeq_hyper.errors import (
     BaseMismatchError,
@@ -38,19 +37,6 @@ class WholeSolve:
     kind: type[Any]
     option: str | None
     example: str
-
-
-class Builder(Protocol):
-    """A host: what it makes of each kind of method; None for a kind that it cannot run."""
-
-    def step_by_step(self, method: SteppingMethod) -> Any:
-        """Return what solves step by step, along a time grid."""
-
-    def all_at_once(self, method: WholeMethod) -> Any:
-        """Return what hands the whole problem to the method's part."""
-
-    def ready_made(self, method: ReadyMethod) -> Any:
-        """Return what runs a solver class of torchdiffeq's own kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +71,8 @@ class Method(ABC):
         return self.tableau is not None
 
     @abstractmethod
-    def build(self, host: Builder) -> Any:
-        """Return what a host is given for this method."""
+    def build(self, host: Any) -> Any:
+        """Return what a host makes of this kind of method; None where it cannot run it."""
 
     def serves(self, part: object) -> bool:
         """Return whether ``part`` is a part of this method."""
@@ -104,6 +90,20 @@ class Method(ABC):
         """Return the method called ``name`` whose fitted part is ``part``."""
         return replace(self, name=name, fitted=part, owner=owner)
 
+    def _refuse_none(self, what: str, example: str) -> NoReturn:
+        name, option = self.name, self.option
+        raise MissingHypernetError(
+            problem=f'method "{name}" found no {what} for this func.',
+            expected="a fitted part as an option, attached to func, in scope, or under a published "
+            "name.",
+            fix=f"{option} = {example}\n"
+            f'odeint(func, y0, t, method="{name}", options={{"{option}": {option}}})\n'
+            f"NeuralODE(vf, solver={option})            # torchdyn\n"
+            f'tdh.attach(func, {option})                # then method="{name}" on this func\n'
+            f'with tdh.using({option}): ...             # then method="{name}" inside\n'
+            f'tdh.register_method("my-fast", {option})  # then method="my-fast" anywhere',
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SteppingMethod(Method):
@@ -112,7 +112,7 @@ class SteppingMethod(Method):
     tableau: Tableau
     option: str | None = "solver"
 
-    def build(self, host: Builder) -> Any:
+    def build(self, host: Any) -> Any:
         return host.step_by_step(self)
 
     def serves(self, part: object) -> bool:
@@ -123,7 +123,7 @@ class SteppingMethod(Method):
         base = self.tableau.name
         if part is None:
             example = f'tdh.fit(func, y0, (0.0, 1.0), base="{base}", steps=10)'
-            raise _missing(self, "fitted hypernet", example)
+            self._refuse_none("fitted hypernet", example)
         if base_of(part) is None:
             raise StateTypeError(
                 problem=f"the solver for {self.name!r} is a {type(part).__name__}.",
@@ -153,7 +153,7 @@ class WholeMethod(Method):
     kind: type[Any]
     example: str
 
-    def build(self, host: Builder) -> Any:
+    def build(self, host: Any) -> Any:
         return host.all_at_once(self)
 
     def serves(self, part: object) -> bool:
@@ -170,7 +170,7 @@ class WholeMethod(Method):
     def checked(self, part: Any) -> Any:
         kind, option = self.kind.__name__, self.option
         if part is None:
-            raise _missing(self, kind, self.example)
+            self._refuse_none(kind, self.example)
         if not isinstance(part, self.kind):
             fix = f'options={{"{option}": {self.example}}}'
             if base_of(part) is not None:
@@ -189,7 +189,7 @@ class ReadyMethod(Method):
 
     solver: Callable[..., Any]
 
-    def build(self, host: Builder) -> Any:
+    def build(self, host: Any) -> Any:
         return host.ready_made(self)
 
 
@@ -211,37 +211,27 @@ def make_method(
     """Return the method that a plugin registers, after checking it; see `register_solvers`."""
     if isinstance(solver, Tableau):
         order, calls_per_step = solver.order, solver.calls
-    if order is None or calls_per_step is None:
+    declared = {"order": order, "calls_per_step": calls_per_step}
+    problem, expected = "", "an int of at least 1."
+    if None in declared.values():
         problem = f'method "{name}" of {owner} does not declare its order and calls per step.'
         expected = "both, for all but a Tableau."
-    elif not all(isinstance(count, int) and count >= 1 for count in (order, calls_per_step)):
+    elif not all(isinstance(count, int) and count >= 1 for count in declared.values()):
         problem = f'method "{name}" declares {order=!r}, {calls_per_step=!r}.'
-        expected = "an int of at least 1."
     elif not isinstance(solver, Tableau | WholeSolve) and not callable(solver):
         problem = f'method "{name}" has solver={solver!r}.'
         expected = "a Tableau, a WholeSolve or a torchdiffeq solver class."
-    else:
-        fields: dict[str, Any] = {"name": name, "owner": owner, "follows_grid": follows_grid}
-        fields |= {"order": order, "calls_per_step": calls_per_step}
-        if isinstance(solver, Tableau):
-            return SteppingMethod(**fields, tableau=solver)
-        if isinstance(solver, WholeSolve):
-            return WholeMethod(**fields, **vars(solver))
-        return ReadyMethod(**fields, solver=solver)
-    fix = f'register("{name}", MySolver, order=2, calls_per_step=2)'
-    raise OptionError(problem=problem, expected=expected, fix=fix)
-
-
-def _missing(method: Method, what: str, example: str) -> MissingHypernetError:
-    name, option = method.name, method.option
-    return MissingHypernetError(
-        problem=f'method "{name}" found no {what} for this func.',
-        expected="a fitted part as an option, attached to func, in scope, or under a published "
-        "name.",
-        fix=f"{option} = {example}\n"
-        f'odeint(func, y0, t, method="{name}", options={{"{option}": {option}}})\n'
-        f"NeuralODE(vf, solver={option})            # torchdyn\n"
-        f'tdh.attach(func, {option})                # then method="{name}" on this func\n'
-        f'with tdh.using({option}): ...             # then method="{name}" inside\n'
-        f'tdh.register_method("my-fast", {option})  # then method="my-fast" anywhere',
-    )
+    if problem:
+        fix = f'register("{name}", MySolver, order=2, calls_per_step=2)'
+        raise OptionError(problem=problem, expected=expected, fix=fix)
+    fields: dict[str, Any] = {
+        "name": name,
+        "owner": owner,
+        "follows_grid": follows_grid,
+        **declared,
+    }
+    if isinstance(solver, Tableau):
+        return SteppingMethod(**fields, tableau=solver)
+    if isinstance(solver, WholeSolve):
+        return WholeMethod(**fields, **vars(solver))
+    return ReadyMethod(**fields, solver=solver)

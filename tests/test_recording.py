@@ -11,7 +11,7 @@ from torch import Tensor
 from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._state import StateLayout, part_norms
 from torchdiffeq_hyper.errors import HyperError, OptionError, StateShapeError
-from torchdiffeq_hyper.recording import Draft, Guard, Recorder, Solve, Steps
+from torchdiffeq_hyper.recording import Draft, GraphCheck, Recorder, Solve, Steps
 
 NAN = math.nan
 
@@ -25,7 +25,9 @@ def _steps(errors: tuple[Tensor, ...], layout: StateLayout, **fields: object) ->
 
 def _solve(steps: Steps | None, method: str = "dopri5") -> Solve:
     recorder = Recorder()
-    draft = Draft(method, torch.zeros(4, 2), StateLayout(None), (recorder,))
+    draft = Draft(
+        method=method, y0=torch.zeros(4, 2), layout=StateLayout(None), recorders=(recorder,)
+    )
     draft.steps = steps
     draft.publish()
     return recorder.solves[0]
@@ -117,7 +119,12 @@ def test_a_method_can_tell_more_of_itself_than_the_host_sees() -> None:
     recorder = Recorder()
     with recording.opened(recorder):
         assert recording.running() is None
-        draft = Draft("dise", torch.zeros(3, 2), StateLayout(None), recording.open_recorders())
+        draft = Draft(
+            method="dise",
+            y0=torch.zeros(3, 2),
+            layout=StateLayout(None),
+            recorders=recording.open_recorders(),
+        )
         with draft.entered():
             found = recording.running()
             assert found is not None
@@ -135,22 +142,22 @@ def test_a_method_can_tell_more_of_itself_than_the_host_sees() -> None:
 
 def test_values_without_a_graph_are_given_as_they_are() -> None:
     value = torch.ones(3)
-    assert Guard().protect(value) is value
+    assert GraphCheck().protect(value) is value
     with torch.no_grad():
-        assert not Guard(is_adjoint=True).protect(value).requires_grad
+        assert not GraphCheck(is_adjoint=True).protect(value).requires_grad
 
 
 def test_marks_notice_a_freed_graph_and_change_nothing() -> None:
     x = torch.randn(3, dtype=torch.float64, requires_grad=True)
     same, node = recording.mark(x * 2)
     assert torch.equal(same, x * 2)
-    guard = Guard((node,))
-    guard.check()
+    check = GraphCheck((node,))
+    check.check()
     (same**2).sum().backward(retain_graph=True)
-    guard.check()
+    check.check()
     (same**2).sum().backward()
     with pytest.raises(recording.FreedGraphError):
-        guard.check()
+        check.check()
     plain = x.detach()
     unmarked, no_node = recording.mark(plain)
     assert unmarked is plain

@@ -211,7 +211,7 @@ def make_method(
     """Return the method that a plugin registers, after checking it; see `register_solvers`."""
     if isinstance(solver, Tableau):
         order, calls_per_step = solver.order, solver.calls
-    declared = {"order": order, "calls_per_step": calls_per_step}
+    declared: dict[str, Any] = {"order": order, "calls_per_step": calls_per_step}
     problem, expected = "", "an int of at least 1."
     if None in declared.values():
         problem = f'method "{name}" of {owner} does not declare its order and calls per step.'
@@ -224,14 +224,9 @@ def make_method(
     if problem:
         fix = f'register("{name}", MySolver, order=2, calls_per_step=2)'
         raise OptionError(problem=problem, expected=expected, fix=fix)
-    fields: dict[str, Any] = {
-        "name": name,
-        "owner": owner,
-        "follows_grid": follows_grid,
-        **declared,
-    }
+    declared |= {"name": name, "owner": owner, "follows_grid": follows_grid}
     if isinstance(solver, Tableau):
-        return SteppingMethod(**fields, tableau=solver)
+        return SteppingMethod(**declared, tableau=solver)
     if isinstance(solver, WholeSolve):
-        return WholeMethod(**fields, **vars(solver))
-    return ReadyMethod(**fields, solver=solver)
+        return WholeMethod(**declared, **vars(solver))
+    return ReadyMethod(**declared, solver=solver)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import contextvars
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchdiffeq_hyper._state import StateLayout, batch_size, part_norms
-from torchdiffeq_hyper.recording._solve import NothingRecordedError, SampledStep, Solve, Steps
-
-Value = TypeVar("Value")
+from torchdiffeq_hyper.recording._solve import (
+    GraphCheck,
+    NothingRecordedError,
+    SampledStep,
+    Solve,
+    Steps,
+)
 
 
 class Recorder:
@@ -80,15 +85,14 @@ def add(terms: Iterable[Tensor]) -> Tensor:
     return reduce(lambda total, term: total + term.to(total.device), terms)
 
 
-_open: contextvars.ContextVar[tuple[Recorder, ...]] = contextvars.ContextVar("open", default=())
-_running: contextvars.ContextVar[Draft | None] = contextvars.ContextVar("running", default=None)
-_handed: contextvars.ContextVar[tuple[Draft, object] | None] = contextvars.ContextVar(
-    "handed", default=None
-)
+_open: ContextVar[tuple[Recorder, ...]] = ContextVar("open", default=())
+_running: ContextVar[Draft | None] = ContextVar("running", default=None)
+_handed: ContextVar[tuple[Draft, object] | None] = ContextVar("handed", default=None)
 
 
 @contextmanager
-def _set(variable: contextvars.ContextVar[Value], value: Value) -> Iterator[None]:
+def assigned(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    """Give a variable of the context another value inside the block."""
     token = variable.set(value)
     try:
         yield
@@ -103,12 +107,12 @@ def open_recorders() -> tuple[Recorder, ...]:
 
 def opened(recorder: Recorder) -> AbstractContextManager[None]:
     """Keep a record inside the block, beside those kept already."""
-    return _set(_open, (*_open.get(), recorder))
+    return assigned(_open, (*_open.get(), recorder))
 
 
 def paused() -> AbstractContextManager[None]:
     """Keep no record inside the block."""
-    return _set(_open, ())
+    return assigned(_open, ())
 
 
 def running() -> Draft | None:
@@ -120,7 +124,7 @@ def running() -> Draft | None:
 def handed_over(part: object) -> Iterator[Draft | None]:
     """Leave the running draft to the part that solves the whole problem inside the block."""
     draft = running()
-    with _set(_handed, None if draft is None else (draft, part)):
+    with assigned(_handed, None if draft is None else (draft, part)):
         yield draft
 
 
@@ -137,6 +141,7 @@ def take_over(part: object) -> Draft | None:
     return handed[0]
 
 
+@dataclass(kw_only=True)
 class Draft:
     """A solve being recorded: the `Solve` to be, as far as it is known.
 
@@ -145,46 +150,45 @@ class Draft:
     the solve is part of the forward solve of `odeint_adjoint`.
     """
 
-    def __init__(
-        self,
-        method: str,
-        y0: Tensor,
-        layout: StateLayout,
-        recorders: tuple[Recorder, ...],
-        *,
-        is_adjoint: bool = False,
-    ) -> None:
+    method: str
+    y0: Tensor
+    layout: StateLayout
+    recorders: tuple[Recorder, ...]
+    is_adjoint: bool = False
+    nfe: int = 0
+    sample_nfe: Tensor | None = None
+    selection: Tensor | None = None
+    steps: Steps | None = None
+    sampled_step: SampledStep | None = None
+
+    def __post_init__(self) -> None:
+        """Start the clock."""
         outer = running()
-        self.method = method
-        self.recorders = recorders
         # What runs inside a solve that keeps no graph keeps none either.
-        self.is_adjoint: bool = is_adjoint or (outer is not None and outer.is_adjoint)
-        self.nfe = 0
-        self.sample_nfe: Tensor | None = None
-        self.selection: Tensor | None = None
-        self.steps: Steps | None = None
-        self.sampled_step: SampledStep | None = None
-        self._layout = layout
-        self._y0 = y0
-        self._start = _now(y0)
+        self.is_adjoint |= outer is not None and outer.is_adjoint
+        self._start = _now(self.y0)
 
     def entered(self) -> AbstractContextManager[None]:
         """Make this the running draft."""
-        return _set(_running, self)
+        return assigned(_running, self)
 
     def finish(self) -> Solve:
         """Return the solve as recorded so far."""
-        sample_nfe = self.sample_nfe
+        steps, sample_nfe = self.steps, self.sample_nfe
+        if steps is None:
+            steps = no_steps(self.layout, self.y0)
+        elif self.is_adjoint:
+            steps = replace(steps, graph_check=GraphCheck(is_adjoint=True))
         if sample_nfe is None:
-            batch = batch_size(self._layout.split(self._y0))
-            sample_nfe = torch.full((batch,), self.nfe, device=self._y0.device)
+            batch = batch_size(self.layout.split(self.y0))
+            sample_nfe = torch.full((batch,), self.nfe, device=self.y0.device)
         return Solve(
             method=self.method,
             nfe=self.nfe,
             sample_nfe=sample_nfe,
             selection=self.selection,
-            wall_s=_now(self._y0) - self._start,
-            steps=no_steps(self._layout, self._y0) if self.steps is None else self.steps,
+            wall_s=_now(self.y0) - self._start,
+            steps=steps,
             is_adaptive=self.steps is not None,
             sampled_step=self.sampled_step,
         )
@@ -258,14 +262,6 @@ class FlopCounter(FlopCounterMode):
 
     def __init__(self) -> None:
         super().__init__(display=False)
-        self.mod_tracker: Any = _NoTracker()
-
-
-class _NoTracker:
-    parents: ClassVar[set[str]] = {"Global"}
-
-    def __enter__(self) -> None:
-        """Track nothing."""
-
-    def __exit__(self, *_: object) -> None:
-        """Track nothing."""
+        tracker: Any = nullcontext()
+        tracker.parents = {"Global"}
+        self.mod_tracker = tracker

@@ -25,8 +25,8 @@ class AdjointGradientError(HyperError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class Guard:
-    """Knows whether a record's numbers can be differentiated."""
+class GraphCheck:
+    """Checks whether the graph of a record's numbers is there to be differentiated."""
 
     marks: tuple[Any, ...] = ()  # nodes put into the graph by `mark`, one an accepted step
     is_adjoint: bool = False  # whether the solve was the forward one of `odeint_adjoint`
@@ -66,7 +66,7 @@ class Guard:
 
 
 def mark(x: Tensor) -> tuple[Tensor, Any]:
-    """Return ``x`` with a node of ours in its graph, which tells `Guard` when that is freed.
+    """Return ``x`` with a node of ours in its graph, which tells `GraphCheck` when that is freed.
 
     The node is returned too, None without a graph.
     """
@@ -113,7 +113,7 @@ class Steps:
         layout: the state's parts.
         part_slopes: norms of the differences of the last two stages' derivatives and of
             their states, for each part; None where not recorded, see `stiffness_of`.
-        guard: knows whether the numbers can be differentiated.
+        graph_check: raises where the numbers cannot be differentiated.
     """
 
     t0: Tensor
@@ -123,7 +123,7 @@ class Steps:
     part_errors: tuple[Tensor, ...]
     layout: StateLayout = field(default_factory=lambda: StateLayout(None))
     part_slopes: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
-    guard: Guard = field(default_factory=Guard)
+    graph_check: GraphCheck = field(default_factory=GraphCheck)
 
     @property
     def error(self) -> Tensor:
@@ -147,7 +147,7 @@ class Steps:
             OptionError: there is no such part.
             StateShapeError: all parts are asked for and their batches differ.
         """
-        return self.guard.protect(select(self.part_errors, self.layout, part))
+        return self.graph_check.protect(select(self.part_errors, self.layout, part))
 
     def stiffness_of(self, part: int | None = None) -> Tensor:
         """Return (n_steps, batch) estimates of how much func stretches, in 1/time.
@@ -167,11 +167,8 @@ class Steps:
             )
         rise, run = (select(norms, self.layout, part) for norms in self.part_slopes)
         is_zero = run == 0
-        return self.guard.protect(torch.where(is_zero, 0.0, rise / torch.where(is_zero, 1.0, run)))
-
-    def accepted(self, values: Tensor) -> Tensor:
-        """Return the entries of ``values``, (n_steps, batch), that belong to accepted steps."""
-        return values[self.is_accepted]
+        stiffness = torch.where(is_zero, 0.0, rise / torch.where(is_zero, 1.0, run))
+        return self.graph_check.protect(stiffness)
 
 
 class SampledStep(NamedTuple):
@@ -254,9 +251,9 @@ class Solve:
                 expected='an adaptive method: "dopri5", "dopri8", "bosh3", ...',
                 fix='method="dopri5"',
             )
-        if torch.is_grad_enabled() and not self.steps.guard.is_adjoint:
-            self.steps.guard.check()
-        return self.steps.accepted(values).sum()
+        if torch.is_grad_enabled() and not self.steps.graph_check.is_adjoint:
+            self.steps.graph_check.check()
+        return values[self.steps.is_accepted].sum()
 
 
 class Partial(NamedTuple):

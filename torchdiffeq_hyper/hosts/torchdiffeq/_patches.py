@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import SOLVERS, HostCall, dopri5_solver
 from torchdiffeq_hyper.methods import _registry
+from torchdiffeq_hyper.recording import assigned
 
 Build: TypeAlias = Callable[..., Any]
 """``(func, y0, rtol, atol, **options) -> solver``: what a method name stands for."""
@@ -55,14 +56,9 @@ class _Dispatcher:
         return valid
 
 
-@contextmanager
-def no_overrides() -> Iterator[None]:
+def no_overrides() -> AbstractContextManager[None]:
     """Let the host's methods be its own inside the block."""
-    token = _overrides.set(_NONE)
-    try:
-        yield
-    finally:
-        _overrides.reset(token)
+    return assigned(_overrides, _NONE)
 
 
 def replaced(method: str, build: Build) -> AbstractContextManager[None]:
@@ -78,13 +74,12 @@ def watched(watch: Callable[..., Any]) -> AbstractContextManager[None]:
 @contextmanager
 def _scope(method: str, variable: ContextVar[Any], value: Any) -> Iterator[None]:
     """Set a variable of the context and patch ``method`` inside the block."""
-    token = variable.set(value)
     _count(method, 1)
     try:
-        yield
+        with assigned(variable, value):
+            yield
     finally:
         _count(method, -1)
-        variable.reset(token)
 
 
 def serve_backward(method: str, carrier: Any) -> None:

@@ -108,7 +108,13 @@ def _watch(method: str, build: Callable[..., Any], func: Any, y0: Tensor, **opti
         return build(func=func, y0=y0, **options)
     # In backward a checkpointed solve runs again: as before, but not for the record.
     recorders = recording.open_recorders() if torch._C._current_graph_task_id() == -1 else ()
-    draft = recording.Draft(method, y0, call.layout, recorders, is_adjoint=call.is_adjoint_forward)
+    draft = recording.Draft(
+        method=method,
+        y0=y0,
+        layout=call.layout,
+        recorders=recorders,
+        is_adjoint=call.is_adjoint_forward,
+    )
     watched = _WatchedFunc(func, draft)
     if not (isinstance(build, type) and issubclass(build, RKAdaptiveStepsizeODESolver)):
         return _WatchedSolver(build(func=watched, y0=y0, **options), draft)
@@ -329,7 +335,7 @@ class _RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
             part_errors=_columns(errors),
             layout=layout,
             part_slopes=(_columns(rise), _columns(run)) if self.with_slopes else None,
-            guard=recording.Guard(tuple(self.marks), self.draft.is_adjoint),
+            graph_check=recording.GraphCheck(tuple(self.marks)),
         )
 
 

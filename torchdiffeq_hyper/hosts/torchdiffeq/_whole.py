@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -76,8 +75,6 @@ class WholeProblemSolver:
                 -t if call.negated else t,
                 **self._tolerances,
             )
-        if draft is not None and draft.steps is not None and call.is_adjoint_forward:
-            draft.steps = replace(draft.steps, guard=recording.Guard(is_adjoint=True))
         if isinstance(solution, Tensor):
             return solution
         return torch.cat([part.reshape(len(t), -1) for part in solution], dim=1)

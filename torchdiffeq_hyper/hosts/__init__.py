@@ -15,12 +15,11 @@ _HOSTS: tuple[Host, ...] = (torchdiffeq.host, torchdyn.host)
 def install(host: str | None = None) -> None:
     """Add the registered methods to torchdiffeq and torchdyn; importing the package does this.
 
-    Changes no existing name; calling it again does nothing. torchdyn is not imported: its
-    methods are added when somebody imports it, before or after this package.
+    Changes no existing name. torchdyn is not imported: its methods are added when somebody
+    imports it, before or after this package.
 
     Args:
-        host: "torchdyn" also imports torchdyn now, which takes seconds, so that a missing
-            one is reported here.
+        host: "torchdyn" also imports torchdyn now, which takes seconds.
 
     Raises:
         DuplicateMethodError: a host has got a method of the same name meanwhile.

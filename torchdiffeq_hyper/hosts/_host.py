@@ -19,19 +19,13 @@ class Host(ABC):
 
     Each kind of method asks for its own way to be built: ``step_by_step`` along a time grid,
     ``all_at_once`` by its part, or ``ready_made`` as a solver class of torchdiffeq's own kind.
-
-    Attributes:
-        name: the library's name.
-        noun: what it calls a method.
-        added: what of ours its dict holds now.
-        is_installed: whether it is to hold any.
     """
 
     name: ClassVar[str]
-    noun: ClassVar[str]
+    noun: ClassVar[str]  # what the library calls a method
 
     def __init__(self) -> None:
-        self.added: dict[str, Any] = {}
+        self.added: dict[str, Any] = {}  # what of ours its dict holds now
         self.is_installed = False
         self._clashing: set[str] = set()
 

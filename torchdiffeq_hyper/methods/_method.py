@@ -41,29 +41,17 @@ class WholeSolve:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """One registered method.
+    """One registered method."""
 
-    Attributes:
-        name: the string users pass as ``method=``.
-        order: order of convergence (with no correction, for learned methods).
-        calls_per_step: calls of func in one step.
-        follows_grid: whether the method steps along a time grid it is given.
-        owner: who registered it, for messages.
-        fitted: the fitted solver behind a published name, else None.
-        tableau: the base that a learned method corrects; None for other methods.
-        option: the option of a call that holds a fitted part; None where nothing is fitted.
-        kind: the class of the parts, where the method was registered with one.
-    """
-
-    name: str
-    order: int
+    name: str  # what users pass as ``method=``
+    order: int  # of convergence; of learned methods, with no correction
     calls_per_step: int
-    follows_grid: bool
-    owner: str
-    fitted: Any = None
-    tableau: Tableau | None = None
-    option: str | None = None
-    kind: type[Any] | None = None
+    follows_grid: bool  # whether it steps along a time grid it is given
+    owner: str  # who registered it, for messages
+    fitted: Any = None  # the solver behind a published name
+    tableau: Tableau | None = None  # the base that a learned method corrects
+    option: str | None = None  # of a call, that holds a fitted part
+    kind: type[Any] | None = None  # of the parts, where it was registered with one
 
     @property
     def is_learned(self) -> bool:

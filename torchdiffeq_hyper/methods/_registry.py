@@ -170,8 +170,7 @@ def changing() -> Iterator[None]:
             raise
 
 
-PROJECT = "torchdiffeq_hyper"
-"""Name of the pluggy project, and of the entry-point group."""
+PROJECT = "torchdiffeq_hyper"  # of pluggy, and the entry-point group
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -237,10 +236,9 @@ def register_plugin(plugin: object, name: str | None = None) -> None:
         >>> class Ralston:
         ...     @tdh.hookimpl
         ...     def register_solvers(self, register):
-        ...         register(
-        ...             "hyperralston",
-        ...             dataclasses.replace(second_order(2 / 3), name="ralston", alpha=None),
-        ...         )
+        ...         ralston = second_order(2 / 3)
+        ...         ralston = dataclasses.replace(ralston, name="ralston", alpha=None)
+        ...         register("hyperralston", ralston)
         >>> tdh.register_plugin(Ralston(), name="my-plugin")
         >>> tdh.HyperSolver("ralston", lambda step: step.y, steps=4).method
         'hyperralston'
@@ -271,10 +269,10 @@ def unregister_plugin(name: str) -> None:
     """
     with lock:
         if _manager.get_plugin(name) is None:
+            known = ", ".join(repr(known) for known, _ in _manager.list_name_plugin())
             raise OptionError(
                 problem=f"no plugin is called {name!r}.",
-                expected="one of "
-                + ", ".join(repr(known) for known, _ in _manager.list_name_plugin()),
+                expected=f"one of {known}.",
                 fix="tdh.register_plugin(plugin, name=...) first",
             )
         with changing():

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torchdiffeq_hyper.errors import StateTypeError, UnknownMethodError, closest
+from torchdiffeq_hyper.errors import StateTypeError, UnknownMethodError, unknown_method
 from torchdiffeq_hyper.hosts._host import Host
 from torchdiffeq_hyper.hosts.torchdiffeq import _patches
 from torchdiffeq_hyper.hosts.torchdiffeq._solver import HyperGridSolver
@@ -53,11 +53,8 @@ class Torchdiffeq(Host):
         """Make `SOLVERS` hold what the registry holds and what open scopes put there."""
         with _registry.lock:
             own = {n: _patches.unpatched(cls) for n, cls in SOLVERS.items() if n not in self.added}
-            follows_grid = {
-                name: isinstance(cls, type) and issubclass(cls, FixedGridODESolver)
-                for name, cls in own.items()
-            }
-            _registry.reserve(follows_grid, self.name)
+            bases = {name: getattr(cls, "__mro__", ()) for name, cls in own.items()}
+            _registry.reserve({n: FixedGridODESolver in b for n, b in bases.items()}, self.name)
             try:
                 super().follow()
             finally:
@@ -84,8 +81,7 @@ def _published(name: str, solver: Fitted, owner: str) -> Method:
 def register_method(name: str, solver: Fitted) -> None:
     """Publish a fitted solver under a method name of its own.
 
-    For callers that let a user pass only ``method``; they need neither options nor
-    access to func.
+    For callers that let a user pass only ``method``.
 
     Args:
         name: the method string; must be new.
@@ -114,7 +110,7 @@ def unregister_method(name: str) -> None:
     Raises:
         UnknownMethodError: no such name was published.
     """
-    with _registry.lock:
+    with _registry.changing():
         method = _registry.methods().get(name)
         if method is None or method.owner != _PUBLISHED:
             raise UnknownMethodError(
@@ -122,8 +118,7 @@ def unregister_method(name: str) -> None:
                 expected="a name given to tdh.register_method.",
                 fix=f'tdh.register_method("{name}", solver) first',
             )
-        with _registry.changing():
-            _registry.remove(name)
+        _registry.remove(name)
 
 
 @contextmanager
@@ -152,14 +147,9 @@ def override(method: str, solver: FittedT) -> Iterator[FittedT]:
         ...     odeint(lambda t, y: -y, torch.ones(1), t, method="dopri5")[-1]
         tensor([0.3685])
     """
-    known = dict(SOLVERS)
-    if method not in known:
-        raise UnknownMethodError(
-            problem=f"torchdiffeq has no method {method!r} to override.",
-            expected="one of " + ", ".join(f'"{name}"' for name in known) + ".",
-            fix=f'tdh.override("{closest(method, known)}", solver)',
-        )
-    original = _patches.unpatched(known[method])
+    if method not in SOLVERS:
+        raise unknown_method(method, SOLVERS, 'tdh.override("{}", solver)')
+    original = _patches.unpatched(SOLVERS[method])
     served = _published(method, solver, "override").build(host)
     served.also_accepted = options_of(original)
 

@@ -1,7 +1,6 @@
-"""Stands in for torchdiffeq's methods while a scope is open, and for no longer.
+"""Stands in for torchdiffeq's methods while a scope replaces one, or watches them all.
 
-Two kinds of scope look at the calls: one replaces a method, the other watches all of
-them. They nest in any order; what a scope replaced is watched like any other method.
+Scopes nest in any order; what one replaced is watched like any other method.
 """
 
 from __future__ import annotations
@@ -12,16 +11,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any
 
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import SOLVERS, HostCall, dopri5_solver
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.recording import assigned
 
-Build: TypeAlias = Callable[..., Any]
-"""``(func, y0, rtol, atol, **options) -> solver``: what a method name stands for."""
-
-_NONE: Mapping[str, Build] = MappingProxyType({})
+_NONE: Mapping[str, Callable[..., Any]] = MappingProxyType({})
+# What a method name stands for, called as ``build(func=, y0=, rtol=, atol=, **options)``.
 _overrides = ContextVar("overrides", default=_NONE)
 # Called as ``watch(method, build, func=, y0=, rtol=, atol=, **options) -> solver``.
 _watch: ContextVar[Callable[..., Any] | None] = ContextVar("watch", default=None)
@@ -51,7 +48,7 @@ class _Dispatcher:
         return watch(self.method, build, func=func, y0=y0, rtol=rtol, atol=atol, **options)
 
     def valid_callbacks(self) -> set[str]:
-        """Return the callbacks of the method itself, so that none is warned about."""
+        """Return the callbacks of the method itself."""
         valid: set[str] = self.original.valid_callbacks()
         return valid
 
@@ -61,7 +58,7 @@ def no_overrides() -> AbstractContextManager[None]:
     return assigned(_overrides, _NONE)
 
 
-def replaced(method: str, build: Build) -> AbstractContextManager[None]:
+def replaced(method: str, build: Callable[..., Any]) -> AbstractContextManager[None]:
     """Have ``method`` served by ``build`` in this context, inside the block."""
     return _scope(method, _overrides, {**_overrides.get(), method: build})
 
@@ -85,8 +82,8 @@ def _scope(method: str, variable: ContextVar[Any], value: Any) -> Iterator[None]
 def serve_backward(method: str, carrier: Any) -> None:
     """Have the backward solves of one `odeint_adjoint` call run the host's own dopri5.
 
-    They may come after the scope has closed, or on a thread that never saw it. So the
-    method stays patched for as long as ``carrier``, which lives as long as the call's graph.
+    They may come after the scope has closed, or on another thread. So the method stays patched
+    for as long as ``carrier``, which lives as long as the call's graph.
     """
     vars(carrier).setdefault(_SERVED, set()).add(method)
     _count(method, 1)

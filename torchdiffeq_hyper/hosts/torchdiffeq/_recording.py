@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torchdiffeq import odeint
 
 from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._state import State, VectorField, is_half, part_norms
-from torchdiffeq_hyper.errors import StateTypeError, explain
+from torchdiffeq_hyper.errors import StateTypeError
 from torchdiffeq_hyper.hosts.torchdiffeq import _patches
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
     HostCall,
@@ -52,8 +52,6 @@ def record(*, stiffness: bool = False, seed: int | None = None) -> Iterator[reco
 
     Raises:
         StateTypeError: at an adaptive solve with a half-precision state.
-        MaxStepsError: at an adaptive solve that runs out of ``max_num_steps``; what it
-            had is in the error's ``partial``.
 
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
@@ -187,18 +185,6 @@ class _WatchedFunc(PerturbFunc):  # type: ignore[misc]
         self._replaced[0].callback_reject_step(t0, y0, dt)
 
 
-class _Attempt(NamedTuple):
-    """One attempted step; times are the host's, norms are (batch,) for each part of the state."""
-
-    t0: Tensor
-    dt: Tensor
-    ratio: Tensor
-    is_accepted: bool
-    errors: tuple[Tensor, ...]
-    rise: tuple[Tensor, ...]
-    run: tuple[Tensor, ...]
-
-
 class _RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
     """What is put before an adaptive solver of the host to keep its steps."""
 
@@ -207,9 +193,8 @@ class _RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
     ) -> None:
         super().__init__(func=func, y0=y0, **options)
         self.call, self.draft = call, draft
-        self.keeps_outputs = "max_num_steps" in options
-        self.outputs: list[tuple[Tensor, Tensor]] = []
-        self.attempts: list[_Attempt] = []
+        # Times as the host has them, then norms, (batch,), for each part of the state.
+        self.attempts: list[tuple[Any, ...]] = []
         self.marks: list[Any] = []
         self.n_accepted = 0
         ends_step = self.tableau.alpha[-2:].tolist() == [1.0, 1.0]
@@ -217,20 +202,11 @@ class _RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
         host_norm = self.norm
 
         # Holds func alone: in a cycle with the solver, graphs would outlive the solve.
-        def noting_norm(scaled_error: Tensor) -> Tensor:
+        def noting_norm(scaled_error: Tensor) -> Any:
             func.ratio = host_norm(scaled_error)
-            ratio: Tensor = func.ratio
-            return ratio
+            return func.ratio
 
         self.norm: Any = noting_norm
-
-    def _before_integrate(self, t: Tensor) -> None:
-        super()._before_integrate(t)
-        self._note_output(self.rk_state.t0, self.y0)
-
-    def _note_output(self, t: Tensor, y: Tensor) -> None:
-        if self.keeps_outputs:
-            self.outputs.append((t, y))
 
     def _adaptive_step(self, rk_state: Any) -> Any:
         f0, mark = recording.mark(rk_state.f1)
@@ -247,7 +223,7 @@ class _RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_accepted):
             norms = self._norms(dt, f0, stages)
         ratio = self.func.ratio.detach().abs()
-        self.attempts.append(_Attempt(t0, dt, ratio, is_accepted, *norms))
+        self.attempts.append((t0, dt, ratio, is_accepted, *norms))
         if is_accepted:
             self.n_accepted += 1
             self.marks += [] if mark is None else [mark]
@@ -283,42 +259,6 @@ class _RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
                 weights=list(self.tableau.beta),
                 error_weights=self.tableau.c_error,
             )
-
-    def _advance(self, next_t: Tensor) -> Tensor:
-        with self._partial_on_max_steps():
-            y: Tensor = super()._advance(next_t)
-        self._note_output(next_t, y)
-        return y
-
-    def _advance_until_event(self, event_fn: Any) -> Any:
-        with self._partial_on_max_steps():
-            return super()._advance_until_event(event_fn)
-
-    @contextmanager
-    def _partial_on_max_steps(self) -> Iterator[None]:
-        """Turn the host's assertion about max_num_steps into an error with the solve so far."""
-        try:
-            yield
-        except AssertionError as error:
-            if "max_num_steps" not in str(error):
-                raise
-            if self.rk_state.t1 > self.outputs[-1][0]:
-                self._note_output(self.rk_state.t1, self.rk_state.y1)
-            times, states = zip(*self.outputs, strict=True)
-            self.conclude()
-            partial = recording.Partial(
-                t=torch.stack([t.to(times[-1].dtype) for t in times]) * self.call.sign,
-                y=self.call.layout.split(torch.stack(states)),
-                solve=self.draft.finish(),
-            )
-            raise recording.MaxStepsError(
-                explain(
-                    f"{error} after t = {partial.t[-1].item():.6g}.",
-                    "a solve within its steps; what there is, is in the error's partial.",
-                    'options={"max_num_steps": ...}   # or larger rtol and atol',
-                ),
-                partial,
-            ) from error
 
     def conclude(self) -> None:
         """Put the steps into the draft."""

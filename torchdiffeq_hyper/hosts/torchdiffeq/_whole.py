@@ -21,14 +21,12 @@ from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
     known_options,
 )
 from torchdiffeq_hyper.methods._method import WholeMethod, base_of
-from torchdiffeq_hyper.solvers._binding import Times, resolve
 
 
 class WholeProblemSolver:
     """Gives the user's own problem (func, true time, parts of the state) to the method's part.
 
-    Backward solves of `odeint_adjoint` run the host's own dopri5. Subclasses, one a method,
-    set the class attributes.
+    Subclasses, one a method, set ``entry``.
     """
 
     entry: ClassVar[WholeMethod]
@@ -60,8 +58,7 @@ class WholeProblemSolver:
             backward: Tensor = self._backward.integrate(t)
             return backward
         layout, call = self._call.layout, self._call
-        times = Times(t, is_negated=call.negated)
-        part = resolve(self.entry, call.func, times, self._options)
+        part = call.find_part(self.entry, t, self._options)
         if call.is_adjoint_forward and base_of(part) is not None:
             warn_if_untrained(part, "solver", "odeint_adjoint", "odeint")
         # A part may call the very method that it stands in for.
@@ -81,18 +78,14 @@ class WholeProblemSolver:
 
     def integrate_until_event(self, t0: Tensor, event_fn: Callable[..., Any]) -> NoReturn:
         """Refuse: samples would stop at different times."""
-        name = self.entry.name
-        who, fix = f'method "{name}"', 'odeint_event(..., method="dopri5")'
-        if self.entry.owner == "override":
-            served = getattr(self.entry.fitted, "method", type(self.entry.fitted).__name__)
-            who = f'the solver that overrides "{name}", of method "{served}",'
-            fix = (
-                f'the call outside of the block: with tdh.override("{name}", solver)\n'
-                "or a solver that steps up to the event: tdh.fit(func, y0, (0.0, 1.0), "
-                'base="heun", steps=10)'
-            )
-        expected = "a method that takes the whole batch along, up to one event."
-        raise OptionError(problem=f"{who} does not look for events.", expected=expected, fix=fix)
+        entry, fix = self.entry, 'odeint_event(..., method="dopri5")'
+        if entry.owner == "override":
+            fix = "the call outside of the block of tdh.override"
+        raise OptionError(
+            problem=f'method "{entry.name}" of {entry.owner} does not look for events.',
+            expected="a method that takes the whole batch along, up to one event.",
+            fix=f'{fix}\nsolver = tdh.fit(func, y0, (0.0, 1.0), base="heun", steps=10)',
+        )
 
     @classmethod
     def valid_callbacks(cls) -> set[str]:

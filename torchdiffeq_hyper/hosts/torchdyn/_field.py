@@ -39,17 +39,11 @@ def imported(module: str, name: str) -> Any:
 
 @dataclass(frozen=True)
 class HostCall:
-    """One call of torchdyn, seen through the wrapper that negates time and derivative.
+    """One call of torchdyn, seen through the wrapper that negates time and derivative."""
 
-    Attributes:
-        func: the field as it was given to `odeint`.
-        t: the true times, decreasing in reverse time.
-        negated: whether there is such a wrapper.
-    """
-
-    func: Callable[..., Any]
-    t: Tensor
-    negated: bool
+    func: Callable[..., Any]  # as it was given to `odeint`
+    t: Tensor  # the true times, decreasing in reverse time
+    negated: bool  # whether there is such a wrapper
 
     @classmethod
     def of(cls, func: Any, t: Tensor) -> HostCall:
@@ -76,10 +70,7 @@ def with_args(func: VectorField, args: Any) -> VectorField:
 
 
 def of_samples(func: VectorField, args: Any, batch: int) -> VectorField:
-    """Return `with_args`, with the method ``restrict`` if it holds something of every sample.
-
-    That is data control, and a CNF's noise.
-    """
+    """Return `with_args`, with ``restrict`` if it holds data control or noise of every sample."""
     field = with_args(func, args)
     if can_restrict(func) or not isinstance(func, nn.Module):
         return field
@@ -115,8 +106,7 @@ class Field:
 
 
 Held: TypeAlias = tuple[nn.Module, str, Tensor | None]
-"""A layer, an attribute of it, and its value: for each sample along dim 0, or None for one
-that is only put back after a call."""
+"""A layer, an attribute of it, and its value for each sample; None: only put back after calls."""
 
 
 def _held_by(held: Sequence[Held], index: Tensor) -> list[Held]:
@@ -146,7 +136,7 @@ class HoldingField:
                 setattr(module, name, value)
 
     def restrict(self, index: Tensor) -> HoldingField:
-        """Return the field of the samples at ``index``; func and its weights are shared."""
+        """Return the field of the samples at ``index``."""
         return HoldingField(self.base_func, _held_by(self._held, index))
 
 
@@ -213,10 +203,9 @@ class NeuralODEField(ModelField):
 
 
 class StartedField(NeuralODEField):
-    """A `NeuralODE`'s vector field for one start, which its layers may look at.
+    """A `NeuralODE`'s vector field for one start: what a solve sets on layers is set at each call.
 
-    Solves with different starts may be interleaved: what a `NeuralODE` sets once a solve
-    is set at each call here. Noise is drawn once, the same for every batch of one size.
+    So solves with different starts may be interleaved.
     """
 
     def __init__(self, model: nn.Module, held: Sequence[Held]) -> None:
@@ -229,7 +218,7 @@ class StartedField(NeuralODEField):
         return super().__call__(t, y)
 
     def restrict(self, index: Tensor) -> StartedField:
-        """Return the field of the samples at ``index``; the module is shared."""
+        """Return the field of the samples at ``index``."""
         return StartedField(self.model, _held_by(self._held, index))
 
 

@@ -1,13 +1,7 @@
-"""Puts the registry's methods among torchdyn's, and takes the calls of our solvers.
+"""Puts the registry's methods among torchdyn's (1.0.6), and takes the calls of our solvers.
 
 Four functions of torchdyn are wrapped, its models hold our solvers, and our solvers answer
 what torchdyn asks of one; whichever package is imported first.
-
-torchdyn (1.0.6) assigns ``solver=`` to an attribute of a model, and torch makes a submodule
-of every module assigned to another: a fitted solver's weights would be the model's
-parameters, and checkpoints of the model would load with this solver only. Ours stay plain
-attributes. They follow the model to other devices and dtypes; train and evaluation mode
-are their own.
 """
 
 from __future__ import annotations
@@ -27,11 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchdiffeq_hyper.errors import (
-    DuplicateMethodError,
-    MissingExtraError,
-    PluginWarning,
-)
+from torchdiffeq_hyper.errors import DuplicateMethodError, MissingExtraError, PluginWarning
 from torchdiffeq_hyper.hosts._host import Host
 from torchdiffeq_hyper.hosts.torchdyn._field import ODEINT, PROBLEMS, imported
 from torchdiffeq_hyper.hosts.torchdyn._stepper import (
@@ -47,10 +37,7 @@ from torchdiffeq_hyper.methods._method import Method
 _SOLVERS = "torchdyn.numerics.solvers"
 
 _ENTRANCES = (ODEINT, SENSITIVITY, PROBLEMS)
-"""The modules that whoever uses torchdyn's numerics, adjoints or models imports first.
-
-`PROBLEMS` holds names of its own, imported from `SENSITIVITY`.
-"""
+"""The modules that whoever uses torchdyn's numerics, adjoints or models imports first."""
 
 _HOLDERS = (
     (PROBLEMS, "ODEProblem", ("solver", "solver_adjoint")),
@@ -62,14 +49,11 @@ _ADAPTIVE_LOOP = "_adaptive_odeint"
 _INTERPOLATED_ADJOINT = "_gather_odefunc_interp_adjoint"
 
 _HOSTS_OWN = "_torchdiffeq_hyper_hosts_own"
-_added: list[tuple[type[Any], str]] = []
+_added: list[tuple[type[Any], str]] = []  # attributes given to classes
 
 
 class ImportHook(MetaPathFinder):
-    """Has `host` follow each import of a module through which torchdyn is used.
-
-    The modules are found and loaded by whoever finds and loads them otherwise.
-    """
+    """Has `host` follow each import of a module through which torchdyn is used."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -108,7 +92,7 @@ _hook = ImportHook()
 
 
 class Torchdyn(Host):
-    """torchdyn's dict `SOLVER_DICT`, now if it is imported, else when it is."""
+    """torchdyn's dict `SOLVER_DICT`."""
 
     name = "torchdyn"
     noun = "solver"
@@ -130,16 +114,12 @@ class Torchdyn(Host):
     def follow(self) -> None:
         """Make torchdyn, if imported, hold what the registry holds; wait for its import if not."""
         with _registry.lock:
-            if self.is_installed != (_hook in sys.meta_path):
-                if self.is_installed:
-                    sys.meta_path.insert(0, _hook)
-                else:
-                    sys.meta_path.remove(_hook)
+            if self.is_installed and _hook not in sys.meta_path:
+                sys.meta_path.insert(0, _hook)
+            elif not self.is_installed and _hook in sys.meta_path:
+                sys.meta_path.remove(_hook)
             if self.entries() is not None:
-                if self.is_installed:
-                    _patch()
-                else:
-                    _unpatch()
+                (_patch if self.is_installed else _unpatch)()
             super().follow()
 
 
@@ -147,11 +127,7 @@ host = Torchdyn()
 
 
 def load() -> None:
-    """Import torchdyn now (its numerics; takes seconds).
-
-    Raises:
-        MissingExtraError: torchdyn is not installed, or lacks a package that it needs.
-    """
+    """Import torchdyn's numerics now, which takes seconds."""
     try:
         importlib.import_module(ODEINT)
     except ImportError as error:
@@ -263,16 +239,12 @@ def _adjoint(own: Callable[..., Any]) -> Callable[..., Any]:
     return gather
 
 
-def _step(solver: Any, *positional: Any, **named: Any) -> Any:
-    return Stepper.of_part(solver).step(*positional, **named)
-
-
-def _sync_device_dtype(solver: Any, x: Any, t_span: Any) -> Any:
-    return Stepper.of_part(solver).sync_device_dtype(x, t_span)
-
-
 def _without_solvers(kind: type[Any], names: Sequence[str]) -> dict[str, Any]:
-    """Return what a class of torchdyn's is given to hold solvers under these names."""
+    """Return what a class of torchdyn's is given to hold solvers as plain attributes.
+
+    As submodules their weights would be the model's, whose checkpoints would load with the same
+    solver only. They follow the model to other devices and dtypes.
+    """
 
     def set_attribute(model: Any, name: str, value: Any) -> None:
         if name in names and isinstance(value, nn.Module) and isinstance(value, part_classes()):
@@ -298,10 +270,12 @@ _WRAPPERS = {
     _INTERPOLATED_ADJOINT: _adjoint,
 }
 
-_PROTOCOL: dict[str, Any] = {
-    "stepping_class": property(lambda solver: Stepper.of_part(solver).stepping_class),
-    "order": property(lambda solver: Stepper.of_part(solver).order),
-    "sync_device_dtype": _sync_device_dtype,
-    "step": _step,
+
+def _answer(name: str) -> Any:
+    return property(lambda solver: getattr(Stepper.of_part(solver), name))
+
+
+_PROTOCOL = {
+    name: _answer(name) for name in ("stepping_class", "order", "sync_device_dtype", "step")
 }
 """What torchdyn asks of an object given as ``solver=``; such objects are ours only here."""

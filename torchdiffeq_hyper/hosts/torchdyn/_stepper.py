@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +30,6 @@ from torchdiffeq_hyper.tableaus import Edge
 
 SENSITIVITY = "torchdyn.numerics.sensitivity"
 
-Tolerances: TypeAlias = tuple[float, float]
-"""(rtol, atol)."""
-
 
 def part_classes() -> tuple[type[Any], ...]:
     """Return the classes whose objects torchdyn may be given as ``solver=``."""
@@ -43,8 +40,8 @@ def part_classes() -> tuple[type[Any], ...]:
 class Stepper:
     """What torchdyn makes of ``solver="hypereuler"``, and what stands for a solver object.
 
-    torchdyn's loops hand it the whole problem. Where a solver is used without them, `step`
-    solves one interval. Without a ``part``, one is found for each call.
+    torchdyn's loops hand it the whole problem; without them `step` solves one interval. Without a
+    ``part``, one is found for each call.
     """
 
     def __init__(self, method: Method, part: Any = None) -> None:
@@ -83,11 +80,7 @@ class Stepper:
 
     @property
     def stepping_class(self) -> str:
-        """Which of torchdyn's loops to use.
-
-        "adaptive" for methods whose only options are the tolerances: the loop for fixed
-        steps is told of none. (torchdyn calls func twice before its adaptive loop.)
-        """
+        """Which of torchdyn's loops to use: the one for fixed steps is told of no tolerances."""
         return "adaptive" if self.method.option is None else "fixed"
 
     @property
@@ -120,12 +113,11 @@ class Stepper:
         *,
         save_at: Any = (),
         args: Any = None,
-        tolerances: Tolerances | None = None,
+        tolerances: tuple[float, float] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Solve the whole problem, as torchdyn's loops do: field, state, times as they have them.
 
-        Returns ``t_span``, or the times ``save_at`` (true times, points of it), and the states
-        there.
+        Returns ``t_span``, or the true times ``save_at`` of it, and the states there.
         """
         call = HostCall.of(f, t_span)
         part = self._part_for(call)
@@ -145,9 +137,7 @@ class Stepper:
         times = Times(-call.t if call.negated else call.t, is_negated=call.negated)
         return resolve(self.method, call.func, times)
 
-    def _solve(
-        self, call: HostCall, part: Any, x: Tensor, args: Any, tolerances: Tolerances | None
-    ) -> Tensor:
+    def _solve(self, call: HostCall, part: Any, x: Tensor, args: Any, tolerances: Any) -> Tensor:
         solution: Tensor
         if self.is_whole:
             # torchdyn's loop for fixed steps is told of no tolerances.
@@ -159,12 +149,10 @@ class Stepper:
         return solution
 
     def __repr__(self) -> str:
-        return f'Stepper("{self.method.name}")' if self.part is None else repr(self.part)
+        return f'Stepper("{self.method.name}")'
 
     def __reduce__(self) -> Any:
-        if self.part is None:
-            return Stepper.named, (self.method.name,)
-        return Stepper.of_part, (self.part,)
+        return Stepper.named, (self.method.name,)  # models hold those without a part only
 
 
 class AdjointStepper(Stepper):
@@ -173,17 +161,14 @@ class AdjointStepper(Stepper):
     torchdyn keeps a solver object for both: what backward needs of forward is kept here, so
     that it needs no scope, no global and no particular thread.
 
-    Args:
-        stepper: the method and its part.
-        tolerances: of the adjoint.
-        is_trained: whether gradients are wanted.
-        is_interpolated: whether backward reads the states off a spline through the forward's.
+    ``is_trained`` says whether gradients are wanted, ``is_interpolated`` whether backward reads
+    the states off a spline through the forward's; ``tolerances`` are (rtol, atol) of the adjoint.
     """
 
     def __init__(
         self,
         stepper: Stepper,
-        tolerances: Tolerances,
+        tolerances: tuple[float, float],
         *,
         is_trained: bool = False,
         is_interpolated: bool = False,
@@ -206,13 +191,8 @@ class AdjointStepper(Stepper):
             return t_span, self._solve_backward(call, x)
         return super().run(f, x, t_span, **given)
 
-    def _solve(
-        self, call: HostCall, part: Any, x: Tensor, args: Any, tolerances: Tolerances | None
-    ) -> Tensor:
-        """Solve; keep the states between two points for a spline.
-
-        (torchdyn's spline through two points alone is a straight line.)
-        """
+    def _solve(self, call: HostCall, part: Any, x: Tensor, args: Any, tolerances: Any) -> Tensor:
+        """Solve; keep the states between two points, through which a spline would be a line."""
         if not self.is_whole:
             self._tableau = part.tableau
             self._grid = equal_steps(call.t.detach(), part.n_steps)
@@ -282,10 +262,7 @@ def checked_function(function: Any, part: Any) -> Any:
 
 
 def _refine_spline(func: Any, t: Tensor, states: Tensor) -> None:
-    """Have an interpolated adjoint's field read states off a spline through these.
-
-    The times (n,) increase; the states are (n, batch, d).
-    """
+    """Have an interpolated adjoint's field read states off a spline through (n, batch, d)."""
     host = sys.modules[SENSITIVITY]
     coefficients = host.natural_cubic_coeffs(x=states.permute(1, 0, 2), t=t)
     cells = dict(zip(func.__code__.co_freevars, func.__closure__, strict=True))

@@ -111,7 +111,7 @@ def test_methods_without_error_estimates_have_no_penalty() -> None:
     solve = _solve(None, method="euler")
     assert solve.steps.error.shape == (0, 4)
     assert (solve.n_accepted, solve.n_rejected) == (0, 0)
-    with pytest.raises(recording.NothingRecordedError, match='"euler" has no error estimates'):
+    with pytest.raises(recording.NothingRecordedError, match='without error estimates: "euler"'):
         solve.error_penalty()
 
 

@@ -30,11 +30,10 @@ def install(host: str | None = None) -> None:
         >>> import torchdiffeq_hyper as tdh
         >>> tdh.install()
     """
-    names = [known.name for known in _HOSTS]
-    if host is not None and host not in names:
+    if host not in ("torchdiffeq", "torchdyn", None):
         raise OptionError(
             problem=f"host is {host!r}.",
-            expected=", ".join(f'"{name}"' for name in names) + " or None.",
+            expected='"torchdiffeq", "torchdyn" or None.',
             fix='tdh.install("torchdyn")',
         )
     _set_installed(is_installed=True)

@@ -2,12 +2,10 @@
 
 from torchdiffeq_hyper.recording._recorder import (
     Draft,
-    FlopCounter,
     Recorder,
     add,
     assigned,
     handed_over,
-    median_seconds,
     no_steps,
     open_recorders,
     opened,
@@ -25,6 +23,7 @@ from torchdiffeq_hyper.recording._solve import (
     Steps,
     mark,
 )
+from torchdiffeq_hyper.recording._timing import FlopCounter, median_seconds
 
 __all__ = [
     "AdjointGradientError",

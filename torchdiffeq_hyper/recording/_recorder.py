@@ -1,12 +1,11 @@
-"""Scopes in which solves are recorded, filled in by hosts; wall times and FLOPs of calls."""
+"""Scopes in which solves are recorded, filled in by hosts."""
 
 from __future__ import annotations
 
 import random
-import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -14,15 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from torchdiffeq_hyper._state import StateLayout, batch_size, part_norms
 from torchdiffeq_hyper.recording._solve import (
     GraphCheck,
-    NothingRecordedError,
     SampledStep,
     Solve,
     Steps,
+    adaptive_among,
 )
 
 
@@ -43,21 +41,8 @@ class Recorder:
         self.random = random.Random(seed)  # noqa: S311 - not for secrets
 
     def adaptive_solves(self) -> list[Solve]:
-        """Return the solves whose method has error estimates.
-
-        Raises:
-            NothingRecordedError: there are none.
-        """
-        adaptive = [solve for solve in self.solves if solve.is_adaptive]
-        if not adaptive:
-            methods = sorted({f'"{solve.method}"' for solve in self.solves})
-            raise NothingRecordedError(
-                problem="no adaptive solve was recorded"
-                + (f", only {', '.join(methods)}." if methods else "."),
-                expected='a solve with "dopri5" or another adaptive method inside the scope.',
-                fix='with tdh.record() as rec: odeint(func, y0, t, method="dopri5")',
-            )
-        return adaptive
+        """Return the solves whose method has error estimates; `NothingRecordedError` without."""
+        return adaptive_among(self.solves)
 
     def error_penalty(self, part: int | None = None) -> Tensor:
         r"""Return the sum of the embedded errors of all accepted steps, a 0-d tensor.
@@ -131,8 +116,8 @@ def handed_over(part: object) -> Iterator[Draft | None]:
 def take_over(part: object) -> Draft | None:
     """Return the draft that a host left to this part, once; None if there is none.
 
-    For methods that know more of themselves than their calls of func: what they set in the draft
-    is kept. They ask before they call func, which may run solves of its own by the same part.
+    For methods that know more of themselves than their calls of func. They ask before they call
+    func, which may run solves of its own by the same part.
     """
     handed = _handed.get()
     if handed is None or handed[1] is not part:
@@ -143,22 +128,17 @@ def take_over(part: object) -> Draft | None:
 
 @dataclass(kw_only=True)
 class Draft:
-    """A solve being recorded: the `Solve` to be, as far as it is known.
-
-    The host counts the calls of func in ``nfe``, a method may correct them. ``sample_nfe`` None
-    means all of these, ``steps`` None a method without error estimates; ``is_adjoint`` says that
-    the solve is part of the forward solve of `odeint_adjoint`.
-    """
+    """A solve being recorded: the `Solve` to be, as far as it is known."""
 
     method: str
     y0: Tensor
     layout: StateLayout
     recorders: tuple[Recorder, ...]
-    is_adjoint: bool = False
-    nfe: int = 0
-    sample_nfe: Tensor | None = None
+    is_adjoint: bool = False  # whether it is part of the forward solve of `odeint_adjoint`
+    nfe: int = 0  # counted by the host; a method may correct it
+    sample_nfe: Tensor | None = None  # None: all of these
     selection: Tensor | None = None
-    steps: Steps | None = None
+    steps: Steps | None = None  # None: a method without error estimates
     sampled_step: SampledStep | None = None
 
     def __post_init__(self) -> None:
@@ -207,57 +187,3 @@ def _now(y0: Tensor) -> float:
     if y0.is_cuda and not torch.cuda.is_current_stream_capturing():
         torch.cuda.synchronize(y0.device)
     return time.perf_counter()
-
-
-TURN_SECONDS = 0.02
-"""A shorter run is repeated within its turn until this has passed."""
-
-
-def median_seconds(
-    runs: Sequence[Callable[[], object]],
-    device: torch.device,
-    repeats: int,
-    tick: Callable[[], object] = lambda: None,
-    turn_seconds: float = TURN_SECONDS,
-) -> list[float]:
-    """Return each run's median wall time in seconds over ``repeats`` rounds.
-
-    A round has every run's turn, so that a machine that slows down slows them all; a short
-    run is repeated within its turn, so that what ran before it does not count. ``tick`` is
-    called after each turn, outside the measured time.
-    """
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(repeats):
-        for run, seconds in zip(runs, times, strict=True):
-            seconds.append(_time_turn(run, device, turn_seconds))
-            tick()
-    return [statistics.median(seconds) for seconds in times]
-
-
-def _time_turn(run: Callable[[], object], device: torch.device, turn_seconds: float) -> float:
-    _synchronize(device)
-    n_runs, elapsed, start = 0, 0.0, time.perf_counter()
-    while n_runs == 0 or elapsed < turn_seconds:
-        run()
-        _synchronize(device)
-        n_runs, elapsed = n_runs + 1, time.perf_counter() - start
-    return elapsed / n_runs
-
-
-def _synchronize(device: torch.device) -> None:
-    getattr(torch, device.type).synchronize()
-
-
-class FlopCounter(FlopCounterMode):
-    """torch's FLOP counter, its total only.
-
-    torch's own counts per module too, by hooks on the modules' inputs; those end the
-    `torch.autograd.grad` of such an input, as in every likelihood's divergence, with
-    "A leaf node was passed to _will_engine_execute_node" (torch 2.13).
-    """
-
-    def __init__(self) -> None:
-        super().__init__(display=False)
-        tracker: Any = nullcontext()
-        tracker.parents = {"Global"}
-        self.mod_tracker = tracker

@@ -229,7 +229,7 @@ class Solve:
 
     def adaptive_solves(self) -> list[Solve]:
         """Return this solve alone: it is a record of one, see `Recorder.adaptive_solves`."""
-        return [self]
+        return adaptive_among([self])
 
     def error_penalty(self, part: int | None = None) -> Tensor:
         """Return this solve's share of `Recorder.error_penalty`, a 0-d tensor.
@@ -241,16 +241,22 @@ class Solve:
         return self.sum_accepted(self.steps.error_of(part))
 
     def sum_accepted(self, values: Tensor) -> Tensor:
-        """Return the sum over accepted steps and samples of ``values``, (n_steps, batch).
-
-        Raises what `error_penalty` raises.
-        """
-        if not self.is_adaptive:
-            raise NothingRecordedError(
-                problem=f'method "{self.method}" has no error estimates.',
-                expected='an adaptive method: "dopri5", "dopri8", "bosh3", ...',
-                fix='method="dopri5"',
-            )
+        """Return the sum of ``values``, (n_steps, batch), over accepted steps and samples."""
+        self.adaptive_solves()
         if torch.is_grad_enabled() and not self.steps.graph_check.is_adjoint:
             self.steps.graph_check.check()
         return values[self.steps.is_accepted].sum()
+
+
+def adaptive_among(solves: list[Solve]) -> list[Solve]:
+    """Return the solves whose method has error estimates, of which there must be one."""
+    adaptive = [solve for solve in solves if solve.is_adaptive]
+    if not adaptive:
+        others = ", ".join(sorted({f'"{solve.method}"' for solve in solves}))
+        raise NothingRecordedError(
+            problem="no adaptive solve was recorded"
+            + (f"; without error estimates: {others}." if others else "."),
+            expected='a solve with "dopri5" or another adaptive method.',
+            fix='with tdh.record() as rec: odeint(func, y0, t, method="dopri5")',
+        )
+    return adaptive

@@ -1,28 +1,122 @@
-"""Puts the registry's methods among torchdiffeq's, and takes them away again."""
+"""Puts the registry's methods among torchdiffeq's: tableaus, and wholes ("bns", "dise")."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
-from torchdiffeq_hyper.errors import StateTypeError, UnknownMethodError, unknown_method
-from torchdiffeq_hyper.hosts._host import Host
+import torch
+from torch import Tensor
+
+from torchdiffeq_hyper import recording
+from torchdiffeq_hyper._fields import look_through
+from torchdiffeq_hyper._state import State, VectorField
+from torchdiffeq_hyper.errors import (
+    OptionError,
+    StateTypeError,
+    UnknownMethodError,
+    unknown_method,
+)
+from torchdiffeq_hyper.hosts._host import Host, warn_if_untrained
 from torchdiffeq_hyper.hosts.torchdiffeq import _patches
 from torchdiffeq_hyper.hosts.torchdiffeq._solver import HyperGridSolver
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
     SOLVERS,
     FixedGridODESolver,
     HostCall,
+    dopri5_solver,
+    is_default_norm,
+    known_options,
     options_of,
 )
-from torchdiffeq_hyper.hosts.torchdiffeq._whole import WholeProblemSolver
 from torchdiffeq_hyper.methods import _registry
-from torchdiffeq_hyper.methods._method import Method, ReadyMethod, SteppingMethod, WholeMethod
+from torchdiffeq_hyper.methods._method import (
+    Method,
+    ReadyMethod,
+    SteppingMethod,
+    WholeMethod,
+    base_of,
+)
 from torchdiffeq_hyper.solvers._binding import Fitted, FittedT
 from torchdiffeq_hyper.solvers._solver import Solver
 
 _PUBLISHED = "register_method"
+
+
+class WholeProblemSolver:
+    """Gives the user's own problem (func, true time, parts of the state) to the method's part.
+
+    Subclasses, one a method, set ``entry``.
+    """
+
+    entry: ClassVar[WholeMethod]
+    also_accepted: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, func: Any, y0: Tensor, rtol: Any, atol: Any, **options: Any) -> None:
+        self._call = call = HostCall.of(func)
+        if call.is_adjoint_backward:
+            own = dopri5_solver(func, y0, rtol, atol, **options)
+            self.integrate = own.integrate  # type: ignore[method-assign]
+            return
+        self._y0 = y0
+        self._tolerances = {
+            # The host flattened a tensor of tolerances with the state.
+            name: call.layout.split(value) if isinstance(value, Tensor) and value.dim() else value
+            for name, value in (("rtol", rtol), ("atol", atol))
+        }
+        if is_default_norm(options.get("norm")):
+            options.pop("norm", None)
+        known = self.entry.options
+        self._options = known_options(options, known, self.entry.name, self.also_accepted)
+
+    def integrate(self, t: Tensor) -> Tensor:
+        """Return the state at every point of ``t``, flat as the host wants it."""
+        call, func = self._call, self._call.func
+        part = call.find_part(self.entry, t, self._options)
+        if call.is_adjoint_forward and base_of(part) is not None:
+            warn_if_untrained(part, "solver", "odeint_adjoint", "odeint")
+        # A part may call the very method that it stands in for.
+        with _patches.no_overrides(), recording.handed_over(part) as draft:
+            if draft is not None and base_of(part) is not None:
+                func = _Counted(func, draft)  # other parts tell the record themselves
+            y0, times = call.layout.split(self._y0), -t if call.negated else t
+            solution: State = part.solve(func, y0, times, **self._tolerances)
+        if isinstance(solution, Tensor):
+            return solution
+        return torch.cat([part.reshape(len(t), -1) for part in solution], dim=1)
+
+    def integrate_until_event(self, t0: Tensor, event_fn: Callable[..., Any]) -> NoReturn:
+        """Refuse: samples would stop at different times."""
+        entry, fix = self.entry, 'odeint_event(..., method="dopri5")'
+        if entry.owner == "override":
+            fix = "the call outside of the block of tdh.override"
+        raise OptionError(
+            problem=f'method "{entry.name}" of {entry.owner} does not look for events.',
+            expected="a method that takes the whole batch along, up to one event.",
+            fix=f'{fix}\nsolver = tdh.fit(func, y0, (0.0, 1.0), base="heun", steps=10)',
+        )
+
+    @classmethod
+    def valid_callbacks(cls) -> set[str]:
+        """Return no names: the samples do not step together."""
+        return set()
+
+
+class _Counted:
+    """A vector field whose calls are counted in a record: the host's wrapper is not called."""
+
+    def __init__(self, func: VectorField, draft: recording.Draft) -> None:
+        self.base_func = func
+        self._draft = draft
+
+    def __call__(self, t: Tensor, y: State) -> State:
+        self._draft.nfe += 1
+        derivative: State = self.base_func(t, y)
+        return derivative
+
+
+look_through(_Counted, "base_func")
 
 
 class Torchdiffeq(Host):

@@ -6,9 +6,10 @@ Imports nothing of torchdyn: it looks at what the user has imported.
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, TypeAlias, cast
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torchdiffeq_hyper._fields import (
     ModelField,
     add_models,
+    attributes_as_found,
     can_restrict,
     look_through,
     look_through_by,
@@ -74,15 +76,13 @@ def of_samples(func: VectorField, args: Any, batch: int) -> VectorField:
     field = with_args(func, args)
     if can_restrict(func) or not isinstance(func, nn.Module):
         return field
-    parts = list(func.modules())
-    values = [(m, n, getattr(m, n, None)) for m in parts for n in ("_control", "noise")]
-    held: list[Held] = [
-        (part, name, value)
-        for part, name, value in values
-        if isinstance(value, Tensor) and value.dim() and len(value) == batch
-    ]
+    held: list[Held] = []
+    for part, name in itertools.product(func.modules(), ("_control", "noise")):
+        value = getattr(part, name, None)
+        if isinstance(value, Tensor) and value.dim() and len(value) == batch:
+            held.append((part, name, value))
     # Depth, which layers are told at every call, is put back with the rest.
-    depths: list[Held] = [(part, "t", None) for part in parts if hasattr(part, "t")]
+    depths: list[Held] = [(part, "t", None) for part in func.modules() if hasattr(part, "t")]
     return HoldingField(field, [*held, *depths]) if held else field
 
 
@@ -188,18 +188,9 @@ class NeuralODEField(ModelField):
                 held.append((part, "_control", y0[:, excess:]))
         return StartedField(model, held)
 
-    @contextmanager
-    def as_found(self) -> Iterator[None]:
+    def as_found(self) -> AbstractContextManager[None]:
         """Give the modules back what solves inside the block set on them."""
-        # Calls, the time of layers, the start that data control sees, a trace estimator's noise.
-        names = ("nfe", "t", "_control", "noise")
-        parts = [(part, vars(part)) for part in self.model.modules()]
-        before = [(part, n, own[n]) for part, own in parts for n in names if n in own]
-        try:
-            yield
-        finally:
-            for part, name, value in before:
-                setattr(part, name, value)
+        return attributes_as_found(self.model)
 
 
 class StartedField(NeuralODEField):

@@ -101,7 +101,7 @@ class Stepper:
     def step(  # noqa: PLR0917 - torchdyn's signature
         self, f: Any, x: Tensor, t: Tensor, dt: Tensor, k1: Any = None, args: Any = None
     ) -> tuple[None, Tensor, None]:
-        """Solve from t to t + dt, as between two points: in the fitted number of steps."""
+        """Solve from t to t + dt in the fitted number of steps."""
         call = HostCall.of(f, torch.stack([t, t + dt]).reshape(2))
         return None, self._solve(call, self._part_for(call), x, args, None)[-1], None
 
@@ -132,10 +132,8 @@ class Stepper:
         return t_span, solution
 
     def _part_for(self, call: HostCall) -> Any:
-        if self.part is not None:
-            return self.part
         times = Times(-call.t if call.negated else call.t, is_negated=call.negated)
-        return resolve(self.method, call.func, times)
+        return resolve(self.method, call.func, times) if self.part is None else self.part
 
     def _solve(self, call: HostCall, part: Any, x: Tensor, args: Any, tolerances: Any) -> Tensor:
         solution: Tensor

@@ -25,9 +25,7 @@ def _steps(errors: tuple[Tensor, ...], layout: StateLayout, **fields: object) ->
 
 def _solve(steps: Steps | None, method: str = "dopri5") -> Solve:
     recorder = Recorder()
-    draft = Draft(
-        method=method, y0=torch.zeros(4, 2), layout=StateLayout(None), recorders=(recorder,)
-    )
+    draft = Draft(method, torch.zeros(4, 2), StateLayout(None), (recorder,))
     draft.steps = steps
     draft.publish()
     return recorder.solves[0]
@@ -119,12 +117,7 @@ def test_a_method_can_tell_more_of_itself_than_the_host_sees() -> None:
     recorder = Recorder()
     with recording.opened(recorder):
         assert recording.running() is None
-        draft = Draft(
-            method="dise",
-            y0=torch.zeros(3, 2),
-            layout=StateLayout(None),
-            recorders=recording.open_recorders(),
-        )
+        draft = Draft("dise", torch.zeros(3, 2), StateLayout(None), recording.open_recorders())
         with draft.entered():
             found = recording.running()
             assert found is not None

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchdyn.core import NeuralODE, ODEProblem
-from torchdyn.numerics import HyperEuler, MSZero
-from torchdyn.numerics.solvers.templates import MultipleShootingDiffeqSolver
+from torchdyn.numerics import HyperEuler
 
 import torchdiffeq_hyper as tdh
 from torchdyn_stubs import Field, SmallNet, times
@@ -135,23 +134,13 @@ def test_solvers_of_torchdyns_own_stay_part_of_the_model() -> None:
     node.load_state_dict(node.state_dict())
 
 
-def test_solver_in_a_parallel_method_is_no_part_of_it() -> None:
-    parallel, keys = MSZero("euler", "rk4"), set(MSZero("euler", "rk4").state_dict())
-    parallel.coarse_method = solver = hyper()
-    assert parallel.coarse_method is solver
-    assert set(parallel.state_dict()) == keys
-    parallel.float()
-    assert next(solver.parameters()).dtype == torch.float32
-
-
 def test_uninstall_leaves_torchdyns_classes_as_found(y0: Tensor) -> None:
     names = ("__setattr__", "_apply")
     node = NeuralODE(Field(), solver=hyper())
     wanted = node(y0, T)[1]
     tdh.uninstall()
-    for kind in (ODEProblem, MultipleShootingDiffeqSolver, NeuralODE):
+    for kind in (ODEProblem, NeuralODE):
         assert not [name for name in names if name in vars(kind)]
     tdh.install()
-    for kind in (ODEProblem, MultipleShootingDiffeqSolver):
-        assert [name for name in names if name in vars(kind)] == list(names)
+    assert [name for name in names if name in vars(ODEProblem)] == list(names)
     assert torch.equal(node(y0, T)[1], wanted)

@@ -28,16 +28,14 @@ class Host(ABC):
         self.added: dict[str, Any] = {}  # what of ours its dict holds now
         self.is_installed = False
         self._clashing: set[str] = set()
+        _registry.on_change(self.follow)
 
     @abstractmethod
     def entries(self) -> dict[str, Any] | None:
         """Return the library's dict of methods; None while it is not imported."""
 
     def follow(self) -> None:
-        """Make the dict hold what the registry holds, if installed.
-
-        A name that the library is found to have itself raises once; all others are added.
-        """
+        """Make the dict hold what the registry holds, if installed; clashing names raise once."""
         entries = self.entries()
         if entries is None:
             return
@@ -46,16 +44,14 @@ class Host(ABC):
             del self.added[name]
             entries.pop(name, None)
         known, self._clashing = self._clashing, set()
-        new_clashes = []
         for name, method in wanted.items():
             built = None if name in self.added else method.build(self)
             if built is not None and name in entries:
                 self._clashing.add(name)
-                new_clashes += [] if name in known else [method]
             elif built is not None:
                 entries[name] = self.added[name] = built
-        if new_clashes:
-            raise _registry.name_taken(new_clashes[0], f"{self.noun} of {self.name}")
+        for name in sorted(self._clashing - known):
+            raise _registry.name_taken(wanted[name], f"{self.noun} of {self.name}")
 
 
 _warned: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()

@@ -1,8 +1,4 @@
-"""A registered method: its name, what it declares, and which fitted part solves with it.
-
-There is one kind for each thing that a plugin may register. Hosts and look-ups ask the method,
-not its kind.
-"""
+"""A registered method: what it declares, and which fitted part solves with it."""
 
 from __future__ import annotations
 
@@ -114,10 +110,9 @@ class SteppingMethod(Method):
             self._refuse_none("fitted hypernet", example)
         if base_of(part) is None:
             raise StateTypeError(
-                problem=f"the solver for {self.name!r} is a {type(part).__name__}.",
+                problem=f'the solver for "{self.name}" is a {type(part).__name__}.',
                 expected="a HyperSolver.",
-                fix='options={"solver": tdh.HyperSolver(base, hypernet, steps)}   '
-                '# or {"hypernet": net}',
+                fix='options={"solver": tdh.HyperSolver(base, hypernet, steps)}',
             )
         if part.base != base:
             raise BaseMismatchError(

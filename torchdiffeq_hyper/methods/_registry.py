@@ -22,11 +22,9 @@ from torchdiffeq_hyper.errors import (
 from torchdiffeq_hyper.methods._method import Method, WholeSolve, make_method
 from torchdiffeq_hyper.tableaus import Tableau, second_order
 
+# Held by whoever changes the registry, or what hosts hold of it, from the first look on.
+# Reentrant: the garbage collector may end a scope while the lock is held.
 lock = threading.RLock()
-"""Held by whoever changes the registry, or what hosts hold of it, from the first look on.
-
-Reentrant: the garbage collector may end a scope while the lock is held.
-"""
 
 # Replaced, never changed: readers need no lock.
 _methods: Mapping[str, Method] = {}
@@ -48,11 +46,8 @@ def host_methods() -> Mapping[str, bool]:
 def add(method: Method) -> None:
     """Add an entry, inside `changing`; its name must be no other entry's and no host's."""
     if not isinstance(method.name, str) or not method.name:
-        raise OptionError(
-            problem=f"a method's name is {method.name!r}.",
-            expected="a non-empty string.",
-            fix='name="my-method"',
-        )
+        problem = f"a method's name is {method.name!r}."
+        raise OptionError(problem=problem, expected="a non-empty string.", fix='name="my-method"')
     owners = {name: host for host, names in _hosts.items() for name in names}
     owners |= {name: other.owner for name, other in _methods.items()}
     if method.name in owners:
@@ -262,11 +257,7 @@ def register_plugin(plugin: object, name: str | None = None) -> None:
 
 
 def unregister_plugin(name: str) -> None:
-    """Remove a plugin and its methods.
-
-    Raises:
-        OptionError: no plugin has that name.
-    """
+    """Remove a plugin and its methods; `OptionError` where no plugin has that name."""
     with lock:
         if _manager.get_plugin(name) is None:
             known = ", ".join(repr(known) for known, _ in _manager.list_name_plugin())

@@ -28,8 +28,7 @@ class Recorder:
     """The record of a scope.
 
     Attributes:
-        solves: the finished solves, in the order in which they finished: a solve that
-            func ran inside another one comes before it. Backward solves are left out.
+        solves: the solves in the order in which they finished, but for backward ones.
         stiffness: whether stiffness estimates are recorded.
         random: draws the steps that `sampled_step` keeps.
     """
@@ -126,7 +125,7 @@ def take_over(part: object) -> Draft | None:
     return handed[0]
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Draft:
     """A solve being recorded: the `Solve` to be, as far as it is known."""
 

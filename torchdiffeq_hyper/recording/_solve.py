@@ -66,10 +66,7 @@ class GraphCheck:
 
 
 def mark(x: Tensor) -> tuple[Tensor, Any]:
-    """Return ``x`` with a node of ours in its graph, which tells `GraphCheck` when that is freed.
-
-    The node is returned too, None without a graph.
-    """
+    """Return ``x`` and a node put into its graph, freed with it; None where there is no graph."""
     if not (x.requires_grad and torch.is_grad_enabled()):
         return x, None
     marked: Tensor = _Mark.apply(x)  # type: ignore[no-untyped-call]

@@ -24,8 +24,7 @@ def median_seconds(
 ) -> list[float]:
     """Return each run's median wall time in seconds over ``repeats`` rounds.
 
-    A round has every run's turn, so that a machine that slows down slows them all; a short
-    run is repeated within its turn, so that what ran before it does not count. ``tick`` is
+    A round has every run's turn, so that a machine that slows down slows them all. ``tick`` is
     called after each turn, outside the measured time.
     """
     times: list[list[float]] = [[] for _ in runs]

@@ -199,11 +199,7 @@ def register_method(name: str, solver: Fitted) -> None:
 
 
 def unregister_method(name: str) -> None:
-    """Take back a name that `register_method` published.
-
-    Raises:
-        UnknownMethodError: no such name was published.
-    """
+    """Take back a name that `register_method` published; `UnknownMethodError` for others."""
     with _registry.changing():
         method = _registry.methods().get(name)
         if method is None or method.owner != _PUBLISHED:
@@ -247,11 +243,11 @@ def override(method: str, solver: FittedT) -> Iterator[FittedT]:
     served = _published(method, solver, "override").build(host)
     served.also_accepted = options_of(original)
 
-    def build(func: Any, y0: Any, rtol: Any, atol: Any, **options: Any) -> Any:
+    def build(func: Any, **given: Any) -> Any:
         call = HostCall.of(func)
         if call.is_adjoint_forward:
             _patches.serve_backward(method, call.carrier)
-        return served(func=func, y0=y0, rtol=rtol, atol=atol, **options)
+        return served(func=func, **given)
 
     with _patches.replaced(method, build):
         yield solver

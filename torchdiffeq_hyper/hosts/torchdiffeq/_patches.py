@@ -37,20 +37,19 @@ class _Dispatcher:
         self.method = method
         self.original = original
 
-    def __call__(self, func: Any, y0: Any, rtol: Any, atol: Any, **options: Any) -> Any:
+    def __call__(self, func: Any, **given: Any) -> Any:
         build = _overrides.get().get(self.method, self.original)
         call = HostCall.of(func)
         if call.is_adjoint_backward and self.method in vars(call.carrier).get(_SERVED, ()):
             build = dopri5_solver
         watch = _watch.get()
         if watch is None:
-            return build(func=func, y0=y0, rtol=rtol, atol=atol, **options)
-        return watch(self.method, build, func=func, y0=y0, rtol=rtol, atol=atol, **options)
+            return build(func=func, **given)
+        return watch(self.method, build, func=func, **given)
 
-    def valid_callbacks(self) -> set[str]:
+    def valid_callbacks(self) -> Any:
         """Return the callbacks of the method itself."""
-        valid: set[str] = self.original.valid_callbacks()
-        return valid
+        return self.original.valid_callbacks()
 
 
 def no_overrides() -> AbstractContextManager[None]:

@@ -1,7 +1,6 @@
 """Scopes in which torchdiffeq's solves are recorded, errors of their steps included.
 
-An adaptive solver is watched from outside: its func tells the stages, its callbacks whether
-a step was accepted, its norm the error ratio.
+An adaptive solver is watched from outside, by its func, its callbacks and its norm.
 """
 
 from __future__ import annotations
@@ -74,15 +73,7 @@ def odeint_with_errors(
 ) -> tuple[Any, recording.Solve]:
     """Call `torchdiffeq.odeint` and return the record of the solve beside its solution.
 
-    Args:
-        func: ``func(t, y)``, y like ``y0``.
-        y0: the state at t[0].
-        t: (n,) times.
-        **call: what `odeint` takes: rtol, atol, method (default "dopri5"), options,
-            event_fn.
-
-    Returns:
-        What `odeint` returns, and the solve's record.
+    Arguments are those of `odeint`: rtol, atol, method (default "dopri5"), options, event_fn.
 
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
@@ -106,23 +97,15 @@ def _watch(method: str, build: Callable[..., Any], func: Any, y0: Tensor, **opti
         return build(func=func, y0=y0, **options)
     # In backward a checkpointed solve runs again: as before, but not for the record.
     recorders = recording.open_recorders() if torch._C._current_graph_task_id() == -1 else ()
-    draft = recording.Draft(
-        method=method,
-        y0=y0,
-        layout=call.layout,
-        recorders=recorders,
-        is_adjoint=call.is_adjoint_forward,
-    )
+    draft = recording.Draft(method, y0, call.layout, recorders, is_adjoint=call.is_adjoint_forward)
     watched = _WatchedFunc(func, draft)
-    if not (isinstance(build, type) and issubclass(build, RKAdaptiveStepsizeODESolver)):
+    if RKAdaptiveStepsizeODESolver not in getattr(build, "__mro__", ()):
         return _WatchedSolver(build(func=watched, y0=y0, **options), draft)
     if is_half(y0.dtype):
         raise StateTypeError(
             problem=f'y0 is {y0.dtype}: "{method}" would control its steps by rounding errors.',
             expected="float32 or float64 where errors are recorded.",
-            fix="y0 = tuple(part.float() for part in y0)"
-            if call.layout.shapes
-            else "odeint(func, y0.float(), t, ...)",
+            fix="odeint(func, y0.float(), t, ...)   # of a tuple: part.float()",
         )
     return _WatchedSolver(_recording_class(build)(call, draft, watched, y0, **options), draft)
 
@@ -152,8 +135,7 @@ class _WatchedSolver:
 class _WatchedFunc(PerturbFunc):  # type: ignore[misc]
     """The host's outermost wrapper, which counts and, during a step, keeps what it saw.
 
-    It takes the place of the wrapper it is made from: with both, the call would look like
-    the forward solve of `odeint_adjoint`.
+    It takes the wrapper's place: with two, the call would look like `odeint_adjoint`'s forward.
     """
 
     def __init__(self, func: PerturbFunc, draft: recording.Draft) -> None:
@@ -177,11 +159,11 @@ class _WatchedFunc(PerturbFunc):  # type: ignore[misc]
         return k
 
     def callback_accept_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
-        self.outcome = (t0, dt, True)
+        self.outcome = (t0.detach(), dt.detach(), True)
         self._replaced[0].callback_accept_step(t0, y0, dt)
 
     def callback_reject_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
-        self.outcome = (t0, dt, False)
+        self.outcome = (t0.detach(), dt.detach(), False)
         self._replaced[0].callback_reject_step(t0, y0, dt)
 
 
@@ -217,13 +199,11 @@ class _RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
         finally:
             self.func.stages = None
         t0, dt, is_accepted = self.func.outcome
-        t0, dt = t0.detach(), dt.detach()
         # Past a jump the host calls func once more, which is no stage.
         del stages[len(self.tableau.alpha) :]
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_accepted):
             norms = self._norms(dt, f0, stages)
-        ratio = self.func.ratio.detach().abs()
-        self.attempts.append((t0, dt, ratio, is_accepted, *norms))
+        self.attempts.append((t0, dt, self.func.ratio.detach().abs(), is_accepted, *norms))
         if is_accepted:
             self.n_accepted += 1
             self.marks += [] if mark is None else [mark]

@@ -47,7 +47,7 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
     also_accepted: ClassVar[frozenset[str]] = frozenset()
     func: Any
     step_size: Any
-    grid_constructor: Callable[[Any, Tensor, Tensor], Tensor]
+    grid_constructor: Any
 
     def __init__(self, func: Any, y0: Tensor, rtol: Any, atol: Any, **options: Any) -> None:
         options.pop("norm", None)
@@ -73,7 +73,6 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         self._ends: _CachedEnds | None = None
         if self.interp == "cubic":
             self.func = self._ends = _CachedEnds(self.func)
-        self._step: Step
 
     def _prepare(self, t: Tensor) -> None:
         """Choose the step, by the host's times: those of the call, or an event's start."""
@@ -228,10 +227,7 @@ class _InHalf:
 
 
 class _CachedEnds:
-    """The host's func where points are read off by cubics, called once at the end of a step.
-
-    (The host asks there for each point that it reads off, and the next step for its first stage.)
-    """
+    """The host's func, called once at the end of a step, where each cubic and the next step ask."""
 
     def __init__(self, func: Any) -> None:
         self._func = func

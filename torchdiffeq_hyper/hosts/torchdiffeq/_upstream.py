@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -43,12 +42,9 @@ def _forward_func_of(func: Any) -> Any:
 
 def is_default_norm(norm: Any) -> bool:
     """Return whether the host chose this norm because the user gave none."""
-    if norm is None or norm is _rms_norm:
-        return True
     # Around the norm of a tuple state the host puts a function of its own.
-    wrapper = "_check_inputs.<locals>._norm"
-    if not isinstance(norm, FunctionType) or norm.__qualname__ != wrapper:
-        return False
+    if getattr(norm, "__qualname__", None) != "_check_inputs.<locals>._norm":
+        return norm is None or norm is _rms_norm
     return inspect.getclosurevars(norm).nonlocals.get("norm") is _mixed_norm
 
 

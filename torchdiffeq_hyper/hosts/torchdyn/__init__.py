@@ -3,6 +3,6 @@
 Imports nothing of torchdyn; it waits for the user's import.
 """
 
-from torchdiffeq_hyper.hosts.torchdyn._methods import host, load
+from torchdiffeq_hyper.hosts.torchdyn._methods import host
 
-__all__ = ["host", "load"]
+__all__ = ["host"]

@@ -57,52 +57,29 @@ class HostCall:
         return cls(func, t, negated=False)
 
 
-def with_args(func: VectorField, args: Any) -> VectorField:
-    """Return ``func`` of (t, y), called with the ``args`` of `odeint` if it takes them."""
+def as_called(func: VectorField, args: Any, batch: int | None = None) -> VectorField:
+    """Return ``func`` of (t, y), called with the ``args`` of `odeint` if it takes them.
+
+    Given the size of the batch, it has a method ``restrict`` if it holds something of each sample.
+    """
     try:
         parameters = inspect.signature(getattr(func, "forward", func)).parameters
     except (TypeError, ValueError):  # no signature to look at: builtins
         return func
     named = parameters.get("args")
-    takes_them = named is not None and named.kind is not inspect.Parameter.VAR_POSITIONAL
+    takes_args = named is not None and named.kind is not inspect.Parameter.VAR_POSITIONAL
     kinds = {parameter.kind for parameter in parameters.values()}
-    if takes_them or (args and inspect.Parameter.VAR_KEYWORD in kinds):
-        return Field(func, args)
-    return func
-
-
-def of_samples(func: VectorField, args: Any, batch: int) -> VectorField:
-    """Return `with_args`, with ``restrict`` if it holds data control or noise of every sample."""
-    field = with_args(func, args)
-    if can_restrict(func) or not isinstance(func, nn.Module):
-        return field
+    takes_args |= bool(args) and inspect.Parameter.VAR_KEYWORD in kinds
     held: list[Held] = []
-    for part, name in itertools.product(func.modules(), ("_control", "noise")):
-        value = getattr(part, name, None)
-        if isinstance(value, Tensor) and value.dim() and len(value) == batch:
-            held.append((part, name, value))
-    # Depth, which layers are told at every call, is put back with the rest.
-    depths: list[Held] = [(part, "t", None) for part in func.modules() if hasattr(part, "t")]
-    return HoldingField(field, [*held, *depths]) if held else field
+    if batch is not None and isinstance(func, nn.Module) and not can_restrict(func):
+        held = _held_in(func, batch)
+    return Field(func, {"args": args} if takes_args else {}, held) if takes_args or held else func
 
 
 def drops_args(func: Any) -> bool:
     """Return whether ``func`` is a `DEFunc` that keeps ``args`` from the user's field."""
     order, loss = getattr(func, "order", 1), getattr(func, "integral_loss", None)
     return type(func).__module__ == _FIELDS and (order > 1 or loss is not None)
-
-
-class Field:
-    """A vector field called with ``args=args``."""
-
-    def __init__(self, func: VectorField, args: Any) -> None:
-        self.base_func = func
-        self._args = args
-        if can_restrict(func):
-            self.restrict = lambda index: Field(restrict(func, index), args)
-
-    def __call__(self, t: Tensor, y: Tensor) -> Any:
-        return self.base_func(t, y, args=self._args)
 
 
 Held: TypeAlias = tuple[nn.Module, str, Tensor | None]
@@ -117,12 +94,27 @@ def _held_by(held: Sequence[Held], index: Tensor) -> list[Held]:
     ]
 
 
-class HoldingField:
-    """A vector field with layers that hold something of every sample during each call."""
+def _held_in(func: nn.Module, batch: int) -> list[Held]:
+    """Return the data control and the noise that layers hold of every sample."""
+    held: list[Held] = []
+    for part, name in itertools.product(func.modules(), ("_control", "noise")):
+        value = getattr(part, name, None)
+        if isinstance(value, Tensor) and value.dim() and len(value) == batch:
+            held.append((part, name, value))
+    # Depth, which layers are told at every call, is put back with the rest.
+    depths: list[Held] = [(part, "t", None) for part in func.modules() if hasattr(part, "t")]
+    return [*held, *depths] if held else []
 
-    def __init__(self, func: VectorField, held: Sequence[Held]) -> None:
+
+class Field:
+    """A vector field called as torchdyn does, with what its layers hold during each call."""
+
+    def __init__(self, func: VectorField, given: dict[str, Any], held: Sequence[Held]) -> None:
         self.base_func = func
+        self._given = given
         self._held = held
+        if held or can_restrict(func):
+            self.restrict = lambda index: Field(restrict(func, index), given, _held_by(held, index))
 
     def __call__(self, t: Tensor, y: Tensor) -> Any:
         before = [getattr(module, name) for module, name, _ in self._held]
@@ -130,21 +122,23 @@ class HoldingField:
             for module, name, value in self._held:
                 if value is not None:
                     setattr(module, name, value)
-            return self.base_func(t, y)
+            return self.base_func(t, y, **self._given)
         finally:
             for (module, name, _), value in zip(self._held, before, strict=True):
                 setattr(module, name, value)
 
-    def restrict(self, index: Tensor) -> HoldingField:
-        """Return the field of the samples at ``index``."""
-        return HoldingField(self.base_func, _held_by(self._held, index))
-
 
 class NeuralODEField(ModelField):
-    """A `NeuralODE`'s vector field as ``func(t, y)``; solvers attached to the model are found."""
+    """A `NeuralODE`'s vector field as ``func(t, y)``; solvers attached to the model are found.
 
-    def __init__(self, model: nn.Module) -> None:
+    For one start it sets at each call what a solve sets on layers, since solves may be interleaved.
+    """
+
+    def __init__(self, model: nn.Module, held: Sequence[Held] | None = None) -> None:
         self.model = model
+        self._held = held or ()
+        if held is not None:
+            self.restrict = lambda index: NeuralODEField(model, _held_by(held, index))
 
     @property
     def field(self) -> VectorField:
@@ -163,9 +157,11 @@ class NeuralODEField(ModelField):
             )
 
     def __call__(self, t: Tensor, y: Tensor) -> Any:
+        for part, name, value in self._held:
+            setattr(part, name, value)
         return self.field(t, y)
 
-    def given(self, y0: State) -> StartedField:
+    def given(self, y0: State) -> NeuralODEField:
         """Return the field of the solve that starts at ``y0``; refuse tuples."""
         if not isinstance(y0, Tensor):
             raise StateTypeError(
@@ -186,31 +182,11 @@ class NeuralODEField(ModelField):
                 excess += 1
             if hasattr(part, "_control"):
                 held.append((part, "_control", y0[:, excess:]))
-        return StartedField(model, held)
+        return NeuralODEField(model, held)
 
     def as_found(self) -> AbstractContextManager[None]:
         """Give the modules back what solves inside the block set on them."""
         return attributes_as_found(self.model)
-
-
-class StartedField(NeuralODEField):
-    """A `NeuralODE`'s vector field for one start: what a solve sets on layers is set at each call.
-
-    So solves with different starts may be interleaved.
-    """
-
-    def __init__(self, model: nn.Module, held: Sequence[Held]) -> None:
-        super().__init__(model)
-        self._held = held
-
-    def __call__(self, t: Tensor, y: Tensor) -> Any:
-        for part, name, value in self._held:
-            setattr(part, name, value)
-        return super().__call__(t, y)
-
-    def restrict(self, index: Tensor) -> StartedField:
-        """Return the field of the samples at ``index``."""
-        return StartedField(self.model, _held_by(self._held, index))
 
 
 def _in_model(model: object) -> NeuralODEField | None:
@@ -229,6 +205,4 @@ def _in_wrapper(func: object) -> object | None:
 add_models(_in_model)
 look_through_by(_in_wrapper)
 look_through(Field, "base_func")
-look_through(HoldingField, "base_func")
 look_through(NeuralODEField, "field")
-look_through(StartedField, "field")

@@ -7,12 +7,11 @@ what torchdyn asks of one; whichever package is imported first.
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchdiffeq_hyper.errors import DuplicateMethodError, MissingExtraError, PluginWarning
+from torchdiffeq_hyper.errors import DuplicateMethodError, PluginWarning
 from torchdiffeq_hyper.hosts._host import Host
 from torchdiffeq_hyper.hosts.torchdyn._field import ODEINT, PROBLEMS, imported
 from torchdiffeq_hyper.hosts.torchdyn._stepper import (
@@ -34,16 +33,8 @@ from torchdiffeq_hyper.hosts.torchdyn._stepper import (
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.methods._method import Method
 
-_SOLVERS = "torchdyn.numerics.solvers"
-
 _ENTRANCES = (ODEINT, SENSITIVITY, PROBLEMS)
 """The modules that whoever uses torchdyn's numerics, adjoints or models imports first."""
-
-_HOLDERS = (
-    (PROBLEMS, "ODEProblem", ("solver", "solver_adjoint")),
-    (f"{_SOLVERS}.templates", "MultipleShootingDiffeqSolver", ("coarse_method", "fine_method")),
-)
-"""The classes whose objects hold solvers, and under which attributes."""
 
 _ADAPTIVE_LOOP = "_adaptive_odeint"
 _INTERPOLATED_ADJOINT = "_gather_odefunc_interp_adjoint"
@@ -55,9 +46,7 @@ _added: list[tuple[type[Any], str]] = []  # attributes given to classes
 class ImportHook(MetaPathFinder):
     """Has `host` follow each import of a module through which torchdyn is used."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         """Return what the other finders find; its loader has `host` follow, once."""
         if fullname not in _ENTRANCES:
             return None
@@ -99,7 +88,7 @@ class Torchdyn(Host):
 
     def entries(self) -> dict[str, Any] | None:
         """Return `SOLVER_DICT`; None while torchdyn is not imported."""
-        found: dict[str, Any] | None = imported(f"{_SOLVERS}.ode", "SOLVER_DICT")
+        found: dict[str, Any] | None = imported("torchdyn.numerics.solvers.ode", "SOLVER_DICT")
         return found if ODEINT in sys.modules else None
 
     def step_by_step(self, method: Method) -> Any:
@@ -126,18 +115,6 @@ class Torchdyn(Host):
 host = Torchdyn()
 
 
-def load() -> None:
-    """Import torchdyn's numerics now, which takes seconds."""
-    try:
-        importlib.import_module(ODEINT)
-    except ImportError as error:
-        raise MissingExtraError(
-            problem=f"torchdyn cannot be imported: {error}.",
-            expected="torchdyn and what it needs.",
-            fix='pip install "torchdiffeq_hyper[torchdyn]"',
-        ) from error
-
-
 def _patch() -> None:
     """Let torchdyn, as far as it is imported, give our solvers their calls; again: no change."""
     for module, name, wrap in _wrapped():
@@ -146,10 +123,9 @@ def _patch() -> None:
             wrapper = functools.wraps(own)(wrap(own))
             setattr(wrapper, _HOSTS_OWN, own)
             setattr(module, name, wrapper)
-    for module_name, kind_name, names in _HOLDERS:
-        kind = imported(module_name, kind_name)
-        if kind is not None and "_apply" not in vars(kind):
-            _give(kind, _without_solvers(kind, names))
+    model = imported(PROBLEMS, "ODEProblem")
+    if model is not None and "_apply" not in vars(model):
+        _give(model, _without_solvers(model))
     for kind in part_classes():
         _give(kind, {name: value for name, value in _PROTOCOL.items() if not hasattr(kind, name)})
 
@@ -239,12 +215,13 @@ def _adjoint(own: Callable[..., Any]) -> Callable[..., Any]:
     return gather
 
 
-def _without_solvers(kind: type[Any], names: Sequence[str]) -> dict[str, Any]:
-    """Return what a class of torchdyn's is given to hold solvers as plain attributes.
+def _without_solvers(kind: type[Any]) -> dict[str, Any]:
+    """Return what torchdyn's class of models is given to hold solvers as plain attributes.
 
     As submodules their weights would be the model's, whose checkpoints would load with the same
     solver only. They follow the model to other devices and dtypes.
     """
+    names = ("solver", "solver_adjoint")
 
     def set_attribute(model: Any, name: str, value: Any) -> None:
         if name in names and isinstance(value, nn.Module) and isinstance(value, part_classes()):

@@ -16,9 +16,8 @@ from torchdiffeq_hyper.hosts._host import warn_if_untrained, warn_once
 from torchdiffeq_hyper.hosts.torchdyn._field import (
     ODEINT,
     HostCall,
+    as_called,
     drops_args,
-    of_samples,
-    with_args,
 )
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.methods._method import Method, base_of
@@ -47,6 +46,10 @@ class Stepper:
     def __init__(self, method: Method, part: Any = None) -> None:
         self.method = method
         self.part = part
+        self.is_whole = method.tableau is None  # the part solves the whole problem at once
+        self.order = method.order  # torchdyn takes it for the first step size
+        # Which of torchdyn's loops to use: the one for fixed steps is told of no tolerances.
+        self.stepping_class = "adaptive" if method.option is None else "fixed"
 
     @classmethod
     def of(cls, solver: Any) -> Stepper | None:
@@ -72,21 +75,6 @@ class Stepper:
     def named(cls, name: str) -> Stepper:
         """Return what stands for ``solver=name``."""
         return cls(_registry.find(name))
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the part solves the whole problem, not step by step."""
-        return self.method.tableau is None
-
-    @property
-    def stepping_class(self) -> str:
-        """Which of torchdyn's loops to use: the one for fixed steps is told of no tolerances."""
-        return "adaptive" if self.method.option is None else "fixed"
-
-    @property
-    def order(self) -> int:
-        """Order of convergence; torchdyn takes it for the first step size."""
-        return self.method.order
 
     def sync_device_dtype(self, x: Tensor, t_span: Tensor) -> tuple[Tensor, Tensor]:
         """Return both, on one device; refuse states that are not one tensor."""
@@ -140,10 +128,10 @@ class Stepper:
         if self.is_whole:
             # torchdyn's loop for fixed steps is told of no tolerances.
             rtol, atol = tolerances or sys.modules[ODEINT].odeint.__defaults__[1::-1]
-            field = of_samples(call.func, args, len(x) if x.dim() else 0)
+            field = as_called(call.func, args, len(x) if x.dim() else 0)
             solution = part.solve(field, x, call.t, rtol=rtol, atol=atol)
         else:
-            solution = part.solve(with_args(call.func, args), x, call.t)
+            solution = part.solve(as_called(call.func, args), x, call.t)
         return solution
 
     def __repr__(self) -> str:

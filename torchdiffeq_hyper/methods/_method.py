@@ -110,7 +110,7 @@ class SteppingMethod(Method):
             self._refuse_none("fitted hypernet", example)
         if base_of(part) is None:
             raise StateTypeError(
-                problem=f'the solver for "{self.name}" is a {type(part).__name__}.',
+                problem=f"the solver for {self.name!r} is a {type(part).__name__}.",
                 expected="a HyperSolver.",
                 fix='options={"solver": tdh.HyperSolver(base, hypernet, steps)}',
             )

@@ -1,4 +1,4 @@
-"""Puts the registry's methods among torchdiffeq's: tableaus, and wholes ("bns", "dise")."""
+"""Puts the registry's methods among torchdiffeq's; hands whole problems to "bns" and "dise"."""
 
 from __future__ import annotations
 
@@ -110,10 +110,9 @@ class _Counted:
         self.base_func = func
         self._draft = draft
 
-    def __call__(self, t: Tensor, y: State) -> State:
+    def __call__(self, t: Tensor, y: State) -> Any:
         self._draft.nfe += 1
-        derivative: State = self.base_func(t, y)
-        return derivative
+        return self.base_func(t, y)
 
 
 look_through(_Counted, "base_func")
@@ -125,10 +124,9 @@ class Torchdiffeq(Host):
     name = "torchdiffeq"
     noun = "method"
 
-    def entries(self) -> dict[str, Any]:
+    def entries(self) -> Any:
         """Return `SOLVERS`."""
-        solvers: dict[str, Any] = SOLVERS
-        return solvers
+        return SOLVERS
 
     def step_by_step(self, method: SteppingMethod) -> Any:
         """Return the host's fixed-grid solver with a step of the method's."""

@@ -157,7 +157,7 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         """Return the state at every point of ``t``, as the host's solvers do."""
         self._prepare(t)
         if self.y0.numel() == 0:
-            empty: Tensor = self.y0.unsqueeze(0).expand(len(t), *self.y0.shape)
+            empty: Tensor = self.y0.expand(len(t), *self.y0.shape)
             return empty.to(self._dtype, copy=True)
         t = t.to(torch.promote_types(t.dtype, torch.float32))
         grid: Tensor = self.grid_constructor(self.func, self.y0, t)

@@ -118,10 +118,9 @@ class HostCall:
         """Leave the forward's plan for the backward solves."""
         vars(self.carrier)["_torchdiffeq_hyper_plan"] = plan
 
-    def plan(self) -> Plan | None:
-        """Return the plan that the forward left, if it was one of ours."""
-        plan: Plan | None = vars(self.carrier).get("_torchdiffeq_hyper_plan")
-        return plan
+    def plan(self) -> Any:
+        """Return the plan that the forward left; None if it was not one of ours."""
+        return vars(self.carrier).get("_torchdiffeq_hyper_plan")
 
 
 def known_options(

@@ -86,9 +86,9 @@ class Torchdyn(Host):
     name = "torchdyn"
     noun = "solver"
 
-    def entries(self) -> dict[str, Any] | None:
+    def entries(self) -> Any:
         """Return `SOLVER_DICT`; None while torchdyn is not imported."""
-        found: dict[str, Any] | None = imported("torchdyn.numerics.solvers.ode", "SOLVER_DICT")
+        found = imported("torchdyn.numerics.solvers.ode", "SOLVER_DICT")
         return found if ODEINT in sys.modules else None
 
     def step_by_step(self, method: Method) -> Any:

@@ -123,16 +123,13 @@ class Stepper:
         times = Times(-call.t if call.negated else call.t, is_negated=call.negated)
         return resolve(self.method, call.func, times) if self.part is None else self.part
 
-    def _solve(self, call: HostCall, part: Any, x: Tensor, args: Any, tolerances: Any) -> Tensor:
-        solution: Tensor
-        if self.is_whole:
-            # torchdyn's loop for fixed steps is told of no tolerances.
-            rtol, atol = tolerances or sys.modules[ODEINT].odeint.__defaults__[1::-1]
-            field = as_called(call.func, args, len(x) if x.dim() else 0)
-            solution = part.solve(field, x, call.t, rtol=rtol, atol=atol)
-        else:
-            solution = part.solve(as_called(call.func, args), x, call.t)
-        return solution
+    def _solve(self, call: HostCall, part: Any, x: Tensor, args: Any, tolerances: Any) -> Any:
+        if not self.is_whole:
+            return part.solve(as_called(call.func, args), x, call.t)
+        # torchdyn's loop for fixed steps is told of no tolerances.
+        rtol, atol = tolerances or sys.modules[ODEINT].odeint.__defaults__[1::-1]
+        field = as_called(call.func, args, len(x) if x.dim() else 0)
+        return part.solve(field, x, call.t, rtol=rtol, atol=atol)
 
     def __repr__(self) -> str:
         return f'Stepper("{self.method.name}")'
@@ -177,7 +174,7 @@ class AdjointStepper(Stepper):
             return t_span, self._solve_backward(call, x)
         return super().run(f, x, t_span, **given)
 
-    def _solve(self, call: HostCall, part: Any, x: Tensor, args: Any, tolerances: Any) -> Tensor:
+    def _solve(self, call: HostCall, part: Any, x: Tensor, args: Any, tolerances: Any) -> Any:
         """Solve; keep the states between two points, through which a spline would be a line."""
         if not self.is_whole:
             self._tableau = part.tableau
@@ -197,7 +194,7 @@ class AdjointStepper(Stepper):
             self._whole = call, solution[0].detach()
         return solution
 
-    def _solve_backward(self, call: HostCall, y0: Tensor) -> Tensor:
+    def _solve_backward(self, call: HostCall, y0: Tensor) -> Any:
         """Return the adjoint state at the points of ``call.t``, its two ends."""
         odeint = sys.modules[ODEINT].odeint
         own = {"solver": "dopri5", "rtol": self._rtol, "atol": self._atol}
@@ -212,8 +209,7 @@ class AdjointStepper(Stepper):
             assert self._grid is not None
             _refine_spline(call.func, self._grid.to(self._states), self._states)
         if self._tableau is None:
-            backward: Tensor = odeint(call.func, y0, call.t, **own)[1]
-            return backward
+            return odeint(call.func, y0, call.t, **own)[1]
 
         def stage_call(t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
             # The host marks the t it is given as requiring a gradient.

@@ -22,8 +22,8 @@ import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import Counted, convergence_order, damped_wave, spiral, spiral_solution
 from torchdiffeq_hyper import errors
-from torchdiffeq_hyper.methods import Register, WholeSolve, _plugins, _registry
-from torchdiffeq_hyper.methods._plugins import PROJECT
+from torchdiffeq_hyper.methods import Register, WholeSolve, _registry
+from torchdiffeq_hyper.methods._registry import PROJECT
 
 
 class PlainEuler(FixedGridODESolver):  # type: ignore[misc]
@@ -216,7 +216,7 @@ def test_entry_point_that_breaks_is_skipped_with_one_warning(
     installed = [_EntryPoint("bad", plugin), _EntryPoint("good", Plugin("good-euler"))]
     monkeypatch.setattr(metadata, "entry_points", lambda group: installed)
     with pytest.warns(errors.PluginWarning, match=r"'bad' .*skipped") as caught:
-        _plugins.load_entry_points()
+        _registry.load_entry_points()
     try:
         assert len(caught) == 1
         assert reason in str(caught[0].message)

@@ -30,7 +30,7 @@ from torchdiffeq_hyper.hosts.torchdiffeq import (
 )
 from torchdiffeq_hyper.hypernets import ConcatHypernet
 from torchdiffeq_hyper.methods import Register, WholeSolve, hookimpl
-from torchdiffeq_hyper.methods._plugins import (
+from torchdiffeq_hyper.methods._registry import (
     load_entry_points,
     register_plugin,
     unregister_plugin,

@@ -43,9 +43,8 @@ class Inside(ModelField):
     def field(self) -> Any:
         return self.model.inner
 
-    @property
-    def has_noise(self) -> bool:
-        return False
+    def check_shareable(self, n_processes: int) -> None:
+        pass
 
     def __call__(self, t: Tensor, y: Tensor) -> Any:
         self.model.calls += 1

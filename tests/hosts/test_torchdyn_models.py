@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import warnings
 from collections.abc import Iterator
@@ -12,11 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchdyn.core import NeuralODE, ODEProblem
-from torchdyn.numerics import HyperEuler, MSZero
-from torchdyn.numerics.solvers.templates import MultipleShootingDiffeqSolver
+from torchdyn.numerics import HyperEuler
 
 import torchdiffeq_hyper as tdh
-from torchdiffeq_hyper.errors import HostWarning
 from torchdyn_stubs import Field, SmallNet, times
 
 T = times(0.0, 1.0)
@@ -113,70 +110,14 @@ def test_training_and_freezing_the_model_leave_the_solver_alone() -> None:
     assert all(p.requires_grad for p in solver.parameters())
 
 
-def old_checkpoint(node: Any, solver: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """What a model's state_dict was while the solver was part of it."""
-    state = {f"{prefix}{key}": value for key, value in node.state_dict().items()}
-    for name in ("solver", "solver_adjoint"):
-        state |= {f"{prefix}{name}.{k}": v.clone() for k, v in solver.state_dict().items()}
-    return state
-
-
-@pytest.mark.parametrize("make", [hyper, bespoke])
-@pytest.mark.parametrize("prefix", ["", "model.ode."])
-@pytest.mark.parametrize("assign", [False, True])
-def test_older_checkpoints_load_their_solver_as_they_did(
-    make: Any, prefix: str, assign: bool
-) -> None:
-    source = NeuralODE(Field(), solver=hyper(5) if make is hyper else make())
-    state = old_checkpoint(source, source.solver, prefix)
-    solver = make()
-    target = outer = NeuralODE(Field(), solver=solver)
-    for name in reversed(prefix.split(".")[:-1]):
-        outer = nn.ModuleDict({name: outer})
-    keys = list(state)
-    assert not any(outer.load_state_dict(state, assign=assign))
-    assert list(state) == keys
-    for found, wanted in (
-        (target.state_dict(), source.state_dict()),
-        (solver.state_dict(), source.solver.state_dict()),
-    ):
-        assert all(torch.equal(found[key], value) for key, value in wanted.items())
-
-
-@pytest.mark.parametrize("solver", ["dopri5", "hyperheun", bespoke(), dise()])
-def test_older_checkpoints_load_without_their_solver_and_say_so(solver: Any) -> None:
-    source, target = NeuralODE(Field(), solver=hyper()), NeuralODE(Field(), solver=solver)
-    state = old_checkpoint(source, source.solver)
-    with pytest.warns(HostWarning, match=r"solver\.hypernet.*left out.*HyperSolver\.load"):
-        target.load_state_dict(state)
-    assert torch.equal(next(target.vf.parameters()), next(source.vf.parameters()))
-
-
-def test_solver_that_a_checkpoint_does_not_fit_keeps_its_weights() -> None:
-    solver = hyper(1)
-    before = copy.deepcopy(solver.state_dict())
-    state = old_checkpoint(NeuralODE(Field(), solver=hyper()), hyper())
-    key = next(k for k in state if k.startswith("solver.") and k.endswith("weight"))
-    state[key] = state[key][:1]
-    state[key.replace("solver.", "solver_adjoint.")] = state[key]
-    with pytest.warns(HostWarning, match="left out"):
-        NeuralODE(Field(), solver=solver).load_state_dict(state)
-    assert all(torch.equal(before[k], v) for k, v in solver.state_dict().items())
-
-
 def test_whole_models_are_saved_with_their_solver(y0: Tensor) -> None:
-    tdh.uninstall()
-    older = NeuralODE(Field(), solver=hyper())
-    assert "solver" in dict(older.named_children())
-    tdh.install()
-    for node in (older, NeuralODE(Field(), solver=hyper())):
-        buffer = io.BytesIO()
-        torch.save(node, buffer)
-        buffer.seek(0)
-        loaded = torch.load(buffer, weights_only=False)
-        assert isinstance(loaded.solver, tdh.HyperSolver)
-        assert not [key for key in loaded.state_dict() if "solver" in key]
-        assert torch.equal(loaded(y0, T)[1], node(y0, T)[1])
+    node, buffer = NeuralODE(Field(), solver=hyper()), io.BytesIO()
+    torch.save(node, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    assert isinstance(loaded.solver, tdh.HyperSolver)
+    assert not [key for key in loaded.state_dict() if "solver" in key]
+    assert torch.equal(loaded(y0, T)[1], node(y0, T)[1])
 
 
 def test_other_unknown_keys_are_refused_as_before() -> None:
@@ -193,23 +134,13 @@ def test_solvers_of_torchdyns_own_stay_part_of_the_model() -> None:
     node.load_state_dict(node.state_dict())
 
 
-def test_solver_in_a_parallel_method_is_no_part_of_it() -> None:
-    parallel, keys = MSZero("euler", "rk4"), set(MSZero("euler", "rk4").state_dict())
-    parallel.coarse_method = solver = hyper()
-    assert parallel.coarse_method is solver
-    assert set(parallel.state_dict()) == keys
-    parallel.float()
-    assert next(solver.parameters()).dtype == torch.float32
-
-
 def test_uninstall_leaves_torchdyns_classes_as_found(y0: Tensor) -> None:
-    names = ("__setattr__", "__setstate__", "_apply", "_load_from_state_dict")
+    names = ("__setattr__", "_apply")
     node = NeuralODE(Field(), solver=hyper())
     wanted = node(y0, T)[1]
     tdh.uninstall()
-    for kind in (ODEProblem, MultipleShootingDiffeqSolver, NeuralODE):
+    for kind in (ODEProblem, NeuralODE):
         assert not [name for name in names if name in vars(kind)]
     tdh.install()
-    for kind in (ODEProblem, MultipleShootingDiffeqSolver):
-        assert [name for name in names if name in vars(kind)] == list(names)
+    assert [name for name in names if name in vars(ODEProblem)] == list(names)
     assert torch.equal(node(y0, T)[1], wanted)

@@ -65,12 +65,8 @@ def is_probing() -> bool:
 @contextmanager
 def _probe() -> Iterator[None]:
     """Call func inside the block for a comparison: uncounted, what it solves unrecorded."""
-    token = _probing.set(True)
-    try:
-        with recording.paused():
-            yield
-    finally:
-        _probing.reset(token)
+    with recording.assigned(_probing, value=True), recording.paused():
+        yield
 
 
 class Coupling(NamedTuple):

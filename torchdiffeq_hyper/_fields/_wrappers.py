@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torchdiffeq_hyper._state import State, VectorField
-from torchdiffeq_hyper.errors import OptionError
 
 
 class ModelField(ABC):
@@ -34,10 +33,9 @@ class ModelField(ABC):
     def field(self) -> VectorField:
         """What the model solves."""
 
-    @property
     @abstractmethod
-    def has_noise(self) -> bool:
-        """Whether each solve of the model draws noise at its start."""
+    def check_shareable(self, n_processes: int) -> None:
+        """Refuse a fit by several processes, if each solve draws noise at its start."""
 
     @abstractmethod
     def __call__(self, t: Tensor, y: Tensor) -> Any:
@@ -78,13 +76,9 @@ def vector_field(func: VectorField) -> VectorField:
 
 
 def check_shareable(func: VectorField, n_processes: int) -> None:
-    """Refuse to share noise among processes: each would draw its own."""
-    if n_processes > 1 and isinstance(func, ModelField) and func.has_noise:
-        raise OptionError(
-            problem=f"func estimates a trace from noise, and {n_processes} processes fit together.",
-            expected="an exact trace, or a fit in one process.",
-            fix="CNF(net, trace_estimator=autograd_trace)",
-        )
+    """Refuse to share a host's model among processes if each would draw its own noise."""
+    if isinstance(func, ModelField):
+        func.check_shareable(n_processes)
 
 
 def model_as_found(func: object) -> AbstractContextManager[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.hosts import torchdiffeq, torchdyn
 from torchdiffeq_hyper.hosts._host import Host
 from torchdiffeq_hyper.methods import _registry
@@ -12,35 +11,20 @@ __all__ = ["install", "uninstall"]
 _HOSTS: tuple[Host, ...] = (torchdiffeq.host, torchdyn.host)
 
 
-def install(host: str | None = None) -> None:
+def install() -> None:
     """Add the registered methods to torchdiffeq and torchdyn; importing the package does this.
 
-    Changes no existing name; calling it again does nothing. torchdyn is not imported: its
-    methods are added when somebody imports it, before or after this package.
-
-    Args:
-        host: "torchdyn" also imports torchdyn now, which takes seconds, so that a missing
-            one is reported here.
+    Changes no existing name. torchdyn is not imported: its methods are added when somebody
+    imports it, before or after this package.
 
     Raises:
         DuplicateMethodError: a host has got a method of the same name meanwhile.
-        MissingExtraError: torchdyn was asked for and cannot be imported.
-        OptionError: there is no such host.
 
     Example:
         >>> import torchdiffeq_hyper as tdh
         >>> tdh.install()
     """
-    names = [known.name for known in _HOSTS]
-    if host is not None and host not in names:
-        raise OptionError(
-            problem=f"host is {host!r}.",
-            expected=", ".join(f'"{name}"' for name in names) + " or None.",
-            fix='tdh.install("torchdyn")',
-        )
     _set_installed(is_installed=True)
-    if host == "torchdyn":
-        torchdyn.load()
 
 
 def uninstall() -> None:
@@ -59,7 +43,3 @@ def _set_installed(*, is_installed: bool) -> None:
         for host in _HOSTS:
             host.is_installed = is_installed
             host.follow()
-
-
-for _known in _HOSTS:
-    _registry.on_change(_known.follow)

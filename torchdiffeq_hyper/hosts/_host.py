@@ -12,36 +12,30 @@ from torch import nn
 
 from torchdiffeq_hyper.errors import AdjointWarning
 from torchdiffeq_hyper.methods import _registry
-from torchdiffeq_hyper.methods._method import Builder
 
 
-class Host(Builder, ABC):
+class Host(ABC):
     """Puts the registry's methods into a library's dict, and takes them out again.
 
-    Attributes:
-        name: the library's name.
-        noun: what it calls a method.
-        added: what of ours its dict holds now.
-        is_installed: whether it is to hold any.
+    Each kind of method asks for its own way to be built: ``step_by_step`` along a time grid,
+    ``all_at_once`` by its part, or ``ready_made`` as a solver class of torchdiffeq's own kind.
     """
 
     name: ClassVar[str]
-    noun: ClassVar[str]
+    noun: ClassVar[str]  # what the library calls a method
 
     def __init__(self) -> None:
-        self.added: dict[str, Any] = {}
+        self.added: dict[str, Any] = {}  # what of ours its dict holds now
         self.is_installed = False
         self._clashing: set[str] = set()
+        _registry.on_change(self.follow)
 
     @abstractmethod
     def entries(self) -> dict[str, Any] | None:
         """Return the library's dict of methods; None while it is not imported."""
 
     def follow(self) -> None:
-        """Make the dict hold what the registry holds, if installed.
-
-        A name that the library is found to have itself raises once; all others are added.
-        """
+        """Make the dict hold what the registry holds, if installed; clashing names raise once."""
         entries = self.entries()
         if entries is None:
             return
@@ -50,16 +44,14 @@ class Host(Builder, ABC):
             del self.added[name]
             entries.pop(name, None)
         known, self._clashing = self._clashing, set()
-        new_clashes = []
         for name, method in wanted.items():
             built = None if name in self.added else method.build(self)
             if built is not None and name in entries:
                 self._clashing.add(name)
-                new_clashes += [] if name in known else [method]
             elif built is not None:
                 entries[name] = self.added[name] = built
-        if new_clashes:
-            raise _registry.name_taken(new_clashes[0], f"{self.noun} of {self.name}")
+        for name in sorted(self._clashing - known):
+            raise _registry.name_taken(wanted[name], f"{self.noun} of {self.name}")
 
 
 _warned: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()

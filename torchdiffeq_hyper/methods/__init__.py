@@ -1,6 +1,6 @@
 """Solver methods and how plugins add them: what an author of a plugin imports."""
 
 from torchdiffeq_hyper.methods._method import WholeSolve
-from torchdiffeq_hyper.methods._plugins import Register, hookimpl
+from torchdiffeq_hyper.methods._registry import Register, hookimpl
 
 __all__ = ["Register", "WholeSolve", "hookimpl"]

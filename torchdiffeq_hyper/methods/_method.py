@@ -1,9 +1,4 @@
-"""A registered method: its name, what it declares, and which fitted part solves with it.
-
-There is one kind for each thing that a plugin may register: a `Tableau`, a `WholeSolve`
-and a solver class of torchdiffeq's own kind. Hosts and look-ups ask the method, not its
-kind.
-"""
+"""A registered method: what it declares, and which fitted part solves with it."""
 
 from __future__ import annotations
 
@@ -11,7 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NoReturn
 
 from torchdiffeq_hyper.errors import (
     BaseMismatchError,
@@ -40,44 +35,19 @@ class WholeSolve:
     example: str
 
 
-class Builder(Protocol):
-    """A host: what it makes of each kind of method; None for a kind that it cannot run."""
-
-    def step_by_step(self, method: SteppingMethod) -> Any:
-        """Return what solves step by step, along a time grid."""
-
-    def all_at_once(self, method: WholeMethod) -> Any:
-        """Return what hands the whole problem to the method's part."""
-
-    def ready_made(self, method: ReadyMethod) -> Any:
-        """Return what runs a solver class of torchdiffeq's own kind."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """One registered method.
+    """One registered method."""
 
-    Attributes:
-        name: the string users pass as ``method=``.
-        order: order of convergence (with no correction, for learned methods).
-        calls_per_step: calls of func in one step.
-        follows_grid: whether the method steps along a time grid it is given.
-        owner: who registered it, for messages.
-        fitted: the fitted solver behind a published name, else None.
-        tableau: the base that a learned method corrects; None for other methods.
-        option: the option of a call that holds a fitted part; None where nothing is fitted.
-        kind: the class of the parts, where the method was registered with one.
-    """
-
-    name: str
-    order: int
+    name: str  # what users pass as ``method=``
+    order: int  # of convergence; of learned methods, with no correction
     calls_per_step: int
-    follows_grid: bool
-    owner: str
-    fitted: Any = None
-    tableau: Tableau | None = None
-    option: str | None = None
-    kind: type[Any] | None = None
+    follows_grid: bool  # whether it steps along a time grid it is given
+    owner: str  # who registered it, for messages
+    fitted: Any = None  # the solver behind a published name
+    tableau: Tableau | None = None  # the base that a learned method corrects
+    option: str | None = None  # of a call, that holds a fitted part
+    kind: type[Any] | None = None  # of the parts, where it was registered with one
 
     @property
     def is_learned(self) -> bool:
@@ -90,8 +60,8 @@ class Method(ABC):
         return self.tableau is not None
 
     @abstractmethod
-    def build(self, host: Builder) -> Any:
-        """Return what a host is given for this method."""
+    def build(self, host: Any) -> Any:
+        """Return what a host makes of this kind of method; None where it cannot run it."""
 
     def serves(self, part: object) -> bool:
         """Return whether ``part`` is a part of this method."""
@@ -109,6 +79,20 @@ class Method(ABC):
         """Return the method called ``name`` whose fitted part is ``part``."""
         return replace(self, name=name, fitted=part, owner=owner)
 
+    def _refuse_none(self, what: str, example: str) -> NoReturn:
+        name, option = self.name, self.option
+        raise MissingHypernetError(
+            problem=f'method "{name}" found no {what} for this func.',
+            expected="a fitted part as an option, attached to func, in scope, or under a published "
+            "name.",
+            fix=f"{option} = {example}\n"
+            f'odeint(func, y0, t, method="{name}", options={{"{option}": {option}}})\n'
+            f"NeuralODE(vf, solver={option})            # torchdyn\n"
+            f'tdh.attach(func, {option})                # then method="{name}" on this func\n'
+            f'with tdh.using({option}): ...             # then method="{name}" inside\n'
+            f'tdh.register_method("my-fast", {option})  # then method="my-fast" anywhere',
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SteppingMethod(Method):
@@ -117,7 +101,7 @@ class SteppingMethod(Method):
     tableau: Tableau
     option: str | None = "solver"
 
-    def build(self, host: Builder) -> Any:
+    def build(self, host: Any) -> Any:
         return host.step_by_step(self)
 
     def serves(self, part: object) -> bool:
@@ -128,13 +112,12 @@ class SteppingMethod(Method):
         base = self.tableau.name
         if part is None:
             example = f'tdh.fit(func, y0, (0.0, 1.0), base="{base}", steps=10)'
-            raise _missing(self, "fitted hypernet", example)
+            self._refuse_none("fitted hypernet", example)
         if base_of(part) is None:
             raise StateTypeError(
                 problem=f"the solver for {self.name!r} is a {type(part).__name__}.",
                 expected="a HyperSolver.",
-                fix='options={"solver": tdh.HyperSolver(base, hypernet, steps)}   '
-                '# or {"hypernet": net}',
+                fix='options={"solver": tdh.HyperSolver(base, hypernet, steps)}',
             )
         if part.base != base:
             raise BaseMismatchError(
@@ -158,7 +141,7 @@ class WholeMethod(Method):
     kind: type[Any]
     example: str
 
-    def build(self, host: Builder) -> Any:
+    def build(self, host: Any) -> Any:
         return host.all_at_once(self)
 
     def serves(self, part: object) -> bool:
@@ -175,7 +158,7 @@ class WholeMethod(Method):
     def checked(self, part: Any) -> Any:
         kind, option = self.kind.__name__, self.option
         if part is None:
-            raise _missing(self, kind, self.example)
+            self._refuse_none(kind, self.example)
         if not isinstance(part, self.kind):
             fix = f'options={{"{option}": {self.example}}}'
             if base_of(part) is not None:
@@ -194,7 +177,7 @@ class ReadyMethod(Method):
 
     solver: Callable[..., Any]
 
-    def build(self, host: Builder) -> Any:
+    def build(self, host: Any) -> Any:
         return host.ready_made(self)
 
 
@@ -216,37 +199,22 @@ def make_method(
     """Return the method that a plugin registers, after checking it; see `register_solvers`."""
     if isinstance(solver, Tableau):
         order, calls_per_step = solver.order, solver.calls
-    if order is None or calls_per_step is None:
+    declared: dict[str, Any] = {"order": order, "calls_per_step": calls_per_step}
+    problem, expected = "", "an int of at least 1."
+    if None in declared.values():
         problem = f'method "{name}" of {owner} does not declare its order and calls per step.'
         expected = "both, for all but a Tableau."
-    elif not all(isinstance(count, int) and count >= 1 for count in (order, calls_per_step)):
+    elif not all(isinstance(count, int) and count >= 1 for count in declared.values()):
         problem = f'method "{name}" declares {order=!r}, {calls_per_step=!r}.'
-        expected = "an int of at least 1."
     elif not isinstance(solver, Tableau | WholeSolve) and not callable(solver):
         problem = f'method "{name}" has solver={solver!r}.'
         expected = "a Tableau, a WholeSolve or a torchdiffeq solver class."
-    else:
-        fields: dict[str, Any] = {"name": name, "owner": owner, "follows_grid": follows_grid}
-        fields |= {"order": order, "calls_per_step": calls_per_step}
-        if isinstance(solver, Tableau):
-            return SteppingMethod(**fields, tableau=solver)
-        if isinstance(solver, WholeSolve):
-            return WholeMethod(**fields, **vars(solver))
-        return ReadyMethod(**fields, solver=solver)
-    fix = f'register("{name}", MySolver, order=2, calls_per_step=2)'
-    raise OptionError(problem=problem, expected=expected, fix=fix)
-
-
-def _missing(method: Method, what: str, example: str) -> MissingHypernetError:
-    name, option = method.name, method.option
-    return MissingHypernetError(
-        problem=f'method "{name}" found no {what} for this func.',
-        expected="a fitted part as an option, attached to func, in scope, or under a published "
-        "name.",
-        fix=f"{option} = {example}\n"
-        f'odeint(func, y0, t, method="{name}", options={{"{option}": {option}}})\n'
-        f"NeuralODE(vf, solver={option})            # torchdyn\n"
-        f'tdh.attach(func, {option})                # then method="{name}" on this func\n'
-        f'with tdh.using({option}): ...             # then method="{name}" inside\n'
-        f'tdh.register_method("my-fast", {option})  # then method="my-fast" anywhere',
-    )
+    if problem:
+        fix = f'register("{name}", MySolver, order=2, calls_per_step=2)'
+        raise OptionError(problem=problem, expected=expected, fix=fix)
+    declared |= {"name": name, "owner": owner, "follows_grid": follows_grid}
+    if isinstance(solver, Tableau):
+        return SteppingMethod(**declared, tableau=solver)
+    if isinstance(solver, WholeSolve):
+        return WholeMethod(**declared, **vars(solver))
+    return ReadyMethod(**declared, solver=solver)

@@ -1,25 +1,30 @@
-"""The methods that exist: one entry a name, each with an owner."""
+"""The methods that exist, one entry a name, and the plugins that add them: ours and others'."""
 
 from __future__ import annotations
 
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import metadata
+from typing import Any, Protocol
+
+import pluggy
 
 from torchdiffeq_hyper.errors import (
     DuplicateMethodError,
     OptionError,
+    PluginWarning,
     closest,
     unknown_method,
 )
-from torchdiffeq_hyper.methods._method import Method
+from torchdiffeq_hyper.methods._method import Method, WholeSolve, make_method
 from torchdiffeq_hyper.tableaus import Tableau, second_order
 
+# Held by whoever changes the registry, or what hosts hold of it, from the first look on.
+# Reentrant: the garbage collector may end a scope while the lock is held.
 lock = threading.RLock()
-"""Held by whoever changes the registry, or what hosts hold of it, from the first look on.
-
-Reentrant: the garbage collector may end a scope while the lock is held.
-"""
 
 # Replaced, never changed: readers need no lock.
 _methods: Mapping[str, Method] = {}
@@ -27,10 +32,7 @@ _hosts: Mapping[str, Mapping[str, bool]] = {}
 
 
 def reserve(follows_grid: Mapping[str, bool], owner: str) -> None:
-    """Note which methods a host has of its own, and whether each follows a time grid.
-
-    No entry can take their names.
-    """
+    """Note a host's own methods, whose names no entry can take, and which follow a time grid."""
     global _hosts  # noqa: PLW0603 - one registry for the whole process
     with lock:
         _hosts = {**_hosts, owner: dict(follows_grid)}
@@ -44,13 +46,10 @@ def host_methods() -> Mapping[str, bool]:
 def add(method: Method) -> None:
     """Add an entry, inside `changing`; its name must be no other entry's and no host's."""
     if not isinstance(method.name, str) or not method.name:
-        raise OptionError(
-            problem=f"a method's name is {method.name!r}.",
-            expected="a non-empty string.",
-            fix='name="my-method"',
-        )
+        problem = f"a method's name is {method.name!r}."
+        raise OptionError(problem=problem, expected="a non-empty string.", fix='name="my-method"')
     owners = {name: host for host, names in _hosts.items() for name in names}
-    owners.update({name: other.owner for name, other in _methods.items()})
+    owners |= {name: other.owner for name, other in _methods.items()}
     if method.name in owners:
         raise name_taken(method, f"method of {owners[method.name]}")
     _replace({**_methods, method.name: method})
@@ -65,14 +64,14 @@ def name_taken(method: Method, by: str) -> DuplicateMethodError:
     )
 
 
+def remove(*names: str) -> None:
+    """Remove entries, inside `changing`."""
+    _replace({name: entry for name, entry in _methods.items() if name not in names})
+
+
 def _replace(methods: Mapping[str, Method]) -> None:
     global _methods  # noqa: PLW0603 - one registry for the whole process
     _methods = methods
-
-
-def remove(name: str) -> None:
-    """Remove an entry, inside `changing`."""
-    _replace({other: entry for other, entry in _methods.items() if other != name})
 
 
 def find(name: str) -> Method:
@@ -147,10 +146,8 @@ def on_change(listener: Callable[[], None]) -> None:
 
 
 def _notify() -> None:
-    """Tell all listeners that methods have come or gone."""
-    with lock:
-        for listener in _listeners:
-            listener()
+    for listener in _listeners:
+        listener()
 
 
 @contextmanager
@@ -166,3 +163,146 @@ def changing() -> Iterator[None]:
             _replace(before)
             _notify()
             raise
+
+
+PROJECT = "torchdiffeq_hyper"  # of pluggy, and the entry-point group
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class Register(Protocol):
+    """Adds one method; see `register_solvers`."""
+
+    def __call__(
+        self,
+        name: str,
+        solver: Tableau | WholeSolve | Callable[..., Any],
+        *,
+        order: int | None = None,
+        calls_per_step: int | None = None,
+        follows_grid: bool = True,
+    ) -> None:
+        """Add a method called ``name``."""
+        ...
+
+
+@hookspec
+def register_solvers(register: Register) -> None:
+    """Add solver methods by calling ``register``, once a method.
+
+    ``solver`` is a `Tableau`, of which every host makes a learned method (order and
+    calls a step are the tableau's), a `WholeSolve`, whose part solves the whole problem,
+    or a solver class of torchdiffeq's kind: called as
+    ``solver(func=..., y0=..., rtol=..., atol=..., **options)``, with ``integrate(t)``,
+    usually a subclass of torchdiffeq's own. For the last two ``order`` and
+    ``calls_per_step`` must be declared; ``follows_grid`` says whether the method steps
+    along the points of ``t``.
+
+    Example:
+        >>> import torchdiffeq_hyper as tdh
+        >>> @tdh.hookimpl
+        ... def register_solvers(register):
+        ...     register("my-ralston", MyRalston, order=2, calls_per_step=2)
+    """
+
+
+_manager = pluggy.PluginManager(PROJECT)
+_manager.add_hookspecs(sys.modules[__name__])
+
+
+def register_plugin(plugin: object, name: str | None = None) -> None:
+    """Add the methods of a plugin: any object with a `register_solvers` hook.
+
+    All its methods are added, or, on any error, none.
+
+    Args:
+        plugin: a module or object that implements the hook with ``tdh.hookimpl``.
+        name: its owner name in messages; default the plugin's ``__name__``.
+
+    Raises:
+        DuplicateMethodError: a method name is taken; names both owners.
+        OptionError: the plugin implements no hook, or declares nonsense.
+
+    Example:
+        >>> import dataclasses
+        >>> import torchdiffeq_hyper as tdh
+        >>> from torchdiffeq_hyper.tableaus import second_order
+        >>> class Ralston:
+        ...     @tdh.hookimpl
+        ...     def register_solvers(self, register):
+        ...         ralston = second_order(2 / 3)
+        ...         ralston = dataclasses.replace(ralston, name="ralston", alpha=None)
+        ...         register("hyperralston", ralston)
+        >>> tdh.register_plugin(Ralston(), name="my-plugin")
+        >>> tdh.HyperSolver("ralston", lambda step: step.y, steps=4).method
+        'hyperralston'
+        >>> tdh.unregister_plugin("my-plugin")
+    """
+    owner = name or str(getattr(plugin, "__name__", type(plugin).__name__))
+    with lock:
+        if _manager.has_plugin(owner) or _manager.is_registered(plugin):
+            raise OptionError(
+                problem=f"plugin {owner!r} is registered already.",
+                expected="a plugin, and a name, that is new.",
+                fix=f"tdh.unregister_plugin({owner!r}) first",
+            )
+        try:
+            with changing():
+                _collect(plugin, owner)
+        except BaseException:
+            if _manager.has_plugin(owner):
+                _manager.unregister(name=owner)
+            raise
+
+
+def unregister_plugin(name: str) -> None:
+    """Remove a plugin and its methods; `OptionError` where no plugin has that name."""
+    with lock:
+        if _manager.get_plugin(name) is None:
+            known = ", ".join(repr(known) for known, _ in _manager.list_name_plugin())
+            raise OptionError(
+                problem=f"no plugin is called {name!r}.",
+                expected=f"one of {known}.",
+                fix="tdh.register_plugin(plugin, name=...) first",
+            )
+        with changing():
+            remove(*(entry.name for entry in _methods.values() if entry.owner == name))
+        _manager.unregister(name=name)
+
+
+def _collect(plugin: object, owner: str) -> None:
+    """Register a plugin with pluggy and call its hook alone."""
+
+    def register(name: str, solver: Any, **declared: Any) -> None:
+        add(make_method(owner, name, solver, **declared))
+
+    others = [p for _, p in _manager.list_name_plugin()]
+    problem = None
+    try:
+        _manager.register(plugin, name=owner)
+        _manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        problem = f"plugin {owner!r} does not fit the hook: {error}"
+    if problem is None and not _manager.get_hookcallers(plugin):
+        problem = f"plugin {owner!r} implements no hook."
+    if problem is not None:
+        raise OptionError(
+            problem=problem,
+            expected="a function register_solvers(register) marked with tdh.hookimpl.",
+            fix="@tdh.hookimpl\ndef register_solvers(register): ...",
+        )
+    _manager.subset_hook_caller("register_solvers", others)(register=register)
+
+
+def load_entry_points() -> None:
+    """Register installed plugins; one that breaks or clashes is warned about and skipped."""
+    for entry_point in metadata.entry_points(group=PROJECT):
+        try:
+            register_plugin(entry_point.load(), entry_point.name)
+        except Exception as error:  # noqa: BLE001 - a plugin may raise anything
+            warnings.warn(
+                f"the plugin {entry_point.name!r} ({entry_point.value}) is skipped: {error}",
+                PluginWarning,
+                stacklevel=2,
+            )

@@ -2,11 +2,10 @@
 
 from torchdiffeq_hyper.recording._recorder import (
     Draft,
-    FlopCounter,
     Recorder,
     add,
+    assigned,
     handed_over,
-    median_seconds,
     no_steps,
     open_recorders,
     opened,
@@ -17,30 +16,28 @@ from torchdiffeq_hyper.recording._recorder import (
 from torchdiffeq_hyper.recording._solve import (
     AdjointGradientError,
     FreedGraphError,
-    Guard,
-    MaxStepsError,
+    GraphCheck,
     NothingRecordedError,
-    Partial,
     SampledStep,
     Solve,
     Steps,
     mark,
 )
+from torchdiffeq_hyper.recording._timing import FlopCounter, median_seconds
 
 __all__ = [
     "AdjointGradientError",
     "Draft",
     "FlopCounter",
     "FreedGraphError",
-    "Guard",
-    "MaxStepsError",
+    "GraphCheck",
     "NothingRecordedError",
-    "Partial",
     "Recorder",
     "SampledStep",
     "Solve",
     "Steps",
     "add",
+    "assigned",
     "handed_over",
     "mark",
     "median_seconds",

@@ -1,32 +1,34 @@
-"""Scopes in which solves are recorded, filled in by hosts; wall times and FLOPs of calls."""
+"""Scopes in which solves are recorded, filled in by hosts."""
 
 from __future__ import annotations
 
-import contextvars
 import random
-import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from torchdiffeq_hyper._state import StateLayout, batch_size, part_norms
-from torchdiffeq_hyper.recording._solve import NothingRecordedError, SampledStep, Solve, Steps
-
-Value = TypeVar("Value")
+from torchdiffeq_hyper.recording._solve import (
+    GraphCheck,
+    SampledStep,
+    Solve,
+    Steps,
+    adaptive_among,
+)
 
 
 class Recorder:
     """The record of a scope.
 
     Attributes:
-        solves: the finished solves, in the order in which they finished: a solve that
-            func ran inside another one comes before it. Backward solves are left out.
+        solves: the solves in the order in which they finished, but for backward ones.
         stiffness: whether stiffness estimates are recorded.
         random: draws the steps that `sampled_step` keeps.
     """
@@ -38,21 +40,8 @@ class Recorder:
         self.random = random.Random(seed)  # noqa: S311 - not for secrets
 
     def adaptive_solves(self) -> list[Solve]:
-        """Return the solves whose method has error estimates.
-
-        Raises:
-            NothingRecordedError: there are none.
-        """
-        adaptive = [solve for solve in self.solves if solve.is_adaptive]
-        if not adaptive:
-            methods = sorted({f'"{solve.method}"' for solve in self.solves})
-            raise NothingRecordedError(
-                problem="no adaptive solve was recorded"
-                + (f", only {', '.join(methods)}." if methods else "."),
-                expected='a solve with "dopri5" or another adaptive method inside the scope.',
-                fix='with tdh.record() as rec: odeint(func, y0, t, method="dopri5")',
-            )
-        return adaptive
+        """Return the solves whose method has error estimates; `NothingRecordedError` without."""
+        return adaptive_among(self.solves)
 
     def error_penalty(self, part: int | None = None) -> Tensor:
         r"""Return the sum of the embedded errors of all accepted steps, a 0-d tensor.
@@ -80,15 +69,14 @@ def add(terms: Iterable[Tensor]) -> Tensor:
     return reduce(lambda total, term: total + term.to(total.device), terms)
 
 
-_open: contextvars.ContextVar[tuple[Recorder, ...]] = contextvars.ContextVar("open", default=())
-_running: contextvars.ContextVar[Draft | None] = contextvars.ContextVar("running", default=None)
-_handed: contextvars.ContextVar[tuple[Draft, object] | None] = contextvars.ContextVar(
-    "handed", default=None
-)
+_open: ContextVar[tuple[Recorder, ...]] = ContextVar("open", default=())
+_running: ContextVar[Draft | None] = ContextVar("running", default=None)
+_handed: ContextVar[tuple[Draft, object] | None] = ContextVar("handed", default=None)
 
 
 @contextmanager
-def _set(variable: contextvars.ContextVar[Value], value: Value) -> Iterator[None]:
+def assigned(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    """Give a variable of the context another value inside the block."""
     token = variable.set(value)
     try:
         yield
@@ -103,12 +91,12 @@ def open_recorders() -> tuple[Recorder, ...]:
 
 def opened(recorder: Recorder) -> AbstractContextManager[None]:
     """Keep a record inside the block, beside those kept already."""
-    return _set(_open, (*_open.get(), recorder))
+    return assigned(_open, (*_open.get(), recorder))
 
 
 def paused() -> AbstractContextManager[None]:
     """Keep no record inside the block."""
-    return _set(_open, ())
+    return assigned(_open, ())
 
 
 def running() -> Draft | None:
@@ -120,15 +108,15 @@ def running() -> Draft | None:
 def handed_over(part: object) -> Iterator[Draft | None]:
     """Leave the running draft to the part that solves the whole problem inside the block."""
     draft = running()
-    with _set(_handed, None if draft is None else (draft, part)):
+    with assigned(_handed, None if draft is None else (draft, part)):
         yield draft
 
 
 def take_over(part: object) -> Draft | None:
     """Return the draft that a host left to this part, once; None if there is none.
 
-    For methods that know more of themselves than their calls of func: what they set in the draft
-    is kept. They ask before they call func, which may run solves of its own by the same part.
+    For methods that know more of themselves than their calls of func. They ask before they call
+    func, which may run solves of its own by the same part.
     """
     handed = _handed.get()
     if handed is None or handed[1] is not part:
@@ -137,61 +125,52 @@ def take_over(part: object) -> Draft | None:
     return handed[0]
 
 
+@dataclass
 class Draft:
-    """A solve being recorded: the `Solve` to be, as far as it is known.
+    """A solve being recorded: the `Solve` to be, as far as it is known."""
 
-    The host counts the calls of func in ``nfe``, a method may correct them. ``sample_nfe`` None
-    means all of these, ``steps`` None a method without error estimates; ``is_adjoint`` says that
-    the solve is part of the forward solve of `odeint_adjoint`.
-    """
+    method: str
+    y0: Tensor
+    layout: StateLayout
+    recorders: tuple[Recorder, ...]
+    is_adjoint: bool = False  # whether it is part of the forward solve of `odeint_adjoint`
+    nfe: int = 0  # counted by the host; a method may correct it
+    sample_nfe: Tensor | None = None  # None: all of these
+    selection: Tensor | None = None
+    steps: Steps | None = None  # None: a method without error estimates
+    sampled_step: SampledStep | None = None
 
-    def __init__(
-        self,
-        method: str,
-        y0: Tensor,
-        layout: StateLayout,
-        recorders: tuple[Recorder, ...],
-        *,
-        is_adjoint: bool = False,
-    ) -> None:
+    def __post_init__(self) -> None:
+        """Start the clock."""
         outer = running()
-        self.method = method
-        self.recorders = recorders
         # What runs inside a solve that keeps no graph keeps none either.
-        self.is_adjoint: bool = is_adjoint or (outer is not None and outer.is_adjoint)
-        self.nfe = 0
-        self.sample_nfe: Tensor | None = None
-        self.selection: Tensor | None = None
-        self.steps: Steps | None = None
-        self.sampled_step: SampledStep | None = None
-        self._layout = layout
-        self._y0 = y0
-        self._start = _now(y0)
+        self.is_adjoint |= outer is not None and outer.is_adjoint
+        self._start = _now(self.y0)
 
     def entered(self) -> AbstractContextManager[None]:
         """Make this the running draft."""
-        return _set(_running, self)
+        return assigned(_running, self)
 
-    def finish(self) -> Solve:
-        """Return the solve as recorded so far."""
-        sample_nfe = self.sample_nfe
+    def publish(self) -> None:
+        """Hand the finished solve to the records."""
+        steps, sample_nfe = self.steps, self.sample_nfe
+        if steps is None:
+            steps = no_steps(self.layout, self.y0)
+        elif self.is_adjoint:
+            steps = replace(steps, graph_check=GraphCheck(is_adjoint=True))
         if sample_nfe is None:
-            batch = batch_size(self._layout.split(self._y0))
-            sample_nfe = torch.full((batch,), self.nfe, device=self._y0.device)
-        return Solve(
+            batch = batch_size(self.layout.split(self.y0))
+            sample_nfe = torch.full((batch,), self.nfe, device=self.y0.device)
+        solve = Solve(
             method=self.method,
             nfe=self.nfe,
             sample_nfe=sample_nfe,
             selection=self.selection,
-            wall_s=_now(self._y0) - self._start,
-            steps=no_steps(self._layout, self._y0) if self.steps is None else self.steps,
+            wall_s=_now(self.y0) - self._start,
+            steps=steps,
             is_adaptive=self.steps is not None,
             sampled_step=self.sampled_step,
         )
-
-    def publish(self) -> None:
-        """Hand the finished solve to the records."""
-        solve = self.finish()
         for recorder in self.recorders:
             recorder.solves.append(solve)
 
@@ -207,65 +186,3 @@ def _now(y0: Tensor) -> float:
     if y0.is_cuda and not torch.cuda.is_current_stream_capturing():
         torch.cuda.synchronize(y0.device)
     return time.perf_counter()
-
-
-TURN_SECONDS = 0.02
-"""A shorter run is repeated within its turn until this has passed."""
-
-
-def median_seconds(
-    runs: Sequence[Callable[[], object]],
-    device: torch.device,
-    repeats: int,
-    tick: Callable[[], object] = lambda: None,
-    turn_seconds: float = TURN_SECONDS,
-) -> list[float]:
-    """Return each run's median wall time in seconds over ``repeats`` rounds.
-
-    A round has every run's turn, so that a machine that slows down slows them all; a short
-    run is repeated within its turn, so that what ran before it does not count. ``tick`` is
-    called after each turn, outside the measured time.
-    """
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(repeats):
-        for run, seconds in zip(runs, times, strict=True):
-            seconds.append(_time_turn(run, device, turn_seconds))
-            tick()
-    return [statistics.median(seconds) for seconds in times]
-
-
-def _time_turn(run: Callable[[], object], device: torch.device, turn_seconds: float) -> float:
-    _synchronize(device)
-    n_runs, elapsed, start = 0, 0.0, time.perf_counter()
-    while n_runs == 0 or elapsed < turn_seconds:
-        run()
-        _synchronize(device)
-        n_runs, elapsed = n_runs + 1, time.perf_counter() - start
-    return elapsed / n_runs
-
-
-def _synchronize(device: torch.device) -> None:
-    getattr(torch, device.type).synchronize()
-
-
-class FlopCounter(FlopCounterMode):
-    """torch's FLOP counter, its total only.
-
-    torch's own counts per module too, by hooks on the modules' inputs; those end the
-    `torch.autograd.grad` of such an input, as in every likelihood's divergence, with
-    "A leaf node was passed to _will_engine_execute_node" (torch 2.13).
-    """
-
-    def __init__(self) -> None:
-        super().__init__(display=False)
-        self.mod_tracker: Any = _NoTracker()
-
-
-class _NoTracker:
-    parents: ClassVar[set[str]] = {"Global"}
-
-    def __enter__(self) -> None:
-        """Track nothing."""
-
-    def __exit__(self, *_: object) -> None:
-        """Track nothing."""

@@ -25,8 +25,8 @@ class AdjointGradientError(HyperError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class Guard:
-    """Knows whether a record's numbers can be differentiated."""
+class GraphCheck:
+    """Checks whether the graph of a record's numbers is there to be differentiated."""
 
     marks: tuple[Any, ...] = ()  # nodes put into the graph by `mark`, one an accepted step
     is_adjoint: bool = False  # whether the solve was the forward one of `odeint_adjoint`
@@ -66,10 +66,7 @@ class Guard:
 
 
 def mark(x: Tensor) -> tuple[Tensor, Any]:
-    """Return ``x`` with a node of ours in its graph, which tells `Guard` when that is freed.
-
-    The node is returned too, None without a graph.
-    """
+    """Return ``x`` and a node put into its graph, freed with it; None where there is no graph."""
     if not (x.requires_grad and torch.is_grad_enabled()):
         return x, None
     marked: Tensor = _Mark.apply(x)  # type: ignore[no-untyped-call]
@@ -113,7 +110,7 @@ class Steps:
         layout: the state's parts.
         part_slopes: norms of the differences of the last two stages' derivatives and of
             their states, for each part; None where not recorded, see `stiffness_of`.
-        guard: knows whether the numbers can be differentiated.
+        graph_check: raises where the numbers cannot be differentiated.
     """
 
     t0: Tensor
@@ -123,7 +120,7 @@ class Steps:
     part_errors: tuple[Tensor, ...]
     layout: StateLayout = field(default_factory=lambda: StateLayout(None))
     part_slopes: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
-    guard: Guard = field(default_factory=Guard)
+    graph_check: GraphCheck = field(default_factory=GraphCheck)
 
     @property
     def error(self) -> Tensor:
@@ -147,7 +144,7 @@ class Steps:
             OptionError: there is no such part.
             StateShapeError: all parts are asked for and their batches differ.
         """
-        return self.guard.protect(select(self.part_errors, self.layout, part))
+        return self.graph_check.protect(select(self.part_errors, self.layout, part))
 
     def stiffness_of(self, part: int | None = None) -> Tensor:
         """Return (n_steps, batch) estimates of how much func stretches, in 1/time.
@@ -167,11 +164,8 @@ class Steps:
             )
         rise, run = (select(norms, self.layout, part) for norms in self.part_slopes)
         is_zero = run == 0
-        return self.guard.protect(torch.where(is_zero, 0.0, rise / torch.where(is_zero, 1.0, run)))
-
-    def accepted(self, values: Tensor) -> Tensor:
-        """Return the entries of ``values``, (n_steps, batch), that belong to accepted steps."""
-        return values[self.is_accepted]
+        stiffness = torch.where(is_zero, 0.0, rise / torch.where(is_zero, 1.0, run))
+        return self.graph_check.protect(stiffness)
 
 
 class SampledStep(NamedTuple):
@@ -232,7 +226,7 @@ class Solve:
 
     def adaptive_solves(self) -> list[Solve]:
         """Return this solve alone: it is a record of one, see `Recorder.adaptive_solves`."""
-        return [self]
+        return adaptive_among([self])
 
     def error_penalty(self, part: int | None = None) -> Tensor:
         """Return this solve's share of `Recorder.error_penalty`, a 0-d tensor.
@@ -244,42 +238,22 @@ class Solve:
         return self.sum_accepted(self.steps.error_of(part))
 
     def sum_accepted(self, values: Tensor) -> Tensor:
-        """Return the sum over accepted steps and samples of ``values``, (n_steps, batch).
-
-        Raises what `error_penalty` raises.
-        """
-        if not self.is_adaptive:
-            raise NothingRecordedError(
-                problem=f'method "{self.method}" has no error estimates.',
-                expected='an adaptive method: "dopri5", "dopri8", "bosh3", ...',
-                fix='method="dopri5"',
-            )
-        if torch.is_grad_enabled() and not self.steps.guard.is_adjoint:
-            self.steps.guard.check()
-        return self.steps.accepted(values).sum()
+        """Return the sum of ``values``, (n_steps, batch), over accepted steps and samples."""
+        self.adaptive_solves()
+        if torch.is_grad_enabled() and not self.steps.graph_check.is_adjoint:
+            self.steps.graph_check.check()
+        return values[self.steps.is_accepted].sum()
 
 
-class Partial(NamedTuple):
-    """How far a solve came.
-
-    Attributes:
-        t: (n,) the times reached: those asked for, then the end of the last accepted step.
-        y: the state at each of them, (n, *shape), or a tuple of such.
-        solve: the record up to there.
-    """
-
-    t: Tensor
-    y: State
-    solve: Solve
-
-
-class MaxStepsError(HyperError, AssertionError):
-    """A recorded solve took its ``max_num_steps`` without arriving.
-
-    Attributes:
-        partial: how far it came.
-    """
-
-    def __init__(self, message: str, partial: Partial) -> None:
-        super().__init__(message)
-        self.partial = partial
+def adaptive_among(solves: list[Solve]) -> list[Solve]:
+    """Return the solves whose method has error estimates, of which there must be one."""
+    adaptive = [solve for solve in solves if solve.is_adaptive]
+    if not adaptive:
+        others = ", ".join(sorted({f'"{solve.method}"' for solve in solves}))
+        raise NothingRecordedError(
+            problem="no adaptive solve was recorded"
+            + (f"; without error estimates: {others}." if others else "."),
+            expected='a solve with "dopri5" or another adaptive method.',
+            fix='with tdh.record() as rec: odeint(func, y0, t, method="dopri5")',
+        )
+    return adaptive

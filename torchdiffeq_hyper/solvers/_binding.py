@@ -23,6 +23,7 @@ from torchdiffeq_hyper._fields import Owner, check_callable, owner_of, owners_in
 from torchdiffeq_hyper._state import VectorField, values_of
 from torchdiffeq_hyper.errors import OptionError, StateTypeError
 from torchdiffeq_hyper.methods._method import Method
+from torchdiffeq_hyper.recording import assigned
 from torchdiffeq_hyper.solvers._domain import FitDomain, Match
 from torchdiffeq_hyper.solvers._solver import Solver
 
@@ -142,11 +143,8 @@ def using(solver: FittedT) -> Iterator[FittedT]:
         tensor([0.3685])
     """
     check_fitted(solver)
-    token = _scoped.set((*_scoped.get(), solver))
-    try:
+    with assigned(_scoped, (*_scoped.get(), solver)):
         yield solver
-    finally:
-        _scoped.reset(token)
 
 
 @dataclass(frozen=True)

@@ -1,28 +1,121 @@
-"""Puts the registry's methods among torchdiffeq's, and takes them away again."""
+"""Puts the registry's methods among torchdiffeq's; hands whole problems to "bns" and "dise"."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
-from torchdiffeq_hyper.errors import StateTypeError, UnknownMethodError, closest
-from torchdiffeq_hyper.hosts._host import Host
+import torch
+from torch import Tensor
+
+from torchdiffeq_hyper import recording
+from torchdiffeq_hyper._fields import look_through
+from torchdiffeq_hyper._state import State, VectorField
+from torchdiffeq_hyper.errors import (
+    OptionError,
+    StateTypeError,
+    UnknownMethodError,
+    unknown_method,
+)
+from torchdiffeq_hyper.hosts._host import Host, warn_if_untrained
 from torchdiffeq_hyper.hosts.torchdiffeq import _patches
 from torchdiffeq_hyper.hosts.torchdiffeq._solver import HyperGridSolver
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
     SOLVERS,
     FixedGridODESolver,
     HostCall,
+    dopri5_solver,
+    is_default_norm,
+    known_options,
     options_of,
 )
-from torchdiffeq_hyper.hosts.torchdiffeq._whole import WholeProblemSolver
 from torchdiffeq_hyper.methods import _registry
-from torchdiffeq_hyper.methods._method import Method, ReadyMethod, SteppingMethod, WholeMethod
+from torchdiffeq_hyper.methods._method import (
+    Method,
+    ReadyMethod,
+    SteppingMethod,
+    WholeMethod,
+    base_of,
+)
 from torchdiffeq_hyper.solvers._binding import Fitted, FittedT
 from torchdiffeq_hyper.solvers._solver import Solver
 
 _PUBLISHED = "register_method"
+
+
+class WholeProblemSolver:
+    """Gives the user's own problem (func, true time, parts of the state) to the method's part.
+
+    Subclasses, one a method, set ``entry``.
+    """
+
+    entry: ClassVar[WholeMethod]
+    also_accepted: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, func: Any, y0: Tensor, rtol: Any, atol: Any, **options: Any) -> None:
+        self._call = call = HostCall.of(func)
+        if call.is_adjoint_backward:
+            own = dopri5_solver(func, y0, rtol, atol, **options)
+            self.integrate = own.integrate  # type: ignore[method-assign]
+            return
+        self._y0 = y0
+        self._tolerances = {
+            # The host flattened a tensor of tolerances with the state.
+            name: call.layout.split(value) if isinstance(value, Tensor) and value.dim() else value
+            for name, value in (("rtol", rtol), ("atol", atol))
+        }
+        if is_default_norm(options.get("norm")):
+            options.pop("norm", None)
+        known = self.entry.options
+        self._options = known_options(options, known, self.entry.name, self.also_accepted)
+
+    def integrate(self, t: Tensor) -> Tensor:
+        """Return the state at every point of ``t``, flat as the host wants it."""
+        call, func = self._call, self._call.func
+        part = call.find_part(self.entry, t, self._options)
+        if call.is_adjoint_forward and base_of(part) is not None:
+            warn_if_untrained(part, "solver", "odeint_adjoint", "odeint")
+        # A part may call the very method that it stands in for.
+        with _patches.no_overrides(), recording.handed_over(part) as draft:
+            if draft is not None and base_of(part) is not None:
+                func = _Counted(func, draft)  # other parts tell the record themselves
+            y0, times = call.layout.split(self._y0), -t if call.negated else t
+            solution: State = part.solve(func, y0, times, **self._tolerances)
+        if isinstance(solution, Tensor):
+            return solution
+        return torch.cat([part.reshape(len(t), -1) for part in solution], dim=1)
+
+    def integrate_until_event(self, t0: Tensor, event_fn: Callable[..., Any]) -> NoReturn:
+        """Refuse: samples would stop at different times."""
+        entry, fix = self.entry, 'odeint_event(..., method="dopri5")'
+        if entry.owner == "override":
+            fix = "the call outside of the block of tdh.override"
+        raise OptionError(
+            problem=f'method "{entry.name}" of {entry.owner} does not look for events.',
+            expected="a method that takes the whole batch along, up to one event.",
+            fix=f'{fix}\nsolver = tdh.fit(func, y0, (0.0, 1.0), base="heun", steps=10)',
+        )
+
+    @classmethod
+    def valid_callbacks(cls) -> set[str]:
+        """Return no names: the samples do not step together."""
+        return set()
+
+
+class _Counted:
+    """A vector field whose calls are counted in a record: the host's wrapper is not called."""
+
+    def __init__(self, func: VectorField, draft: recording.Draft) -> None:
+        self.base_func = func
+        self._draft = draft
+
+    def __call__(self, t: Tensor, y: State) -> Any:
+        self._draft.nfe += 1
+        return self.base_func(t, y)
+
+
+look_through(_Counted, "base_func")
 
 
 class Torchdiffeq(Host):
@@ -31,10 +124,9 @@ class Torchdiffeq(Host):
     name = "torchdiffeq"
     noun = "method"
 
-    def entries(self) -> dict[str, Any]:
+    def entries(self) -> Any:
         """Return `SOLVERS`."""
-        solvers: dict[str, Any] = SOLVERS
-        return solvers
+        return SOLVERS
 
     def step_by_step(self, method: SteppingMethod) -> Any:
         """Return the host's fixed-grid solver with a step of the method's."""
@@ -53,11 +145,8 @@ class Torchdiffeq(Host):
         """Make `SOLVERS` hold what the registry holds and what open scopes put there."""
         with _registry.lock:
             own = {n: _patches.unpatched(cls) for n, cls in SOLVERS.items() if n not in self.added}
-            follows_grid = {
-                name: isinstance(cls, type) and issubclass(cls, FixedGridODESolver)
-                for name, cls in own.items()
-            }
-            _registry.reserve(follows_grid, self.name)
+            bases = {name: getattr(cls, "__mro__", ()) for name, cls in own.items()}
+            _registry.reserve({n: FixedGridODESolver in b for n, b in bases.items()}, self.name)
             try:
                 super().follow()
             finally:
@@ -84,8 +173,7 @@ def _published(name: str, solver: Fitted, owner: str) -> Method:
 def register_method(name: str, solver: Fitted) -> None:
     """Publish a fitted solver under a method name of its own.
 
-    For callers that let a user pass only ``method``; they need neither options nor
-    access to func.
+    For callers that let a user pass only ``method``.
 
     Args:
         name: the method string; must be new.
@@ -109,12 +197,8 @@ def register_method(name: str, solver: Fitted) -> None:
 
 
 def unregister_method(name: str) -> None:
-    """Take back a name that `register_method` published.
-
-    Raises:
-        UnknownMethodError: no such name was published.
-    """
-    with _registry.lock:
+    """Take back a name that `register_method` published; `UnknownMethodError` for others."""
+    with _registry.changing():
         method = _registry.methods().get(name)
         if method is None or method.owner != _PUBLISHED:
             raise UnknownMethodError(
@@ -122,8 +206,7 @@ def unregister_method(name: str) -> None:
                 expected="a name given to tdh.register_method.",
                 fix=f'tdh.register_method("{name}", solver) first',
             )
-        with _registry.changing():
-            _registry.remove(name)
+        _registry.remove(name)
 
 
 @contextmanager
@@ -152,22 +235,17 @@ def override(method: str, solver: FittedT) -> Iterator[FittedT]:
         ...     odeint(lambda t, y: -y, torch.ones(1), t, method="dopri5")[-1]
         tensor([0.3685])
     """
-    known = dict(SOLVERS)
-    if method not in known:
-        raise UnknownMethodError(
-            problem=f"torchdiffeq has no method {method!r} to override.",
-            expected="one of " + ", ".join(f'"{name}"' for name in known) + ".",
-            fix=f'tdh.override("{closest(method, known)}", solver)',
-        )
-    original = _patches.unpatched(known[method])
+    if method not in SOLVERS:
+        raise unknown_method(method, SOLVERS, 'tdh.override("{}", solver)')
+    original = _patches.unpatched(SOLVERS[method])
     served = _published(method, solver, "override").build(host)
     served.also_accepted = options_of(original)
 
-    def build(func: Any, y0: Any, rtol: Any, atol: Any, **options: Any) -> Any:
+    def build(func: Any, **given: Any) -> Any:
         call = HostCall.of(func)
         if call.is_adjoint_forward:
             _patches.serve_backward(method, call.carrier)
-        return served(func=func, y0=y0, rtol=rtol, atol=atol, **options)
+        return served(func=func, **given)
 
     with _patches.replaced(method, build):
         yield solver

@@ -1,7 +1,6 @@
-"""Stands in for torchdiffeq's methods while a scope is open, and for no longer.
+"""Stands in for torchdiffeq's methods while a scope replaces one, or watches them all.
 
-Two kinds of scope look at the calls: one replaces a method, the other watches all of
-them. They nest in any order; what a scope replaced is watched like any other method.
+Scopes nest in any order; what one replaced is watched like any other method.
 """
 
 from __future__ import annotations
@@ -12,15 +11,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any
 
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import SOLVERS, HostCall, dopri5_solver
 from torchdiffeq_hyper.methods import _registry
+from torchdiffeq_hyper.recording import assigned
 
-Build: TypeAlias = Callable[..., Any]
-"""``(func, y0, rtol, atol, **options) -> solver``: what a method name stands for."""
-
-_NONE: Mapping[str, Build] = MappingProxyType({})
+_NONE: Mapping[str, Callable[..., Any]] = MappingProxyType({})
+# What a method name stands for, called as ``build(func=, y0=, rtol=, atol=, **options)``.
 _overrides = ContextVar("overrides", default=_NONE)
 # Called as ``watch(method, build, func=, y0=, rtol=, atol=, **options) -> solver``.
 _watch: ContextVar[Callable[..., Any] | None] = ContextVar("watch", default=None)
@@ -39,33 +37,27 @@ class _Dispatcher:
         self.method = method
         self.original = original
 
-    def __call__(self, func: Any, y0: Any, rtol: Any, atol: Any, **options: Any) -> Any:
+    def __call__(self, func: Any, **given: Any) -> Any:
         build = _overrides.get().get(self.method, self.original)
         call = HostCall.of(func)
         if call.is_adjoint_backward and self.method in vars(call.carrier).get(_SERVED, ()):
             build = dopri5_solver
         watch = _watch.get()
         if watch is None:
-            return build(func=func, y0=y0, rtol=rtol, atol=atol, **options)
-        return watch(self.method, build, func=func, y0=y0, rtol=rtol, atol=atol, **options)
+            return build(func=func, **given)
+        return watch(self.method, build, func=func, **given)
 
-    def valid_callbacks(self) -> set[str]:
-        """Return the callbacks of the method itself, so that none is warned about."""
-        valid: set[str] = self.original.valid_callbacks()
-        return valid
+    def valid_callbacks(self) -> Any:
+        """Return the callbacks of the method itself."""
+        return self.original.valid_callbacks()
 
 
-@contextmanager
-def no_overrides() -> Iterator[None]:
+def no_overrides() -> AbstractContextManager[None]:
     """Let the host's methods be its own inside the block."""
-    token = _overrides.set(_NONE)
-    try:
-        yield
-    finally:
-        _overrides.reset(token)
+    return assigned(_overrides, _NONE)
 
 
-def replaced(method: str, build: Build) -> AbstractContextManager[None]:
+def replaced(method: str, build: Callable[..., Any]) -> AbstractContextManager[None]:
     """Have ``method`` served by ``build`` in this context, inside the block."""
     return _scope(method, _overrides, {**_overrides.get(), method: build})
 
@@ -78,20 +70,19 @@ def watched(watch: Callable[..., Any]) -> AbstractContextManager[None]:
 @contextmanager
 def _scope(method: str, variable: ContextVar[Any], value: Any) -> Iterator[None]:
     """Set a variable of the context and patch ``method`` inside the block."""
-    token = variable.set(value)
     _count(method, 1)
     try:
-        yield
+        with assigned(variable, value):
+            yield
     finally:
         _count(method, -1)
-        variable.reset(token)
 
 
 def serve_backward(method: str, carrier: Any) -> None:
     """Have the backward solves of one `odeint_adjoint` call run the host's own dopri5.
 
-    They may come after the scope has closed, or on a thread that never saw it. So the
-    method stays patched for as long as ``carrier``, which lives as long as the call's graph.
+    They may come after the scope has closed, or on another thread. So the method stays patched
+    for as long as ``carrier``, which lives as long as the call's graph.
     """
     vars(carrier).setdefault(_SERVED, set()).add(method)
     _count(method, 1)

@@ -1,7 +1,6 @@
 """Scopes in which torchdiffeq's solves are recorded, errors of their steps included.
 
-An adaptive solver is watched from outside: its func tells the stages, its callbacks whether
-a step was accepted, its norm the error ratio.
+An adaptive solver is watched from outside, by its func, its callbacks and its norm.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torchdiffeq import odeint
 
 from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._state import State, VectorField, is_half, part_norms
-from torchdiffeq_hyper.errors import StateTypeError, explain
+from torchdiffeq_hyper.errors import StateTypeError
 from torchdiffeq_hyper.hosts.torchdiffeq import _patches
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
     HostCall,
@@ -52,8 +51,6 @@ def record(*, stiffness: bool = False, seed: int | None = None) -> Iterator[reco
 
     Raises:
         StateTypeError: at an adaptive solve with a half-precision state.
-        MaxStepsError: at an adaptive solve that runs out of ``max_num_steps``; what it
-            had is in the error's ``partial``.
 
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
@@ -76,15 +73,7 @@ def odeint_with_errors(
 ) -> tuple[Any, recording.Solve]:
     """Call `torchdiffeq.odeint` and return the record of the solve beside its solution.
 
-    Args:
-        func: ``func(t, y)``, y like ``y0``.
-        y0: the state at t[0].
-        t: (n,) times.
-        **call: what `odeint` takes: rtol, atol, method (default "dopri5"), options,
-            event_fn.
-
-    Returns:
-        What `odeint` returns, and the solve's record.
+    Arguments are those of `odeint`: rtol, atol, method (default "dopri5"), options, event_fn.
 
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
@@ -110,15 +99,13 @@ def _watch(method: str, build: Callable[..., Any], func: Any, y0: Tensor, **opti
     recorders = recording.open_recorders() if torch._C._current_graph_task_id() == -1 else ()
     draft = recording.Draft(method, y0, call.layout, recorders, is_adjoint=call.is_adjoint_forward)
     watched = _WatchedFunc(func, draft)
-    if not (isinstance(build, type) and issubclass(build, RKAdaptiveStepsizeODESolver)):
+    if RKAdaptiveStepsizeODESolver not in getattr(build, "__mro__", ()):
         return _WatchedSolver(build(func=watched, y0=y0, **options), draft)
     if is_half(y0.dtype):
         raise StateTypeError(
             problem=f'y0 is {y0.dtype}: "{method}" would control its steps by rounding errors.',
             expected="float32 or float64 where errors are recorded.",
-            fix="y0 = tuple(part.float() for part in y0)"
-            if call.layout.shapes
-            else "odeint(func, y0.float(), t, ...)",
+            fix="odeint(func, y0.float(), t, ...)   # of a tuple: part.float()",
         )
     return _WatchedSolver(_recording_class(build)(call, draft, watched, y0, **options), draft)
 
@@ -148,8 +135,7 @@ class _WatchedSolver:
 class _WatchedFunc(PerturbFunc):  # type: ignore[misc]
     """The host's outermost wrapper, which counts and, during a step, keeps what it saw.
 
-    It takes the place of the wrapper it is made from: with both, the call would look like
-    the forward solve of `odeint_adjoint`.
+    It takes the wrapper's place: with two, the call would look like `odeint_adjoint`'s forward.
     """
 
     def __init__(self, func: PerturbFunc, draft: recording.Draft) -> None:
@@ -173,24 +159,12 @@ class _WatchedFunc(PerturbFunc):  # type: ignore[misc]
         return k
 
     def callback_accept_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
-        self.outcome = (t0, dt, True)
+        self.outcome = (t0.detach(), dt.detach(), True)
         self._replaced[0].callback_accept_step(t0, y0, dt)
 
     def callback_reject_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
-        self.outcome = (t0, dt, False)
+        self.outcome = (t0.detach(), dt.detach(), False)
         self._replaced[0].callback_reject_step(t0, y0, dt)
-
-
-class _Attempt(NamedTuple):
-    """One attempted step; times are the host's, norms are (batch,) for each part of the state."""
-
-    t0: Tensor
-    dt: Tensor
-    ratio: Tensor
-    is_accepted: bool
-    errors: tuple[Tensor, ...]
-    rise: tuple[Tensor, ...]
-    run: tuple[Tensor, ...]
 
 
 class _RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
@@ -201,9 +175,8 @@ class _RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
     ) -> None:
         super().__init__(func=func, y0=y0, **options)
         self.call, self.draft = call, draft
-        self.keeps_outputs = "max_num_steps" in options
-        self.outputs: list[tuple[Tensor, Tensor]] = []
-        self.attempts: list[_Attempt] = []
+        # Times as the host has them, then norms, (batch,), for each part of the state.
+        self.attempts: list[tuple[Any, ...]] = []
         self.marks: list[Any] = []
         self.n_accepted = 0
         ends_step = self.tableau.alpha[-2:].tolist() == [1.0, 1.0]
@@ -211,20 +184,11 @@ class _RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
         host_norm = self.norm
 
         # Holds func alone: in a cycle with the solver, graphs would outlive the solve.
-        def noting_norm(scaled_error: Tensor) -> Tensor:
+        def noting_norm(scaled_error: Tensor) -> Any:
             func.ratio = host_norm(scaled_error)
-            ratio: Tensor = func.ratio
-            return ratio
+            return func.ratio
 
         self.norm: Any = noting_norm
-
-    def _before_integrate(self, t: Tensor) -> None:
-        super()._before_integrate(t)
-        self._note_output(self.rk_state.t0, self.y0)
-
-    def _note_output(self, t: Tensor, y: Tensor) -> None:
-        if self.keeps_outputs:
-            self.outputs.append((t, y))
 
     def _adaptive_step(self, rk_state: Any) -> Any:
         f0, mark = recording.mark(rk_state.f1)
@@ -235,13 +199,11 @@ class _RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
         finally:
             self.func.stages = None
         t0, dt, is_accepted = self.func.outcome
-        t0, dt = t0.detach(), dt.detach()
         # Past a jump the host calls func once more, which is no stage.
         del stages[len(self.tableau.alpha) :]
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_accepted):
             norms = self._norms(dt, f0, stages)
-        ratio = self.func.ratio.detach().abs()
-        self.attempts.append(_Attempt(t0, dt, ratio, is_accepted, *norms))
+        self.attempts.append((t0, dt, self.func.ratio.detach().abs(), is_accepted, *norms))
         if is_accepted:
             self.n_accepted += 1
             self.marks += [] if mark is None else [mark]
@@ -278,42 +240,6 @@ class _RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
                 error_weights=self.tableau.c_error,
             )
 
-    def _advance(self, next_t: Tensor) -> Tensor:
-        with self._partial_on_max_steps():
-            y: Tensor = super()._advance(next_t)
-        self._note_output(next_t, y)
-        return y
-
-    def _advance_until_event(self, event_fn: Any) -> Any:
-        with self._partial_on_max_steps():
-            return super()._advance_until_event(event_fn)
-
-    @contextmanager
-    def _partial_on_max_steps(self) -> Iterator[None]:
-        """Turn the host's assertion about max_num_steps into an error with the solve so far."""
-        try:
-            yield
-        except AssertionError as error:
-            if "max_num_steps" not in str(error):
-                raise
-            if self.rk_state.t1 > self.outputs[-1][0]:
-                self._note_output(self.rk_state.t1, self.rk_state.y1)
-            times, states = zip(*self.outputs, strict=True)
-            self.conclude()
-            partial = recording.Partial(
-                t=torch.stack([t.to(times[-1].dtype) for t in times]) * self.call.sign,
-                y=self.call.layout.split(torch.stack(states)),
-                solve=self.draft.finish(),
-            )
-            raise recording.MaxStepsError(
-                explain(
-                    f"{error} after t = {partial.t[-1].item():.6g}.",
-                    "a solve within its steps; what there is, is in the error's partial.",
-                    'options={"max_num_steps": ...}   # or larger rtol and atol',
-                ),
-                partial,
-            ) from error
-
     def conclude(self) -> None:
         """Put the steps into the draft."""
         sign, layout = self.call.sign, self.call.layout
@@ -329,7 +255,7 @@ class _RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
             part_errors=_columns(errors),
             layout=layout,
             part_slopes=(_columns(rise), _columns(run)) if self.with_slopes else None,
-            guard=recording.Guard(tuple(self.marks), self.draft.is_adjoint),
+            graph_check=recording.GraphCheck(tuple(self.marks)),
         )
 
 

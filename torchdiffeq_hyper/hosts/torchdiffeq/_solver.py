@@ -15,14 +15,12 @@ from torchdiffeq_hyper.errors import OptionError, StateTypeError
 from torchdiffeq_hyper.hosts._host import warn_if_untrained
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
     FixedGridODESolver,
-    ForwardPlan,
     HostCall,
     Perturb,
+    PerturbFunc,
     known_options,
-    unperturbed,
 )
 from torchdiffeq_hyper.methods._method import SteppingMethod, base_of
-from torchdiffeq_hyper.solvers._binding import Times, resolve
 from torchdiffeq_hyper.solvers._grid import equal_steps, points_between
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 from torchdiffeq_hyper.solvers._stepping import (
@@ -49,7 +47,7 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
     also_accepted: ClassVar[frozenset[str]] = frozenset()
     func: Any
     step_size: Any
-    grid_constructor: Callable[[Any, Tensor, Tensor], Tensor]
+    grid_constructor: Any
 
     def __init__(self, func: Any, y0: Tensor, rtol: Any, atol: Any, **options: Any) -> None:
         options.pop("norm", None)
@@ -66,36 +64,34 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
             func, y0 = _InHalf(func, y0.dtype), y0.float()
         grid = {name: options[name] for name in _GRID if name in options}
         super().__init__(func=func, y0=y0, rtol=rtol, atol=atol, **grid)
-        # The host's outermost wrapper only casts t, at the cost of several small kernels.
-        self._direct = None if self.perturb else unperturbed(self.func)
-        self._has_grid_option = not {"step_size", "grid_constructor"}.isdisjoint(grid)
+        # The host's outermost wrapper (not its subclasses) only casts t, in several small kernels.
+        is_plain = type(self.func) is PerturbFunc and not self.perturb
+        self._direct = self.func.base_func if is_plain else None
+        self._has_grid_option = "step_size" in grid or "grid_constructor" in grid
         self._solver: HyperSolver | None = None
         self._taken: list[tuple[Tensor, Tensor, Tensor]] | None = None
         self._ends: _CachedEnds | None = None
         if self.interp == "cubic":
             self.func = self._ends = _CachedEnds(self.func)
-        self._step: Step
 
     def _prepare(self, t: Tensor) -> None:
         """Choose the step, by the host's times: those of the call, or an event's start."""
         call = self._call
         if call.is_adjoint_backward:  # the base alone, stepping as the forward solve did
-            plan = call.plan()
-            if plan is not None and not self._has_grid_option:
-                self.grid_constructor = lambda func, y0, t: plan.grid_between(t)
-            tableau = self.entry.tableau if plan is None else plan.tableau
+            tableau, grid_between = call.plan() or (self.entry.tableau, None)
+            if grid_between is not None and not self._has_grid_option:
+                self.grid_constructor = lambda func, y0, t: grid_between(t)
             self._step = Step(tableau, self._evaluate, None)
             return
-        net, tableau = self._bound_net(Times(t, is_negated=call.negated))
+        net, tableau = self._bound_net(t)
         if call.is_adjoint_forward:
             warn_if_untrained(net, "hypernet", "odeint_adjoint", "odeint")
         part, solver = None, self._solver
-        if solver is not None:
+        if solver is not None and not self._has_grid_option:
             n_steps = solver.n_steps
-            if not self._has_grid_option:
-                self.grid_constructor = lambda func, y0, t: equal_steps(t, n_steps)
-            if solver.domain is not None:
-                part = solver.domain.corrected_part(call.layout.split(self.y0))
+            self.grid_constructor = lambda func, y0, t: equal_steps(t, n_steps)
+        if solver is not None and solver.domain is not None:
+            part = solver.domain.corrected_part(call.layout.split(self.y0))
         correction = Correction(
             net,
             tableau.order,
@@ -107,13 +103,13 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         )
         self._step = Step(tableau, self._evaluate, correction)
 
-    def _bound_net(self, times: Times) -> tuple[Hypernet, Tableau]:
+    def _bound_net(self, t: Tensor) -> tuple[Hypernet, Tableau]:
         """Return g and the base that it corrects; note the solver that g belongs to."""
         alpha, net = self._options.get("alpha"), self._options.get("hypernet")
         tableau = self.entry.tableau if alpha is None else second_order(alpha)
         if net is not None:
             return _checked_net(net, self.entry.name, self._options), tableau
-        self._solver = solver = resolve(self.entry, self._call.func, times, self._options)
+        self._solver = solver = self._call.find_part(self.entry, t, self._options)
         return solver.hypernet, solver.tableau if alpha is None else tableau
 
     def _check_sizes(self, sizes: Tensor, readable: str | None = None) -> None:
@@ -157,7 +153,7 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         """Return the state at every point of ``t``, as the host's solvers do."""
         self._prepare(t)
         if self.y0.numel() == 0:
-            empty: Tensor = self.y0.unsqueeze(0).expand(len(t), *self.y0.shape)
+            empty: Tensor = self.y0.expand(len(t), *self.y0.shape)
             return empty.to(self._dtype, copy=True)
         t = t.to(torch.promote_types(t.dtype, torch.float32))
         grid: Tensor = self.grid_constructor(self.func, self.y0, t)
@@ -166,7 +162,7 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         self._check_sizes(grid.diff(), "options={..., {options}}" if follows_t else None)
         if self._call.is_adjoint_forward:
             grid_between = partial(points_between, -grid.detach())  # backward time runs negated
-            self._call.leave_plan(ForwardPlan(self._step.tableau, grid_between))
+            self._call.leave_plan((self._step.tableau, grid_between))
         solution: Tensor = super().integrate(t)
         if self._step.correction is not None and not is_finite(solution[-1]):
             pairs = zip(grid[:-1], grid[1:], strict=True)
@@ -188,7 +184,7 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
             def grid_between(t: Tensor) -> Tensor:
                 return equal_steps(t, max(1, round(float(t[-1] - t[0]) / size)))
 
-            self._call.leave_plan(ForwardPlan(self._step.tableau, grid_between))
+            self._call.leave_plan((self._step.tableau, grid_between))
         dtype = self._dtype
         cast = (lambda t, y: event_fn(t, y.to(dtype))) if is_half(dtype) else event_fn
         self._taken = []
@@ -227,11 +223,7 @@ class _InHalf:
 
 
 class _CachedEnds:
-    """The host's func where points are read off by cubics: called once at the end of a step.
-
-    The host asks for the derivative there for each point that it reads off, and the next
-    step for its first stage.
-    """
+    """The host's func, called once at the end of a step, where each cubic and the next step ask."""
 
     def __init__(self, func: Any) -> None:
         self._func = func
@@ -250,7 +242,7 @@ class _CachedEnds:
 
 
 def _checked_net(net: Any, method: str, options: dict[str, Any]) -> Hypernet:
-    """Return the option "hypernet", after checking that it is one, and given alone."""
+    """Return the option "hypernet", which must be one, and given alone."""
     if options.get("solver") is not None:
         raise OptionError(
             problem='options hold both "hypernet" and "solver".',
@@ -268,12 +260,10 @@ def _checked_net(net: Any, method: str, options: dict[str, Any]) -> Hypernet:
 
 
 def _check_values(options: dict[str, Any]) -> None:
-    step_size = options.get("step_size")
-    if step_size is not None and not (
-        isinstance(step_size, int | float | Tensor) and step_size > 0
-    ):
+    size = options.get("step_size")
+    if size is not None and not (isinstance(size, int | float | Tensor) and size > 0):
         raise OptionError(
-            problem=f"step_size is {step_size!r}.",
+            problem=f"step_size is {size!r}.",
             expected="a number above 0, also in reverse time.",
             fix='options={"step_size": 0.1, ...}',
         )

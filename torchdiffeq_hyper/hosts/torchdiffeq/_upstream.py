@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from torchdiffeq._impl.dopri5 import Dopri5Solver
@@ -20,6 +19,8 @@ from torchdiffeq._impl.solvers import FixedGridODESolver
 
 from torchdiffeq_hyper._state import StateLayout
 from torchdiffeq_hyper.errors import OptionError, closest
+from torchdiffeq_hyper.methods._method import Method
+from torchdiffeq_hyper.solvers._binding import Times, resolve
 from torchdiffeq_hyper.tableaus import Tableau
 
 __all__ = [
@@ -31,35 +32,19 @@ __all__ = [
 ]
 
 
-def unperturbed(func: Any) -> Callable[..., Any] | None:
-    """Return what the outermost wrapper calls with t cast to the state's dtype, else None."""
-    # Not its subclasses, which do more than cast.
-    inner: Callable[..., Any] | None = func.base_func if type(func) is PerturbFunc else None
-    return inner
-
-
-def forward_func_of(func: Any) -> Callable[..., Any] | None:
-    """Return the func of the forward solve behind `odeint_adjoint`'s backward dynamics.
-
-    None when ``func`` is not that local function of ``OdeintAdjointMethod.backward``.
-    """
-    if not isinstance(func, FunctionType) or func.__closure__ is None:
+def _forward_func_of(func: Any) -> Any:
+    """Return the forward's func, where ``func`` is `odeint_adjoint`'s backward dynamics."""
+    names = (getattr(func, "__module__", None), getattr(func, "__name__", None))
+    if names != ("torchdiffeq._impl.adjoint", "augmented_dynamics"):
         return None
-    if (func.__module__, func.__name__) != ("torchdiffeq._impl.adjoint", "augmented_dynamics"):
-        return None
-    closure = dict(zip(func.__code__.co_freevars, func.__closure__, strict=True))
-    found: Callable[..., Any] = closure["func"].cell_contents
-    return found
+    return inspect.getclosurevars(func).nonlocals["func"]
 
 
 def is_default_norm(norm: Any) -> bool:
     """Return whether the host chose this norm because the user gave none."""
-    if norm is None or norm is _rms_norm:
-        return True
     # Around the norm of a tuple state the host puts a function of its own.
-    wrapper = "_check_inputs.<locals>._norm"
-    if not isinstance(norm, FunctionType) or norm.__qualname__ != wrapper:
-        return False
+    if getattr(norm, "__qualname__", None) != "_check_inputs.<locals>._norm":
+        return norm is None or norm is _rms_norm
     return inspect.getclosurevars(norm).nonlocals.get("norm") is _mixed_norm
 
 
@@ -79,37 +64,22 @@ def dopri5_solver(func: Any, y0: Any, rtol: Any, atol: Any, **options: Any) -> A
     return Dopri5Solver(func=func, y0=y0, rtol=rtol, atol=atol, **options)
 
 
-_PLAN = "_torchdiffeq_hyper_plan"
-
-
-class ForwardPlan(NamedTuple):
-    """How the forward solve of an `odeint_adjoint` call stepped, for its backward solves."""
-
-    tableau: Tableau
-    grid_between: Callable[[Tensor], Tensor]
-    """From the two ends of a backward interval (host time) to the steps between."""
+Plan: TypeAlias = tuple[Tableau, Callable[[Tensor], Tensor]]
+"""How the forward solve of an `odeint_adjoint` call stepped, for its backward solves: the base,
+and the steps between the two ends of an interval (in the host's time)."""
 
 
 @dataclass(frozen=True)
 class HostCall:
-    """One call of the host, seen through its wrappers.
+    """One call of the host, seen through its wrappers."""
 
-    Attributes:
-        func: the user's vector field.
-        negated: whether time and derivative are given negated (reverse time).
-        layout: the state's parts, where the host flattened a tuple.
-        is_adjoint_forward: whether this is the forward solve of `odeint_adjoint`.
-        is_adjoint_backward: whether this is one of its backward solves.
-        carrier: an object that lives exactly as long as the `odeint_adjoint` call and
-            is seen by its forward and its backward: it holds the plan, so that backward
-            needs no scope, no global and no particular thread.
-    """
-
-    func: Any
-    negated: bool
-    layout: StateLayout
-    is_adjoint_forward: bool
+    func: Any  # the user's vector field
+    negated: bool  # whether time and derivative are given negated (reverse time)
+    layout: StateLayout  # the state's parts, where the host flattened a tuple
+    is_adjoint_forward: bool  # whether this is the forward solve of `odeint_adjoint`
     is_adjoint_backward: bool
+    # Lives as long as the `odeint_adjoint` call and is seen by its forward and its backward:
+    # what it holds needs no scope, no global and no particular thread.
     carrier: Any
 
     @classmethod
@@ -124,7 +94,7 @@ class HostCall:
             else:
                 shapes = tuple(map(tuple, func.shapes))
             func = func.base_func
-        forward = forward_func_of(func)
+        forward = _forward_func_of(func)
         return cls(
             func=func,
             negated=negated,
@@ -140,24 +110,23 @@ class HostCall:
         """-1 where the host's time is the negated true time."""
         return -1 if self.negated else 1
 
-    def leave_plan(self, plan: ForwardPlan) -> None:
-        """Leave the forward's plan for the backward solves."""
-        self.carrier.__dict__[_PLAN] = plan
+    def find_part(self, method: Method, t: Tensor, options: dict[str, Any]) -> Any:
+        """Return the fitted part for the host's times ``t`` (0-d: an event's start)."""
+        return resolve(method, self.func, Times(t, is_negated=self.negated), options)
 
-    def plan(self) -> ForwardPlan | None:
-        """Return the plan that the forward left, if it was one of ours."""
-        plan: ForwardPlan | None = self.carrier.__dict__.get(_PLAN)
-        return plan
+    def leave_plan(self, plan: Plan) -> None:
+        """Leave the forward's plan for the backward solves."""
+        vars(self.carrier)["_torchdiffeq_hyper_plan"] = plan
+
+    def plan(self) -> Any:
+        """Return the plan that the forward left; None if it was not one of ours."""
+        return vars(self.carrier).get("_torchdiffeq_hyper_plan")
 
 
 def known_options(
     options: dict[str, Any], known: Sequence[str], method: str, also_accepted: frozenset[str]
 ) -> dict[str, Any]:
-    """Return those options of a call that its method has; leave out others that are accepted.
-
-    Raises:
-        OptionError: one is neither.
-    """
+    """Return those options of a call that its method has; refuse what is not accepted either."""
     for name in options:
         if name not in known and name not in also_accepted:
             where = ' ("alpha" goes with method "hyper2")' if name == "alpha" else ""

@@ -3,12 +3,6 @@
 Imports nothing of torchdyn; it waits for the user's import.
 """
 
-from torchdiffeq_hyper._fields import add_models, look_through_by
-from torchdiffeq_hyper.hosts.torchdyn._field import NeuralODEField
-from torchdiffeq_hyper.hosts.torchdyn._methods import host, load
-from torchdiffeq_hyper.hosts.torchdyn._upstream import wrapped_field
+from torchdiffeq_hyper.hosts.torchdyn._methods import host
 
-__all__ = ["host", "load"]
-
-add_models(NeuralODEField.of)
-look_through_by(wrapped_field)
+__all__ = ["host"]

@@ -1,24 +1,17 @@
-"""Puts the registry's methods among torchdyn's, and takes the calls of our solvers.
+"""Puts the registry's methods among torchdyn's (1.0.6), and takes the calls of our solvers.
 
 Four functions of torchdyn are wrapped, its models hold our solvers, and our solvers answer
 what torchdyn asks of one; whichever package is imported first.
-
-torchdyn (1.0.6) assigns ``solver=`` to an attribute of a model, and torch makes a submodule
-of every module assigned to another: a fitted solver's weights would be the model's
-parameters, and checkpoints of the model would load with this solver only. Ours stay plain
-attributes. They follow the model to other devices and dtypes; train and evaluation mode
-are their own.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
-import importlib
 import inspect
+import itertools
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -27,38 +20,35 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchdiffeq_hyper.errors import (
-    DuplicateMethodError,
-    HostWarning,
-    MissingExtraError,
-    PluginWarning,
-)
+from torchdiffeq_hyper.errors import DuplicateMethodError, PluginWarning
 from torchdiffeq_hyper.hosts._host import Host
-from torchdiffeq_hyper.hosts.torchdyn import _upstream
+from torchdiffeq_hyper.hosts.torchdyn._field import ODEINT, PROBLEMS, imported
 from torchdiffeq_hyper.hosts.torchdyn._stepper import (
+    SENSITIVITY,
     AdjointStepper,
-    CheckedFunction,
     Stepper,
+    checked_function,
     part_classes,
 )
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.methods._method import Method
 
+_ENTRANCES = (ODEINT, SENSITIVITY, PROBLEMS)
+"""The modules that whoever uses torchdyn's numerics, adjoints or models imports first."""
+
+_ADAPTIVE_LOOP = "_adaptive_odeint"
+_INTERPOLATED_ADJOINT = "_gather_odefunc_interp_adjoint"
+
 _HOSTS_OWN = "_torchdiffeq_hyper_hosts_own"
-_added: list[tuple[type[Any], str]] = []
+_added: list[tuple[type[Any], str]] = []  # attributes given to classes
 
 
 class ImportHook(MetaPathFinder):
-    """Has `host` follow each import of a module through which torchdyn is used.
+    """Has `host` follow each import of a module through which torchdyn is used."""
 
-    The modules are found and loaded by whoever finds and loads them otherwise.
-    """
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         """Return what the other finders find; its loader has `host` follow, once."""
-        if fullname not in _upstream.ENTRANCES:
+        if fullname not in _ENTRANCES:
             return None
         for finder in sys.meta_path:
             find = None if finder is self else getattr(finder, "find_spec", None)
@@ -91,14 +81,15 @@ _hook = ImportHook()
 
 
 class Torchdyn(Host):
-    """torchdyn's dict `SOLVER_DICT`, now if it is imported, else when it is."""
+    """torchdyn's dict `SOLVER_DICT`."""
 
     name = "torchdyn"
     noun = "solver"
 
-    def entries(self) -> dict[str, Any] | None:
+    def entries(self) -> Any:
         """Return `SOLVER_DICT`; None while torchdyn is not imported."""
-        return _upstream.solver_dict()
+        found = imported("torchdyn.numerics.solvers.ode", "SOLVER_DICT")
+        return found if ODEINT in sys.modules else None
 
     def step_by_step(self, method: Method) -> Any:
         """Return what torchdyn calls with a dtype to get a solver object."""
@@ -112,49 +103,29 @@ class Torchdyn(Host):
     def follow(self) -> None:
         """Make torchdyn, if imported, hold what the registry holds; wait for its import if not."""
         with _registry.lock:
-            if self.is_installed != (_hook in sys.meta_path):
-                if self.is_installed:
-                    sys.meta_path.insert(0, _hook)
-                else:
-                    sys.meta_path.remove(_hook)
+            if self.is_installed and _hook not in sys.meta_path:
+                sys.meta_path.insert(0, _hook)
+            elif not self.is_installed and _hook in sys.meta_path:
+                sys.meta_path.remove(_hook)
             if self.entries() is not None:
-                if self.is_installed:
-                    _patch()
-                else:
-                    _unpatch()
+                (_patch if self.is_installed else _unpatch)()
             super().follow()
 
 
 host = Torchdyn()
 
 
-def load() -> None:
-    """Import torchdyn now (its numerics; takes seconds).
-
-    Raises:
-        MissingExtraError: torchdyn is not installed, or lacks a package that it needs.
-    """
-    try:
-        importlib.import_module(_upstream.ENTRANCES[0])
-    except ImportError as error:
-        raise MissingExtraError(
-            problem=f"torchdyn cannot be imported: {error}.",
-            expected="torchdyn and what it needs.",
-            fix='pip install "torchdiffeq_hyper[torchdyn]"',
-        ) from error
-
-
 def _patch() -> None:
     """Let torchdyn, as far as it is imported, give our solvers their calls; again: no change."""
-    for name, wrap in _WRAPPERS.items():
-        for module in _upstream.holders(name):
-            own = getattr(module, name)
-            if not hasattr(own, _HOSTS_OWN):
-                wrapper = functools.wraps(own)(wrap(own))
-                setattr(wrapper, _HOSTS_OWN, own)
-                setattr(module, name, wrapper)
-    for kind, names in _upstream.holders_of_solvers():
-        _give(kind, {n: f for n, f in _without_solvers(kind, names).items() if n not in vars(kind)})
+    for module, name, wrap in _wrapped():
+        own = getattr(module, name)
+        if not hasattr(own, _HOSTS_OWN):
+            wrapper = functools.wraps(own)(wrap(own))
+            setattr(wrapper, _HOSTS_OWN, own)
+            setattr(module, name, wrapper)
+    model = imported(PROBLEMS, "ODEProblem")
+    if model is not None and "_apply" not in vars(model):
+        _give(model, _without_solvers(model))
     for kind in part_classes():
         _give(kind, {name: value for name, value in _PROTOCOL.items() if not hasattr(kind, name)})
 
@@ -167,17 +138,24 @@ def _give(kind: type[Any], attributes: dict[str, Any]) -> None:
 
 def _unpatch() -> None:
     """Leave torchdyn, and our classes, as `_patch` found them; models keep what they hold."""
-    for name in _WRAPPERS:
-        for module in _upstream.holders(name):
-            setattr(module, name, getattr(getattr(module, name), _HOSTS_OWN, getattr(module, name)))
+    for module, name, _ in _wrapped():
+        own = getattr(module, name)
+        setattr(module, name, getattr(own, _HOSTS_OWN, own))
     while _added:
         delattr(*_added.pop())
+
+
+def _wrapped() -> Iterator[tuple[ModuleType, str, Callable[..., Any]]]:
+    """Yield the imported modules, their functions that are wrapped, and what wraps these."""
+    for module_name, (name, wrap) in itertools.product(_ENTRANCES, _WRAPPERS.items()):
+        if imported(module_name, name) is not None:
+            yield sys.modules[module_name], name, wrap
 
 
 def _loop(own: Callable[..., Any]) -> Callable[..., Any]:
     """Return a loop over fixed or adaptive steps that gives our solvers the whole problem."""
     signature = inspect.signature(own)
-    is_adaptive = own.__name__ == _upstream.ADAPTIVE_LOOP
+    is_adaptive = own.__name__ == _ADAPTIVE_LOOP
 
     def loop(*positional: Any, **named: Any) -> Any:
         call = signature.bind(*positional, **named)
@@ -203,7 +181,7 @@ def _loop(own: Callable[..., Any]) -> Callable[..., Any]:
 def _adjoint(own: Callable[..., Any]) -> Callable[..., Any]:
     """Return what gives each call under an adjoint solver objects of its own, if ours."""
     signature = inspect.signature(own)
-    is_interpolated = own.__name__ == _upstream.INTERPOLATED_ADJOINT
+    is_interpolated = own.__name__ == _INTERPOLATED_ADJOINT
 
     def gather(*positional: Any, **named: Any) -> Any:
         call = signature.bind(*positional, **named)
@@ -225,29 +203,28 @@ def _adjoint(own: Callable[..., Any]) -> Callable[..., Any]:
             given["solver"] = for_call
         if backward is not None and backward.is_whole and not is_interpolated:
             # Nothing of ours is left to do there, and the host's loop knows of seminorms.
-            given["solver_adjoint"] = _upstream.dopri5(given["vf_params"].dtype)
+            given["solver_adjoint"] = "dopri5"
         elif backward is not None:
             shares = forward is None or solver_adjoint is solver
             given["solver_adjoint"] = for_call if shares else AdjointStepper(backward, tolerances)
         function = own(*call.args, **call.kwargs)
-        return function if forward is None else CheckedFunction(function, forward.who)
+        if forward is None:
+            return function
+        return checked_function(function, forward if forward.part is None else forward.part)
 
     return gather
 
 
-def _step(solver: Any, *positional: Any, **named: Any) -> Any:
-    return Stepper.of_part(solver).step(*positional, **named)
+def _without_solvers(kind: type[Any]) -> dict[str, Any]:
+    """Return what torchdyn's class of models is given to hold solvers as plain attributes.
 
-
-def _sync_device_dtype(solver: Any, x: Any, t_span: Any) -> Any:
-    return Stepper.of_part(solver).sync_device_dtype(x, t_span)
-
-
-def _without_solvers(kind: type[Any], names: Sequence[str]) -> dict[str, Any]:
-    """Return what a class of torchdyn's is given to hold solvers under these names."""
+    As submodules their weights would be the model's, whose checkpoints would load with the same
+    solver only. They follow the model to other devices and dtypes.
+    """
+    names = ("solver", "solver_adjoint")
 
     def set_attribute(model: Any, name: str, value: Any) -> None:
-        if name in names and _is_ours(value):
+        if name in names and isinstance(value, nn.Module) and isinstance(value, part_classes()):
             model._modules.pop(name, None)
             object.__setattr__(model, name, value)
         else:
@@ -260,80 +237,22 @@ def _without_solvers(kind: type[Any], names: Sequence[str]) -> dict[str, Any]:
             solver._apply(*positional, **named)
         return applied
 
-    def load(
-        model: Any, state: dict[str, Any], prefix: str, metadata: Any, *others: Any, **named: Any
-    ) -> None:
-        _take_out_solvers(model, names, state, prefix, metadata)
-        super(kind, model)._load_from_state_dict(state, prefix, metadata, *others, **named)
-
-    def set_state(model: Any, state: dict[str, Any]) -> None:
-        super(kind, model).__setstate__(state)
-        for name in names:  # whole models saved while the solver was part of them
-            if _is_ours(model._modules.get(name)):
-                set_attribute(model, name, model._modules[name])
-
-    return {
-        "__setattr__": set_attribute,
-        "__setstate__": set_state,
-        "_apply": apply,
-        "_load_from_state_dict": load,
-    }
-
-
-def _is_ours(value: object) -> bool:
-    return isinstance(value, nn.Module) and isinstance(value, part_classes())
-
-
-def _take_out_solvers(
-    model: Any, names: Sequence[str], state: dict[str, Any], prefix: str, metadata: Any
-) -> None:
-    """Take a solver's weights, which older checkpoints hold, out of a model's ``state``.
-
-    The model's own solver gets them if they are such a solver's, as it did when it was
-    part of the model.
-    """
-    left_out = []
-    for name in names:
-        if name in model._modules and model._modules[name].state_dict():
-            continue  # one of torchdyn's own, with weights
-        start = f"{prefix}{name}."
-        weights = {key: state.pop(key) for key in list(state) if key.startswith(start)}
-        own = {key.removeprefix(start): value for key, value in weights.items()}
-        solver = vars(model).get(name)
-        is_assigned = bool(metadata.get("assign_to_params_buffers", False))
-        if own and not (isinstance(solver, nn.Module) and _load(solver, own, assign=is_assigned)):
-            left_out += list(weights)
-    if left_out:
-        warnings.warn(
-            f"the checkpoint holds weights of a solver, {left_out[0]} and others, which this "
-            "model's solver cannot take: they are left out. A solver is no part of a NeuralODE; "
-            "solver.save(path) and tdh.HyperSolver.load(path) keep it.",
-            HostWarning,
-            stacklevel=2,
-        )
-
-
-def _load(solver: nn.Module, weights: dict[str, Any], *, assign: bool) -> bool:
-    try:
-        # A load that fails halfway has changed what came before.
-        copy.deepcopy(solver).load_state_dict(weights, assign=assign)
-    except RuntimeError:
-        return False
-    solver.load_state_dict(weights, assign=assign)
-    return True
+    return {"__setattr__": set_attribute, "_apply": apply}
 
 
 _WRAPPERS = {
-    _upstream.FIXED_LOOP: _loop,
-    _upstream.ADAPTIVE_LOOP: _loop,
-    _upstream.ADJOINT: _adjoint,
-    _upstream.INTERPOLATED_ADJOINT: _adjoint,
+    "_fixed_odeint": _loop,
+    _ADAPTIVE_LOOP: _loop,
+    "_gather_odefunc_adjoint": _adjoint,
+    _INTERPOLATED_ADJOINT: _adjoint,
 }
 
-_PROTOCOL: dict[str, Any] = {
-    "stepping_class": property(lambda solver: Stepper.of_part(solver).stepping_class),
-    "order": property(lambda solver: Stepper.of_part(solver).order),
-    "sync_device_dtype": _sync_device_dtype,
-    "step": _step,
+
+def _answer(name: str) -> Any:
+    return property(lambda solver: getattr(Stepper.of_part(solver), name))
+
+
+_PROTOCOL = {
+    name: _answer(name) for name in ("stepping_class", "order", "sync_device_dtype", "step")
 }
 """What torchdyn asks of an object given as ``solver=``; such objects are ours only here."""

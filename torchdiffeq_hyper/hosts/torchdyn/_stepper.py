@@ -1,18 +1,24 @@
-"""A method, or a fitted part, as one of torchdyn's solver objects."""
+"""A method, or a fitted part, as one of torchdyn's solver objects (checked against 1.0.6)."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
-from typing import Any, TypeAlias
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._state import is_half
-from torchdiffeq_hyper.errors import OptionError, StateTypeError
-from torchdiffeq_hyper.hosts._host import warn_if_untrained
-from torchdiffeq_hyper.hosts.torchdyn import _field, _upstream
-from torchdiffeq_hyper.hosts.torchdyn._field import HostCall
+from torchdiffeq_hyper.errors import HostWarning, OptionError, StateTypeError
+from torchdiffeq_hyper.hosts._host import warn_if_untrained, warn_once
+from torchdiffeq_hyper.hosts.torchdyn._field import (
+    ODEINT,
+    HostCall,
+    as_called,
+    drops_args,
+)
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.methods._method import Method, base_of
 from torchdiffeq_hyper.solvers._binding import Times, resolve
@@ -21,8 +27,7 @@ from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 from torchdiffeq_hyper.solvers._stepping import Step
 from torchdiffeq_hyper.tableaus import Edge
 
-Tolerances: TypeAlias = tuple[float, float]
-"""(rtol, atol)."""
+SENSITIVITY = "torchdyn.numerics.sensitivity"
 
 
 def part_classes() -> tuple[type[Any], ...]:
@@ -34,13 +39,17 @@ def part_classes() -> tuple[type[Any], ...]:
 class Stepper:
     """What torchdyn makes of ``solver="hypereuler"``, and what stands for a solver object.
 
-    torchdyn's loops hand it the whole problem. Where a solver is used without them, `step`
-    solves one interval. Without a ``part``, one is found for each call.
+    torchdyn's loops hand it the whole problem; without them `step` solves one interval. Without a
+    ``part``, one is found for each call.
     """
 
     def __init__(self, method: Method, part: Any = None) -> None:
         self.method = method
         self.part = part
+        self.is_whole = method.tableau is None  # the part solves the whole problem at once
+        self.order = method.order  # torchdyn takes it for the first step size
+        # Which of torchdyn's loops to use: the one for fixed steps is told of no tolerances.
+        self.stepping_class = "adaptive" if method.option is None else "fixed"
 
     @classmethod
     def of(cls, solver: Any) -> Stepper | None:
@@ -51,11 +60,7 @@ class Stepper:
 
     @classmethod
     def of_part(cls, part: Any) -> Stepper:
-        """Return what stands for a fitted part.
-
-        Raises:
-            OptionError: its method is no longer registered.
-        """
+        """Return what stands for a fitted part; refuse one whose method is gone."""
         method = _registry.method_for(part)
         if method is None:
             raise OptionError(
@@ -71,36 +76,8 @@ class Stepper:
         """Return what stands for ``solver=name``."""
         return cls(_registry.find(name))
 
-    @property
-    def who(self) -> Any:
-        """Who is to be warned: the fitted part, or this object where it is found by name."""
-        return self if self.part is None else self.part
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the part solves the whole problem, not step by step."""
-        return self.method.tableau is None
-
-    @property
-    def stepping_class(self) -> str:
-        """Which of torchdyn's loops to use.
-
-        "adaptive" for methods whose only options are the tolerances: the loop for fixed
-        steps is told of none. (torchdyn calls func twice before its adaptive loop.)
-        """
-        return "adaptive" if self.method.option is None else "fixed"
-
-    @property
-    def order(self) -> int:
-        """Order of convergence; torchdyn takes it for the first step size."""
-        return self.method.order
-
     def sync_device_dtype(self, x: Tensor, t_span: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both, on one device.
-
-        Raises:
-            StateTypeError: the state is not one tensor.
-        """
+        """Return both, on one device; refuse states that are not one tensor."""
         if not isinstance(x, Tensor):
             raise StateTypeError(
                 problem=f"the state is a {type(x).__name__}.",
@@ -112,7 +89,7 @@ class Stepper:
     def step(  # noqa: PLR0917 - torchdyn's signature
         self, f: Any, x: Tensor, t: Tensor, dt: Tensor, k1: Any = None, args: Any = None
     ) -> tuple[None, Tensor, None]:
-        """Solve from t to t + dt, as between two points: in the fitted number of steps."""
+        """Solve from t to t + dt in the fitted number of steps."""
         call = HostCall.of(f, torch.stack([t, t + dt]).reshape(2))
         return None, self._solve(call, self._part_for(call), x, args, None)[-1], None
 
@@ -124,50 +101,41 @@ class Stepper:
         *,
         save_at: Any = (),
         args: Any = None,
-        tolerances: Tolerances | None = None,
+        tolerances: tuple[float, float] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Solve the whole problem, as torchdyn's loops do: field, state, times as they have them.
 
-        Returns ``t_span``, or the times ``save_at`` (true times, points of it), and the states
-        there.
+        Returns ``t_span``, or the true times ``save_at`` of it, and the states there.
         """
         call = HostCall.of(f, t_span)
         part = self._part_for(call)
         saved = _saved_points(save_at, call.t) if len(save_at) else None
-        if args and _upstream.drops_args(call.func):
-            _upstream.warn("args", part)
+        if args and drops_args(call.func):
+            _warn("args", part)
         solution = self._solve(call, part, x, args, tolerances)
         if saved is not None:
             return saved[0], solution[saved[1]]
         if call.negated:
-            _upstream.warn("t_eval", part)
+            _warn("t_eval", part)
         return t_span, solution
 
     def _part_for(self, call: HostCall) -> Any:
-        if self.part is not None:
-            return self.part
         times = Times(-call.t if call.negated else call.t, is_negated=call.negated)
-        return resolve(self.method, call.func, times)
+        return resolve(self.method, call.func, times) if self.part is None else self.part
 
-    def _solve(
-        self, call: HostCall, part: Any, x: Tensor, args: Any, tolerances: Tolerances | None
-    ) -> Tensor:
-        solution: Tensor
-        if self.is_whole:
-            rtol, atol = tolerances or _upstream.default_tolerances()
-            field = _field.of_samples(call.func, args, len(x) if x.dim() else 0)
-            solution = part.solve(field, x, call.t, rtol=rtol, atol=atol)
-        else:
-            solution = part.solve(_field.with_args(call.func, args), x, call.t)
-        return solution
+    def _solve(self, call: HostCall, part: Any, x: Tensor, args: Any, tolerances: Any) -> Any:
+        if not self.is_whole:
+            return part.solve(as_called(call.func, args), x, call.t)
+        # torchdyn's loop for fixed steps is told of no tolerances.
+        rtol, atol = tolerances or sys.modules[ODEINT].odeint.__defaults__[1::-1]
+        field = as_called(call.func, args, len(x) if x.dim() else 0)
+        return part.solve(field, x, call.t, rtol=rtol, atol=atol)
 
     def __repr__(self) -> str:
-        return f'Stepper("{self.method.name}")' if self.part is None else repr(self.part)
+        return f'Stepper("{self.method.name}")'
 
     def __reduce__(self) -> Any:
-        if self.part is None:
-            return Stepper.named, (self.method.name,)
-        return Stepper.of_part, (self.part,)
+        return Stepper.named, (self.method.name,)  # models hold those without a part only
 
 
 class AdjointStepper(Stepper):
@@ -176,17 +144,14 @@ class AdjointStepper(Stepper):
     torchdyn keeps a solver object for both: what backward needs of forward is kept here, so
     that it needs no scope, no global and no particular thread.
 
-    Args:
-        stepper: the method and its part.
-        tolerances: of the adjoint.
-        is_trained: whether gradients are wanted.
-        is_interpolated: whether backward reads the states off a spline through the forward's.
+    ``is_trained`` says whether gradients are wanted, ``is_interpolated`` whether backward reads
+    the states off a spline through the forward's; ``tolerances`` are (rtol, atol) of the adjoint.
     """
 
     def __init__(
         self,
         stepper: Stepper,
-        tolerances: Tolerances,
+        tolerances: tuple[float, float],
         *,
         is_trained: bool = False,
         is_interpolated: bool = False,
@@ -204,17 +169,13 @@ class AdjointStepper(Stepper):
     def run(self, f: Any, x: Tensor, t_span: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
         """Solve the problem, or the adjoint's."""
         call = HostCall.of(f, t_span)
-        if _upstream.is_adjoint_dynamics(call.func):
+        names = (getattr(call.func, name, None) for name in ("__module__", "__name__"))
+        if tuple(names) == (SENSITIVITY, "adjoint_dynamics"):
             return t_span, self._solve_backward(call, x)
         return super().run(f, x, t_span, **given)
 
-    def _solve(
-        self, call: HostCall, part: Any, x: Tensor, args: Any, tolerances: Tolerances | None
-    ) -> Tensor:
-        """Solve; keep the states between two points for a spline.
-
-        (torchdyn's spline through two points alone is a straight line.)
-        """
+    def _solve(self, call: HostCall, part: Any, x: Tensor, args: Any, tolerances: Any) -> Any:
+        """Solve; keep the states between two points, through which a spline would be a line."""
         if not self.is_whole:
             self._tableau = part.tableau
             self._grid = equal_steps(call.t.detach(), part.n_steps)
@@ -222,7 +183,7 @@ class AdjointStepper(Stepper):
             if base_of(part) is not None:
                 warn_if_untrained(part, "solver", "torchdyn's adjoint", 'sensitivity="autograd"')
             if call.negated:
-                _upstream.warn("reverse adjoint", part)
+                _warn("reverse adjoint", part)
         needs_states = self._is_interpolated and not call.negated
         if needs_states and self._grid is not None and len(self._grid) > len(call.t):
             call = replace(call, t=self._grid)
@@ -233,21 +194,22 @@ class AdjointStepper(Stepper):
             self._whole = call, solution[0].detach()
         return solution
 
-    def _solve_backward(self, call: HostCall, y0: Tensor) -> Tensor:
+    def _solve_backward(self, call: HostCall, y0: Tensor) -> Any:
         """Return the adjoint state at the points of ``call.t``, its two ends."""
-        tolerances = {"rtol": self._rtol, "atol": self._atol}
+        odeint = sys.modules[ODEINT].odeint
+        own = {"solver": "dopri5", "rtol": self._rtol, "atol": self._atol}
         if self._whole is not None and self._states is None:
             # Which steps a whole solve took is its own affair; its spline goes through dopri5's.
             forward, start = self._whole
             span = forward.t[[0, -1]].detach()
-            self._grid, self._states = _upstream.solve_dopri5(
-                forward.func, start, span, return_all_eval=True, **tolerances
+            self._grid, self._states = odeint(
+                forward.func, start, span, return_all_eval=True, **own
             )
         if self._states is not None:
             assert self._grid is not None
-            _upstream.refine_spline(call.func, self._grid.to(self._states), self._states)
+            _refine_spline(call.func, self._grid.to(self._states), self._states)
         if self._tableau is None:
-            return _upstream.solve_dopri5(call.func, y0, call.t, **tolerances)[1]
+            return odeint(call.func, y0, call.t, **own)[1]
 
         def stage_call(t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
             # The host marks the t it is given as requiring a gradient.
@@ -262,19 +224,10 @@ class AdjointStepper(Stepper):
         return torch.stack([y0, y.to(y0.dtype)])
 
 
-class CheckedFunction:
-    """The `torch.autograd.Function` of an adjoint, whose calls for ``part`` are checked first."""
+def checked_function(function: Any, part: Any) -> Any:
+    """Return an adjoint's `torch.autograd.Function` that looks at what the host would lose."""
 
-    def __init__(self, function: Any, part: Any) -> None:
-        self._function = function
-        self._part = part
-
-    def apply(self, vf_params: Tensor, x: Tensor, t_span: Tensor, *rest: Any) -> Any:
-        """Call the function, after a look at what the host would lose on the way.
-
-        Raises:
-            OptionError: ``args`` is given.
-        """
+    def apply(vf_params: Tensor, x: Tensor, t_span: Tensor, *rest: Any) -> Any:
         save_at, args = (*rest, (), ())[:2]
         if args is not None and len(args):
             raise OptionError(
@@ -284,8 +237,18 @@ class CheckedFunction:
                 fix='sensitivity="autograd"   # or let the vector field hold them itself',
             )
         if save_at is not None and len(save_at):
-            _upstream.warn("save_at", self._part)
-        return self._function.apply(vf_params, x, t_span, *rest)
+            _warn("save_at", part)
+        return function.apply(vf_params, x, t_span, *rest)
+
+    return SimpleNamespace(apply=apply)
+
+
+def _refine_spline(func: Any, t: Tensor, states: Tensor) -> None:
+    """Have an interpolated adjoint's field read states off a spline through (n, batch, d)."""
+    host = sys.modules[SENSITIVITY]
+    coefficients = host.natural_cubic_coeffs(x=states.permute(1, 0, 2), t=t)
+    cells = dict(zip(func.__code__.co_freevars, func.__closure__, strict=True))
+    cells["x_spline"].cell_contents = host.CubicSpline(coeffs=coefficients, t=t)
 
 
 def _saved_points(save_at: Any, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,3 +263,21 @@ def _saved_points(save_at: Any, t: Tensor) -> tuple[Tensor, Tensor]:
             fix="odeint(f, x, t_span, solver, save_at=t_span[[0, -1]])",
         )
     return wanted, is_same.int().argmax(dim=1)
+
+
+_TEXTS = {
+    "t_eval": "torchdyn returns the times of a reverse-time solve negated, for every solver. The "
+    "solution is right, and belongs to t_span as you gave it: use that in place of t_eval.",
+    "reverse adjoint": "torchdyn's adjoint gradients of a reverse-time solve have the wrong value "
+    "and sign, for every solver. The solution is right. For gradients use "
+    'sensitivity="autograd", or torchdiffeq\'s odeint_adjoint.',
+    "save_at": "torchdyn ignores save_at under adjoint sensitivities, for every solver, and "
+    'returns all of t_span. Use sensitivity="autograd", or pick points out of the solution.',
+    "args": "torchdyn keeps args from the vector field where order > 1 or an integral loss is "
+    "set, for every solver. Let the vector field hold them itself.",
+}
+
+
+def _warn(what: str, part: Any) -> None:
+    """Warn, once a solver, of a defect of the host."""
+    warn_once(part, what, _TEXTS[what], HostWarning)

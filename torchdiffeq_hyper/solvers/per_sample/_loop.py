@@ -146,7 +146,7 @@ class StepLog:
             is_accepted=is_accepted,
             part_errors=tuple(map(torch.stack, zip(*self._errors, strict=True))),
             layout=StateLayout.of(y0),
-            guard=recording.Guard(tuple(self._marks)),
+            graph_check=recording.GraphCheck(tuple(self._marks)),
         )
 
     def _padded(self, index: Tensor, values: Tensor) -> Tensor:

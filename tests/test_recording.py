@@ -163,6 +163,7 @@ def test_every_error_is_also_the_builtin_a_caller_would_expect() -> None:
         (recording.NothingRecordedError, ValueError),
         (recording.FreedGraphError, RuntimeError),
         (recording.AdjointGradientError, RuntimeError),
+        (recording.MaxStepsError, AssertionError),
     ):
         assert issubclass(error, HyperError)
         assert issubclass(error, builtin)

@@ -672,14 +672,52 @@ def test_a_half_precision_func_of_a_float32_state_is_recorded() -> None:
     assert rec.solves[0].steps.error.dtype == torch.float32
 
 
-def test_assertions_of_the_host_pass_through_and_leave_no_entry() -> None:
-    y0, t = _start(5, 2), torch.tensor([0.0, 1.0])
-    with record() as rec:
-        with pytest.raises(AssertionError, match="underflow"):
-            odeint(lambda t, y: y * torch.inf, y0, t)
-        with pytest.raises(AssertionError, match="max_num_steps"):
-            odeint(spiral, y0, t, options={"max_num_steps": 1})
+@pytest.mark.parametrize("name", ["many times, rejections", "reverse tuple, tolerances by part"])
+def test_running_out_of_steps_hands_over_the_solution_so_far(name: str) -> None:
+    problem = PROBLEMS[name]._replace(call={"rtol": 1e-9, "atol": 1e-9})
+    y0, t = problem.y0, torch.tensor(problem.t, dtype=torch.float64)
+    call = {"rtol": 1e-9, "atol": 1e-9}
+    limit = {"max_num_steps": 12}
+    with pytest.raises(AssertionError, match="max_num_steps"):
+        odeint(problem.func, y0, t, **call, options=limit)
+    with record() as rec, pytest.raises(recording.MaxStepsError, match="max_num_steps") as caught:
+        odeint(problem.func, y0, t, **call, options=limit)
+    assert isinstance(caught.value, HyperError)
+    assert isinstance(caught.value, AssertionError)
     assert rec.solves == []
+    partial = caught.value.partial
+    steps = partial.solve.steps
+    end = (steps.t0 + steps.dt)[steps.is_accepted][-1]
+    assert torch.allclose(partial.t[-1], end, rtol=0, atol=1e-12)
+    assert float(partial.t[0]) == problem.t[0]
+    assert partial.t.tolist()[:-1] == problem.t[: len(partial.t) - 1]
+    reference = odeint(problem.func, y0, partial.t, **call)
+    got = partial.y if isinstance(partial.y, tuple) else (partial.y,)
+    expected = reference if isinstance(reference, tuple) else (reference,)
+    for part, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(part, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_running_out_of_steps_before_an_event_and_under_adjoint_says_the_same() -> None:
+    y0, t = _start(5, 2), torch.tensor([0.0, 1.0])
+    with record(), pytest.raises(recording.MaxStepsError) as caught:
+        odeint_event(
+            spiral,
+            y0,
+            t[0],
+            event_fn=lambda t, y: y[0, 0] - 1e3,
+            method="dopri5",
+            options={"max_num_steps": 3},
+        )
+    assert len(caught.value.partial.t) == 2
+    with record(), pytest.raises(recording.MaxStepsError):
+        odeint_adjoint(MLPField(), y0, t, method="dopri5", options={"max_num_steps": 1})
+
+
+def test_other_assertions_of_the_host_pass_through() -> None:
+    with record(), pytest.raises(AssertionError, match="underflow") as caught:
+        odeint(lambda t, y: y * torch.inf, _start(5, 2), torch.tensor([0.0, 1.0]))
+    assert not isinstance(caught.value, HyperError)
 
 
 def test_a_failed_solve_leaves_no_entry_and_the_next_one_is_recorded() -> None:

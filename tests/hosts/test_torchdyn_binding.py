@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import sys
 import warnings
@@ -24,6 +25,7 @@ from torchdiffeq_hyper.errors import (
     BaseMismatchError,
     DuplicateMethodError,
     HostWarning,
+    MissingExtraError,
     MissingHypernetError,
     OptionError,
     StateTypeError,
@@ -217,6 +219,20 @@ def test_names_of_torchdyn_are_not_taken() -> None:
     from torchdiffeq._impl.odeint import SOLVERS
 
     assert "alf" not in SOLVERS
+
+
+def test_torchdyn_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    tdh.install("torchdyn")
+    with pytest.raises(OptionError, match='"torchdyn" or None'):
+        tdh.install("torchdin")
+
+    def fail(name: str) -> None:
+        message = f"No module named {name!r}"
+        raise ModuleNotFoundError(message)
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    with pytest.raises(MissingExtraError, match=r'pip install "torchdiffeq_hyper\[torchdyn\]"'):
+        tdh.install("torchdyn")
 
 
 OWN = [name for name in SOLVER_DICT if name not in _registry.methods()]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+
+from torchdiffeq_hyper.errors import MissingExtraError, OptionError
 from torchdiffeq_hyper.hosts import torchdiffeq, torchdyn
 from torchdiffeq_hyper.hosts._host import Host
 from torchdiffeq_hyper.methods import _registry
@@ -11,20 +14,42 @@ __all__ = ["install", "uninstall"]
 _HOSTS: tuple[Host, ...] = (torchdiffeq.host, torchdyn.host)
 
 
-def install() -> None:
+def install(host: str | None = None) -> None:
     """Add the registered methods to torchdiffeq and torchdyn; importing the package does this.
 
     Changes no existing name. torchdyn is not imported: its methods are added when somebody
     imports it, before or after this package.
 
+    Args:
+        host: "torchdyn" also imports torchdyn now, which takes seconds, so that a missing
+            one is reported here.
+
     Raises:
         DuplicateMethodError: a host has got a method of the same name meanwhile.
+        MissingExtraError: torchdyn was asked for and cannot be imported.
+        OptionError: there is no such host.
 
     Example:
         >>> import torchdiffeq_hyper as tdh
         >>> tdh.install()
     """
+    names = [known.name for known in _HOSTS]
+    if host not in (None, *names):
+        raise OptionError(
+            problem=f"host is {host!r}.",
+            expected=", ".join(f'"{name}"' for name in names) + " or None.",
+            fix='tdh.install("torchdyn")',
+        )
     _set_installed(is_installed=True)
+    if host == torchdyn.host.name:
+        try:
+            importlib.import_module("torchdyn.numerics")
+        except ImportError as error:
+            raise MissingExtraError(
+                problem=f"torchdyn cannot be imported: {error}.",
+                expected="torchdyn and what it needs.",
+                fix='pip install "torchdiffeq_hyper[torchdyn]"',
+            ) from error
 
 
 def uninstall() -> None:

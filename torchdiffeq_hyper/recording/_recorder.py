@@ -151,8 +151,8 @@ class Draft:
         """Make this the running draft."""
         return assigned(_running, self)
 
-    def publish(self) -> None:
-        """Hand the finished solve to the records."""
+    def finish(self) -> Solve:
+        """Return the solve as recorded so far."""
         steps, sample_nfe = self.steps, self.sample_nfe
         if steps is None:
             steps = no_steps(self.layout, self.y0)
@@ -161,7 +161,7 @@ class Draft:
         if sample_nfe is None:
             batch = batch_size(self.layout.split(self.y0))
             sample_nfe = torch.full((batch,), self.nfe, device=self.y0.device)
-        solve = Solve(
+        return Solve(
             method=self.method,
             nfe=self.nfe,
             sample_nfe=sample_nfe,
@@ -171,6 +171,10 @@ class Draft:
             is_adaptive=self.steps is not None,
             sampled_step=self.sampled_step,
         )
+
+    def publish(self) -> None:
+        """Hand the finished solve to the records."""
+        solve = self.finish()
         for recorder in self.recorders:
             recorder.solves.append(solve)
 

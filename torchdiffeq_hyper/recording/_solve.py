@@ -245,6 +245,32 @@ class Solve:
         return values[self.steps.is_accepted].sum()
 
 
+class Partial(NamedTuple):
+    """How far a solve came.
+
+    Attributes:
+        t: (n,) the times reached: those asked for, then the end of the last accepted step.
+        y: the state at each of them, (n, *shape), or a tuple of such.
+        solve: the record up to there.
+    """
+
+    t: Tensor
+    y: State
+    solve: Solve
+
+
+class MaxStepsError(HyperError, AssertionError):
+    """A recorded solve took its ``max_num_steps`` without arriving.
+
+    Attributes:
+        partial: how far it came.
+    """
+
+    def __init__(self, message: str, partial: Partial) -> None:
+        super().__init__(message)
+        self.partial = partial
+
+
 def adaptive_among(solves: list[Solve]) -> list[Solve]:
     """Return the solves whose method has error estimates, of which there must be one."""
     adaptive = [solve for solve in solves if solve.is_adaptive]

@@ -16,7 +16,7 @@ from torchdiffeq import odeint
 
 from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._state import State, VectorField, is_half, part_norms
-from torchdiffeq_hyper.errors import StateTypeError
+from torchdiffeq_hyper.errors import StateTypeError, explain
 from torchdiffeq_hyper.hosts.torchdiffeq import _patches
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
     HostCall,
@@ -51,6 +51,8 @@ def record(*, stiffness: bool = False, seed: int | None = None) -> Iterator[reco
 
     Raises:
         StateTypeError: at an adaptive solve with a half-precision state.
+        MaxStepsError: at an adaptive solve that runs out of ``max_num_steps``; what it
+            had is in the error's ``partial``.
 
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
@@ -175,6 +177,8 @@ class _RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
     ) -> None:
         super().__init__(func=func, y0=y0, **options)
         self.call, self.draft = call, draft
+        self.keeps_outputs = "max_num_steps" in options
+        self.outputs: list[tuple[Tensor, Tensor]] = []
         # Times as the host has them, then norms, (batch,), for each part of the state.
         self.attempts: list[tuple[Any, ...]] = []
         self.marks: list[Any] = []
@@ -189,6 +193,14 @@ class _RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
             return func.ratio
 
         self.norm: Any = noting_norm
+
+    def _before_integrate(self, t: Tensor) -> None:
+        super()._before_integrate(t)
+        self._note_output(self.rk_state.t0, self.y0)
+
+    def _note_output(self, t: Tensor, y: Tensor) -> None:
+        if self.keeps_outputs:
+            self.outputs.append((t, y))
 
     def _adaptive_step(self, rk_state: Any) -> Any:
         f0, mark = recording.mark(rk_state.f1)
@@ -239,6 +251,42 @@ class _RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
                 weights=list(self.tableau.beta),
                 error_weights=self.tableau.c_error,
             )
+
+    def _advance(self, next_t: Tensor) -> Tensor:
+        with self._partial_on_max_steps():
+            y: Tensor = super()._advance(next_t)
+        self._note_output(next_t, y)
+        return y
+
+    def _advance_until_event(self, event_fn: Any) -> Any:
+        with self._partial_on_max_steps():
+            return super()._advance_until_event(event_fn)
+
+    @contextmanager
+    def _partial_on_max_steps(self) -> Iterator[None]:
+        """Turn the host's assertion about max_num_steps into an error with the solve so far."""
+        try:
+            yield
+        except AssertionError as error:
+            if "max_num_steps" not in str(error):
+                raise
+            if self.rk_state.t1 > self.outputs[-1][0]:
+                self._note_output(self.rk_state.t1, self.rk_state.y1)
+            times, states = zip(*self.outputs, strict=True)
+            self.conclude()
+            partial = recording.Partial(
+                t=torch.stack([t.to(times[-1].dtype) for t in times]) * self.call.sign,
+                y=self.call.layout.split(torch.stack(states)),
+                solve=self.draft.finish(),
+            )
+            raise recording.MaxStepsError(
+                explain(
+                    f"{error} after t = {partial.t[-1].item():.6g}.",
+                    "a solve within its steps; what there is, is in the error's partial.",
+                    'options={"max_num_steps": ...}   # or larger rtol and atol',
+                ),
+                partial,
+            ) from error
 
     def conclude(self) -> None:
         """Put the steps into the draft."""

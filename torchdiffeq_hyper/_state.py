@@ -129,6 +129,18 @@ def check_samples_first(y0: State, fix: str) -> None:
         )
 
 
+def check_part(part: object, n_parts: int) -> None:
+    """Refuse what is no index of one of so many parts, 0 for a state of one tensor."""
+    if type(part) is not int or not 0 <= part < n_parts:
+        raise OptionError(
+            problem=f"part is {part!r}.",
+            expected=f"None, or an index of one of the state's {n_parts} parts."
+            if n_parts
+            else "None: the state is one tensor.",
+            fix="part=0" if n_parts else "part=None",
+        )
+
+
 def check_dtype(dtype: torch.dtype, *, is_tuple: bool = False) -> None:
     """Refuse states of integers, the dtype being a state's or that of a part of a tuple."""
     if not (dtype.is_floating_point or dtype.is_complex):
@@ -290,15 +302,7 @@ def select(norms: Sequence[Tensor], layout: StateLayout, part: int | None) -> Te
     batches have to be the same.
     """
     if part is not None:
-        n_parts = 0 if layout.shapes is None else len(layout.shapes)
-        if isinstance(part, bool) or not isinstance(part, int) or not 0 <= part < n_parts:
-            raise OptionError(
-                problem=f"part is {part!r}.",
-                expected=f"None, or an index of one of the state's {n_parts} parts."
-                if n_parts
-                else "None: the state is one tensor.",
-                fix="part=0" if n_parts else "part=None",
-            )
+        check_part(part, 0 if layout.shapes is None else len(layout.shapes))
         return norms[part]
     if layout.shapes is None:
         return norms[0]

@@ -8,8 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields import look_through, restrict
-from torchdiffeq_hyper._state import State, StateLayout, VectorField, parts_of
+from torchdiffeq_hyper._fields._context import restrict
+from torchdiffeq_hyper._fields._wrappers import look_through
+from torchdiffeq_hyper._state import (
+    State,
+    StateLayout,
+    VectorField,
+    check_part,
+    check_samples_first,
+    parts_of,
+    shapes_of,
+)
 from torchdiffeq_hyper.errors import OptionError, StateShapeError
 
 Parts = tuple[Tensor, ...]
@@ -86,7 +95,7 @@ class EnergyField(nn.Module):
         self.kinetic = kinetic
         self.jacobian = jacobian
         self.part = part
-        self._noise: Parts | None = None
+        self._noise: Parts = ()
         self._is_tuple: bool | None = None
 
     def start(
@@ -106,16 +115,9 @@ class EnergyField(nn.Module):
             StateTypeError: not floating-point tensors.
         """
         StateLayout.of(y0)
-        self._is_tuple = isinstance(y0, tuple)
-        parts = parts_of(y0)
+        self._is_tuple, parts = isinstance(y0, tuple), parts_of(y0)
         counted = self._counted(parts)
-        sizes = {part.shape[:1] for part in counted}
-        if len(sizes) != 1 or not next(iter(sizes)):
-            raise StateShapeError(
-                problem=f"y0 has shapes {[tuple(part.shape) for part in parts]}.",
-                expected="a leading batch dimension, shared by the parts that count.",
-                fix="EnergyField(func, part=0)",
-            )
+        check_samples_first(counted, "EnergyField(func, part=0)")
         if self.jacobian:
             drawn = (
                 torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=generator)
@@ -148,12 +150,10 @@ class EnergyField(nn.Module):
         return (*k, *energy, _squares(slopes))
 
     def _call(self, t: Tensor, parts: Parts) -> Parts:
-        k = self.base_func(t, parts if self._is_tuple else parts[0])
-        return _parts(k)
+        return _parts(self.base_func(t, parts if self._is_tuple else parts[0]))
 
     def _differentiate(self, t: Tensor, parts: Parts) -> tuple[Parts, Parts]:
         """Return func's answer and e^T df/dy, with gradients where the caller has them on."""
-        assert self._noise is not None
         has_grad = torch.is_grad_enabled()
         with torch.enable_grad():
             parts = tuple(p if p.requires_grad else p.detach().requires_grad_() for p in parts)
@@ -181,10 +181,10 @@ class EnergyField(nn.Module):
         """
         n_parts = len(solution) - self.kinetic - self.jacobian
         # In reverse time dt is negative, and what was integrated is not.
-        integrals = iter([integral.abs() for integral in solution[n_parts:]])
+        integrals = [integral.abs() for integral in solution[n_parts:]]
         energies = Energies(
-            kinetic=next(integrals) if self.kinetic else None,
-            jacobian=next(integrals) if self.jacobian else None,
+            kinetic=integrals[0] if self.kinetic else None,
+            jacobian=integrals[-1] if self.jacobian else None,
         )
         return (solution[:n_parts] if self._is_tuple else solution[0]), energies
 
@@ -197,24 +197,17 @@ class EnergyField(nn.Module):
             part=self.part,
         )
         restricted._is_tuple = self._is_tuple
-        if self._noise is not None:
-            restricted._noise = tuple(e[index.to(e.device)] for e in self._noise)
+        restricted._noise = tuple(e[index.to(e.device)] for e in self._noise)
         return restricted
 
     def _counted(self, parts: Parts) -> Parts:
         if self.part is None:
-            return tuple(part for part in parts if part.dim())
-        if not 0 <= self.part < len(parts):
-            raise OptionError(
-                problem=f"part is {self.part!r}.",
-                expected=f"None, or an index of one of the state's {len(parts)} parts.",
-                fix="EnergyField(func, part=0)",
-            )
+            return tuple(part for part in parts if part.dim()) or parts
+        check_part(self.part, len(parts))
         return (parts[self.part],)
 
     def _check_noise(self, counted: Parts) -> None:
-        noise = self._noise or ()
-        expected, got = ([tuple(p.shape) for p in parts] for parts in (counted, noise))
+        got, expected = shapes_of(self._noise)[1], shapes_of(counted)[1]
         if expected != got:
             raise StateShapeError(
                 problem=f"the noise has shapes {got}, the parts that count {expected}.",

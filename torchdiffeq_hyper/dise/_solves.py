@@ -35,8 +35,8 @@ from torchdiffeq_hyper.fitting._batches import Starts, bind
 from torchdiffeq_hyper.fitting._field import check_repeatable
 from torchdiffeq_hyper.fitting._guard import left_as_found
 from torchdiffeq_hyper.solvers._grid import check_times
+from torchdiffeq_hyper.solvers._per_sample import PerSampleDopri5
 from torchdiffeq_hyper.solvers._stepping import cast_back
-from torchdiffeq_hyper.solvers.per_sample import PerSampleDopri5
 
 
 def count_samples(y0: State) -> int:

@@ -1,24 +1,23 @@
-"""The loop: active samples step by dopri5, those that have passed all times leave."""
+"""Dopri5 with step sizes of its own for every sample: those that passed all times leave."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._state import RowLayout, StateLayout, part_norms
+from torchdiffeq_hyper._state import RowLayout, State, StateLayout, part_norms
 from torchdiffeq_hyper.errors import NonFiniteError, UnfinishedSolveError, explain
-from torchdiffeq_hyper.solvers.per_sample._field import SampleField
 
 if TYPE_CHECKING:
-    from torchdiffeq_hyper.solvers.per_sample._method import PerSampleDopri5
+    from torchdiffeq_hyper.solvers._per_sample import PerSampleDopri5, SampleField
 
-Field: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""``field(t, y)``: derivatives of the active samples, t (active,), y (active, width)."""
-
+ORDER = 5
 # Nodes and stages are those of Dormand and Prince (1980), the error estimate and the state in the
 # middle of a step those of Shampine (1986): all as in torchdiffeq.
 _NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
@@ -51,17 +50,18 @@ _MIDDLE = (
 
 
 class _Attempt(NamedTuple):
-    """A step that was tried: states and derivatives at its end, error estimate, seven stages."""
+    """A step that was tried: states at its end, error estimate, the derivatives of its stages."""
 
     y1: Tensor
-    f1: Tensor
     error: Tensor
-    stages: tuple[Tensor, ...]
+    stages: tuple[Tensor, ...]  # the last one lies at its end
 
 
-def _attempt(field: Field, t: Tensor, dt: Tensor, y: Tensor, f: Tensor) -> _Attempt:
+def _attempt(
+    field: Callable[[Tensor, Tensor], Tensor], t: Tensor, dt: Tensor, y: Tensor, f: Tensor
+) -> _Attempt:
     """Return a step of size ``dt`` (active,) from ``t``; six calls of the field."""
-    real = y.dtype.to_real() if y.dtype.is_complex else y.dtype
+    real = y.dtype.to_real()
     # Just before the end, which may be a discontinuity of func.
     end, start, size = _before((t + dt).to(real)), t.to(real), dt.to(real)
     h = size.unsqueeze(1)
@@ -70,7 +70,7 @@ def _attempt(field: Field, t: Tensor, dt: Tensor, y: Tensor, f: Tensor) -> _Atte
         time = end if node == 1.0 else start + node * size
         y1 = y + _combine(stages, weights, h)
         stages.append(field(time, y1))
-    return _Attempt(y1, stages[-1], _combine(stages, _ERROR, h), tuple(stages))
+    return _Attempt(y1, _combine(stages, _ERROR, h), tuple(stages))
 
 
 def _interpolate(step: _Attempt, y: Tensor, dt: Tensor, x: Tensor, rows: Tensor) -> Tensor:
@@ -105,15 +105,14 @@ def _before(t: Tensor) -> Tensor:
 
 
 class StepLog:
-    """Notes every round of steps; ``sign`` is -1 where the solver's time is negated."""
+    """The steps of a solve, for its record; ``sign`` is -1 where the solver's time is negated."""
 
     def __init__(self, batch: int, layout: RowLayout, sign: int) -> None:
         self._batch = batch
         self._layout = layout
         self._sign = sign
         self._rounds: list[tuple[Tensor, ...]] = []
-        self._errors: list[list[Tensor]] = []
-        self._marks: list[Any] = []
+        self._marks: list[object] = []
 
     def mark(self, f: Tensor) -> Tensor:
         """Return derivatives whose graph tells the record when it is freed."""
@@ -126,25 +125,23 @@ class StepLog:
     ) -> None:
         """Keep a round: times, sizes and error ratios of the samples ``index``, one error a row."""
         t, dt, ratio = columns
-        columns = (self._sign * t, self._sign * dt, ratio)
         flags = is_accepted.new_zeros(self._batch).index_copy(0, index, is_accepted)
-        self._rounds.append((*(self._padded(index, values) for values in columns), flags))
         norms = part_norms(self._layout, error)
-        self._errors.append(
-            [self._padded(index, torch.where(is_accepted, n, n.detach())) for n in norms]
-        )
+        errors = [torch.where(is_accepted, norm, norm.detach()) for norm in norms]
+        values = (self._sign * t, self._sign * dt, ratio, *errors)
+        self._rounds.append((flags, *(self._padded(index, column) for column in values)))
 
-    def steps(self, y0: Any) -> recording.Steps | None:
+    def steps(self, y0: State) -> recording.Steps | None:
         """Return what was noted, None if nothing was."""
         if not self._rounds:
             return None
-        t0, dt, ratio, is_accepted = map(torch.stack, zip(*self._rounds, strict=True))
+        is_accepted, t0, dt, ratio, *errors = map(torch.stack, zip(*self._rounds, strict=True))
         return recording.Steps(
             t0=t0,
             dt=dt,
             ratio=ratio,
             is_accepted=is_accepted,
-            part_errors=tuple(map(torch.stack, zip(*self._errors, strict=True))),
+            part_errors=tuple(errors),
             layout=StateLayout.of(y0),
             guard=recording.Guard(tuple(self._marks)),
         )
@@ -200,19 +197,15 @@ class Loop:
         everyone = torch.arange(len(y0), device=y0.device)
         self.nfe = torch.zeros_like(everyone)
         self._values, self._places = [y0], [everyone]
-        active = self._start(y0, everyone)
+        t = self._times[0].expand(len(y0))
+        f = self._evaluate(everyone, t, y0)
+        dt = self._first_step(everyone, t, y0, f)
+        due, tried = torch.ones_like(everyone), torch.zeros_like(everyone)
+        active = _Active(everyone, y0, f, t, dt, due, tried, tried.bool())
         while len(active.samples):
             self._check(active)
             active = self._round(active)
-        return self._solution(len(y0))
-
-    def _start(self, y: Tensor, index: Tensor) -> _Active:
-        t = self._times[0].expand(len(y))
-        f = self._evaluate(index, t, y)
-        scale, norm = self._scale(index, y.abs()), self._field.layout.norm
-        dt = self._control.first(lambda t, y: self._evaluate(index, t, y), norm, (t, y, f), scale)
-        due, tried = torch.ones_like(index), torch.zeros_like(index)
-        return _Active(index, y, f, t, dt, due, tried, tried.bool())
+        return self._solution()
 
     def _evaluate(self, index: Tensor, t: Tensor, y: Tensor) -> Tensor:
         self.nfe[index] += 1
@@ -223,12 +216,48 @@ class Loop:
         rtol, atol = (tol if tol.dim() == 0 else tol[index] for tol in (self._rtol, self._atol))
         return atol + rtol * size
 
+    @torch.no_grad()
+    def _first_step(self, index: Tensor, t: Tensor, y: Tensor, f: Tensor) -> Tensor:
+        """Return the first step size of each sample, at one call of the field.
+
+        The choice is that of Hairer, Norsett and Wanner, Solving Ordinary Differential
+        Equations I, section II.4.
+        """
+        if self._control.first_step is not None:
+            return self._clamp(torch.full_like(t, self._control.first_step))
+        scale, norm = self._scale(index, y.abs()), self._field.layout.norm
+        d0, d1 = norm(y / scale), norm(f / scale)
+        tiny = torch.as_tensor(1e-6, dtype=d0.dtype, device=d0.device)
+        h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), tiny, 0.01 * d0 / d1)
+        f1 = self._evaluate(index, (t + h0).to(d0.dtype), y + h0.unsqueeze(1).to(f.dtype) * f)
+        d2 = norm((f1 - f) / scale) / h0
+        flat = (d1 <= 1e-15) & (d2 <= 1e-15)
+        h1 = torch.where(
+            flat, torch.maximum(tiny, h0 * 1e-3), (0.01 / torch.maximum(d1, d2)) ** (1 / ORDER)
+        )
+        return self._clamp(torch.minimum(100 * h0, h1).to(t.dtype))
+
+    @torch.no_grad()
+    def _next_step(self, dt: Tensor, ratio: Tensor) -> Tensor:
+        """Return the sizes of the next steps, from the error ratios of these.
+
+        0 after a step of the smallest size that is not finite: no smaller one may be tried.
+        """
+        control, ratio = self._control, ratio.to(dt.dtype)
+        lowest = torch.where(ratio < 1, 1.0, control.dfactor)
+        factor = (control.safety / ratio ** (1 / ORDER)).maximum(lowest).clamp(max=control.ifactor)
+        after = self._clamp(dt * torch.where(ratio == 0, control.ifactor, factor))
+        return torch.where((dt <= control.min_step) & ratio.isinf(), 0.0, after)
+
+    def _clamp(self, dt: Tensor) -> Tensor:
+        return dt.clamp(self._control.min_step, min(self._control.max_step, sys.float_info.max))
+
     def _round(self, active: _Active) -> _Active:
         """Try one step of every active sample."""
         index, y, f, t, dt, due, tried, _ = active
         if self._log is not None:
             f = self._log.mark(f)
-        step = _attempt(lambda t, y: self._evaluate(index, t, y), t, dt, y, f)
+        step = _attempt(partial(self._evaluate, index), t, dt, y, f)
         with torch.no_grad():
             scale = self._scale(index, torch.maximum(y.abs(), step.y1.abs()))
             ratio = self._field.layout.norm(step.error / scale)
@@ -243,9 +272,9 @@ class Loop:
         passed = self._write(active, step, end, accept)
         tried = torch.where(passed > due, 0, tried + 1)
         chosen = accept.unsqueeze(1)
-        y, f = torch.where(chosen, step.y1, y), torch.where(chosen, step.f1, f)
+        y, f = torch.where(chosen, step.y1, y), torch.where(chosen, step.stages[-1], f)
         self._rounds += 1
-        after = _Active(index, y, f, end, self._control.next(dt, ratio), passed, tried, is_still)
+        after = _Active(index, y, f, end, self._next_step(dt, ratio), passed, tried, is_still)
         left = (passed < len(self._times)).nonzero().squeeze(1)
         return after if len(left) == len(index) else after.keep(left)
 
@@ -258,26 +287,24 @@ class Loop:
             if len(rows) == 0:
                 return due
             times, start = self._times[due[rows]], active.t[rows]
-            x = ((times - start) / (end[rows] - start)).to(step.y1.abs().dtype)
+            x = ((times - start) / (end[rows] - start)).to(step.y1.dtype.to_real())
             self._values.append(_interpolate(step, active.y, active.dt, x, rows))
             self._places.append(due[rows] * len(self.nfe) + active.samples[rows])
             due = due + inside.long()
 
-    def _solution(self, batch: int) -> Tensor:
+    def _solution(self) -> Tensor:
+        """Return the states written so far, nan where there are none yet."""
         values, places = torch.cat(self._values), torch.cat(self._places)
-        size = len(self._times) * batch
-        if len(places) == size:
-            return values[places.argsort()].reshape(len(self._times), batch, -1)
-        solution = values.new_full((size, values.shape[1]), torch.nan)
+        solution = values.new_full((len(self._times) * len(self.nfe), values.shape[1]), torch.nan)
         solution[places] = values
-        return solution.reshape(len(self._times), batch, -1)
+        return solution.reshape(len(self._times), len(self.nfe), -1)
 
     def _check(self, active: _Active) -> None:
         """Refuse to go on with a step that leads nowhere."""
         stuck = ~(active.t + active.dt > active.t) | active.is_still
         if self._rounds >= self._control.max_num_steps:
             stuck = stuck | (active.tried >= self._control.max_num_steps)
-        for at in stuck.nonzero() if bool(stuck.any()) else ():
+        for at in stuck.nonzero():
             one = active.keep(at)
             if not bool(one.is_still) or self._is_at_the_end(one):
                 self._raise_stuck(one)
@@ -285,8 +312,7 @@ class Loop:
     def _is_at_the_end(self, one: _Active) -> bool:
         """Return whether func, or the state's dtype, ends a few roundings ahead of a state.
 
-        Ever smaller steps would approach such an end for ever. An end in time is met by the
-        steps themselves.
+        Ever smaller steps would approach such an end for ever; one in time is met by steps.
         """
         ahead = 4 * torch.finfo(self._field.dtype).eps * one.y.abs() * one.f.sgn()
         with torch.no_grad():
@@ -327,5 +353,5 @@ class Loop:
                 "blow up?); the error's `solution` holds what was reached.",
                 fix,
             ),
-            self._field.layout.split(self._solution(len(self.nfe)).to(self._field.dtype)),
+            self._field.layout.split(self._solution().to(self._field.dtype)),
         )

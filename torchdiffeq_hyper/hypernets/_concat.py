@@ -1,18 +1,20 @@
-r"""The paper's hypernet layout: any net on the concatenation of a step's inputs."""
+"""The paper's hypernet layout: any net on the concatenation of a step's inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchdiffeq_hyper._rules import Choice, Items, checked_arguments
 from torchdiffeq_hyper._state import State, StepInput, how_to_batch, parts_of
-from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, closest
+from torchdiffeq_hyper.errors import StateShapeError, StateTypeError, closest
 
 SCALARS = ("dt", "t")
 NAMES = ("y", "f0", "stages", "y0", "context", *SCALARS)
+NAMES_OF_INPUTS = Items(Choice(*NAMES), least=1, most=1000)
 
 
 class ConcatHypernet(nn.Module):
@@ -91,14 +93,8 @@ class ConcatHypernet(nn.Module):
     def concat(self, step: StepInput) -> Tensor:
         r"""Return the net's input: the named parts of ``step`` along dim 1.
 
-        Returns:
-            (batch, channels of all inputs, \*spatial), in the dtype of the net's
-            parameters (of the state, if it has none).
-
-        Raises:
-            StateTypeError: state or context is complex, or func has no context.
-            StateShapeError: the parts of a tuple state, or the context, cannot be
-                concatenated.
+        (batch, channels of all inputs, \*spatial), in the dtype of the net's parameters (of the
+        state, if it has none). Raises what calling the hypernet raises.
 
         Example:
             >>> import torch
@@ -128,31 +124,35 @@ class ConcatHypernet(nn.Module):
 
     def _explain_channels(self, step: StepInput, joined: Tensor, error: RuntimeError) -> None:
         """Raise a better error if the number of channels can be why the net failed."""
-        layers = self.net.modules() if isinstance(self.net, nn.Module) else ()
+        got, layers = joined.shape[1], self.net.modules() if isinstance(self.net, nn.Module) else ()
         sized = ((layer, _channels_taken(layer)) for layer in layers)
-        layer, wanted = next((pair for pair in sized if pair[1]), (None, joined.shape[1]))
-        if wanted == joined.shape[1]:
+        layer, wanted = next((pair for pair in sized if pair[1]), (None, got))
+        if wanted == got:
             return
         first = f"the net's first layer, a {type(layer).__name__},"
-        n_stages, n_context = len(step.stages), sum(map(_n_channels, step.context))
-        without_batch = sum(part.shape[0] if part.dim() else 1 for part in parts_of(step.y))
-        if sum(channel_counts(self.inputs, without_batch, n_stages, n_context)) == wanted:
+
+        def counts(channels: int) -> list[int]:
+            n_context = sum(map(_n_channels, step.context))
+            return channel_counts(self.inputs, channels, len(step.stages), n_context)
+
+        if (
+            sum(counts(sum(part.shape[0] if part.dim() else 1 for part in parts_of(step.y))))
+            == wanted
+        ):
             shape = tuple(step.y.shape) if isinstance(step.y, Tensor) else "a tuple"
             raise StateShapeError(
                 problem=f"the state ({shape}) has no batch dimension: dim 0 was taken for the "
-                f"samples, and {first} got {joined.shape[1]} channels in place of {wanted}.",
+                f"samples, and {first} got {got} channels in place of {wanted}.",
                 expected="the samples along dim 0, the channels along dim 1.",
                 fix=how_to_batch(step.y),
             ) from error
-        channels = join_channels(step.y).shape[1]
-        counts = channel_counts(self.inputs, channels, n_stages, n_context)
-        given = ", ".join(f'"{name}" {n}' for name, n in zip(self.inputs, counts, strict=True))
+        sizes = zip(self.inputs, counts(join_channels(step.y).shape[1]), strict=True)
         raise StateShapeError(
-            problem=f"{first} takes {wanted} channels; the inputs have {joined.shape[1]} along "
-            f"dim 1: {given}.",
+            problem=f"{first} takes {wanted} channels; the inputs have {got} along dim 1: "
+            + ", ".join(f'"{name}" {n}' for name, n in sizes)
+            + ".",
             expected="as many input channels as the inputs have together.",
-            fix=f"a first layer with {joined.shape[1]} input channels, or other inputs than "
-            f"{self.inputs}",
+            fix=f"a first layer with {got} input channels, or other inputs than {self.inputs}",
         ) from error
 
 
@@ -164,30 +164,28 @@ def channel_counts(
     return [sizes.get(name, channels) for name in inputs]
 
 
-def _context_columns(context: tuple[Tensor, ...], y: Tensor) -> list[Tensor]:
-    """Return the context's tensors as channels beside a joined state."""
+def _context_columns(context: tuple[Tensor, ...], y: Tensor) -> Iterator[Tensor]:
+    """Yield the context's tensors as channels beside a joined state."""
     if not context:
         raise StateTypeError(
             problem='the hypernet asks for "context", and func has none.',
             expected="a func that says what belongs to each sample, as the one it was fitted on.",
             fix="func = tdh.Conditioned(func, labels)   # calls func(t, y, labels)",
         )
-    return [_as_channels(part, y) for part in context]
-
-
-def _as_channels(part: Tensor, y: Tensor) -> Tensor:
-    refuse_complex(part)
     spatial = y.shape[2:]
-    if part.shape[:1] != y.shape[:1] or part.shape[2:] not in (spatial, ()):
-        raise StateShapeError(
-            problem=f"a tensor of the context has shape {tuple(part.shape)}, the state's channels "
-            f"{tuple(y.shape)}: they cannot be concatenated along dim 1.",
-            expected="the same samples along dim 0; after the channels, the state's dimensions or "
-            "none.",
-            fix="a hypernet of your own that reads step.context",
-        )
-    channels = part.reshape(len(y), _n_channels(part), *(part.shape[2:] or [1] * len(spatial)))
-    return channels.to(y.dtype).expand(-1, -1, *spatial)
+    for part in context:
+        refuse_complex(part)
+        if part.shape[:1] != y.shape[:1] or part.shape[2:] not in (spatial, ()):
+            raise StateShapeError(
+                problem=f"a tensor of the context has shape {tuple(part.shape)}, the state's "
+                f"channels {tuple(y.shape)}: they cannot be concatenated along dim 1.",
+                expected="the same samples along dim 0; after the channels, the state's "
+                "dimensions or none.",
+                fix="a hypernet of your own that reads step.context",
+            )
+        sizes = part.shape[2:] or [1] * len(spatial)
+        channels = part.reshape(len(y), _n_channels(part), *sizes)
+        yield channels.to(y.dtype).expand(-1, -1, *spatial)
 
 
 def _n_channels(part: Tensor) -> int:
@@ -197,8 +195,8 @@ def _n_channels(part: Tensor) -> int:
 def _dtype_of(net: object) -> torch.dtype | None:
     """Return the dtype of a net's first parameter of floating-point numbers.
 
-    Looked up at every call: the net may be cast or its weights replaced between two. And
-    by hand: the generators of `nn.Module.parameters` take longer than a small net.
+    At every call: the net may be cast between two. By hand: the generators of
+    `nn.Module.parameters` take longer than a small net.
     """
     pending: list[nn.Module | None] = [net] if isinstance(net, nn.Module) else []
     while pending:
@@ -220,16 +218,10 @@ def _channels_taken(layer: nn.Module) -> int:
 
 def check_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
     """Return the names of a hypernet's inputs as a tuple."""
-    names = [inputs] if isinstance(inputs, str) else list(inputs)
-    unknown = [name for name in names if name not in NAMES]
-    if isinstance(inputs, str) or unknown or not names:
-        likely = [closest(name, NAMES) if name in unknown else name for name in names] or ["y"]
-        raise OptionError(
-            problem=f"inputs is {inputs!r}" + (f": {unknown[0]!r} is unknown." if unknown else "."),
-            expected="a tuple of names out of " + ", ".join(f'"{name}"' for name in NAMES) + ".",
-            fix=f"inputs={tuple(likely)!r}",
-        )
-    return tuple(names)
+    names = (inputs,) if isinstance(inputs, str) else tuple(inputs) or ("y",)
+    likely = tuple(name if name in NAMES else closest(name, NAMES) for name in names)
+    rules = {"inputs": NAMES_OF_INPUTS}
+    return tuple(checked_arguments(rules, {"inputs": inputs}, f"inputs={likely!r}")["inputs"])
 
 
 def refuse_complex(y: Tensor) -> None:
@@ -310,10 +302,8 @@ def split_channels(joined: Tensor, like: State) -> State:
             expected=f"{sum(channels)} channels along dim 1, which are split back into the parts.",
             fix=f"a net whose last layer has {sum(channels)} output channels",
         )
-    return tuple(
-        _average(part, wanted)
-        for part, wanted in zip(torch.split(joined, channels, dim=1), like, strict=True)
-    )
+    parts = torch.split(joined, channels, dim=1)
+    return tuple(_average(part, wanted) for part, wanted in zip(parts, like, strict=True))
 
 
 def _average(joined: Tensor, like: Tensor) -> Tensor:

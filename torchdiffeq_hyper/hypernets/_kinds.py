@@ -22,7 +22,7 @@ class Linear(ReadyHypernet):
 
     Args:
         channels: channels of the state, all parts of a tuple state together.
-        inputs, n_stages, n_context: see `ReadyHypernet`.
+        common: ``inputs``, ``n_stages`` and ``n_context``, see `ReadyHypernet`.
 
     Raises:
         OptionError: an argument is impossible.
@@ -38,18 +38,11 @@ class Linear(ReadyHypernet):
 
     kind = "linear"
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        inputs: Sequence[str] = ("y", "f0", "dt"),
-        n_stages: int = 1,
-        n_context: int = 0,
-    ) -> None:
+    def __init__(self, channels: int, **common: Any) -> None:
         def layers(n_in: int) -> nn.Sequential:
             return nn.Sequential(nn.Linear(n_in, channels))
 
-        super().__init__(layers, channels, inputs, n_stages, n_context)
+        super().__init__(layers, channels, {}, **common)
 
 
 class MLP(ReadyHypernet):
@@ -60,7 +53,7 @@ class MLP(ReadyHypernet):
     Args:
         channels: channels of the state, all parts of a tuple state together.
         hidden: widths of the hidden layers.
-        inputs, n_stages, n_context: see `ReadyHypernet`.
+        common: ``inputs``, ``n_stages`` and ``n_context``, see `ReadyHypernet`.
 
     Raises:
         OptionError: an argument is impossible.
@@ -74,15 +67,7 @@ class MLP(ReadyHypernet):
     kind = "mlp"
     rules: ClassVar[Mapping[str, Rule]] = {"hidden": Items(COUNT, most=1000)}
 
-    def __init__(
-        self,
-        channels: int,
-        hidden: Sequence[int] = (64, 64),
-        *,
-        inputs: Sequence[str] = ("y", "f0", "dt"),
-        n_stages: int = 1,
-        n_context: int = 0,
-    ) -> None:
+    def __init__(self, channels: int, hidden: Sequence[int] = (64, 64), **common: Any) -> None:
         def layers(n_in: int) -> nn.Sequential:
             sizes = [n_in, *hidden]
             stack: list[nn.Module] = []
@@ -91,7 +76,7 @@ class MLP(ReadyHypernet):
                 stack += [nn.Linear(before, after), nn.SiLU()]
             return nn.Sequential(*stack, nn.Linear(sizes[-1], channels))
 
-        super().__init__(layers, channels, inputs, n_stages, n_context, hidden=hidden)
+        super().__init__(layers, channels, {"hidden": hidden}, **common)
 
 
 _CONVOLUTION: dict[str, Rule] = {
@@ -113,7 +98,7 @@ class Conv(ReadyHypernet):
         hidden: channels between the two convolutions.
         kernel_size: k, odd.
         n_spatial: spatial dimensions of the state: 1, 2 or 3.
-        inputs, n_stages, n_context: see `ReadyHypernet`.
+        common: ``inputs``, ``n_stages`` and ``n_context``, see `ReadyHypernet`.
 
     Raises:
         OptionError: an argument is impossible.
@@ -134,14 +119,11 @@ class Conv(ReadyHypernet):
         hidden: int = 32,
         kernel_size: int = 3,
         n_spatial: int = 2,
-        *,
-        inputs: Sequence[str] = ("y", "f0", "dt"),
-        n_stages: int = 1,
-        n_context: int = 0,
+        **common: Any,
     ) -> None:
         layers = _convolutions(hidden, channels, n_spatial, (kernel_size, 1))
         own = {"hidden": hidden, "kernel_size": kernel_size, "n_spatial": n_spatial}
-        super().__init__(layers, channels, inputs, n_stages, n_context, **own)
+        super().__init__(layers, channels, own, **common)
 
 
 class Bottleneck(ReadyHypernet):
@@ -171,14 +153,11 @@ class Bottleneck(ReadyHypernet):
         hidden: int = 8,
         kernel_size: int = 3,
         n_spatial: int = 2,
-        *,
-        inputs: Sequence[str] = ("y", "f0", "dt"),
-        n_stages: int = 1,
-        n_context: int = 0,
+        **common: Any,
     ) -> None:
         layers = _convolutions(hidden, channels, n_spatial, (1, kernel_size))
         own = {"hidden": hidden, "kernel_size": kernel_size, "n_spatial": n_spatial}
-        super().__init__(layers, channels, inputs, n_stages, n_context, **own)
+        super().__init__(layers, channels, own, **common)
 
 
 def _convolutions(

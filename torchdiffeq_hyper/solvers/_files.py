@@ -36,7 +36,8 @@ from torchdiffeq_hyper._rules import (
     under,
 )
 from torchdiffeq_hyper.errors import BaseMismatchError
-from torchdiffeq_hyper.hypernets._files import ARCHITECTURES, NAMES_OF_INPUTS, UNSEEN, match, pack
+from torchdiffeq_hyper.hypernets._concat import NAMES_OF_INPUTS
+from torchdiffeq_hyper.hypernets._files import ARCHITECTURES, UNSEEN, match, pack
 from torchdiffeq_hyper.methods._registry import find_tableau
 from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers._fit_report import BreakEven, FitReport

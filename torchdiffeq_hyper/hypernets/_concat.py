@@ -172,20 +172,24 @@ def _context_columns(context: tuple[Tensor, ...], y: Tensor) -> Iterator[Tensor]
             expected="a func that says what belongs to each sample, as the one it was fitted on.",
             fix="func = tdh.Conditioned(func, labels)   # calls func(t, y, labels)",
         )
-    spatial = y.shape[2:]
     for part in context:
         refuse_complex(part)
-        if part.shape[:1] != y.shape[:1] or part.shape[2:] not in (spatial, ()):
-            raise StateShapeError(
-                problem=f"a tensor of the context has shape {tuple(part.shape)}, the state's "
-                f"channels {tuple(y.shape)}: they cannot be concatenated along dim 1.",
-                expected="the same samples along dim 0; after the channels, the state's "
-                "dimensions or none.",
-                fix="a hypernet of your own that reads step.context",
-            )
-        sizes = part.shape[2:] or [1] * len(spatial)
-        channels = part.reshape(len(y), _n_channels(part), *sizes)
-        yield channels.to(y.dtype).expand(-1, -1, *spatial)
+        yield _column(part.to(y.dtype), y, context)
+
+
+def _column(part: Tensor, like: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """Return one of some parts as channels, repeated over the dimensions that others have."""
+    batch, spatial = like.shape[0], like.shape[2:]
+    if part.shape[:1] not in ((batch,), ()) or part.shape[2:] not in (spatial, ()):
+        raise StateShapeError(
+            problem=f"parts of shapes {[tuple(part.shape) for part in parts]} cannot be "
+            "concatenated along dim 1.",
+            expected=f"the same samples along dim 0, {batch}; behind the channels the dimensions "
+            f"{tuple(spatial)}, or none.",
+            fix="a hypernet of your own, called as g(step), that reads step.y and step.context",
+        )
+    column = part.reshape(*part.shape, *(1,) * (2 + len(spatial) - part.dim()))
+    return column.expand(batch, _n_channels(part), *spatial)
 
 
 def _n_channels(part: Tensor) -> int:
@@ -256,20 +260,7 @@ def join_channels(state: State) -> Tensor:
         return state if state.dim() > 1 else state.reshape(-1, 1)
     dims = [part.dim() for part in state]
     widest = join_channels(state[dims.index(max(dims))])
-    batch, spatial = widest.shape[0], widest.shape[2:]
-    columns = []
-    for part in state:
-        has_batch, has_spatial = part.dim() > 0, part.dim() > 2
-        if (has_batch and part.shape[0] != batch) or (has_spatial and part.shape[2:] != spatial):
-            raise StateShapeError(
-                problem="the parts of the tuple state cannot be concatenated along dim 1: their "
-                f"shapes are {[tuple(part.shape) for part in state]}.",
-                expected="parts of one batch size and one spatial shape (or none).",
-                fix="a hypernet of your own, called as g(step) and returning a tuple like step.y",
-            )
-        column = part.reshape(*part.shape, *(1,) * (widest.dim() - part.dim()))
-        columns.append(column.expand(batch, _n_channels(part), *spatial))
-    return torch.cat(columns, dim=1)
+    return torch.cat([_column(part, widest, state) for part in state], dim=1)
 
 
 def split_channels(joined: Tensor, like: State) -> State:

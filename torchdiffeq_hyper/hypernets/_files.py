@@ -56,11 +56,20 @@ UNSEEN: nn.Module = nn.Identity()
 """Stands for a net of the user's own whose class is not at hand, to look at a file without it."""
 
 
-def from_architecture(architecture: Mapping[str, Any]) -> ReadyHypernet:
+def from_architecture(
+    architecture: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    what: str = "the description of a hypernet",
+    at: str = "",
+) -> ReadyHypernet:
     """Rebuild a ready net, with new weights, from its `ReadyHypernet.architecture`.
 
     Args:
         architecture: the net's, also after a round trip through JSON.
+        weights: where given, a net that is larger than these is refused.
+        what: what errors call that which was read.
+        at: the architecture's place in it.
 
     Raises:
         FileFormatError: the kind is unknown, or an argument is impossible.
@@ -70,13 +79,6 @@ def from_architecture(architecture: Mapping[str, Any]) -> ReadyHypernet:
         >>> from_architecture(Linear(channels=2).architecture).channels
         2
     """
-    return _rebuilt(architecture, None, "the description of a hypernet", "")
-
-
-def _rebuilt(
-    architecture: Mapping[str, Any], weights: Mapping[str, Tensor] | None, what: str, at: str
-) -> ReadyHypernet:
-    """Return the same as `from_architecture`, not larger than its ``weights`` (None: any)."""
     arguments = checked(Tagged(ARCHITECTURES), architecture, what, at)
     # Files of before time units have none.
     time_unit, order = arguments.pop("time_unit", 1.0), arguments.pop("order", 0)
@@ -135,11 +137,7 @@ def check_weights(tensors: Mapping[str, Tensor], what: str, prefix: str = "") ->
 
 
 def pack(hypernet: Hypernet) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return a hypernet's tensors and its description.
-
-    Raises:
-        StateTypeError: it is a plain function, or has state that is no tensor.
-    """
+    """Return a hypernet's tensors and its description."""
     if not isinstance(hypernet, nn.Module):
         raise StateTypeError(
             problem=f"the hypernet is a {type(hypernet).__name__}, which has no weights to write.",
@@ -205,7 +203,7 @@ def match(
                 )
         return hypernet
     with torch.device("meta"):
-        net = _rebuilt(description, tensors, described_in(path), at)
+        net = from_architecture(description, tensors, what=described_in(path), at=at)
     try:
         _check_fits(net, weights, path)
     except (BaseMismatchError, StateShapeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
@@ -58,7 +59,7 @@ class _Attempt(NamedTuple):
 
 
 def _attempt(
-    field: Callable[[Tensor, Tensor], Tensor], t: Tensor, dt: Tensor, y: Tensor, f: Tensor
+    func: Callable[[Tensor, Tensor], Tensor], t: Tensor, dt: Tensor, y: Tensor, f: Tensor
 ) -> _Attempt:
     """Return a step of size ``dt`` (active,) from ``t``; six calls of the field."""
     real = y.dtype.to_real()
@@ -69,7 +70,7 @@ def _attempt(
     for node, weights in zip(_NODES, _STAGES, strict=True):
         time = end if node == 1.0 else start + node * size
         y1 = y + _combine(stages, weights, h)
-        stages.append(field(time, y1))
+        stages.append(func(time, y1))
     return _Attempt(y1, _combine(stages, _ERROR, h), tuple(stages))
 
 
@@ -104,20 +105,20 @@ def _before(t: Tensor) -> Tensor:
     return t + step
 
 
+@dataclass
 class StepLog:
     """The steps of a solve, for its record; ``sign`` is -1 where the solver's time is negated."""
 
-    def __init__(self, batch: int, layout: RowLayout, sign: int) -> None:
-        self._batch = batch
-        self._layout = layout
-        self._sign = sign
-        self._rounds: list[tuple[Tensor, ...]] = []
-        self._marks: list[object] = []
+    batch: int
+    layout: RowLayout
+    sign: int
+    rounds: list[tuple[Tensor, ...]] = field(default_factory=list)
+    marks: list[object] = field(default_factory=list)
 
     def mark(self, f: Tensor) -> Tensor:
         """Return derivatives whose graph tells the record when it is freed."""
         marked, mark = recording.mark(f)
-        self._marks += [] if mark is None else [mark]
+        self.marks += [] if mark is None else [mark]
         return marked
 
     def note(
@@ -125,17 +126,17 @@ class StepLog:
     ) -> None:
         """Keep a round: times, sizes and error ratios of the samples ``index``, one error a row."""
         t, dt, ratio = columns
-        flags = is_accepted.new_zeros(self._batch).index_copy(0, index, is_accepted)
-        norms = part_norms(self._layout, error)
+        flags = is_accepted.new_zeros(self.batch).index_copy(0, index, is_accepted)
+        norms = part_norms(self.layout, error)
         errors = [torch.where(is_accepted, norm, norm.detach()) for norm in norms]
-        values = (self._sign * t, self._sign * dt, ratio, *errors)
-        self._rounds.append((flags, *(self._padded(index, column) for column in values)))
+        values = (self.sign * t, self.sign * dt, ratio, *errors)
+        self.rounds.append((flags, *(self._padded(index, column) for column in values)))
 
     def steps(self, y0: State) -> recording.Steps | None:
         """Return what was noted, None if nothing was."""
-        if not self._rounds:
+        if not self.rounds:
             return None
-        is_accepted, t0, dt, ratio, *errors = map(torch.stack, zip(*self._rounds, strict=True))
+        is_accepted, t0, dt, ratio, *errors = map(torch.stack, zip(*self.rounds, strict=True))
         return recording.Steps(
             t0=t0,
             dt=dt,
@@ -143,11 +144,11 @@ class StepLog:
             is_accepted=is_accepted,
             part_errors=tuple(errors),
             layout=StateLayout.of(y0),
-            guard=recording.Guard(tuple(self._marks)),
+            guard=recording.Guard(tuple(self.marks)),
         )
 
     def _padded(self, index: Tensor, values: Tensor) -> Tensor:
-        return values.new_full((self._batch,), torch.nan).index_copy(0, index, values)
+        return values.new_full((self.batch,), torch.nan).index_copy(0, index, values)
 
 
 class _Active(NamedTuple):
@@ -167,6 +168,7 @@ class _Active(NamedTuple):
         return _Active(*(values[which] for values in self))
 
 
+@dataclass
 class Loop:
     """One solve at increasing float64 times, the first one the start's.
 
@@ -174,30 +176,20 @@ class Loop:
     evaluations of func for each sample, ``calls`` its calls, each for the samples that step then.
     """
 
-    nfe: Tensor
-
-    def __init__(
-        self,
-        field: SampleField,
-        control: PerSampleDopri5,
-        tolerances: tuple[Tensor, Tensor],
-        times: Tensor,
-        log: StepLog | None = None,
-    ) -> None:
-        self._field = field
-        self._control = control
-        self._rtol, self._atol = tolerances
-        self._times = times
-        self._log = log
-        self._rounds = 0
-        self.calls = 0
+    func: SampleField
+    control: PerSampleDopri5
+    tolerances: tuple[Tensor, Tensor]
+    times: Tensor
+    log: StepLog | None = None
+    calls: int = 0
+    rounds: int = 0
 
     def run(self, y0: Tensor) -> Tensor:
         """Return the solution from ``y0``, one row a sample: (times, batch, width)."""
         everyone = torch.arange(len(y0), device=y0.device)
         self.nfe = torch.zeros_like(everyone)
         self._values, self._places = [y0], [everyone]
-        t = self._times[0].expand(len(y0))
+        t = self.times[0].expand(len(y0))
         f = self._evaluate(everyone, t, y0)
         dt = self._first_step(everyone, t, y0, f)
         due, tried = torch.ones_like(everyone), torch.zeros_like(everyone)
@@ -209,11 +201,11 @@ class Loop:
 
     def _evaluate(self, index: Tensor, t: Tensor, y: Tensor) -> Tensor:
         self.nfe[index] += 1
-        self.calls += len(index) if self._field.mode == "loop" else 1
-        return self._field(t, y, index)
+        self.calls += len(index) if self.func.mode == "loop" else 1
+        return self.func(t, y, index)
 
     def _scale(self, index: Tensor, size: Tensor) -> Tensor:
-        rtol, atol = (tol if tol.dim() == 0 else tol[index] for tol in (self._rtol, self._atol))
+        rtol, atol = (tol if tol.dim() == 0 else tol[index] for tol in self.tolerances)
         return atol + rtol * size
 
     @torch.no_grad()
@@ -223,9 +215,9 @@ class Loop:
         The choice is that of Hairer, Norsett and Wanner, Solving Ordinary Differential
         Equations I, section II.4.
         """
-        if self._control.first_step is not None:
-            return self._clamp(torch.full_like(t, self._control.first_step))
-        scale, norm = self._scale(index, y.abs()), self._field.layout.norm
+        if self.control.first_step is not None:
+            return self._clamp(torch.full_like(t, self.control.first_step))
+        scale, norm = self._scale(index, y.abs()), self.func.layout.norm
         d0, d1 = norm(y / scale), norm(f / scale)
         tiny = torch.as_tensor(1e-6, dtype=d0.dtype, device=d0.device)
         h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), tiny, 0.01 * d0 / d1)
@@ -243,50 +235,50 @@ class Loop:
 
         0 after a step of the smallest size that is not finite: no smaller one may be tried.
         """
-        control, ratio = self._control, ratio.to(dt.dtype)
+        control, ratio = self.control, ratio.to(dt.dtype)
         lowest = torch.where(ratio < 1, 1.0, control.dfactor)
         factor = (control.safety / ratio ** (1 / ORDER)).maximum(lowest).clamp(max=control.ifactor)
         after = self._clamp(dt * torch.where(ratio == 0, control.ifactor, factor))
         return torch.where((dt <= control.min_step) & ratio.isinf(), 0.0, after)
 
     def _clamp(self, dt: Tensor) -> Tensor:
-        return dt.clamp(self._control.min_step, min(self._control.max_step, sys.float_info.max))
+        return dt.clamp(self.control.min_step, min(self.control.max_step, sys.float_info.max))
 
     def _round(self, active: _Active) -> _Active:
         """Try one step of every active sample."""
         index, y, f, t, dt, due, tried, _ = active
-        if self._log is not None:
-            f = self._log.mark(f)
+        if self.log is not None:
+            f = self.log.mark(f)
         step = _attempt(partial(self._evaluate, index), t, dt, y, f)
         with torch.no_grad():
             scale = self._scale(index, torch.maximum(y.abs(), step.y1.abs()))
-            ratio = self._field.layout.norm(step.error / scale)
+            ratio = self.func.layout.norm(step.error / scale)
             # A step so large that func overflows is too large, like any with a large error.
             ratio = torch.where(ratio.isnan(), torch.inf, ratio)
-            accept = (ratio <= 1) | ((dt <= self._control.min_step) & ratio.isfinite())
-            move, digits = dt * f.abs().amax(1), torch.finfo(self._field.dtype).eps
+            accept = (ratio <= 1) | ((dt <= self.control.min_step) & ratio.isfinite())
+            move, digits = dt * f.abs().amax(1), torch.finfo(self.func.dtype).eps
             is_still = ratio.isinf() & (move <= digits * y.abs().amax(1))
-        if self._log is not None:
-            self._log.note(index, (t.detach(), dt, ratio), accept, step.error)
+        if self.log is not None:
+            self.log.note(index, (t.detach(), dt, ratio), accept, step.error)
         end = torch.where(accept, t + dt, t)
         passed = self._write(active, step, end, accept)
         tried = torch.where(passed > due, 0, tried + 1)
         chosen = accept.unsqueeze(1)
         y, f = torch.where(chosen, step.y1, y), torch.where(chosen, step.stages[-1], f)
-        self._rounds += 1
+        self.rounds += 1
         after = _Active(index, y, f, end, self._next_step(dt, ratio), passed, tried, is_still)
-        left = (passed < len(self._times)).nonzero().squeeze(1)
+        left = (passed < len(self.times)).nonzero().squeeze(1)
         return after if len(left) == len(index) else after.keep(left)
 
     def _write(self, active: _Active, step: _Attempt, end: Tensor, accept: Tensor) -> Tensor:
         """Keep the states at the times that were passed; return the next times due."""
-        due, last = active.due, len(self._times) - 1
+        due, last = active.due, len(self.times) - 1
         while True:
-            inside = accept & (due <= last) & (self._times[due.clamp(max=last)] <= end)
+            inside = accept & (due <= last) & (self.times[due.clamp(max=last)] <= end)
             rows = inside.nonzero().squeeze(1)
             if len(rows) == 0:
                 return due
-            times, start = self._times[due[rows]], active.t[rows]
+            times, start = self.times[due[rows]], active.t[rows]
             x = ((times - start) / (end[rows] - start)).to(step.y1.dtype.to_real())
             self._values.append(_interpolate(step, active.y, active.dt, x, rows))
             self._places.append(due[rows] * len(self.nfe) + active.samples[rows])
@@ -295,15 +287,15 @@ class Loop:
     def _solution(self) -> Tensor:
         """Return the states written so far, nan where there are none yet."""
         values, places = torch.cat(self._values), torch.cat(self._places)
-        solution = values.new_full((len(self._times) * len(self.nfe), values.shape[1]), torch.nan)
+        solution = values.new_full((len(self.times) * len(self.nfe), values.shape[1]), torch.nan)
         solution[places] = values
-        return solution.reshape(len(self._times), len(self.nfe), -1)
+        return solution.reshape(len(self.times), len(self.nfe), -1)
 
     def _check(self, active: _Active) -> None:
         """Refuse to go on with a step that leads nowhere."""
         stuck = ~(active.t + active.dt > active.t) | active.is_still
-        if self._rounds >= self._control.max_num_steps:
-            stuck = stuck | (active.tried >= self._control.max_num_steps)
+        if self.rounds >= self.control.max_num_steps:
+            stuck = stuck | (active.tried >= self.control.max_num_steps)
         for at in stuck.nonzero():
             one = active.keep(at)
             if not bool(one.is_still) or self._is_at_the_end(one):
@@ -314,13 +306,12 @@ class Loop:
 
         Ever smaller steps would approach such an end for ever; one in time is met by steps.
         """
-        ahead = 4 * torch.finfo(self._field.dtype).eps * one.y.abs() * one.f.sgn()
+        ahead = 4 * torch.finfo(self.func.dtype).eps * one.y.abs() * one.f.sgn()
         with torch.no_grad():
             return not bool(torch.isfinite(self._evaluate(one.samples, one.t, one.y + ahead)).all())
 
     def _raise_stuck(self, one: _Active) -> NoReturn:
-        sample, time = int(one.samples), self._field.sign * float(one.t)
-        where = f"sample {sample} at t = {time:.6g}"
+        where = f"sample {int(one.samples)} at t = {self.func.sign * float(one.t):.6g}"
         with torch.no_grad():
             is_finite = bool(torch.isfinite(self._evaluate(one.samples, one.t, one.y)).all())
         if bool(one.is_still) and is_finite:
@@ -336,22 +327,19 @@ class Loop:
                 expected="finite derivatives along the solution.",
                 fix="torch.isfinite(func(t, y)).all()",
             )
-        smallest = self._control.min_step
+        smallest, most = self.control.min_step, self.control.max_num_steps
         if float(one.dt) == 0 < smallest:
             problem = f"{where} leaves the finite range in a step of min_step = {smallest:g}."
             fix = f'options={{"min_step": {smallest / 100:g}}}   # or none'
-        elif int(one.tried) >= self._control.max_num_steps:
-            problem = f"{where} took max_num_steps = {self._control.max_num_steps} steps."
+        elif int(one.tried) >= most:
+            problem = f"{where} took max_num_steps = {most} steps."
             fix = 'rtol=1e-3, atol=1e-3   # or options={"max_num_steps": 100000}'
         else:
             problem = f"the step size of {where} underflows: {float(one.dt):.3g}."
             fix = 'rtol=1e-3, atol=1e-3   # or options={"min_step": 1e-6}'
-        raise UnfinishedSolveError(
-            explain(
-                problem,
-                "a problem that dopri5 can follow at these tolerances (is it stiff, or does it "
-                "blow up?); the error's `solution` holds what was reached.",
-                fix,
-            ),
-            self._field.layout.split(self._solution().to(self._field.dtype)),
+        expected = (
+            "a problem that dopri5 can follow at these tolerances (is it stiff, or does it blow "
+            "up?); the error's `solution` holds what was reached."
         )
+        reached = self.func.layout.split(self._solution().to(self.func.dtype))
+        raise UnfinishedSolveError(explain(problem, expected, fix), reached)

@@ -19,6 +19,7 @@ from torchdiffeq_hyper._fields import (
     own,
     restrict,
 )
+from torchdiffeq_hyper._rules import shown
 from torchdiffeq_hyper._state import RowLayout, State, VectorField, is_half, parts_of, shapes_of
 from torchdiffeq_hyper.errors import (
     HyperError,
@@ -34,8 +35,6 @@ from torchdiffeq_hyper.solvers._grid import check_times
 from torchdiffeq_hyper.solvers._stepping import is_finite
 
 Tolerance: TypeAlias = float | Tensor | Sequence[float | Tensor]
-"""A number, a tensor that broadcasts against y0, or for tuple states one of these a part."""
-
 TIME_MODES = {
     "vmap": "func is vectorised by torch.func.vmap: a 0-d t and a batch of 1 for each sample",
     "vector": "func takes t of shape (batch,)",
@@ -92,7 +91,7 @@ class PerSampleDopri5:
             )
         for field in fields(self)[:-1]:
             value = getattr(self, field.name)
-            if not (_is_number(value) or (value is None and field.default is None)):
+            if not (_is_number(value) or value is field.default):
                 self._refuse(field.name, "a number (real)", field.default or 1e-3)
         first = 1.0 if self.first_step is None else self.first_step
         is_most = self.max_step > 0 and self.max_step >= self.min_step
@@ -157,9 +156,8 @@ class PerSampleDopri5:
         draft = recording.take_over(self)
         layout = RowLayout.of(y0)
         rows = layout.join(y0)
-        t = check_times(t, rows)
+        dtype, t = rows.dtype, check_times(t, rows)
         _check_order(t)
-        dtype = rows.dtype
         sign = -1 if len(t) > 1 and bool(t[1] < t[0]) else 1
         # Sums of many small steps need more digits than the state has.
         times = sign * t.to(torch.float64)
@@ -176,8 +174,7 @@ class PerSampleDopri5:
         loop = Loop(field, self, limits, times, log)
         found = loop.run(rows)
         if draft is not None and log is not None:
-            draft.nfe, draft.sample_nfe = loop.calls, loop.nfe
-            draft.steps = log.steps(y0)
+            draft.nfe, draft.sample_nfe, draft.steps = loop.calls, loop.nfe, log.steps(y0)
         solution = found.to(dtype)
         if not is_finite(solution):
             _raise_non_finite(solution, found, t)
@@ -207,27 +204,22 @@ def _in_rows(layout: RowLayout, name: str, given: Tolerance, rows: Tensor) -> Te
     if isinstance(given, float | int) or (isinstance(given, Tensor) and given.dim() == 0):
         return torch.as_tensor(given, dtype=torch.float64, device=rows.device)
     tolerances = [given] if isinstance(given, Tensor) else list(given)
-    if len(tolerances) != len(layout.shapes):
-        error = StateShapeError if layout.is_tuple else StateTypeError
-        raise error(
-            problem=f"{name} has {len(tolerances)} entries.",
-            expected=f"one a part: {len(layout.shapes)}." if layout.is_tuple else "one number.",
-            fix=f"{name}=1e-3",
-        )
-    parts = []
-    for tolerance, shape, width in zip(tolerances, layout.shapes, layout.widths, strict=True):
+    shapes = [(len(rows), *shape) for shape in layout.shapes]
+    try:
         # As the host does: a number in a tuple is rounded to the default dtype first.
-        part = torch.as_tensor(tolerance).to(rows.device, torch.float64)
-        full = (len(rows), *shape)
-        try:
-            parts.append(part.expand(full).reshape(len(rows), width))
-        except RuntimeError as problem:
-            raise StateShapeError(
-                problem=f"{name} has shape {tuple(part.shape)}.",
-                expected=f"a number, or a shape that broadcasts to y0's {full}.",
-                fix=f"{name}=1e-3",
-            ) from problem
-    return torch.cat(parts, dim=1)
+        parts = [
+            torch.as_tensor(tolerance).to(rows.device, torch.float64).expand(shape)
+            for tolerance, shape in zip(tolerances, shapes, strict=True)
+        ]
+    except (RuntimeError, ValueError) as problem:
+        is_listed = not isinstance(given, Tensor) and not layout.is_tuple
+        raise (StateTypeError if is_listed else StateShapeError)(
+            problem=f"{name} is {shown(given)}.",
+            expected=f"a number, a tensor that broadcasts to y0's {shapes[0]}, or for tuple states "
+            "one of these a part.",
+            fix=f"{name}=1e-3",
+        ) from problem
+    return layout.join(tuple(parts))
 
 
 def _raise_non_finite(solution: Tensor, rows: Tensor, t: Tensor) -> NoReturn:
@@ -255,10 +247,7 @@ class SampleField:
     dtype: torch.dtype  # the user's
 
     def __call__(self, t: Tensor, y: Tensor, index: Tensor) -> Tensor:
-        """Return the derivatives of the samples at ``index`` in the batch.
-
-        ``t`` are the solver's times (active,), ``y`` their states, one a row.
-        """
+        """Return the derivatives at the solver's times (active,) of the samples at ``index``."""
         k = self._in_mode((self.sign * t).to(self.dtype.to_real()), y.to(self.dtype), index)
         k = k.to(y.dtype) if is_half(k.dtype) else k
         return k if self.sign > 0 else -k
@@ -275,20 +264,19 @@ class SampleField:
         except HyperError:
             raise
         except _REFUSALS as error:
-            others = [mode for mode in TIME_MODES if mode != self.mode]
+            others = (mode for mode in TIME_MODES if mode != self.mode)
             fixes = [f'options={{"time": "{mode}"}}   # {TIME_MODES[mode]}' for mode in others]
-            is_named = can_restrict(self.func)
-            hint = "" if is_named else "; what it holds of every sample is named"
+            fixes += [] if can_restrict(self.func) else [HOW_TO_RESTRICT]
             raise OptionError(
                 problem=f'func failed with options["time"] = "{self.mode}" '
                 f"({TIME_MODES[self.mode]}): {type(error).__name__}: {first_line(error)}",
-                expected=f"a func that can be called that way, or another way of calling it{hint}.",
-                fix="\n".join(fixes if is_named else [*fixes, HOW_TO_RESTRICT]),
+                expected="a func that can be called that way, or another way of calling it.",
+                fix="\n".join(fixes),
             ) from error
         return k
 
     def _one(self, index: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Return the derivative of one sample, whose batch axis of 1 is kept for func."""
+        """Return the derivative of one sample; func gets a batch axis of 1."""
         return self._all(index.unsqueeze(0), t, y.unsqueeze(0)).squeeze(0)
 
     def _all(self, index: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -338,11 +326,7 @@ def _check_samples_alone(field: SampleField, y0: State, times: Tensor) -> None:
 
 
 def _check_times_alone(field: SampleField, t: Tensor, y: Tensor) -> None:
-    """Refuse a func that mixes up times of shape (batch,): a wrong broadcast is silent.
-
-    Compares a call at two times inside the span with one call for each; costs four evaluations
-    of a sample, and none for a single sample.
-    """
+    """Refuse a func that mixes up times of shape (batch,): a wrong broadcast is silent."""
     if len(y) < 2:
         return
     ends = torch.tensor([0, len(y) - 1], device=y.device)

@@ -89,15 +89,8 @@ def stiffness_penalty(record: Record, part: int | None = None) -> Tensor:
     of func's Lipschitz constant there (Shampine, Stiffness and nonstiff differential
     equation solvers II, 1977). The stiffness regulariser of Pal, Ma, Shah and Rackauckas,
     Opening the Blackbox, ICML 2021 (arXiv 2105.03918). "dopri5" and "dopri8" have such
-    stages. No calls of func beyond the solve's.
-
-    Args:
-        record: a record of ``tdh.record(stiffness=True)``.
-        part: the part of tuple states that counts; None for all.
-
-    Raises:
-        OptionError: stiffness was not recorded, or the method has no such stages.
-        HyperError: as `error_penalty`.
+    stages; the record has to be one of ``tdh.record(stiffness=True)``, else `OptionError` is
+    raised. For cost, arguments and other errors see `error_penalty`.
 
     Example:
         >>> import torch, torchdiffeq_hyper as tdh

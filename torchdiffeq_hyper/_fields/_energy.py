@@ -51,9 +51,9 @@ class EnergyField(nn.Module):
     dimensions; here they are sums.
 
     Works with any method, `odeint_adjoint` and tuple states; adaptive methods control the
-    integrals' errors too. Both are 0 or above in reverse time as well. A step costs the
-    calls of func that it has; J adds one vector-Jacobian product to each. A solver
-    attached to ``func`` serves this field too.
+    integrals' errors too. Both are 0 or above in reverse time as well. J adds one
+    vector-Jacobian product to each call of func. A solver attached to ``func`` serves this
+    field too.
 
     Args:
         func: ``func(t, y)``.
@@ -161,24 +161,15 @@ class EnergyField(nn.Module):
             y = self._counted(parts)
             pairs = zip(self._counted(k), self._noise, strict=True)
             outputs = [(f, e) for f, e in pairs if f.requires_grad]
-            slopes: Parts = tuple(torch.zeros_like(part) for part in y)
+            slopes: Parts = tuple(map(torch.zeros_like, y))
             if outputs:
-                slopes = torch.autograd.grad(
-                    [f for f, _ in outputs],
-                    y,
-                    [e for _, e in outputs],
-                    create_graph=has_grad,
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
+                needed = {"allow_unused": True, "materialize_grads": True}
+                f, e = zip(*outputs, strict=True)
+                slopes = torch.autograd.grad(f, y, e, create_graph=has_grad, **needed)
         return (k, slopes) if has_grad else (tuple(f.detach() for f in k), slopes)
 
     def finish(self, solution: Parts) -> tuple[State, Energies]:
-        """Return the solution without the integrals, and the integrals.
-
-        Args:
-            solution: what `odeint` returned for the state of `start`.
-        """
+        """Return what `odeint` returned for the state of `start`: solution and integrals."""
         n_parts = len(solution) - self.kinetic - self.jacobian
         # In reverse time dt is negative, and what was integrated is not.
         integrals = [integral.abs() for integral in solution[n_parts:]]

@@ -18,16 +18,15 @@ NAMES_OF_INPUTS = Items(Choice(*NAMES), least=1, most=1000)
 
 
 class ConcatHypernet(nn.Module):
-    r"""Feed any net the concatenation of a step's inputs along dim 1.
+    r"""Feed any net the concatenation of a step's inputs along dim 1: g(step) = net(cat(inputs)).
 
-    g(step) = net(cat(inputs)): state, derivative and step size as channels, the layout of
-    Poli et al., "Hypersolvers: Toward Fast Continuous-Depth Models", NeurIPS 2020, appendix
-    B, https://arxiv.org/abs/2007.09601.
+    The layout of Poli et al., "Hypersolvers: Toward Fast Continuous-Depth Models", NeurIPS
+    2020, appendix B, https://arxiv.org/abs/2007.09601: state, derivative and step size as
+    channels.
 
     Works on states (batch, channels, \*spatial) with any number of spatial dimensions;
-    (batch,) and 0-d states become one channel and come back in their shape. The parts of a
-    tuple state are concatenated along dim 1 and the output is split back (see
-    `join_channels`, `split_channels`).
+    (batch,) and 0-d states become one channel and come back in their shape, tuple states
+    are joined and split (see `join_channels`, `split_channels`).
 
     The concatenation is cast to the dtype of the net's parameters, so that a float32 net
     serves a float64 state; its output then promotes. Costs one concatenation and one call
@@ -50,8 +49,7 @@ class ConcatHypernet(nn.Module):
             parts of a tuple state, or the context, cannot be concatenated.
 
     Example:
-        >>> import torch
-        >>> import torchdiffeq_hyper as tdh
+        >>> import torch, torchdiffeq_hyper as tdh
         >>> net = torch.nn.Sequential(
         ...     torch.nn.Conv2d(3 + 3 + 1, 16, 3, padding=1),
         ...     torch.nn.PReLU(),
@@ -97,8 +95,7 @@ class ConcatHypernet(nn.Module):
         state, if it has none). Raises what calling the hypernet raises.
 
         Example:
-            >>> import torch
-            >>> import torchdiffeq_hyper as tdh
+            >>> import torch, torchdiffeq_hyper as tdh
             >>> y = torch.ones(3, 2)
             >>> step = tdh.StepInput(torch.tensor(0.1), torch.tensor(0.0), y, -y, (-y,), y)
             >>> tdh.ConcatHypernet(torch.nn.Linear(5, 2)).concat(step)[0]
@@ -244,7 +241,7 @@ def join_channels(state: State) -> Tensor:
     A tensor of two or more dimensions is returned as it is; (batch,) becomes one
     channel, a 0-d tensor one sample of one channel. The parts of a tuple state are
     concatenated along dim 1, after repeating a part over the dimensions that only the
-    others have. Keeps dtype and device. Costs at most one copy of the state.
+    others have. Costs at most one copy of the state.
 
     Raises:
         StateShapeError: parts of different batch or spatial sizes.
@@ -258,8 +255,7 @@ def join_channels(state: State) -> Tensor:
     """
     if isinstance(state, Tensor):
         return state if state.dim() > 1 else state.reshape(-1, 1)
-    dims = [part.dim() for part in state]
-    widest = join_channels(state[dims.index(max(dims))])
+    widest = join_channels(max(state, key=Tensor.dim))
     return torch.cat([_column(part, widest, state) for part in state], dim=1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, pairwise
 from typing import Any, ClassVar, TypeGuard
 
 import torch
@@ -106,6 +107,12 @@ def _is_pointwise(layer: nn.Module) -> TypeGuard[_ConvNd]:
     return isinstance(layer, _ConvNd) and all(size == 1 for size in layer.kernel_size)
 
 
+def perceptron(widths: Sequence[int], *between: nn.Module) -> nn.Sequential:
+    """Return linear layers of these widths, with some modules between any two."""
+    layers = [(nn.Linear(*pair), *between) for pair in pairwise(widths)]
+    return nn.Sequential(*chain(*layers[:-1]), layers[-1][0])
+
+
 class ReadyHypernet(ConcatHypernet):
     """Base of the ready nets: a `ConcatHypernet` that is zero until it is fitted.
 
@@ -186,9 +193,8 @@ class ReadyHypernet(ConcatHypernet):
     def measure_time_in(self, time_unit: float, order: int) -> None:
         """Let what the layers return be the residual of a time unit, for a base of this order p.
 
-        `forward` returns R in true units all the same. A solver multiplies what `scaled`
-        returns by (dt / time_unit)^(p+1) instead: the power of a dt in nanoseconds or in
-        years would leave the range of float32, and so would R.
+        `forward` returns R in true units all the same. A solver multiplies `scaled` by
+        (dt / time_unit)^(p+1) instead: a power of nanoseconds or years leaves float32's range.
         """
         self.time_unit, self.order = float(time_unit), order
 
@@ -207,7 +213,7 @@ class ReadyHypernet(ConcatHypernet):
 
     def forward(self, step: StepInput) -> State:
         """Return g, like ``step.y``."""
-        out = super().forward(step)
+        out = self.scaled(step)
         for _ in range(self.order + 1 if self.time_unit != 1 else 0):
             out = map_parts(lambda part: part / self.time_unit, out)
         return out

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._state import RowLayout, State, StateLayout, part_norms
+from torchdiffeq_hyper._state import State, StateLayout, part_norms
 from torchdiffeq_hyper.errors import NonFiniteError, UnfinishedSolveError, explain
 
 if TYPE_CHECKING:
     from torchdiffeq_hyper.solvers._per_sample import PerSampleDopri5, SampleField
 
 ORDER = 5
-# Nodes and stages are those of Dormand and Prince (1980), the error estimate and the state in the
-# middle of a step those of Shampine (1986): all as in torchdiffeq.
+# Nodes and stages are those of Dormand and Prince (1980), the embedded method and the state in
+# the middle of a step those of Shampine (1986): all as in torchdiffeq.
 _NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 _STAGES = (
     (1 / 5,),
@@ -30,15 +30,8 @@ _STAGES = (
     (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
     (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
 )
-_ERROR = (
-    35 / 384 - 1951 / 21600,
-    0.0,
-    500 / 1113 - 22642 / 50085,
-    125 / 192 - 451 / 720,
-    -2187 / 6784 + 12231 / 42400,
-    11 / 84 - 649 / 6300,
-    -1 / 60,
-)
+_EMBEDDED = (1951 / 21600, 0.0, 22642 / 50085, 451 / 720, -12231 / 42400, 649 / 6300, 1 / 60)
+_ERROR = tuple(b - e for b, e in zip((*_STAGES[-1], 0.0), _EMBEDDED, strict=True))
 _MIDDLE = (
     6025192743 / 60171106304,
     0.0,
@@ -105,52 +98,6 @@ def _before(t: Tensor) -> Tensor:
     return t + step
 
 
-@dataclass
-class StepLog:
-    """The steps of a solve, for its record; ``sign`` is -1 where the solver's time is negated."""
-
-    batch: int
-    layout: RowLayout
-    sign: int
-    rounds: list[tuple[Tensor, ...]] = field(default_factory=list)
-    marks: list[object] = field(default_factory=list)
-
-    def mark(self, f: Tensor) -> Tensor:
-        """Return derivatives whose graph tells the record when it is freed."""
-        marked, mark = recording.mark(f)
-        self.marks += [] if mark is None else [mark]
-        return marked
-
-    def note(
-        self, index: Tensor, columns: tuple[Tensor, ...], is_accepted: Tensor, error: Tensor
-    ) -> None:
-        """Keep a round: times, sizes and error ratios of the samples ``index``, one error a row."""
-        t, dt, ratio = columns
-        flags = is_accepted.new_zeros(self.batch).index_copy(0, index, is_accepted)
-        norms = part_norms(self.layout, error)
-        errors = [torch.where(is_accepted, norm, norm.detach()) for norm in norms]
-        values = (self.sign * t, self.sign * dt, ratio, *errors)
-        self.rounds.append((flags, *(self._padded(index, column) for column in values)))
-
-    def steps(self, y0: State) -> recording.Steps | None:
-        """Return what was noted, None if nothing was."""
-        if not self.rounds:
-            return None
-        is_accepted, t0, dt, ratio, *errors = map(torch.stack, zip(*self.rounds, strict=True))
-        return recording.Steps(
-            t0=t0,
-            dt=dt,
-            ratio=ratio,
-            is_accepted=is_accepted,
-            part_errors=tuple(errors),
-            layout=StateLayout.of(y0),
-            guard=recording.Guard(tuple(self.marks)),
-        )
-
-    def _padded(self, index: Tensor, values: Tensor) -> Tensor:
-        return values.new_full((self.batch,), torch.nan).index_copy(0, index, values)
-
-
 class _Active(NamedTuple):
     """The samples that still step; every field has one entry a sample."""
 
@@ -173,16 +120,18 @@ class Loop:
     """One solve at increasing float64 times, the first one the start's.
 
     Tolerances, relative and absolute, are 0-d or one row a sample. ``nfe`` (batch,) counts the
-    evaluations of func for each sample, ``calls`` its calls, each for the samples that step then.
+    evaluations of func for each sample, ``calls`` its calls.
     """
 
     func: SampleField
     control: PerSampleDopri5
     tolerances: tuple[Tensor, Tensor]
     times: Tensor
-    log: StepLog | None = None
+    is_recorded: bool = False
     calls: int = 0
     rounds: int = 0
+    noted: list[tuple[Tensor, ...]] = field(default_factory=list)
+    marks: list[object] = field(default_factory=list)
 
     def run(self, y0: Tensor) -> Tensor:
         """Return the solution from ``y0``, one row a sample: (times, batch, width)."""
@@ -247,8 +196,9 @@ class Loop:
     def _round(self, active: _Active) -> _Active:
         """Try one step of every active sample."""
         index, y, f, t, dt, due, tried, _ = active
-        if self.log is not None:
-            f = self.log.mark(f)
+        if self.is_recorded:
+            f, mark = recording.mark(f)
+            self.marks += [] if mark is None else [mark]
         step = _attempt(partial(self._evaluate, index), t, dt, y, f)
         with torch.no_grad():
             scale = self._scale(index, torch.maximum(y.abs(), step.y1.abs()))
@@ -258,8 +208,8 @@ class Loop:
             accept = (ratio <= 1) | ((dt <= self.control.min_step) & ratio.isfinite())
             move, digits = dt * f.abs().amax(1), torch.finfo(self.func.dtype).eps
             is_still = ratio.isinf() & (move <= digits * y.abs().amax(1))
-        if self.log is not None:
-            self.log.note(index, (t.detach(), dt, ratio), accept, step.error)
+        if self.is_recorded:
+            self._note(index, (t.detach(), dt, ratio), accept, step.error)
         end = torch.where(accept, t + dt, t)
         passed = self._write(active, step, end, accept)
         tried = torch.where(passed > due, 0, tried + 1)
@@ -283,6 +233,34 @@ class Loop:
             self._values.append(_interpolate(step, active.y, active.dt, x, rows))
             self._places.append(due[rows] * len(self.nfe) + active.samples[rows])
             due = due + inside.long()
+
+    def _note(
+        self, index: Tensor, columns: tuple[Tensor, ...], is_accepted: Tensor, error: Tensor
+    ) -> None:
+        """Keep a round for the record: times, sizes, error ratios and errors of some samples."""
+        t, dt, ratio = columns
+        norms = part_norms(self.func.layout, error)
+        errors = [torch.where(is_accepted, norm, norm.detach()) for norm in norms]
+        batch, sign = (len(self.nfe),), self.func.sign
+        flags = is_accepted.new_zeros(batch).index_copy(0, index, is_accepted)
+        values = (sign * t, sign * dt, ratio, *errors)
+        padded = (x.new_full(batch, torch.nan).index_copy(0, index, x) for x in values)
+        self.noted.append((flags, *padded))
+
+    def steps(self, y0: State) -> recording.Steps | None:
+        """Return the steps for the record, None if there were none."""
+        if not self.noted:
+            return None
+        is_accepted, t0, dt, ratio, *errors = map(torch.stack, zip(*self.noted, strict=True))
+        return recording.Steps(
+            t0=t0,
+            dt=dt,
+            ratio=ratio,
+            is_accepted=is_accepted,
+            part_errors=tuple(errors),
+            layout=StateLayout.of(y0),
+            guard=recording.Guard(tuple(self.marks)),
+        )
 
     def _solution(self) -> Tensor:
         """Return the states written so far, nan where there are none yet."""

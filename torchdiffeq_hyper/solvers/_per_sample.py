@@ -19,7 +19,7 @@ from torchdiffeq_hyper._fields import (
     own,
     restrict,
 )
-from torchdiffeq_hyper._rules import shown
+from torchdiffeq_hyper._rules import Choice, checked_arguments, shown
 from torchdiffeq_hyper._state import RowLayout, State, VectorField, is_half, parts_of, shapes_of
 from torchdiffeq_hyper.errors import (
     HyperError,
@@ -30,7 +30,7 @@ from torchdiffeq_hyper.errors import (
     closest,
     first_line,
 )
-from torchdiffeq_hyper.solvers._dopri5 import Loop, StepLog
+from torchdiffeq_hyper.solvers._dopri5 import Loop
 from torchdiffeq_hyper.solvers._grid import check_times
 from torchdiffeq_hyper.solvers._stepping import is_finite
 
@@ -83,12 +83,8 @@ class PerSampleDopri5:
 
     def __post_init__(self) -> None:
         """Check every value."""
-        if self.time not in TIME_MODES:
-            raise OptionError(
-                problem=f"time is {self.time!r}.",
-                expected="; ".join(f'"{mode}": {what}' for mode, what in TIME_MODES.items()) + ".",
-                fix=f'options={{"time": "{closest(self.time, TIME_MODES)}"}}',
-            )
+        fix = f'options={{"time": "{closest(self.time, TIME_MODES)}"}}'
+        checked_arguments({"time": Choice(*TIME_MODES)}, {"time": self.time}, fix)
         for field in fields(self)[:-1]:
             value = getattr(self, field.name)
             if not (_is_number(value) or value is field.default):
@@ -170,11 +166,10 @@ class PerSampleDopri5:
         if self.time == "vector":
             _check_times_alone(field, times, rows)
         limits = _in_rows(layout, "rtol", rtol, rows), _in_rows(layout, "atol", atol, rows)
-        log = None if draft is None else StepLog(len(rows), layout, sign)
-        loop = Loop(field, self, limits, times, log)
+        loop = Loop(field, self, limits, times, is_recorded=draft is not None)
         found = loop.run(rows)
-        if draft is not None and log is not None:
-            draft.nfe, draft.sample_nfe, draft.steps = loop.calls, loop.nfe, log.steps(y0)
+        if draft is not None:
+            draft.nfe, draft.sample_nfe, draft.steps = loop.calls, loop.nfe, loop.steps(y0)
         solution = found.to(dtype)
         if not is_finite(solution):
             _raise_non_finite(solution, found, t)

@@ -121,9 +121,13 @@ class ConcatHypernet(nn.Module):
 
     def _explain_channels(self, step: StepInput, joined: Tensor, error: RuntimeError) -> None:
         """Raise a better error if the number of channels can be why the net failed."""
-        got, layers = joined.shape[1], self.net.modules() if isinstance(self.net, nn.Module) else ()
-        sized = ((layer, _channels_taken(layer)) for layer in layers)
-        layer, wanted = next((pair for pair in sized if pair[1]), (None, got))
+        got = joined.shape[1]
+        for layer in self.net.modules() if isinstance(self.net, nn.Module) else ():
+            wanted = getattr(layer, "in_channels", getattr(layer, "in_features", 0))
+            if isinstance(wanted, int) and wanted:
+                break
+        else:
+            return
         if wanted == got:
             return
         first = f"the net's first layer, a {type(layer).__name__},"
@@ -211,12 +215,6 @@ def _dtype_of(net: object) -> torch.dtype | None:
     return None
 
 
-def _channels_taken(layer: nn.Module) -> int:
-    """Return a layer's number of input channels, 0 if it does not say."""
-    taken = getattr(layer, "in_channels", getattr(layer, "in_features", 0))
-    return taken if isinstance(taken, int) else 0
-
-
 def check_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
     """Return the names of a hypernet's inputs as a tuple."""
     names = (inputs,) if isinstance(inputs, str) else tuple(inputs) or ("y",)
@@ -255,7 +253,8 @@ def join_channels(state: State) -> Tensor:
     """
     if isinstance(state, Tensor):
         return state if state.dim() > 1 else state.reshape(-1, 1)
-    widest = join_channels(max(state, key=Tensor.dim))
+    dims = [part.dim() for part in state]
+    widest = join_channels(state[dims.index(max(dims))])
     return torch.cat([_column(part, widest, state) for part in state], dim=1)
 
 

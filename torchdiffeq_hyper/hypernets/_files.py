@@ -261,8 +261,10 @@ def _no_instance(description: Mapping[str, Any], path: str) -> FileFormatError:
 def _check_time_unit(description: Mapping[str, Any], tensor: Tensor | None, path: str) -> None:
     """Refuse a time unit and order of the tensors that are not those of the description."""
     described = [description.get("time_unit", 1.0), description.get("order", 0)]
-    found = None if tensor is None else tensor.tolist()
+    found = None
     with refused(repr(path)):
+        if tensor is not None:
+            found = TensorOf((torch.float64,), (2,)).check(tensor, TIME_UNIT).tolist()
         if found != (None if described[0] == 1 else described):
             raise mismatch(TIME_UNIT, found, expected=f"{described}, as described")
 

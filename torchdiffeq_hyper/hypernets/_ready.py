@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, pairwise
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +62,10 @@ class Scaled(nn.Module):
         if x.dim() != self.n_spatial + 2:
             raise _wrong_dimensions(x.dim() - 2, self.n_spatial)
         first, last = self.layers[0], self.layers[-1]
-        if _is_pointwise(first) and first is not last and isinstance(last, _ConvNd):
-            return self._evaluate_folded(x, first, last)
+        if isinstance(first, _ConvNd) and isinstance(last, _ConvNd) and first is not last:
+            # Where the first one pads, its border would see another shift than the rest.
+            is_pointwise = max(first.kernel_size) == 1
+            return self._evaluate_folded(x, first, last) if is_pointwise else self._evaluate(x)
         return self._evaluate(x)
 
     def _evaluate(self, x: Tensor) -> Tensor:
@@ -73,10 +75,7 @@ class Scaled(nn.Module):
         return out * self.output_scale
 
     def _evaluate_folded(self, x: Tensor, first: _ConvNd, last: _ConvNd) -> Tensor:
-        """Evaluate with the scales multiplied into the weights: these are small, x is not.
-
-        Where the first convolution pads, its border would see another shift than the rest.
-        """
+        """Evaluate with the scales multiplied into the weights: these are small, x is not."""
         assert first.bias is not None
         assert last.bias is not None
         convolve = _FUNCTIONS[x.dim() - 3]
@@ -101,10 +100,6 @@ def _wrong_dimensions(found: int, wanted: int) -> StateShapeError:
         expected=f"a state of {wanted + 2} dimensions.",
         fix=fix,
     )
-
-
-def _is_pointwise(layer: nn.Module) -> TypeGuard[_ConvNd]:
-    return isinstance(layer, _ConvNd) and all(size == 1 for size in layer.kernel_size)
 
 
 def perceptron(widths: Sequence[int], *between: nn.Module) -> nn.Sequential:

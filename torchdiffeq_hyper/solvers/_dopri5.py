@@ -56,8 +56,10 @@ def _attempt(
 ) -> _Attempt:
     """Return a step of size ``dt`` (active,) from ``t``; six calls of the field."""
     real = y.dtype.to_real()
-    # Just before the end, which may be a discontinuity of func.
-    end, start, size = _before((t + dt).to(real)), t.to(real), dt.to(real)
+    end, start, size = (t + dt).to(real), t.to(real), dt.to(real)
+    with torch.no_grad():
+        ulp = torch.nextafter(end, end - 1) - end
+    end = end + ulp  # just before the end, which may be a discontinuity of func
     h = size.unsqueeze(1)
     y1, stages = y, [f]
     for node, weights in zip(_NODES, _STAGES, strict=True):
@@ -89,13 +91,6 @@ def _combine(stages: list[Tensor], weights: tuple[float, ...], h: Tensor) -> Ten
         if weight:
             total = total + k * (weight * h)
     return total
-
-
-def _before(t: Tensor) -> Tensor:
-    """Return the number next below ``t``, with the gradient of ``t``."""
-    with torch.no_grad():
-        step = torch.nextafter(t, t - 1) - t
-    return t + step
 
 
 class _Active(NamedTuple):

@@ -153,8 +153,15 @@ class PerSampleDopri5:
         layout = RowLayout.of(y0)
         rows = layout.join(y0)
         dtype, t = rows.dtype, check_times(t, rows)
-        _check_order(t)
-        sign = -1 if len(t) > 1 and bool(t[1] < t[0]) else 1
+        steps, are_finite = t.diff(), is_finite(t)
+        sign = -1 if bool((steps < 0).any()) else 1
+        if not are_finite or not bool((sign * steps > 0).all()):
+            how = "goes back and forth" if are_finite else "holds inf or nan"
+            raise OptionError(
+                problem=f"t {how}: {t.tolist()[:8]}.",
+                expected="finite times that strictly increase, or strictly decrease.",
+                fix="t = t.unique()" if are_finite else "t = t[torch.isfinite(t)]",
+            )
         # Sums of many small steps need more digits than the state has.
         times = sign * t.to(torch.float64)
         if rows.numel() == 0 or len(t) == 1:
@@ -180,18 +187,6 @@ def _is_number(value: object) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.is_complex()
     return isinstance(value, float | int)
-
-
-def _check_order(t: Tensor) -> None:
-    steps, are_finite = t.diff(), is_finite(t)
-    if are_finite and bool((steps > 0).all() | (steps < 0).all()):
-        return
-    how = "goes back and forth" if are_finite else "holds inf or nan"
-    raise OptionError(
-        problem=f"t {how}: {t.tolist()[:8]}.",
-        expected="finite times that strictly increase, or strictly decrease.",
-        fix="t = t.unique()" if are_finite else "t = t[torch.isfinite(t)]",
-    )
 
 
 def _in_rows(layout: RowLayout, name: str, given: Tolerance, rows: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class PerSampleDopri5:
         for field in fields(self)[:-1]:
             value = getattr(self, field.name)
             if not (_is_number(value) or value is field.default):
-                self._refuse(field.name, "a number (real)", field.default or 1e-3)
+                self._refuse(field.name, "a number (real)", 1.0)
         first = 1.0 if self.first_step is None else self.first_step
         is_most = self.max_step > 0 and self.max_step >= self.min_step
         for name, is_possible, expected, example in (

@@ -269,13 +269,13 @@ class Record(Rule):
             if key not in self.fields:
                 problem = f"{under(name, str(key))} is a field that this version does not know."
                 raise Mismatch(problem, self.expected, UPGRADE)
-        for key in self._required:
-            if key not in value:
-                raise missing(under(name, key), self.fields[key].expected)
-        fields = self.fields.items()
-        return {
-            key: rule.check(value[key], under(name, key)) for key, rule in fields if key in value
-        }
+        found: dict[str, Any] = {}
+        for key, rule in self.fields.items():
+            if key in value:
+                found[key] = rule.check(value[key], under(name, key))
+            elif key in self._required:
+                raise missing(under(name, key), rule.expected)
+        return found
 
 
 class Tagged(Rule):

@@ -153,6 +153,12 @@ def stepped_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if is_half(dtype) else dtype
 
 
+def time_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which func is given the time, for states of a dtype."""
+    # Asked first: `torch.compile` (torch 2.13) cannot trace `to_real`.
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
 def wide_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype in which differences of nearly equal states are formed."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -149,7 +149,7 @@ def _local_error(solve: Solve, part: int | None) -> Tensor:
         )
     layout = StateLayout.of(step.y)
     y0 = layout.join(step.y)
-    real = y0.dtype.to_real()
+    real = y0.abs().dtype
     t0, dt, t1 = step.t0.to(real), step.dt.to(real), (step.t0 + step.dt).to(real)
 
     def derivative(t: Tensor, y: Tensor) -> Tensor:

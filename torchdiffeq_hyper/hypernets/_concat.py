@@ -181,7 +181,8 @@ def _context_columns(context: tuple[Tensor, ...], y: Tensor) -> Iterator[Tensor]
 def _column(part: Tensor, like: Tensor, parts: Sequence[Tensor]) -> Tensor:
     """Return one of some parts as channels, repeated over the dimensions that others have."""
     batch, spatial = like.shape[0], like.shape[2:]
-    if part.shape[:1] not in ((batch,), ()) or part.shape[2:] not in (spatial, ()):
+    has_batch, has_spatial = part.dim() > 0, part.dim() > 2
+    if (has_batch and part.shape[0] != batch) or (has_spatial and part.shape[2:] != spatial):
         raise StateShapeError(
             problem=f"parts of shapes {[tuple(part.shape) for part in parts]} cannot be "
             "concatenated along dim 1.",

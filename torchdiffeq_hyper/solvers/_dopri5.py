@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._state import State, StateLayout, part_norms
+from torchdiffeq_hyper._state import State, StateLayout, part_norms, time_dtype
 from torchdiffeq_hyper.errors import NonFiniteError, UnfinishedSolveError, explain
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _attempt(
     func: Callable[[Tensor, Tensor], Tensor], t: Tensor, dt: Tensor, y: Tensor, f: Tensor
 ) -> _Attempt:
     """Return a step of size ``dt`` (active,) from ``t``; six calls of the field."""
-    real = y.dtype.to_real()
+    real = time_dtype(y.dtype)
     end, start, size = (t + dt).to(real), t.to(real), dt.to(real)
     with torch.no_grad():
         ulp = torch.nextafter(end, end - 1) - end
@@ -224,7 +224,7 @@ class Loop:
             if len(rows) == 0:
                 return due
             times, start = self.times[due[rows]], active.t[rows]
-            x = ((times - start) / (end[rows] - start)).to(step.y1.dtype.to_real())
+            x = ((times - start) / (end[rows] - start)).to(time_dtype(step.y1.dtype))
             self._values.append(_interpolate(step, active.y, active.dt, x, rows))
             self._places.append(due[rows] * len(self.nfe) + active.samples[rows])
             due = due + inside.long()

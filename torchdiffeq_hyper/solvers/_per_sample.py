@@ -20,7 +20,15 @@ from torchdiffeq_hyper._fields import (
     restrict,
 )
 from torchdiffeq_hyper._rules import Choice, checked_arguments, shown
-from torchdiffeq_hyper._state import RowLayout, State, VectorField, is_half, parts_of, shapes_of
+from torchdiffeq_hyper._state import (
+    RowLayout,
+    State,
+    VectorField,
+    is_half,
+    parts_of,
+    shapes_of,
+    time_dtype,
+)
 from torchdiffeq_hyper.errors import (
     HyperError,
     NonFiniteError,
@@ -238,7 +246,7 @@ class SampleField:
 
     def __call__(self, t: Tensor, y: Tensor, index: Tensor) -> Tensor:
         """Return the derivatives at the solver's times (active,) of the samples at ``index``."""
-        k = self._in_mode((self.sign * t).to(self.dtype.to_real()), y.to(self.dtype), index)
+        k = self._in_mode((self.sign * t).to(time_dtype(self.dtype)), y.to(self.dtype), index)
         k = k.to(y.dtype) if is_half(k.dtype) else k
         return k if self.sign > 0 else -k
 

@@ -21,7 +21,7 @@ from torchdiffeq_hyper.errors import (
     StateShapeError,
     UnfinishedSolveError,
 )
-from torchdiffeq_hyper.solvers.per_sample import PerSampleDopri5
+from torchdiffeq_hyper.solvers._per_sample import PerSampleDopri5
 
 METHOD = "dopri5_per_sample"
 FORWARD = torch.tensor([0.0, 0.3, 0.31, 2.0, 5.0], dtype=torch.float64)

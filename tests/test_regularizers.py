@@ -374,9 +374,9 @@ def test_energy_fields_say_what_is_wrong() -> None:
     func = MLPField()
     with pytest.raises(OptionError, match="neither"):
         EnergyField(func, kinetic=False, jacobian=False)
-    with pytest.raises(StateShapeError, match="shared by the parts"):
+    with pytest.raises(StateShapeError, match="as many in every part"):
         EnergyField(func).start((torch.ones(3, 2), torch.ones(4)))
-    with pytest.raises(StateShapeError, match="leading batch dimension"):
+    with pytest.raises(StateShapeError, match="samples along dim 0"):
         EnergyField(func).start(torch.tensor(1.0))
     with pytest.raises(OptionError, match="part is 2"):
         EnergyField(func, part=2).start((torch.ones(3, 2), torch.ones(3)))

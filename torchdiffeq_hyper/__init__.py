@@ -39,9 +39,9 @@ from torchdiffeq_hyper.solvers._binding import attach, detach, using
 from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers._fit_report import FitReport
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
+from torchdiffeq_hyper.solvers._per_sample import PerSampleDopri5
 from torchdiffeq_hyper.solvers._solver import Solver
 from torchdiffeq_hyper.solvers.bespoke import BespokeSolver
-from torchdiffeq_hyper.solvers.per_sample import PerSampleDopri5
 from torchdiffeq_hyper.tableaus import EULER, HEUN, MIDPOINT, RK4, second_order
 
 __version__ = "0.1.0"

@@ -16,7 +16,6 @@ from torch import Tensor
 from torchdiffeq_hyper.errors import HyperError
 from torchdiffeq_hyper.hypernets._files import UNSEEN
 from torchdiffeq_hyper.methods import _registry
-from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers._solver import Solver
 
 
@@ -43,27 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _methods() -> str:
-    lines = [("method", "order", "calls per step", "follows grid", "learned", "owner")]
-    lines += [
-        (
-            method.name,
-            str(method.order),
-            str(method.calls_per_step),
-            _yes(method.follows_grid),
-            _yes(method.is_learned),
-            method.owner,
-        )
-        for method in _registry.methods().values()
+    head = ("method", "order", "calls per step", "follows grid", "learned", "owner")
+    rows = [
+        (m.name, m.order, m.calls_per_step, m.follows_grid, m.is_learned, m.owner)
+        for m in _registry.methods().values()
     ]
+    shown = {True: "yes", False: "no"}
+    lines = [head, *(tuple(shown[c] if isinstance(c, bool) else str(c) for c in r) for r in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
-def _yes(value: bool) -> str:  # noqa: FBT001 - the value is what is shown
-    return "yes" if value else "no"
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def _describe(path: str) -> str:
@@ -85,36 +72,28 @@ def _describe(path: str) -> str:
 def _facts(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], solver: Solver
 ) -> dict[str, str]:
-    method = _registry.find(solver.method)
+    method, domain = _registry.find(solver.method), solver.domain
     alpha, steps, net = metadata["alpha"], metadata["steps"], dict(metadata["hypernet"] or {})
     low, high = steps if isinstance(steps, list) else (steps, steps)
     weights = sum(tensor.numel() for tensor in tensors.values())
-    kind = net.pop("kind", "none")
+    kind, described = net.pop("kind", "none"), ", ".join(f"{key} {net[key]}" for key in net)
     facts = {
         "base": solver.base + ("" if alpha is None else f", alpha {alpha:g}"),
         "method": f"{method.name}, order {method.order}, calls per step {method.calls_per_step}",
         "steps": "as the caller's time grid" if low is None else _range(low, high),
-        "hypernet": f"{kind}: {', '.join(f'{key} {value}' for key, value in net.items())}"
-        if net
-        else kind,
+        "hypernet": f"{kind}: {described}" if net else kind,
         "weights": f"{weights:,} numbers in {len(tensors)} tensors",
     }
-    if solver.domain is not None:
-        facts |= _domain_facts(solver.domain)
+    if domain is not None:
+        start, end = domain.span
+        ways = " and ".join("forward" if sign > 0 else "reverse" for sign in domain.directions)
+        shapes = " and ".join(str(("batch", *shape)) for shape in domain.shapes).replace("'", "")
+        facts["fitted on"] = f"t from {start:g} to {end:g}, {ways}"
+        facts["|dt|"] = _range(f"{domain.dt_min:.4g}", f"{domain.dt_max:.4g}")
+        facts["state"] = f"{'tuple of ' * domain.is_tuple}{shapes}, {domain.dtype}"
     if solver.report is not None:
         facts["report"] = str(solver.report)
     return facts
-
-
-def _domain_facts(domain: FitDomain) -> dict[str, str]:
-    start, end = domain.span
-    directions = " and ".join("forward" if sign > 0 else "reverse" for sign in domain.directions)
-    shapes = " and ".join(str(("batch", *shape)).replace("'", "") for shape in domain.shapes)
-    return {
-        "fitted on": f"t from {start:g} to {end:g}, {directions}",
-        "|dt|": _range(f"{domain.dt_min:.4g}", f"{domain.dt_max:.4g}"),
-        "state": f"{'tuple of ' if domain.is_tuple else ''}{shapes}, {domain.dtype}",
-    }
 
 
 def _range(low: object, high: object) -> str:

@@ -1,7 +1,4 @@
-"""The package's files: safetensors with a JSON description in the header.
-
-Reading runs no code from a file; writing replaces the target in one step or not at all.
-"""
+"""The package's files: safetensors with a JSON description in the header, read without code."""
 
 from __future__ import annotations
 
@@ -32,11 +29,8 @@ _KEY = "torchdiffeq_hyper"
 
 def tensors_under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors whose names begin with a prefix, named without it."""
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
+    named = tensors.items()
+    return {name.removeprefix(prefix): value for name, value in named if name.startswith(prefix)}
 
 
 def write(
@@ -45,11 +39,7 @@ def write(
     kind: str,
     metadata: Mapping[str, Any],
 ) -> None:
-    """Write tensors and their JSON-ready description to ``path``, replacing what is there.
-
-    Tensors may share memory, have any strides and lie on any device. ``kind`` is what the
-    file holds, e.g. "hypersolver"; `read` asks for it. For errors see `write_bytes`.
-    """
+    """Write tensors and their JSON-ready description; ``kind`` is what `read` asks for."""
     # Tied and strided weights are copied apart: the format knows neither.
     copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -60,11 +50,7 @@ def write(
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write ``data`` to ``path``: complete, or not at all; an old file stays until then.
-
-    Raises:
-        FileWriteError: the file cannot be written.
-    """
+    """Write ``data`` to ``path``: complete, or not at all; an old file stays until then."""
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
@@ -95,30 +81,21 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
             expected=f"a file of kind {kind!r}.",
             fix="the loader that belongs to the file's kind",
         )
-    with _open(path) as file:
-        tensors = {name: _tensor(file, name, path) for name in file.keys()}  # noqa: SIM118
+    tensors: dict[str, Tensor] = {}
+    with _open(path) as file, refused(repr(os.fspath(path))):
+        for name in file.keys():  # noqa: SIM118
+            try:
+                # Cloned: the file may be replaced while the tensors live.
+                tensors[name] = file.get_tensor(name).clone()
+            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+                # A dtype or size that this torch has not.
+                problem = f"its tensor {name!r} cannot be read: {error}"
+                raise Mismatch(problem, "tensors that torch can hold") from error
     return tensors, metadata
 
 
-def _tensor(file: Any, name: str, path: str | os.PathLike[str]) -> Tensor:
-    with refused(repr(os.fspath(path))):
-        try:
-            # Cloned: the file may be replaced while the tensors live.
-            tensor: Tensor = file.get_tensor(name).clone()
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-            # A dtype or size that this torch has not.
-            problem = f"its tensor {name!r} cannot be read: {error}"
-            raise Mismatch(problem, "tensors that torch can hold") from error
-    return tensor
-
-
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the description in a file of any kind, with its "kind" and "format_version".
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        FileFormatError: truncated, not one of this package's files, or of a newer format.
-    """
+    """Return the description in a file of any kind; raises what `read` raises."""
     with _open(path) as file:
         text = (file.metadata() or {}).get(_KEY)
     if text is None:
@@ -134,11 +111,10 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
             problem = f"it is no JSON: {error}"
             raise Mismatch(problem, "what `save` writes") from error
         Table(ANYTHING).check(metadata, "")
-        header = {name: metadata[name] for name in HEADER if name in metadata}
-        version = Record(HEADER).check(header, "")["format_version"]
-    if version > FORMAT_VERSION:
+        header = Record(HEADER).check({name: metadata.get(name) for name in HEADER}, "")
+    if header["format_version"] > FORMAT_VERSION:
         raise FileFormatError(
-            problem=f"{os.fspath(path)!r} has format {version}.",
+            problem=f"{os.fspath(path)!r} has format {header['format_version']}.",
             expected=f"a format up to {FORMAT_VERSION}, which is what this version knows.",
             fix="pip install -U torchdiffeq_hyper",
         )
@@ -147,10 +123,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 @contextmanager
 def refused(what: str, fix: str = FIX) -> Iterator[None]:
-    """Turn the refusal of what was read, e.g. "the checkpoint", into a `FileFormatError`.
-
-    A `Mismatch` has a fix of its own.
-    """
+    """Turn the refusal of what was read, e.g. "the checkpoint", into a `FileFormatError`."""
     try:
         yield
     except FileFormatError:
@@ -164,21 +137,7 @@ def refused(what: str, fix: str = FIX) -> Iterator[None]:
 
 
 def checked(rule: Rule, value: object, what: str, at: str = "") -> Any:
-    """Return what was read from ``what``, at the place ``at`` in it, if its rule takes it.
-
-    Raises:
-        FileFormatError: it is something else; the text names the field.
-
-    Example:
-        >>> from torchdiffeq_hyper._files import checked
-        >>> from torchdiffeq_hyper._rules import Record, Whole
-        >>> checked(Record({"steps": Whole(1, 9)}), {"steps": 0}, "the file")
-        Traceback (most recent call last):
-            ...
-        torchdiffeq_hyper.errors.FileFormatError: the file cannot be used: steps is 0.
-          expected: an int from 1 to 9.
-          fix:      copy the file again, or fit and save again
-    """
+    """Return what was read from ``what``, at the place ``at`` in it, if its rule takes it."""
     with refused(what):
         return rule.check(value, at)
 
@@ -229,12 +188,10 @@ def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
         with Path(path).open("rb") as raw:
             head = raw.read(9)
         # Eight bytes of length, then JSON: all that tells a cut-off file from a foreign one.
-        if len(head) < 9 or head[8:] == b"{":
-            problem = f"{os.fspath(path)!r} is truncated or damaged: {error}"
-        else:
-            problem = f"{os.fspath(path)!r} is not a safetensors file."
+        is_cut = len(head) < 9 or head[8:] == b"{"
+        state = f"truncated or damaged: {error}" if is_cut else "not a safetensors file."
         raise FileFormatError(
-            problem=problem,
+            problem=f"{os.fspath(path)!r} is {state}",
             expected="a complete file that `save` wrote.",
             fix="copy or save it again",
         ) from error

@@ -1,11 +1,8 @@
 """Rules for what was read from files: numbers, strings, tensors, lists and records of them.
 
-A rule is a small object with ``expected``, for people, and ``check(value, name)``, which
-returns the value or raises `Mismatch` with the name of the field that is wrong. `record_of`
-reads the rules of a dataclass off its annotations. A field that later versions write and
-earlier ones did not is optional::
-
-    Record({"steps": Whole(1, MOST_STEPS)}, optional={"unit": Real(above=0.0)})
+A rule has ``expected``, for people, and ``check(value, name)``, which returns the value or raises
+`Mismatch` with the name of the field that is wrong. `record_of` reads the rules of a dataclass off
+its annotations.
 """
 
 from __future__ import annotations
@@ -45,7 +42,7 @@ def mismatch(name: str, value: object, expected: str, fix: str = FIX) -> Mismatc
 
 
 def missing(name: str, expected: str) -> Mismatch:
-    """Return the error for a field that has to be there and is not."""
+    """Return the error for a field that is not there."""
     return Mismatch(f"{name} is missing.", expected)
 
 
@@ -133,17 +130,12 @@ class Real(Value):
 
 
 class Text(Value):
-    """A string that can be written out."""
+    """A string that can be written out, which half of a surrogate pair cannot."""
 
     def __init__(self, longest: int = 10_000) -> None:
         def holds(value: Any) -> bool:
-            if not isinstance(value, str) or len(value) > longest:
-                return False
-            try:
-                value.encode()
-            except UnicodeEncodeError:  # half of a surrogate pair
-                return False
-            return True
+            is_short = isinstance(value, str) and len(value) <= longest
+            return is_short and value.encode(errors="ignore").decode() == value
 
         super().__init__(holds, f"a string of up to {longest:,} characters")
 
@@ -159,10 +151,7 @@ class Choice(Value):
 
 
 class TensorOf(Value):
-    """A tensor without nan (or inf); of one of some dtypes and of a shape, if these are given.
-
-    None in a shape stands for any size.
-    """
+    """A tensor without nan (or inf), of some dtypes and of a shape; None there is any size."""
 
     def __init__(
         self,
@@ -174,10 +163,10 @@ class TensorOf(Value):
         def holds(value: Any) -> bool:
             if not isinstance(value, Tensor) or (dtypes and value.dtype not in dtypes):
                 return False
-            if shape is not None and (
-                value.dim() != len(shape)
-                or any(n not in (size, None) for size, n in zip(value.shape, shape, strict=True))
-            ):
+            sizes = value.shape if shape is None else shape
+            if len(sizes) != value.dim():
+                return False
+            if any(n not in (size, None) for n, size in zip(sizes, value.shape, strict=True)):
                 return False
             if value.dtype not in FLOATS and not value.is_complex():
                 return True
@@ -244,8 +233,7 @@ class Row(Rule):
     def check(self, value: Any, name: str) -> list[Any]:
         if not isinstance(value, list | tuple) or len(value) != len(self._rules):
             raise mismatch(name, value, self.expected)
-        pairs = enumerate(zip(self._rules, value, strict=True))
-        return [rule.check(item, f"{name}[{i}]") for i, (rule, item) in pairs]
+        return [self._rules[i].check(item, f"{name}[{i}]") for i, item in enumerate(value)]
 
 
 class Table(Rule):
@@ -304,8 +292,8 @@ class Tagged(Rule):
         kind = value.get("kind")
         if not isinstance(kind, str) or kind not in self._kinds:
             raise mismatch(under(name, "kind"), kind, self._known, UPGRADE)
-        others = {key: item for key, item in value.items() if key != "kind"}
-        return {"kind": kind, **self._kinds[kind].check(others, name)}
+        own = {key: item for key, item in value.items() if key != "kind"}
+        return {"kind": kind, **self._kinds[kind].check(own, name)}
 
 
 def record_of(cls: type, *, is_complete: bool = False, **own: Rule) -> Record:

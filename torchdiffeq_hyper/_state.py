@@ -1,8 +1,4 @@
-"""States, which are tensors or tuples of tensors, and what is done to them part by part.
-
-Taking states apart, joining them and computing on them is done here. Elsewhere the two kinds
-are told apart where users' values come in, and where hosts want one of them.
-"""
+"""States, which are tensors or tuples of tensors, and what is done to them part by part."""
 
 from __future__ import annotations
 
@@ -66,11 +62,7 @@ def parts_of(y: State) -> tuple[Tensor, ...]:
 
 
 def map_parts(f: Callable[..., Tensor], *states: State) -> State:
-    """Return what ``f`` returns for each part of one or more states, as such a state.
-
-    >>> map_parts(torch.add, (torch.ones(1), torch.ones(2)), (torch.ones(1), torch.ones(2)))
-    (tensor([2.]), tensor([2., 2.]))
-    """
+    """Return what ``f`` returns for each part of one or more states, as such a state."""
     if isinstance(states[0], tuple):
         return tuple(f(*parts) for parts in zip(*states, strict=True))
     return f(*states)
@@ -129,6 +121,18 @@ def check_samples_first(y0: State, fix: str) -> None:
         )
 
 
+def check_part(part: object, n_parts: int) -> None:
+    """Refuse what is no index of one of so many parts, 0 for a state of one tensor."""
+    if type(part) is not int or not 0 <= part < n_parts:
+        raise OptionError(
+            problem=f"part is {part!r}.",
+            expected=f"None, or an index of one of the state's {n_parts} parts."
+            if n_parts
+            else "None: the state is one tensor.",
+            fix="part=0" if n_parts else "part=None",
+        )
+
+
 def check_dtype(dtype: torch.dtype, *, is_tuple: bool = False) -> None:
     """Refuse states of integers, the dtype being a state's or that of a part of a tuple."""
     if not (dtype.is_floating_point or dtype.is_complex):
@@ -172,7 +176,7 @@ class StateLayout:
         """Return the layout of a state, after checking that it is one, and not of integers."""
         if isinstance(y, Tensor):
             check_dtype(y.dtype)
-            return _TENSOR
+            return cls(None)
         if not isinstance(y, tuple) or not y or not all(isinstance(part, Tensor) for part in y):
             raise StateTypeError(
                 problem=f"y0 is a {type(y).__name__}.",
@@ -207,9 +211,6 @@ class StateLayout:
         return start, start + prod(self.shapes[part])
 
 
-_TENSOR = StateLayout(None)
-
-
 @dataclass(frozen=True)
 class RowLayout:
     """How the samples of a state lie in a matrix of shape (samples, numbers of a sample)."""
@@ -233,7 +234,7 @@ class RowLayout:
     def join(self, y: State) -> Tensor:
         """Return the matrix of a state."""
         if isinstance(y, Tensor):
-            return y.reshape(len(y), -1) if y.numel() else y.reshape(len(y), self.widths[0])
+            return y.reshape(len(y), self.widths[0])
         return torch.cat([p.reshape(len(p), w) for p, w in zip(y, self.widths, strict=True)], 1)
 
     def split(self, rows: Tensor) -> State:
@@ -251,18 +252,12 @@ class RowLayout:
         return norms[0] if len(norms) == 1 else torch.stack(norms).amax(dim=0)
 
 
-SMALLEST_SIZE = 0.1
-"""Smallest size of a state to divide its error by, as a share of the root mean square."""
-
-
 def sample_norms(states: State, unit: float = 1.0) -> Tensor:
-    """Return the 2-norms of n states of a batch, (n, batch), all parts taken together.
+    """Return the 2-norms of states (n, batch, ...), all parts taken together, as (n, batch).
 
-    ``states`` is (n, batch, ...), or a tuple of such; it is divided by ``unit`` first, since
-    the squares of large numbers would overflow.
+    Divided by ``unit`` first, since the squares of large numbers would overflow.
     """
-    columns = [_rows(part, 2) for part in parts_of(states)]
-    joined = columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
+    joined = torch.cat([_rows(part, 2) for part in parts_of(states)], dim=-1)
     norms: Tensor = torch.linalg.vector_norm(joined if unit == 1 else joined / unit, dim=-1)
     return norms
 
@@ -270,12 +265,10 @@ def sample_norms(states: State, unit: float = 1.0) -> Tensor:
 def sample_sizes(states: State, unit: float = 1.0) -> Tensor:
     """Return the norms that relative errors are divided by, (n, batch).
 
-    Where a state happens to be near zero, a tenth of the root mean square over all stands
-    in for its norm.
+    Where one is near zero, a tenth of the root mean square over all stands in for it.
     """
     norms = sample_norms(states, unit)
-    floor = SMALLEST_SIZE * norms.square().mean().sqrt()
-    return norms.clamp_min(floor).clamp_min(1e-30)
+    return norms.clamp_min(0.1 * norms.square().mean().sqrt()).clamp_min(1e-30)
 
 
 def part_norms(layout: StateLayout | RowLayout, flat: Tensor) -> tuple[Tensor, ...]:
@@ -290,21 +283,9 @@ def _rows(part: Tensor, n_leading: int) -> Tensor:
 
 
 def select(norms: Sequence[Tensor], layout: StateLayout, part: int | None) -> Tensor:
-    """Return one part's norms, or those of all parts that have a batch dimension.
-
-    ``norms`` has for each part (..., batch of the part); where all are asked for, the parts'
-    batches have to be the same.
-    """
+    """Return one part's norms (..., batch), or those of all parts that have a batch, together."""
     if part is not None:
-        n_parts = 0 if layout.shapes is None else len(layout.shapes)
-        if isinstance(part, bool) or not isinstance(part, int) or not 0 <= part < n_parts:
-            raise OptionError(
-                problem=f"part is {part!r}.",
-                expected=f"None, or an index of one of the state's {n_parts} parts."
-                if n_parts
-                else "None: the state is one tensor.",
-                fix="part=0" if n_parts else "part=None",
-            )
+        check_part(part, 0 if layout.shapes is None else len(layout.shapes))
         return norms[part]
     if layout.shapes is None:
         return norms[0]

@@ -1,9 +1,4 @@
-"""The package's exceptions and warnings.
-
-Every error derives from `HyperError` and from the builtin a caller would expect.
-A message says what was wrong with the value got, what was expected, and a fix to
-paste: the three arguments of each error.
-"""
+"""The package's exceptions and warnings; every error derives from the builtin one would expect."""
 
 from __future__ import annotations
 
@@ -15,10 +10,10 @@ from typing import Any
 
 
 class HyperError(Exception):
-    """Base of every error raised by this package.
+    """Base of every error raised by this package, each also of the builtin class one would expect.
 
     Attributes:
-        problem: what was wrong, a sentence; or the whole text.
+        problem: what was wrong with the value got, a sentence; or the whole text.
         expected: what was expected.
         fix: lines to paste.
 
@@ -151,35 +146,19 @@ def is_breakdown(error: AssertionError) -> bool:
 
 
 def explain(problem: str, expected: str, fix: str) -> str:
-    """Lay out an error text: what was wrong, what was expected, a fix to paste.
-
-    >>> print(explain("steps is 0.", "an int of at least 1.", "steps=10"))
-    steps is 0.
-      expected: an int of at least 1.
-      fix:      steps=10
-    """
-    lines = fix.splitlines()
-    return "\n".join(
-        [problem, f"  expected: {expected}", f"  fix:      {lines[0]}"]
-        + [f"            {line}" for line in lines[1:]]
-    )
+    """Lay out an error text: what was wrong, what was expected, a fix to paste."""
+    fix = "\n            ".join(fix.splitlines())
+    return f"{problem}\n  expected: {expected}\n  fix:      {fix}"
 
 
 def closest(name: object, known: Iterable[str]) -> str:
-    """Return the known name nearest to ``name``, or the first one.
-
-    >>> closest("stepsize", ["interp", "step_size"])
-    'step_size'
-    """
+    """Return the known name nearest to ``name``, or the first one."""
     names = list(known)
     return next(iter(difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)), names[0])
 
 
 def unknown_method(name: object, known: Iterable[str], fix: str) -> UnknownMethodError:
-    """Return the error for a method that does not exist.
-
-    ``fix`` is what to write, with "{}" where the nearest known name belongs.
-    """
+    """Return the error for an unknown method; in ``fix`` "{}" stands for the nearest known name."""
     names = list(known)
     listed = "one of " + ", ".join(f'"{other}"' for other in names) + "."
     nearest = closest(name, names or ["hypereuler"])

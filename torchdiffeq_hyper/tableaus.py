@@ -1,11 +1,8 @@
-r"""Explicit Runge-Kutta bases: the update a hypersolver corrects.
+"""Explicit Runge-Kutta bases: the update a hypersolver corrects.
 
-Each base is written out in the host's order of operations, so that a solve
-without correction equals torchdiffeq's own method bitwise, not just to rounding. So a base
-is no table of coefficients: its ``increment`` is code.
-
-To add a base, write it here and register a method for it in the package's ``__init__`` (or
-in a plugin); hosts, fits and evaluation take it from there.
+A base is no table of coefficients but code, in the host's order of operations, so that a solve
+without correction equals torchdiffeq's own method bitwise. To add one, write it here and register
+a method for it in the package's ``__init__`` (or in a plugin).
 """
 
 from __future__ import annotations
@@ -41,7 +38,6 @@ Stepped: TypeAlias = tuple[Tensor, tuple[Tensor, ...]]
 """``(dt * psi, stages)``: the base's increment of a step, and its stage derivatives."""
 
 Increment: TypeAlias = Callable[[StageCall, Tensor, Tensor, Tensor, Tensor], Stepped]
-"""``(call, t0, dt, t1, y) -> (dt * psi, stages)``."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +120,8 @@ def second_order(alpha: float = 0.5) -> Tableau:
         >>> second_order(2 / 3).calls
         2
     """
-    if (
-        isinstance(alpha, bool)
-        or not isinstance(alpha, int | float)
-        or not (math.isfinite(alpha) and alpha > 0)
-    ):
+    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not is_number or not 0 < alpha < math.inf:
         raise OptionError(
             problem=f"alpha is {alpha!r}: the second stage would lie outside the step's future.",
             expected="a finite number above 0 (0.5 midpoint, 2/3 Ralston, 1 Heun).",

@@ -13,7 +13,7 @@ from torchdiffeq_hyper._fields import is_probing
 from torchdiffeq_hyper.dise import Candidate, Dise
 from torchdiffeq_hyper.hosts.torchdiffeq import record
 from torchdiffeq_hyper.recording import AdjointGradientError
-from torchdiffeq_hyper.solvers.per_sample import PerSampleDopri5
+from torchdiffeq_hyper.solvers._per_sample import PerSampleDopri5
 
 T = torch.tensor([0.0, 0.4, 2.0], dtype=torch.float64)
 Y0 = torch.linspace(-2.0, 2.0, 10, dtype=torch.float64).reshape(5, 2)

@@ -28,7 +28,7 @@ from torchdiffeq_hyper.evaluation._table import distinct
 from torchdiffeq_hyper.fitting._batches import bound
 from torchdiffeq_hyper.fitting._field import check_repeatable
 from torchdiffeq_hyper.fitting._guard import frozen_or_restored, left_as_found, own_random_state
-from torchdiffeq_hyper.solvers.per_sample import PerSampleDopri5
+from torchdiffeq_hyper.solvers._per_sample import PerSampleDopri5
 
 _RULES = {
     "iterations": Whole(1),

@@ -1,31 +1,32 @@
-r"""The paper's hypernet layout: any net on the concatenation of a step's inputs."""
+"""The paper's hypernet layout: any net on the concatenation of a step's inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchdiffeq_hyper._rules import Choice, Items, checked_arguments
 from torchdiffeq_hyper._state import State, StepInput, how_to_batch, parts_of
-from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, closest
+from torchdiffeq_hyper.errors import StateShapeError, StateTypeError, closest
 
 SCALARS = ("dt", "t")
 NAMES = ("y", "f0", "stages", "y0", "context", *SCALARS)
+NAMES_OF_INPUTS = Items(Choice(*NAMES), least=1, most=1000)
 
 
 class ConcatHypernet(nn.Module):
-    r"""Feed any net the concatenation of a step's inputs along dim 1.
+    r"""Feed any net the concatenation of a step's inputs along dim 1: g(step) = net(cat(inputs)).
 
-    g(step) = net(cat(inputs)): state, derivative and step size as channels, the layout of
-    Poli et al., "Hypersolvers: Toward Fast Continuous-Depth Models", NeurIPS 2020, appendix
-    B, https://arxiv.org/abs/2007.09601.
+    The layout of Poli et al., "Hypersolvers: Toward Fast Continuous-Depth Models", NeurIPS
+    2020, appendix B, https://arxiv.org/abs/2007.09601: state, derivative and step size as
+    channels.
 
     Works on states (batch, channels, \*spatial) with any number of spatial dimensions;
-    (batch,) and 0-d states become one channel and come back in their shape. The parts of a
-    tuple state are concatenated along dim 1 and the output is split back (see
-    `join_channels`, `split_channels`).
+    (batch,) and 0-d states become one channel and come back in their shape, tuple states
+    are joined and split (see `join_channels`, `split_channels`).
 
     The concatenation is cast to the dtype of the net's parameters, so that a float32 net
     serves a float64 state; its output then promotes. Costs one concatenation and one call
@@ -48,8 +49,7 @@ class ConcatHypernet(nn.Module):
             parts of a tuple state, or the context, cannot be concatenated.
 
     Example:
-        >>> import torch
-        >>> import torchdiffeq_hyper as tdh
+        >>> import torch, torchdiffeq_hyper as tdh
         >>> net = torch.nn.Sequential(
         ...     torch.nn.Conv2d(3 + 3 + 1, 16, 3, padding=1),
         ...     torch.nn.PReLU(),
@@ -91,18 +91,11 @@ class ConcatHypernet(nn.Module):
     def concat(self, step: StepInput) -> Tensor:
         r"""Return the net's input: the named parts of ``step`` along dim 1.
 
-        Returns:
-            (batch, channels of all inputs, \*spatial), in the dtype of the net's
-            parameters (of the state, if it has none).
-
-        Raises:
-            StateTypeError: state or context is complex, or func has no context.
-            StateShapeError: the parts of a tuple state, or the context, cannot be
-                concatenated.
+        (batch, channels of all inputs, \*spatial), in the dtype of the net's parameters (of the
+        state, if it has none). Raises what calling the hypernet raises.
 
         Example:
-            >>> import torch
-            >>> import torchdiffeq_hyper as tdh
+            >>> import torch, torchdiffeq_hyper as tdh
             >>> y = torch.ones(3, 2)
             >>> step = tdh.StepInput(torch.tensor(0.1), torch.tensor(0.0), y, -y, (-y,), y)
             >>> tdh.ConcatHypernet(torch.nn.Linear(5, 2)).concat(step)[0]
@@ -128,31 +121,39 @@ class ConcatHypernet(nn.Module):
 
     def _explain_channels(self, step: StepInput, joined: Tensor, error: RuntimeError) -> None:
         """Raise a better error if the number of channels can be why the net failed."""
-        layers = self.net.modules() if isinstance(self.net, nn.Module) else ()
-        sized = ((layer, _channels_taken(layer)) for layer in layers)
-        layer, wanted = next((pair for pair in sized if pair[1]), (None, joined.shape[1]))
-        if wanted == joined.shape[1]:
+        got = joined.shape[1]
+        for layer in self.net.modules() if isinstance(self.net, nn.Module) else ():
+            wanted = getattr(layer, "in_channels", getattr(layer, "in_features", 0))
+            if isinstance(wanted, int) and wanted:
+                break
+        else:
+            return
+        if wanted == got:
             return
         first = f"the net's first layer, a {type(layer).__name__},"
-        n_stages, n_context = len(step.stages), sum(map(_n_channels, step.context))
-        without_batch = sum(part.shape[0] if part.dim() else 1 for part in parts_of(step.y))
-        if sum(channel_counts(self.inputs, without_batch, n_stages, n_context)) == wanted:
+
+        def counts(channels: int) -> list[int]:
+            n_context = sum(map(_n_channels, step.context))
+            return channel_counts(self.inputs, channels, len(step.stages), n_context)
+
+        if (
+            sum(counts(sum(part.shape[0] if part.dim() else 1 for part in parts_of(step.y))))
+            == wanted
+        ):
             shape = tuple(step.y.shape) if isinstance(step.y, Tensor) else "a tuple"
             raise StateShapeError(
                 problem=f"the state ({shape}) has no batch dimension: dim 0 was taken for the "
-                f"samples, and {first} got {joined.shape[1]} channels in place of {wanted}.",
+                f"samples, and {first} got {got} channels in place of {wanted}.",
                 expected="the samples along dim 0, the channels along dim 1.",
                 fix=how_to_batch(step.y),
             ) from error
-        channels = join_channels(step.y).shape[1]
-        counts = channel_counts(self.inputs, channels, n_stages, n_context)
-        given = ", ".join(f'"{name}" {n}' for name, n in zip(self.inputs, counts, strict=True))
+        sizes = zip(self.inputs, counts(join_channels(step.y).shape[1]), strict=True)
         raise StateShapeError(
-            problem=f"{first} takes {wanted} channels; the inputs have {joined.shape[1]} along "
-            f"dim 1: {given}.",
+            problem=f"{first} takes {wanted} channels; the inputs have {got} along dim 1: "
+            + ", ".join(f'"{name}" {n}' for name, n in sizes)
+            + ".",
             expected="as many input channels as the inputs have together.",
-            fix=f"a first layer with {joined.shape[1]} input channels, or other inputs than "
-            f"{self.inputs}",
+            fix=f"a first layer with {got} input channels, or other inputs than {self.inputs}",
         ) from error
 
 
@@ -164,30 +165,33 @@ def channel_counts(
     return [sizes.get(name, channels) for name in inputs]
 
 
-def _context_columns(context: tuple[Tensor, ...], y: Tensor) -> list[Tensor]:
-    """Return the context's tensors as channels beside a joined state."""
+def _context_columns(context: tuple[Tensor, ...], y: Tensor) -> Iterator[Tensor]:
+    """Yield the context's tensors as channels beside a joined state."""
     if not context:
         raise StateTypeError(
             problem='the hypernet asks for "context", and func has none.',
             expected="a func that says what belongs to each sample, as the one it was fitted on.",
             fix="func = tdh.Conditioned(func, labels)   # calls func(t, y, labels)",
         )
-    return [_as_channels(part, y) for part in context]
+    for part in context:
+        refuse_complex(part)
+        yield _column(part.to(y.dtype), y, context)
 
 
-def _as_channels(part: Tensor, y: Tensor) -> Tensor:
-    refuse_complex(part)
-    spatial = y.shape[2:]
-    if part.shape[:1] != y.shape[:1] or part.shape[2:] not in (spatial, ()):
+def _column(part: Tensor, like: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """Return one of some parts as channels, repeated over the dimensions that others have."""
+    batch, spatial = like.shape[0], like.shape[2:]
+    has_batch, has_spatial = part.dim() > 0, part.dim() > 2
+    if (has_batch and part.shape[0] != batch) or (has_spatial and part.shape[2:] != spatial):
         raise StateShapeError(
-            problem=f"a tensor of the context has shape {tuple(part.shape)}, the state's channels "
-            f"{tuple(y.shape)}: they cannot be concatenated along dim 1.",
-            expected="the same samples along dim 0; after the channels, the state's dimensions or "
-            "none.",
-            fix="a hypernet of your own that reads step.context",
+            problem=f"parts of shapes {[tuple(part.shape) for part in parts]} cannot be "
+            "concatenated along dim 1.",
+            expected=f"the same samples along dim 0, {batch}; behind the channels the dimensions "
+            f"{tuple(spatial)}, or none.",
+            fix="a hypernet of your own, called as g(step), that reads step.y and step.context",
         )
-    channels = part.reshape(len(y), _n_channels(part), *(part.shape[2:] or [1] * len(spatial)))
-    return channels.to(y.dtype).expand(-1, -1, *spatial)
+    column = part.reshape(*part.shape, *(1,) * (2 + len(spatial) - part.dim()))
+    return column.expand(batch, _n_channels(part), *spatial)
 
 
 def _n_channels(part: Tensor) -> int:
@@ -197,8 +201,8 @@ def _n_channels(part: Tensor) -> int:
 def _dtype_of(net: object) -> torch.dtype | None:
     """Return the dtype of a net's first parameter of floating-point numbers.
 
-    Looked up at every call: the net may be cast or its weights replaced between two. And
-    by hand: the generators of `nn.Module.parameters` take longer than a small net.
+    At every call: the net may be cast between two. By hand: the generators of
+    `nn.Module.parameters` take longer than a small net.
     """
     pending: list[nn.Module | None] = [net] if isinstance(net, nn.Module) else []
     while pending:
@@ -212,24 +216,12 @@ def _dtype_of(net: object) -> torch.dtype | None:
     return None
 
 
-def _channels_taken(layer: nn.Module) -> int:
-    """Return a layer's number of input channels, 0 if it does not say."""
-    taken = getattr(layer, "in_channels", getattr(layer, "in_features", 0))
-    return taken if isinstance(taken, int) else 0
-
-
 def check_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
     """Return the names of a hypernet's inputs as a tuple."""
-    names = [inputs] if isinstance(inputs, str) else list(inputs)
-    unknown = [name for name in names if name not in NAMES]
-    if isinstance(inputs, str) or unknown or not names:
-        likely = [closest(name, NAMES) if name in unknown else name for name in names] or ["y"]
-        raise OptionError(
-            problem=f"inputs is {inputs!r}" + (f": {unknown[0]!r} is unknown." if unknown else "."),
-            expected="a tuple of names out of " + ", ".join(f'"{name}"' for name in NAMES) + ".",
-            fix=f"inputs={tuple(likely)!r}",
-        )
-    return tuple(names)
+    names = (inputs,) if isinstance(inputs, str) else tuple(inputs) or ("y",)
+    likely = tuple(name if name in NAMES else closest(name, NAMES) for name in names)
+    rules = {"inputs": NAMES_OF_INPUTS}
+    return tuple(checked_arguments(rules, {"inputs": inputs}, f"inputs={likely!r}")["inputs"])
 
 
 def refuse_complex(y: Tensor) -> None:
@@ -248,7 +240,7 @@ def join_channels(state: State) -> Tensor:
     A tensor of two or more dimensions is returned as it is; (batch,) becomes one
     channel, a 0-d tensor one sample of one channel. The parts of a tuple state are
     concatenated along dim 1, after repeating a part over the dimensions that only the
-    others have. Keeps dtype and device. Costs at most one copy of the state.
+    others have. Costs at most one copy of the state.
 
     Raises:
         StateShapeError: parts of different batch or spatial sizes.
@@ -264,20 +256,7 @@ def join_channels(state: State) -> Tensor:
         return state if state.dim() > 1 else state.reshape(-1, 1)
     dims = [part.dim() for part in state]
     widest = join_channels(state[dims.index(max(dims))])
-    batch, spatial = widest.shape[0], widest.shape[2:]
-    columns = []
-    for part in state:
-        has_batch, has_spatial = part.dim() > 0, part.dim() > 2
-        if (has_batch and part.shape[0] != batch) or (has_spatial and part.shape[2:] != spatial):
-            raise StateShapeError(
-                problem="the parts of the tuple state cannot be concatenated along dim 1: their "
-                f"shapes are {[tuple(part.shape) for part in state]}.",
-                expected="parts of one batch size and one spatial shape (or none).",
-                fix="a hypernet of your own, called as g(step) and returning a tuple like step.y",
-            )
-        column = part.reshape(*part.shape, *(1,) * (widest.dim() - part.dim()))
-        columns.append(column.expand(batch, _n_channels(part), *spatial))
-    return torch.cat(columns, dim=1)
+    return torch.cat([_column(part, widest, state) for part in state], dim=1)
 
 
 def split_channels(joined: Tensor, like: State) -> State:
@@ -310,10 +289,8 @@ def split_channels(joined: Tensor, like: State) -> State:
             expected=f"{sum(channels)} channels along dim 1, which are split back into the parts.",
             fix=f"a net whose last layer has {sum(channels)} output channels",
         )
-    return tuple(
-        _average(part, wanted)
-        for part, wanted in zip(torch.split(joined, channels, dim=1), like, strict=True)
-    )
+    parts = torch.split(joined, channels, dim=1)
+    return tuple(_average(part, wanted) for part, wanted in zip(parts, like, strict=True))
 
 
 def _average(joined: Tensor, like: Tensor) -> Tensor:

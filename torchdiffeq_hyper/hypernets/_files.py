@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -13,8 +14,6 @@ from torch.nn.parameter import is_lazy
 from torchdiffeq_hyper._files import checked, described_in, refused
 from torchdiffeq_hyper._rules import (
     FLOATS,
-    Choice,
-    Items,
     Mismatch,
     Real,
     Record,
@@ -23,7 +22,6 @@ from torchdiffeq_hyper._rules import (
     TensorOf,
     Whole,
     mismatch,
-    missing,
     under,
 )
 from torchdiffeq_hyper._state import Hypernet
@@ -33,7 +31,7 @@ from torchdiffeq_hyper.errors import (
     StateShapeError,
     StateTypeError,
 )
-from torchdiffeq_hyper.hypernets._concat import NAMES, ConcatHypernet
+from torchdiffeq_hyper.hypernets._concat import NAMES_OF_INPUTS, ConcatHypernet
 from torchdiffeq_hyper.hypernets._kinds import MLP, Bottleneck, Conv, Linear
 from torchdiffeq_hyper.hypernets._ready import SIZES, TIME_UNIT, ReadyHypernet
 
@@ -41,7 +39,6 @@ NetT = TypeVar("NetT", bound=nn.Module)
 
 KINDS: dict[str, type[ReadyHypernet]] = {net.kind: net for net in (Linear, MLP, Conv, Bottleneck)}
 
-NAMES_OF_INPUTS = Items(Choice(*NAMES), least=1, most=1000)
 _OPTIONAL: dict[str, Rule] = {
     "inputs": NAMES_OF_INPUTS,
     "n_stages": SIZES["n_stages"],
@@ -55,18 +52,24 @@ ARCHITECTURES: dict[str, Record] = {
 }
 """What describes a ready net of each kind in a file."""
 
-_UNIT = TensorOf((torch.float64,), (2,), is_finite=True)
-"""The tensor with a ready net's time unit and order; none where the unit is 1."""
-
 UNSEEN: nn.Module = nn.Identity()
 """Stands for a net of the user's own whose class is not at hand, to look at a file without it."""
 
 
-def from_architecture(architecture: Mapping[str, Any]) -> ReadyHypernet:
+def from_architecture(
+    architecture: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    what: str = "the description of a hypernet",
+    at: str = "",
+) -> ReadyHypernet:
     """Rebuild a ready net, with new weights, from its `ReadyHypernet.architecture`.
 
     Args:
         architecture: the net's, also after a round trip through JSON.
+        weights: where given, a net that is larger than these is refused.
+        what: what errors call that which was read.
+        at: the architecture's place in it.
 
     Raises:
         FileFormatError: the kind is unknown, or an argument is impossible.
@@ -76,13 +79,6 @@ def from_architecture(architecture: Mapping[str, Any]) -> ReadyHypernet:
         >>> from_architecture(Linear(channels=2).architecture).channels
         2
     """
-    return rebuilt(architecture, None, "the description of a hypernet", "")
-
-
-def rebuilt(
-    architecture: Mapping[str, Any], weights: Mapping[str, Tensor] | None, what: str, at: str
-) -> ReadyHypernet:
-    """Return the same as `from_architecture`, not larger than its ``weights`` (None: any)."""
     arguments = checked(Tagged(ARCHITECTURES), architecture, what, at)
     # Files of before time units have none.
     time_unit, order = arguments.pop("time_unit", 1.0), arguments.pop("order", 0)
@@ -93,28 +89,13 @@ def rebuilt(
     return net
 
 
-def _check_unit(
-    description: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str | os.PathLike[str]
-) -> None:
-    """Refuse a time unit that is another one in the tensors than in the description."""
-    name = f"the tensor {TIME_UNIT!r}"
-    with refused(repr(path)):
-        described, found = [description.get("time_unit", 1.0), description.get("order", 0)], None
-        if TIME_UNIT in tensors:
-            found = _UNIT.check(tensors[TIME_UNIT], name).tolist()
-        if described[0] != 1 and found is None:
-            raise missing(name=name, expected=f"{described}, as described")
-        if found is not None and found != described:
-            raise mismatch(name=name, value=found, expected=f"{described}, as described")
-
-
 def check_sizes(
     description: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     at: str,
     but: Sequence[str] = (),
 ) -> None:
-    """Refuse a net described as larger than its tensors are, before it is built.
+    """Refuse a net described as larger than its tensors, before it is built.
 
     The description's ints are sizes, except those ``but``; lists of ints one size a layer.
     """
@@ -135,10 +116,7 @@ def built(
     *,
     but: Sequence[str] = (),
 ) -> NetT:
-    """Return the net of a checked description, not larger than its ``weights`` (None: any).
-
-    For ``at`` and ``but`` see `check_sizes`.
-    """
+    """Return the net of a checked description, not larger than its ``weights`` (None: any)."""
     own = {name: value for name, value in arguments.items() if name != "kind"}
     if weights is not None:
         check_sizes(own, weights, at, but)
@@ -159,11 +137,7 @@ def check_weights(tensors: Mapping[str, Tensor], what: str, prefix: str = "") ->
 
 
 def pack(hypernet: Hypernet) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return a hypernet's tensors and its description.
-
-    Raises:
-        StateTypeError: it is a plain function, or has state that is no tensor.
-    """
+    """Return a hypernet's tensors and its description."""
     if not isinstance(hypernet, nn.Module):
         raise StateTypeError(
             problem=f"the hypernet is a {type(hypernet).__name__}, which has no weights to write.",
@@ -203,34 +177,35 @@ def match(
     path: str,
     at: str = "hypernet",
 ) -> nn.Module:
-    """Return the module that ``tensors`` can be loaded into, without loading them.
+    """Return the module that the tensors of a description at a place can be loaded into.
 
-    Args:
-        description: as `pack` returned it.
-        tensors: as `pack` returned them.
-        hypernet: the instance to use, `UNSEEN` for any, or None for a ready net, which is
-            rebuilt on the "meta" device: load with ``assign=True``.
-        path: the file, for messages.
-        at: the place of the description in it.
+    That is the instance given, `UNSEEN` for any, or, for None, a ready net, which is rebuilt on
+    the "meta" device: load with ``assign=True``.
     """
-    is_custom = description["kind"] == "custom"
-    if is_custom and hypernet is UNSEEN:
-        return hypernet
-    if is_custom and hypernet is None:
-        raise _no_instance(description, path)
     weights = {name: tensor for name, tensor in tensors.items() if name != TIME_UNIT}
-    if not is_custom:
-        _check_unit(description, tensors, path)
+    if description["kind"] != "custom":
+        _check_time_unit(description, tensors.get(TIME_UNIT), path)
         check_weights(weights, repr(path))
+    elif hypernet is UNSEEN:
+        return hypernet
+    elif hypernet is None:
+        raise _no_instance(description, path)
     if hypernet is not None and hypernet is not UNSEEN:
         _check_description(description, hypernet, path)
-        _check_names_and_shapes(hypernet, weights, path)
-        _check_dtypes(hypernet, weights, path)
+        _check_fits(hypernet, weights, path)
+        for name, tensor in _weights_of(hypernet).items():
+            saved = weights[name].dtype
+            if tensor.dtype != saved:
+                raise StateTypeError(
+                    problem=f"{name!r} is {saved} in {path!r}, {tensor.dtype} in the net given.",
+                    expected="the dtype that was saved: loading would round, or feign digits.",
+                    fix=f"hypernet.to({saved})",
+                )
         return hypernet
     with torch.device("meta"):
-        net = rebuilt(description, tensors, described_in(path), at)
+        net = from_architecture(description, tensors, what=described_in(path), at=at)
     try:
-        _check_names_and_shapes(net, weights, path)
+        _check_fits(net, weights, path)
     except (BaseMismatchError, StateShapeError) as error:
         raise FileFormatError(
             problem=f"the weights in {path!r} do not fit its own description: {error.problem}",
@@ -249,20 +224,17 @@ def load_weights(
     caller's; one that is not was built on the "meta" device.
     """
     own = [net for net, _, is_own in parts if is_own]
-    times = [(net, net.time_unit, net.order) for net in own if isinstance(net, ReadyHypernet)]
     before = [
-        [(value, value.clone()) for value in net.state_dict().values() if not is_lazy(value)]
+        {name: value.clone() for name, value in net.state_dict().items() if not is_lazy(value)}
         for net in own
     ]
     try:
         for net, weights, is_own in parts:
             net.load_state_dict(weights, assign=not is_own)
     except BaseException as error:
-        for value, old in (pair for pairs in before for pair in pairs):
-            if not torch.equal(value, old):
-                value.copy_(old)
-        for ready, time_unit, order in times:
-            ready.measure_time_in(time_unit, order)
+        for net, state in zip(own, before, strict=True):
+            with suppress(RuntimeError):  # of what could not be written to in the first place
+                net.load_state_dict(state, strict=False)
         if not isinstance(error, RuntimeError):
             raise
         reasons = str(error).splitlines()
@@ -286,19 +258,31 @@ def _no_instance(description: Mapping[str, Any], path: str) -> FileFormatError:
     )
 
 
+def _check_time_unit(description: Mapping[str, Any], tensor: Tensor | None, path: str) -> None:
+    """Refuse a time unit and order of the tensors that are not those of the description."""
+    described = [description.get("time_unit", 1.0), description.get("order", 0)]
+    found = None
+    with refused(repr(path)):
+        if tensor is not None:
+            found = TensorOf((torch.float64,), (2,)).check(tensor, TIME_UNIT).tolist()
+        if found != (None if described[0] == 1 else described):
+            raise mismatch(TIME_UNIT, found, expected=f"{described}, as described")
+
+
 def _check_description(description: Mapping[str, Any], hypernet: nn.Module, path: str) -> None:
     own = _describe(hypernet)
     # The time unit is loaded with the weights.
     others = {*description, *own} - {"kind", "class", TIME_UNIT, "order"}
     for key in ("kind", *sorted(others)):
         if own.get(key) != description.get(key):
+            is_custom = description["kind"] == "custom"
             raise BaseMismatchError(
                 problem=f"the net in {path!r} has {key} {description.get(key)!r}, the instance "
                 f"given has {own.get(key)!r}.",
                 expected="an instance built as the saved net was.",
-                fix=f"HyperSolver.load({path!r})"
-                if description.get("kind") != "custom"
-                else f"an instance with {key}={description.get(key)!r}",
+                fix=f"an instance with {key}={description.get(key)!r}"
+                if is_custom
+                else f"HyperSolver.load({path!r})",
             )
 
 
@@ -306,38 +290,22 @@ def _weights_of(net: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in net.state_dict().items() if name != TIME_UNIT}
 
 
-def _check_names_and_shapes(net: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
+def _check_fits(net: nn.Module, weights: Mapping[str, Tensor], path: str) -> None:
+    """Refuse weights with other names or shapes than a net's."""
     own = _weights_of(net)
-    unlike = [
-        f"{len(names)} {what}, e.g. {min(names)!r}"
-        for names, what in (
-            (tensors.keys() - own.keys(), "only in the file"),
-            (own.keys() - tensors.keys(), "only in the net"),
-        )
-        if names
-    ]
-    if unlike:
+    if own.keys() != weights.keys():
+        names = sorted(own.keys() ^ weights.keys())
         raise BaseMismatchError(
-            problem=f"the weights in {path!r} are another net's: {'; '.join(unlike)}.",
+            problem=f"the weights in {path!r} are another net's: {len(names)} are only in the file "
+            f"or only in the net, e.g. {names[0]!r}.",
             expected="an instance of the class that was saved, built with the same arguments.",
             fix="print(hypernet.state_dict().keys())",
         )
     for name, tensor in own.items():
-        if not is_lazy(tensor) and tensor.shape != tensors[name].shape:
+        if not is_lazy(tensor) and tensor.shape != weights[name].shape:
             raise StateShapeError(
-                problem=f"{name!r} has shape {tuple(tensors[name].shape)} in {path!r}, "
+                problem=f"{name!r} has shape {tuple(weights[name].shape)} in {path!r}, "
                 f"{tuple(tensor.shape)} in the net given.",
                 expected="an instance built with the arguments of the saved one.",
                 fix="the same numbers of channels, stages and hidden units",
-            )
-
-
-def _check_dtypes(net: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
-    for name, tensor in _weights_of(net).items():
-        saved = tensors[name].dtype
-        if tensor.dtype != saved:
-            raise StateTypeError(
-                problem=f"{name!r} is {saved} in {path!r}, {tensor.dtype} in the net given.",
-                expected="the dtype that was saved: loading would round, or seem to add digits.",
-                fix=f"hypernet.to({saved})",
             )

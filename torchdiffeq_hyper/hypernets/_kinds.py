@@ -1,4 +1,4 @@
-"""The ready hypernets: linear maps, perceptrons, convolutions; and those that suit a state."""
+"""The ready hypernets: linear maps, perceptrons, convolutions; and those that fit a state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchdiffeq_hyper._rules import Items, Rule, Such, Whole
 from torchdiffeq_hyper._state import State, StateLayout, stepped_dtype
 from torchdiffeq_hyper.hypernets._concat import join_channels, refuse_complex
-from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS, COUNT, ReadyHypernet
+from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS, COUNT, ReadyHypernet, perceptron
 from torchdiffeq_hyper.tableaus import Tableau
 
 
@@ -22,14 +22,10 @@ class Linear(ReadyHypernet):
 
     Args:
         channels: channels of the state, all parts of a tuple state together.
-        inputs, n_stages, n_context: see `ReadyHypernet`.
-
-    Raises:
-        OptionError: an argument is impossible.
+        common: ``inputs``, ``n_stages`` and ``n_context``; with the errors, see `ReadyHypernet`.
 
     Example:
-        >>> import torch
-        >>> import torchdiffeq_hyper as tdh
+        >>> import torch, torchdiffeq_hyper as tdh
         >>> solver = tdh.HyperSolver("euler", tdh.hypernets.Linear(channels=2), steps=2)
         >>> y = solver.solve(lambda t, y: -y, torch.ones(1, 2), torch.tensor([0.0, 1.0]))
         >>> y[-1].detach()  # unfitted: the base method
@@ -38,18 +34,11 @@ class Linear(ReadyHypernet):
 
     kind = "linear"
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        inputs: Sequence[str] = ("y", "f0", "dt"),
-        n_stages: int = 1,
-        n_context: int = 0,
-    ) -> None:
+    def __init__(self, channels: int, **common: Any) -> None:
         def layers(n_in: int) -> nn.Sequential:
-            return nn.Sequential(nn.Linear(n_in, channels))
+            return perceptron([n_in, channels])
 
-        super().__init__(layers, channels, inputs, n_stages, n_context)
+        super().__init__(layers, channels, {}, **common)
 
 
 class MLP(ReadyHypernet):
@@ -60,10 +49,7 @@ class MLP(ReadyHypernet):
     Args:
         channels: channels of the state, all parts of a tuple state together.
         hidden: widths of the hidden layers.
-        inputs, n_stages, n_context: see `ReadyHypernet`.
-
-    Raises:
-        OptionError: an argument is impossible.
+        common: ``inputs``, ``n_stages`` and ``n_context``; with the errors, see `ReadyHypernet`.
 
     Example:
         >>> from torchdiffeq_hyper.hypernets import MLP
@@ -74,24 +60,12 @@ class MLP(ReadyHypernet):
     kind = "mlp"
     rules: ClassVar[Mapping[str, Rule]] = {"hidden": Items(COUNT, most=1000)}
 
-    def __init__(
-        self,
-        channels: int,
-        hidden: Sequence[int] = (64, 64),
-        *,
-        inputs: Sequence[str] = ("y", "f0", "dt"),
-        n_stages: int = 1,
-        n_context: int = 0,
-    ) -> None:
+    def __init__(self, channels: int, hidden: Sequence[int] = (64, 64), **common: Any) -> None:
         def layers(n_in: int) -> nn.Sequential:
-            sizes = [n_in, *hidden]
-            stack: list[nn.Module] = []
-            for before, after in zip(sizes, hidden, strict=False):
-                # SiLU is smooth, and several times cheaper than tanh on CPUs.
-                stack += [nn.Linear(before, after), nn.SiLU()]
-            return nn.Sequential(*stack, nn.Linear(sizes[-1], channels))
+            # SiLU is smooth, and several times cheaper than tanh on CPUs.
+            return perceptron([n_in, *hidden, channels], nn.SiLU())
 
-        super().__init__(layers, channels, inputs, n_stages, n_context, hidden=hidden)
+        super().__init__(layers, channels, {"hidden": hidden}, **common)
 
 
 _CONVOLUTION: dict[str, Rule] = {
@@ -104,20 +78,16 @@ _CONVOLUTION: dict[str, Rule] = {
 class Conv(ReadyHypernet):
     r"""Two convolutions, k x k and 1 x 1, with a SiLU between.
 
-    For states (batch, channels, \*spatial) with 1 to 3 spatial dimensions; zero padding
-    keeps their size. Costs hidden * (k^n_spatial * channels_in + channels)
-    multiply-adds a point.
+    For states (batch, channels, \*spatial) with 1 to 3 spatial dimensions (others raise
+    `StateShapeError`); zero padding keeps their size. Costs hidden * (k^n_spatial *
+    channels_in + channels) multiply-adds a point.
 
     Args:
         channels: channels of the state, all parts of a tuple state together.
         hidden: channels between the two convolutions.
         kernel_size: k, odd.
         n_spatial: spatial dimensions of the state: 1, 2 or 3.
-        inputs, n_stages, n_context: see `ReadyHypernet`.
-
-    Raises:
-        OptionError: an argument is impossible.
-        StateShapeError: (when called) the state has other spatial dimensions.
+        common: ``inputs``, ``n_stages`` and ``n_context``; with the errors, see `ReadyHypernet`.
 
     Example:
         >>> from torchdiffeq_hyper.hypernets import Conv
@@ -134,14 +104,11 @@ class Conv(ReadyHypernet):
         hidden: int = 32,
         kernel_size: int = 3,
         n_spatial: int = 2,
-        *,
-        inputs: Sequence[str] = ("y", "f0", "dt"),
-        n_stages: int = 1,
-        n_context: int = 0,
+        **common: Any,
     ) -> None:
         layers = _convolutions(hidden, channels, n_spatial, (kernel_size, 1))
         own = {"hidden": hidden, "kernel_size": kernel_size, "n_spatial": n_spatial}
-        super().__init__(layers, channels, inputs, n_stages, n_context, **own)
+        super().__init__(layers, channels, own, **common)
 
 
 class Bottleneck(ReadyHypernet):
@@ -171,28 +138,24 @@ class Bottleneck(ReadyHypernet):
         hidden: int = 8,
         kernel_size: int = 3,
         n_spatial: int = 2,
-        *,
-        inputs: Sequence[str] = ("y", "f0", "dt"),
-        n_stages: int = 1,
-        n_context: int = 0,
+        **common: Any,
     ) -> None:
         layers = _convolutions(hidden, channels, n_spatial, (1, kernel_size))
         own = {"hidden": hidden, "kernel_size": kernel_size, "n_spatial": n_spatial}
-        super().__init__(layers, channels, inputs, n_stages, n_context, **own)
+        super().__init__(layers, channels, own, **common)
 
 
 def _convolutions(
     hidden: int, channels: int, n_spatial: int, kernels: tuple[int, int]
 ) -> Callable[[int], nn.Sequential]:
     """Return what makes two convolutions of these kernel sizes, given the input channels."""
-    first, last = kernels
 
     def layers(n_in: int) -> nn.Sequential:
-        convolution = CONVOLUTIONS[n_spatial]
+        convolve, (first, last) = CONVOLUTIONS[n_spatial], kernels
         return nn.Sequential(
-            convolution(n_in, hidden, first, padding=first // 2),
+            convolve(n_in, hidden, first, padding=first // 2),
             nn.SiLU(),
-            convolution(hidden, channels, last, padding=last // 2),
+            convolve(hidden, channels, last, padding=last // 2),
         )
 
     return layers
@@ -212,9 +175,8 @@ def ready(
 ) -> ReadyHypernet:
     """Return a new ready net that fits a state and a base method.
 
-    States with 1 to 3 spatial dimensions get a `Conv` over these, all others an `MLP`.
-    The net is on the state's device and in its dtype (float32 for half-precision
-    states, which are stepped in float32), with random first layers.
+    States with 1 to 3 spatial dimensions get a `Conv` over these, all others an `MLP`, on the
+    state's device and in its dtype (float32 for half-precision states).
 
     Args:
         y0: the state, with its batch dimension.

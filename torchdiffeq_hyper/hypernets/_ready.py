@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeGuard
+from itertools import chain, pairwise
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
-from torchdiffeq_hyper._rules import Rule, Whole, checked_arguments
+from torchdiffeq_hyper._rules import Choice, Rule, Whole, checked_arguments
 from torchdiffeq_hyper._state import State, StepInput, map_parts
-from torchdiffeq_hyper.errors import OptionError, StateShapeError
+from torchdiffeq_hyper.errors import StateShapeError
 from torchdiffeq_hyper.hypernets._concat import ConcatHypernet, channel_counts, check_inputs
 
-CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
-    1: nn.Conv1d,
-    2: nn.Conv2d,
-    3: nn.Conv3d,
-}
+CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]]
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_FUNCTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
 
 COUNT = Whole(1)
 SIZES: dict[str, Rule] = {"channels": COUNT, "n_stages": Whole(1, 1000)}
 """What the arguments that all ready nets have may be; `ReadyHypernet.rules` is of the others."""
 
-_FUNCTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
+TIME_UNIT = "time_unit"
+"""Name of the time unit and the order in a ready net's ``state_dict()``, where it is not 1."""
 
 
 class Scaled(nn.Module):
     r"""``output_scale * layers(input_scale * x + input_shift)``, channel by channel.
 
-    The last layer starts at zero. The scales start as the identity; `calibrate` sets them.
-
-    ``n_spatial`` is the number of spatial dimensions that the layers convolve over; None if
-    they act on the last dimension, which then is the channels' at every point.
+    The last layer starts at zero and the scales as the identity. ``n_spatial`` is the number of
+    spatial dimensions that the layers convolve over; None if they act on the last dimension,
+    which then is the channels' at every point.
     """
 
     input_scale: Tensor
@@ -63,8 +62,10 @@ class Scaled(nn.Module):
         if x.dim() != self.n_spatial + 2:
             raise _wrong_dimensions(x.dim() - 2, self.n_spatial)
         first, last = self.layers[0], self.layers[-1]
-        if _is_pointwise(first) and first is not last and isinstance(last, _ConvNd):
-            return self._evaluate_folded(x, first, last)
+        if isinstance(first, _ConvNd) and isinstance(last, _ConvNd) and first is not last:
+            # Where the first one pads, its border would see another shift than the rest.
+            is_pointwise = max(first.kernel_size) == 1
+            return self._evaluate_folded(x, first, last) if is_pointwise else self._evaluate(x)
         return self._evaluate(x)
 
     def _evaluate(self, x: Tensor) -> Tensor:
@@ -74,10 +75,7 @@ class Scaled(nn.Module):
         return out * self.output_scale
 
     def _evaluate_folded(self, x: Tensor, first: _ConvNd, last: _ConvNd) -> Tensor:
-        """Evaluate with the scales multiplied into the weights: these are small, x is not.
-
-        Where the first convolution pads, its border would see another shift than the rest.
-        """
+        """Evaluate with the scales multiplied into the weights: these are small, x is not."""
         assert first.bias is not None
         assert last.bias is not None
         convolve = _FUNCTIONS[x.dim() - 3]
@@ -88,31 +86,6 @@ class Scaled(nn.Module):
             x = layer(x)
         weight = last.weight * self.output_scale.unsqueeze(1)
         return convolve(x, weight, last.bias * self.output_scale.flatten(), padding=last.padding)
-
-    @torch.no_grad()
-    def calibrate(
-        self, inputs: Tensor, residual: Tensor, steady: Sequence[float], unit: float = 1.0
-    ) -> None:
-        """Set the scales from samples of the input, (N, n_in, ...), and of the wanted output.
-
-        ``steady`` has for each input channel the standard deviation relative to the mean
-        below which it counts as constant; ``unit`` is that of the wanted output.
-        """
-        _check_samples("inputs", inputs, self.input_scale)
-        _check_samples("residual", residual, self.output_scale)
-        inputs, residual = _wide(inputs), _wide(residual)
-        variance, mean = torch.var_mean(inputs, _all_but_channels(inputs), correction=0)
-        size = mean.abs()
-        spread = variance.sqrt()
-        spread = torch.where(spread > mean.new_tensor(steady) * size, spread, size)
-        scale = torch.where(spread > 0, spread, 1.0).reciprocal()
-        self.input_scale.copy_(scale.view_as(self.input_scale))
-        self.input_shift.copy_((-mean * scale).view_as(self.input_shift))
-        size = residual.square().mean(_all_but_channels(residual)).sqrt()
-        # A channel that happens to be exact in these samples keeps some room in others.
-        size = torch.maximum(size, 1e-3 * size.max())
-        size = torch.where(size > 0, size, 1.0) * unit
-        self.output_scale.copy_(size.view_as(self.output_scale))
 
 
 def _wrong_dimensions(found: int, wanted: int) -> StateShapeError:
@@ -129,30 +102,10 @@ def _wrong_dimensions(found: int, wanted: int) -> StateShapeError:
     )
 
 
-def _is_pointwise(layer: nn.Module) -> TypeGuard[_ConvNd]:
-    return isinstance(layer, _ConvNd) and all(size == 1 for size in layer.kernel_size)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Return samples in float64, where squares of large or small ones stay in range."""
-    return (x.cpu() if x.device.type == "mps" else x).double()
-
-
-def _all_but_channels(x: Tensor) -> list[int]:
-    return [dim for dim in range(x.dim()) if dim != 1]
-
-
-def _check_samples(name: str, given: Tensor, scale: Tensor) -> None:
-    if given.dim() < 2 or given.shape[1] != len(scale) or given.numel() == 0:
-        raise StateShapeError(
-            problem=f"{name} has shape {tuple(given.shape)}.",
-            expected=f"at least one sample, and {len(scale)} channels along dim 1.",
-            fix="hypernet.calibrate(hypernet.concat(step), join_channels(residual))",
-        )
-
-
-TIME_UNIT = "time_unit"
-"""Name of the time unit and the order in a ready net's ``state_dict()``, where it is not 1."""
+def perceptron(widths: Sequence[int], *between: nn.Module) -> nn.Sequential:
+    """Return linear layers of these widths, with some modules between any two."""
+    layers = [(nn.Linear(*pair), *between) for pair in pairwise(widths)]
+    return nn.Sequential(*chain(*layers[:-1]), layers[-1][0])
 
 
 class ReadyHypernet(ConcatHypernet):
@@ -165,12 +118,11 @@ class ReadyHypernet(ConcatHypernet):
     Args:
         layers: makes the layers, given the number of input channels.
         channels: channels of the state, all parts of a tuple state together.
+        own: what the subclass was given besides, JSON-ready; its ``rules`` say what they may be.
         inputs: see `ConcatHypernet`.
         n_stages: stages of the base method; matters if ``inputs`` has "stages".
         n_context: channels of the context, all its tensors together; if ``inputs`` has
             "context".
-        arguments: what the subclass was given besides, JSON-ready; its ``rules`` say what
-            they may be.
 
     Raises:
         OptionError: an argument is impossible.
@@ -184,32 +136,29 @@ class ReadyHypernet(ConcatHypernet):
         self,
         layers: Callable[[int], nn.Sequential],
         channels: int,
-        inputs: Sequence[str],
-        n_stages: int,
-        n_context: int,
-        **arguments: Any,
+        own: Mapping[str, Any],
+        *,
+        inputs: Sequence[str] = ("y", "f0", "dt"),
+        n_stages: int = 1,
+        n_context: int = 0,
     ) -> None:
         checked_arguments(SIZES, {"channels": channels, "n_stages": n_stages})
-        own = {**arguments, **checked_arguments(self.rules, arguments)}
+        arguments = checked_arguments(self.rules, own)
         names = check_inputs(inputs)
-        if "context" in names:
-            checked_arguments({"n_context": COUNT}, {"n_context": n_context})
-        elif n_context != 0:
-            raise OptionError(
-                problem=f"n_context is {n_context!r}, and the inputs are {names!r}, without "
-                '"context".',
-                expected="both or neither.",
-                fix=f"inputs={(*names, 'context')!r}",
-            )
+        has_context = "context" in names
+        checked_arguments(
+            {"n_context": COUNT if has_context else Choice(0)},
+            {"n_context": n_context},
+            "n_context=1" if has_context else f"inputs={(*names, 'context')!r}",
+        )
         n_in = sum(channel_counts(names, channels, n_stages, n_context))
-        net = Scaled(layers(n_in), n_in, channels, arguments.get("n_spatial"))
-        super().__init__(net, inputs)
+        super().__init__(Scaled(layers(n_in), n_in, channels, own.get("n_spatial")), names)
+        self._arguments = arguments
         self.channels = channels
         self.n_stages = n_stages
+        self.n_context = n_context
         self.time_unit = 1.0
         self.order = 0
-        self.n_context = n_context
-        self._arguments = own
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -239,9 +188,8 @@ class ReadyHypernet(ConcatHypernet):
     def measure_time_in(self, time_unit: float, order: int) -> None:
         """Let what the layers return be the residual of a time unit, for a base of this order p.
 
-        `forward` returns R in true units all the same. A solver multiplies what `scaled`
-        returns by (dt / time_unit)^(p+1) instead: the power of a dt in nanoseconds or in
-        years would leave the range of float32, and so would R.
+        `forward` returns R in true units all the same. A solver multiplies `scaled` by
+        (dt / time_unit)^(p+1) instead: a power of nanoseconds or years leaves float32's range.
         """
         self.time_unit, self.order = float(time_unit), order
 
@@ -260,7 +208,7 @@ class ReadyHypernet(ConcatHypernet):
 
     def forward(self, step: StepInput) -> State:
         """Return g, like ``step.y``."""
-        out = super().forward(step)
+        out = self.scaled(step)
         for _ in range(self.order + 1 if self.time_unit != 1 else 0):
             out = map_parts(lambda part: part / self.time_unit, out)
         return out
@@ -269,6 +217,7 @@ class ReadyHypernet(ConcatHypernet):
         """Return time_unit^(p+1) g, like ``step.y``."""
         return super().forward(step)
 
+    @torch.no_grad()
     def calibrate(self, inputs: Tensor, residual: Tensor, unit: float = 1.0) -> None:
         r"""Set the normalisation, so that the layers see and return numbers of order one.
 
@@ -294,9 +243,39 @@ class ReadyHypernet(ConcatHypernet):
             >>> g.net.output_scale
             tensor([30., 30.])
         """
+        net = self.net
+        for name, given, n in (
+            ("inputs", inputs, len(net.input_scale)),
+            ("residual", residual, len(net.output_scale)),
+        ):
+            if given.dim() < 2 or given.shape[1] != n or given.numel() == 0:
+                raise StateShapeError(
+                    problem=f"{name} has shape {tuple(given.shape)}.",
+                    expected=f"at least one sample, and {n} channels along dim 1.",
+                    fix="hypernet.calibrate(hypernet.concat(step), join_channels(residual))",
+                )
+        # In float64, where squares of large or small numbers stay in range.
+        inputs, residual = (
+            (x.cpu() if x.device.type == "mps" else x).double() for x in (inputs, residual)
+        )
         counts = channel_counts(self.inputs, self.channels, self.n_stages, self.n_context)
         steady: list[float] = []
         for name, count in zip(self.inputs, counts, strict=True):
             # Steps cut from one float32 grid differ in their last digits, yet are one size.
             steady += [1e-3 if name == "dt" else 1e-5] * count
-        self.net.calibrate(inputs, residual, steady, unit)
+        variance, mean = torch.var_mean(inputs, _but_channels(inputs), correction=0)
+        size = mean.abs()
+        spread = variance.sqrt()
+        spread = torch.where(spread > mean.new_tensor(steady) * size, spread, size)
+        scale = torch.where(spread > 0, spread, 1.0).reciprocal()
+        net.input_scale.copy_(scale.view_as(net.input_scale))
+        net.input_shift.copy_((-mean * scale).view_as(net.input_shift))
+        size = residual.square().mean(_but_channels(residual)).sqrt()
+        # A channel that happens to be exact in these samples keeps some room in others.
+        size = torch.maximum(size, 1e-3 * size.max())
+        size = torch.where(size > 0, size, 1.0) * unit
+        net.output_scale.copy_(size.view_as(net.output_scale))
+
+
+def _but_channels(x: Tensor) -> list[int]:
+    return [0, *range(2, x.dim())]

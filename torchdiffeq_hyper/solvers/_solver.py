@@ -18,9 +18,9 @@ from torchdiffeq_hyper._fields import context_of
 from torchdiffeq_hyper._rules import Maybe, Record, Rule, Tagged, Text, under
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField
 from torchdiffeq_hyper.errors import BaseMismatchError, OutsideFitWarning
+from torchdiffeq_hyper.hypernets._concat import NAMES_OF_INPUTS
 from torchdiffeq_hyper.hypernets._files import (
     ARCHITECTURES,
-    NAMES_OF_INPUTS,
     UNSEEN,
     load_weights,
     match,

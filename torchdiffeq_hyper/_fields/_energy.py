@@ -8,8 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields import look_through, restrict
-from torchdiffeq_hyper._state import State, StateLayout, VectorField, parts_of
+from torchdiffeq_hyper._fields._context import restrict
+from torchdiffeq_hyper._fields._wrappers import look_through
+from torchdiffeq_hyper._state import (
+    State,
+    StateLayout,
+    VectorField,
+    check_part,
+    check_samples_first,
+    parts_of,
+    shapes_of,
+)
 from torchdiffeq_hyper.errors import OptionError, StateShapeError
 
 Parts = tuple[Tensor, ...]
@@ -42,9 +51,9 @@ class EnergyField(nn.Module):
     dimensions; here they are sums.
 
     Works with any method, `odeint_adjoint` and tuple states; adaptive methods control the
-    integrals' errors too. Both are 0 or above in reverse time as well. A step costs the
-    calls of func that it has; J adds one vector-Jacobian product to each. A solver
-    attached to ``func`` serves this field too.
+    integrals' errors too. Both are 0 or above in reverse time as well. J adds one
+    vector-Jacobian product to each call of func. A solver attached to ``func`` serves this
+    field too.
 
     Args:
         func: ``func(t, y)``.
@@ -86,7 +95,7 @@ class EnergyField(nn.Module):
         self.kinetic = kinetic
         self.jacobian = jacobian
         self.part = part
-        self._noise: Parts | None = None
+        self._noise: Parts = ()
         self._is_tuple: bool | None = None
 
     def start(
@@ -106,16 +115,9 @@ class EnergyField(nn.Module):
             StateTypeError: not floating-point tensors.
         """
         StateLayout.of(y0)
-        self._is_tuple = isinstance(y0, tuple)
-        parts = parts_of(y0)
+        self._is_tuple, parts = isinstance(y0, tuple), parts_of(y0)
         counted = self._counted(parts)
-        sizes = {part.shape[:1] for part in counted}
-        if len(sizes) != 1 or not next(iter(sizes)):
-            raise StateShapeError(
-                problem=f"y0 has shapes {[tuple(part.shape) for part in parts]}.",
-                expected="a leading batch dimension, shared by the parts that count.",
-                fix="EnergyField(func, part=0)",
-            )
+        check_samples_first(counted, "EnergyField(func, part=0)")
         if self.jacobian:
             drawn = (
                 torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=generator)
@@ -148,12 +150,10 @@ class EnergyField(nn.Module):
         return (*k, *energy, _squares(slopes))
 
     def _call(self, t: Tensor, parts: Parts) -> Parts:
-        k = self.base_func(t, parts if self._is_tuple else parts[0])
-        return _parts(k)
+        return _parts(self.base_func(t, parts if self._is_tuple else parts[0]))
 
     def _differentiate(self, t: Tensor, parts: Parts) -> tuple[Parts, Parts]:
         """Return func's answer and e^T df/dy, with gradients where the caller has them on."""
-        assert self._noise is not None
         has_grad = torch.is_grad_enabled()
         with torch.enable_grad():
             parts = tuple(p if p.requires_grad else p.detach().requires_grad_() for p in parts)
@@ -161,30 +161,21 @@ class EnergyField(nn.Module):
             y = self._counted(parts)
             pairs = zip(self._counted(k), self._noise, strict=True)
             outputs = [(f, e) for f, e in pairs if f.requires_grad]
-            slopes: Parts = tuple(torch.zeros_like(part) for part in y)
+            slopes: Parts = tuple(map(torch.zeros_like, y))
             if outputs:
-                slopes = torch.autograd.grad(
-                    [f for f, _ in outputs],
-                    y,
-                    [e for _, e in outputs],
-                    create_graph=has_grad,
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
+                needed = {"allow_unused": True, "materialize_grads": True}
+                f, e = zip(*outputs, strict=True)
+                slopes = torch.autograd.grad(f, y, e, create_graph=has_grad, **needed)
         return (k, slopes) if has_grad else (tuple(f.detach() for f in k), slopes)
 
     def finish(self, solution: Parts) -> tuple[State, Energies]:
-        """Return the solution without the integrals, and the integrals.
-
-        Args:
-            solution: what `odeint` returned for the state of `start`.
-        """
+        """Return what `odeint` returned for the state of `start`: solution and integrals."""
         n_parts = len(solution) - self.kinetic - self.jacobian
         # In reverse time dt is negative, and what was integrated is not.
-        integrals = iter([integral.abs() for integral in solution[n_parts:]])
+        integrals = [integral.abs() for integral in solution[n_parts:]]
         energies = Energies(
-            kinetic=next(integrals) if self.kinetic else None,
-            jacobian=next(integrals) if self.jacobian else None,
+            kinetic=integrals[0] if self.kinetic else None,
+            jacobian=integrals[-1] if self.jacobian else None,
         )
         return (solution[:n_parts] if self._is_tuple else solution[0]), energies
 
@@ -197,24 +188,17 @@ class EnergyField(nn.Module):
             part=self.part,
         )
         restricted._is_tuple = self._is_tuple
-        if self._noise is not None:
-            restricted._noise = tuple(e[index.to(e.device)] for e in self._noise)
+        restricted._noise = tuple(e[index.to(e.device)] for e in self._noise)
         return restricted
 
     def _counted(self, parts: Parts) -> Parts:
         if self.part is None:
-            return tuple(part for part in parts if part.dim())
-        if not 0 <= self.part < len(parts):
-            raise OptionError(
-                problem=f"part is {self.part!r}.",
-                expected=f"None, or an index of one of the state's {len(parts)} parts.",
-                fix="EnergyField(func, part=0)",
-            )
+            return tuple(part for part in parts if part.dim()) or parts
+        check_part(self.part, len(parts))
         return (parts[self.part],)
 
     def _check_noise(self, counted: Parts) -> None:
-        noise = self._noise or ()
-        expected, got = ([tuple(p.shape) for p in parts] for parts in (counted, noise))
+        got, expected = shapes_of(self._noise)[1], shapes_of(counted)[1]
         if expected != got:
             raise StateShapeError(
                 problem=f"the noise has shapes {got}, the parts that count {expected}.",

@@ -1,4 +1,4 @@
-"""Penalties on the steps that a solver reports and on weights, and how they enter a loss."""
+"""Terms for a training loss that make a vector field easy to integrate."""
 
 from __future__ import annotations
 
@@ -9,9 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._fields import own
+from torchdiffeq_hyper._fields._energy import Energies, EnergyField
 from torchdiffeq_hyper._state import StateLayout, part_norms, select
 from torchdiffeq_hyper.errors import OptionError, closest
 from torchdiffeq_hyper.recording import NothingRecordedError, Recorder, Solve, add
+
+__all__ = [
+    "Energies",
+    "EnergyField",
+    "LossTerms",
+    "add_penalties",
+    "error_dt_penalty",
+    "error_penalty",
+    "l1",
+    "l2",
+    "local_error_penalty",
+    "stiffness_penalty",
+]
 
 Record = Recorder | Solve
 """A scope's record, or one solve of it."""
@@ -23,8 +37,9 @@ def error_penalty(record: Record, part: int | None = None) -> Tensor:
     r"""Return the sum of the embedded errors of all accepted steps, a 0-d tensor.
 
     R_err = sum_x sum_i err_{x,i} over samples x and accepted steps i: the regulariser of
-    DISE, ICLR 2021 submission, eq. 2. The same as ``record.error_penalty(part)``; no calls
-    of func beyond the solve's.
+    "DISE: Dynamic Integrator Selection to Minimize Forward-pass Time in Neural ODEs", ICLR
+    2021 submission, eq. 2. The same as ``record.error_penalty(part)``; no calls of func
+    beyond the solve's.
 
     Args:
         record: what `tdh.record` or `tdh.odeint_with_errors` gave.
@@ -37,12 +52,11 @@ def error_penalty(record: Record, part: int | None = None) -> Tensor:
 
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
-        >>> from torchdiffeq_hyper import regularizers
         >>> a = torch.tensor(-2.0, requires_grad=True)
         >>> _, solve = tdh.odeint_with_errors(
         ...     lambda t, y: a * y, torch.ones(1), torch.tensor([0.0, 1.0]), rtol=1e-3, atol=1e-3
         ... )
-        >>> regularizers.error_penalty(solve).backward()
+        >>> tdh.regularizers.error_penalty(solve).backward()
         >>> bool(a.grad < 0)
         True
     """
@@ -56,9 +70,7 @@ def error_dt_penalty(record: Record, part: int | None = None) -> Tensor:
     regulariser of Pal, Ma, Shah and Rackauckas, Opening the Blackbox, ICML 2021
     (arXiv 2105.03918). There the error is one number a step; here it is `Steps.error_of`,
     a sample's own and not scaled by the tolerances. The step sizes are constants to the
-    gradient. No calls of func beyond the solve's.
-
-    Arguments and errors are those of `error_penalty`.
+    gradient. Cost, arguments and errors are those of `error_penalty`.
     """
 
     def of_solve(solve: Solve) -> Tensor:
@@ -77,23 +89,15 @@ def stiffness_penalty(record: Record, part: int | None = None) -> Tensor:
     of func's Lipschitz constant there (Shampine, Stiffness and nonstiff differential
     equation solvers II, 1977). The stiffness regulariser of Pal, Ma, Shah and Rackauckas,
     Opening the Blackbox, ICML 2021 (arXiv 2105.03918). "dopri5" and "dopri8" have such
-    stages. No calls of func beyond the solve's.
-
-    Args:
-        record: a record of ``tdh.record(stiffness=True)``.
-        part: the part of tuple states that counts; None for all.
-
-    Raises:
-        OptionError: stiffness was not recorded, or the method has no such stages.
-        HyperError: as `error_penalty`.
+    stages; the record has to be one of ``tdh.record(stiffness=True)``, else `OptionError` is
+    raised. For cost, arguments and other errors see `error_penalty`.
 
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
         >>> from torchdiffeq import odeint
-        >>> from torchdiffeq_hyper import regularizers
         >>> with tdh.record(stiffness=True) as rec:
         ...     y = odeint(lambda t, y: -3 * y, torch.ones(1), torch.tensor([0.0, 1.0]))
-        >>> mean = regularizers.stiffness_penalty(rec) / rec.solves[-1].n_accepted
+        >>> mean = tdh.regularizers.stiffness_penalty(rec) / rec.solves[-1].n_accepted
         >>> round(mean.item(), 1)
         3.0
     """
@@ -108,9 +112,8 @@ def local_error_penalty(record: Record, part: int | None = None) -> Tensor:
     R = sum_x err_{x,i} |dt_i| for a step i drawn evenly from the accepted ones of a solve
     (and summed over the solves of a scope): n_accepted R estimates `error_dt_penalty`
     without bias. The step is taken again from its recorded state, which is a constant to
-    the gradient, as is dt: the gradient goes to func's parameters through this one step and
-    needs nothing of the solve. So it works with `odeint_adjoint` and under ``no_grad``
-    solves. Costs as many calls of func as the method has stages (7 for dopri5).
+    the gradient, as is dt: so it works with `odeint_adjoint` and under ``no_grad`` solves.
+    Costs as many calls of func as the method has stages (7 for dopri5).
 
     The local regulariser, with its time drawn from the solver's own steps, of Pal, Edelman
     and Rackauckas, Locally Regularized Neural Differential Equations, ICML 2023
@@ -118,8 +121,7 @@ def local_error_penalty(record: Record, part: int | None = None) -> Tensor:
     `Steps.error_of`.
 
     Args:
-        record: what `tdh.record` or `tdh.odeint_with_errors` gave; ``record(seed=...)``
-            makes the draw repeatable.
+        record: as in `error_penalty`; ``tdh.record(seed=...)`` makes the draw repeatable.
         part: the part of tuple states that counts; None for all.
 
     Raises:
@@ -128,15 +130,11 @@ def local_error_penalty(record: Record, part: int | None = None) -> Tensor:
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
         >>> from torchdiffeq import odeint_adjoint
-        >>> from torchdiffeq_hyper import regularizers
-        >>> func = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh())
-        >>> field = lambda t, y: func(y)
+        >>> net, t = torch.nn.Linear(2, 2), torch.tensor([0.0, 1.0])
+        >>> field, params = lambda t, y: torch.tanh(net(y)), tuple(net.parameters())
         >>> with tdh.record(seed=0) as rec:
-        ...     y = odeint_adjoint(
-        ...         field, torch.ones(3, 2), torch.tensor([0.0, 1.0]),
-        ...         adjoint_params=func.parameters(),
-        ...     )
-        >>> (y[-1].sum() + 0.1 * regularizers.local_error_penalty(rec)).backward()
+        ...     y = odeint_adjoint(field, torch.ones(3, 2), t, adjoint_params=params)
+        >>> (y[-1].sum() + 0.1 * tdh.regularizers.local_error_penalty(rec)).backward()
     """
     return add(_local_error(solve, part) for solve in record.adaptive_solves())
 
@@ -152,8 +150,7 @@ def _local_error(solve: Solve, part: int | None) -> Tensor:
     layout = StateLayout.of(step.y)
     y0 = layout.join(step.y)
     real = y0.abs().dtype
-    t0, dt = step.t0.to(real), step.dt.to(real)
-    t1 = (step.t0 + step.dt).to(real)
+    t0, dt, t1 = step.t0.to(real), step.dt.to(real), (step.t0 + step.dt).to(real)
 
     def derivative(t: Tensor, y: Tensor) -> Tensor:
         return own(layout.join(step.func(t, layout.split(y))).expand_as(y0))
@@ -165,15 +162,14 @@ def _local_error(solve: Solve, part: int | None) -> Tensor:
         y = y0 + torch.stack(stages, -1) @ (weights * dt)
         stages.append(derivative(t, y))
     error = torch.stack(stages, -1) @ (step.error_weights * dt)
-    norms = part_norms(layout, error)
-    return select(norms, layout, part).sum() * dt.abs()
+    return select(part_norms(layout, error), layout, part).sum() * dt.abs()
 
 
 def l1(weights: Weights) -> Tensor:
     """Return the sum of the absolute values of all parameters, a 0-d tensor.
 
     Draws parameters to zero (Tibshirani, Regression shrinkage and selection via the lasso,
-    1996); one of the regularisers that the DISE paper compares with.
+    1996).
 
     Args:
         weights: a module (its parameters that require gradients), or tensors.
@@ -194,14 +190,7 @@ def l2(weights: Weights) -> Tensor:
     """Return the sum of the squares of all parameters, a 0-d tensor.
 
     Its gradient is twice the parameters: weight decay (Krogh and Hertz, A simple weight
-    decay can improve generalization, 1991); one of the regularisers that the DISE paper
-    compares with. Arguments and errors are those of `l1`.
-
-    Example:
-        >>> import torch
-        >>> from torchdiffeq_hyper import regularizers
-        >>> regularizers.l2([torch.tensor([3.0, -4.0])])
-        tensor(25.)
+    decay can improve generalization, 1991). Arguments and errors are those of `l1`.
     """
     return add(weight.abs().square().sum() for weight in _tensors(weights))
 
@@ -264,46 +253,38 @@ def add_penalties(
 
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
-        >>> from torchdiffeq import odeint
-        >>> from torchdiffeq_hyper.regularizers import add_penalties
-        >>> class Field(torch.nn.Linear):
-        ...     def forward(self, t, y):
-        ...         return torch.tanh(super().forward(y))
-        >>> func, t = Field(2, 2), torch.tensor([0.0, 1.0])
-        >>> optimizer = torch.optim.Adam(func.parameters())
-        >>> for y0, target in [(torch.ones(8, 2), torch.zeros(8, 2))] * 3:
-        ...     with tdh.record() as rec:
-        ...         y = odeint(func, y0, t, rtol=1e-3, atol=1e-3)
-        ...     task = (y[-1] - target).square().mean()
-        ...     terms = add_penalties(task, {"error": 0.1, "l2": 1e-4}, record=rec, func=func)
-        ...     optimizer.zero_grad()
-        ...     terms.total.backward()
-        ...     optimizer.step()
+        >>> net, y0, t = torch.nn.Linear(2, 2), torch.ones(8, 2), torch.tensor([0.0, 1.0])
+        >>> y, solve = tdh.odeint_with_errors(lambda t, y: net(y), y0, t, rtol=1e-3, atol=1e-3)
+        >>> task = y[-1].square().mean()
+        >>> weights = {"error": 0.1, "l2": 1e-4}
+        >>> terms = tdh.regularizers.add_penalties(task, weights, record=solve, func=net)
+        >>> terms.total.backward()
         >>> sorted(terms.penalties)
         ['error', 'l2']
     """
     penalties: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        penalty = _penalty(name, record, func, part)
+        if name in _OF_RECORD and record is not None:
+            penalty = _OF_RECORD[name](record, part)
+        elif name in _OF_FUNC and func is not None:
+            penalty = _OF_FUNC[name](func)
+        else:
+            raise _no_penalty(name)
         penalties[name] = penalty.detach()
         loss = loss + weight * penalty
     return LossTerms(loss, penalties)
 
 
-def _penalty(name: str, record: Record | None, func: nn.Module | None, part: int | None) -> Tensor:
-    if name in _OF_RECORD and record is not None:
-        return _OF_RECORD[name](record, part)
-    if name in _OF_FUNC and func is not None:
-        return _OF_FUNC[name](func)
+def _no_penalty(name: str) -> OptionError:
     known = [*_OF_RECORD, *_OF_FUNC]
     if name not in known:
-        raise OptionError(
+        return OptionError(
             problem=f"no penalty is called {name!r}.",
             expected="one of " + ", ".join(f'"{penalty}"' for penalty in known) + ".",
             fix=f'{{"{closest(name, known)}": 0.1}}',
         )
     argument = "record=rec" if name in _OF_RECORD else "func=func"
-    raise OptionError(
+    return OptionError(
         problem=f'the penalty "{name}" has nothing to work on.',
         expected=f"the argument {argument}.",
         fix=f"add_penalties(loss, weights, {argument})",

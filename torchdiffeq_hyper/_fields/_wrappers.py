@@ -1,4 +1,4 @@
-"""What is inside a vector field: wrappers that change nothing, a host's model, attributes.
+"""What is inside a vector field: wrappers that change nothing, and a host's model.
 
 Wrappers are known by their type. Whoever has such a wrapper registers its type here. An
 attribute's name alone says nothing: a user's module may call what it holds as ``module`` or
@@ -11,9 +11,9 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
-from types import FunctionType, MethodType, MethodWrapperType, ModuleType
+from types import FunctionType, MethodType, MethodWrapperType
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
@@ -85,11 +85,6 @@ def check_shareable(func: VectorField, n_processes: int) -> None:
             expected="an exact trace, or a fit in one process.",
             fix="CNF(net, trace_estimator=autograd_trace)",
         )
-
-
-def model_as_found(func: object) -> AbstractContextManager[None]:
-    """Give a host's model back what its solves set on it; other funcs are left alone."""
-    return func.as_found() if isinstance(func, ModelField) else nullcontext()
 
 
 Look: TypeAlias = Callable[[object], object | None]
@@ -219,40 +214,3 @@ look_through(nn.DataParallel, "module")
 look_through(DistributedDataParallel, "module")
 look_through_by(_of_partial)
 look_through_by(_of_compiled)
-
-
-@contextmanager
-def attributes_as_found(func: object) -> Iterator[None]:
-    """Undo what calls of func assign to attributes, e.g. ``self.nfe += 1``.
-
-    Of func's modules, of the object of a bound method, and of func itself if it is a
-    function or another callable. All assignments are undone together, so that a cached value
-    and the size that it was made for stay a pair. What is changed in place stays changed.
-    """
-    before = [(owner, dict(vars(owner))) for owner in _with_attributes(func)]
-    try:
-        yield
-    finally:
-        for owner, attributes in before:
-            now: dict[str, Any] = vars(owner)
-            for name in now.keys() - attributes.keys():
-                del now[name]
-            now.update(attributes)
-
-
-def _with_attributes(func: object) -> Iterator[object]:
-    """Yield what calls of func may keep attributes on."""
-    if isinstance(func, nn.Module):
-        # torch's own modules count nothing, and some complete themselves at their first call.
-        own = (part for part in func.modules() if not type(part).__module__.startswith("torch."))
-        yield from own
-    elif isinstance(func, MethodType):
-        yield from _with_attributes(func.__self__)
-    elif isinstance(func, partial):
-        for part in (func.func, *func.args, *func.keywords.values()):
-            if callable(part):
-                yield from _with_attributes(part)
-    elif not isinstance(func, type | ModuleType) and isinstance(
-        getattr(func, "__dict__", None), dict
-    ):
-        yield func

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._fields import check_independence, model_as_found, vector_field
+from torchdiffeq_hyper._fields import check_independence, left_as_found, vector_field
 from torchdiffeq_hyper._state import (
     RowLayout,
     State,
@@ -33,7 +33,6 @@ from torchdiffeq_hyper.evaluation._measure import Counted, unless_broken
 from torchdiffeq_hyper.evaluation._trials import distinct
 from torchdiffeq_hyper.fitting._batches import Starts, bind
 from torchdiffeq_hyper.fitting._field import check_repeatable
-from torchdiffeq_hyper.fitting._guard import left_as_found
 from torchdiffeq_hyper.solvers._grid import check_times
 from torchdiffeq_hyper.solvers._stepping import cast_back
 from torchdiffeq_hyper.solvers.per_sample import PerSampleDopri5
@@ -231,7 +230,6 @@ def labels_of(
     total, columns = len(batch) * len(candidates), []
     with (
         left_as_found(func),
-        model_as_found(field),
         left_as_found(getattr(cost, "predict", None) or getattr(cost, "error", None)),
         torch.no_grad(),
         tqdm(total=total, disable=not progress, unit="solve", desc="solving alone") as bar,

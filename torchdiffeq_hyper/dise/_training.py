@@ -13,6 +13,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
+from torchdiffeq_hyper._fields import frozen_or_restored, own_random_state
 from torchdiffeq_hyper._state import State, parts_of, take
 from torchdiffeq_hyper.dise._costs import check_settings
 from torchdiffeq_hyper.dise._report import Labels, TradeOff, TradeOffPoint
@@ -26,7 +27,6 @@ from torchdiffeq_hyper.errors import (
     StateShapeError,
     StateTypeError,
 )
-from torchdiffeq_hyper.fitting._guard import frozen_or_restored, own_random_state
 
 
 @dataclass(frozen=True)

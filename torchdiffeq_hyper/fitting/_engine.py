@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchdiffeq_hyper._fields import model_as_found
+from torchdiffeq_hyper._fields import frozen_or_restored, left_as_found, own_random_state
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import NoiseFloorError
 from torchdiffeq_hyper.fitting._auto import measuring_time_in
@@ -31,7 +31,6 @@ from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._data import Data
 from torchdiffeq_hyper.fitting._errors import Comparison
 from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError
-from torchdiffeq_hyper.fitting._guard import frozen_or_restored, left_as_found, own_random_state
 from torchdiffeq_hyper.fitting._loop import Loop, Phase, Progress
 from torchdiffeq_hyper.fitting._prepare import (
     NOISE_LATEST,
@@ -190,7 +189,6 @@ def _undisturbed(func: VectorField, problem: Problem) -> Iterator[None]:
         torch.enable_grad(),
         own_random_state(problem.config.seed),
         left_as_found(func),
-        model_as_found(problem.func),
         problem.group.together(),
     ):
         yield

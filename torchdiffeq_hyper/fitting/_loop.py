@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from torch import nn
 from tqdm import tqdm
 
+from torchdiffeq_hyper._fields import random_state, set_random_state
 from torchdiffeq_hyper.fitting._budget import Budget, Pace
 from torchdiffeq_hyper.fitting._checkpoint import FitState, PhaseState, Store, snapshot
 from torchdiffeq_hyper.fitting._distributed import ProcessGroup
 from torchdiffeq_hyper.fitting._field import OutOfTimeError
-from torchdiffeq_hyper.fitting._guard import random_state, set_random_state
 from torchdiffeq_hyper.solvers._fit_report import LossPoint
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn, optim
 
-from torchdiffeq_hyper._fields import Conditioned, model_as_found
+from torchdiffeq_hyper._fields import Conditioned, left_as_found, modules_in, own_random_state
 from torchdiffeq_hyper._files import checked
 from torchdiffeq_hyper._rules import ANYTHING, Maybe, Record, Table, record_of
 from torchdiffeq_hyper._state import State, VectorField, wide_dtype
@@ -33,7 +33,6 @@ from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._data import Batch
 from torchdiffeq_hyper.fitting._field import Field
 from torchdiffeq_hyper.fitting._fit import check_hypernet
-from torchdiffeq_hyper.fitting._guard import left_as_found, modules_in, own_random_state
 from torchdiffeq_hyper.fitting._hypersolver import measure_noise
 from torchdiffeq_hyper.fitting._objectives import (
     delta_quantiles,
@@ -318,7 +317,7 @@ class HyperSolverModule(LightningModule):
 
     @contextmanager
     def _as_found(self) -> Iterator[None]:
-        with left_as_found(self._func[0]), model_as_found(self._problem.func):
+        with left_as_found(self._func[0]):
             yield
 
     @contextmanager

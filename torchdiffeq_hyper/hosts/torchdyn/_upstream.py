@@ -16,8 +16,8 @@ from typing import Any, TypeAlias, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from torchdiffeq_hyper._fields import own_random_state
 from torchdiffeq_hyper.errors import HostWarning
-from torchdiffeq_hyper.fitting._guard import own_random_state
 from torchdiffeq_hyper.hosts._host import warn_once
 
 _SOLVERS = "torchdyn.numerics.solvers.ode"

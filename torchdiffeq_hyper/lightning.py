@@ -1,13 +1,19 @@
-"""The LightningModule that fits a hypersolver."""
+"""Fitting under a Lightning `Trainer`: its loggers, callbacks, devices and DDP are the user's.
+
+Needs ``pytorch_lightning`` or ``lightning``: ``pip install "torchdiffeq_hyper[lightning]"``.
+The package itself does not import this module.
+"""
 
 from __future__ import annotations
 
 import copy
+import importlib
 import math
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,11 +23,12 @@ from torch import Tensor, nn, optim
 from torchdiffeq_hyper._fields import Conditioned, left_as_found, modules_in, own_random_state
 from torchdiffeq_hyper._files import checked
 from torchdiffeq_hyper._rules import ANYTHING, Maybe, Record, Table, record_of
-from torchdiffeq_hyper._state import State, VectorField, wide_dtype
-from torchdiffeq_hyper.errors import OptionError
+from torchdiffeq_hyper._state import State, VectorField, parts_of, wide_dtype
+from torchdiffeq_hyper.errors import MissingExtraError, OptionError
 from torchdiffeq_hyper.fitting._adamw import annealed
 from torchdiffeq_hyper.fitting._auto import calibrate, measuring_time_in
 from torchdiffeq_hyper.fitting._batches import (
+    Starts,
     check_like,
     checked_batch,
     head,
@@ -40,27 +47,71 @@ from torchdiffeq_hyper.fitting._objectives import (
     objectives_of,
     usable_scale,
 )
-from torchdiffeq_hyper.fitting._prepare import FieldCheck
+from torchdiffeq_hyper.fitting._prepare import MOST_BYTES, FieldCheck
 from torchdiffeq_hyper.fitting._problem import HypersolverProblem
 from torchdiffeq_hyper.fitting._signature import check_same_field
 from torchdiffeq_hyper.hypernets import ready
-from torchdiffeq_hyper.lightning._trainer import (
-    FieldAsFound,
-    History,
-    KnownBatches,
-    find_lightning,
-)
 from torchdiffeq_hyper.solvers._fit_report import FitReport, LossPoint
 from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 
+__all__ = ["HyperSolverModule"]
+
+
+def _find_lightning() -> Any:
+    """Return Lightning under the name it is already used by, or is installed as."""
+    names = ("pytorch_lightning", "lightning.pytorch")
+    for name in sorted(names, key=lambda name: name not in sys.modules):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name not in {name, name.partition(".")[0]}:
+                raise
+    raise MissingExtraError(
+        problem="torchdiffeq_hyper.lightning needs Lightning, which is not installed.",
+        expected="pytorch_lightning, or lightning.",
+        fix='pip install "torchdiffeq_hyper[lightning]"',
+    )
+
+
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule
 else:
-    LightningModule = find_lightning().LightningModule
+    Callback, LightningModule = _find_lightning().Callback, _find_lightning().LightningModule
 
-CHECKPOINT = Record(
-    {"torchdiffeq_hyper": record_of(History)},
+
+class _FieldAsFound(Callback):
+    """Keeps func as a fit needs it, and gives it back: a module has no hook for exceptions."""
+
+    def __init__(self, func: VectorField) -> None:
+        self._func = func
+        self._stack = ExitStack()
+
+    def on_fit_start(self, *_: Any) -> None:
+        self._stack.enter_context(left_as_found(self._func))
+
+    def on_fit_end(self, *_: Any) -> None:
+        self._stack.close()
+
+    def on_exception(self, *_: Any) -> None:
+        self._stack.close()
+
+
+@dataclass
+class _History:
+    """The fields of a `FitReport` that grow during a fit; they are kept in checkpoints."""
+
+    losses: list[LossPoint] = field(default_factory=list)
+    delta: dict[str, float] = field(default_factory=dict)
+    base_delta: dict[str, float] = field(default_factory=dict)
+    validation: float = 0.0
+    base_validation: float = 0.0
+    iterations: int = 0
+    seconds: float = 0.0
+
+
+_CHECKPOINT = Record(
+    {"torchdiffeq_hyper": record_of(_History)},
     optional={"torchdiffeq_hyper_field": Maybe(Table(ANYTHING))},
 )
 """What the module adds to a checkpoint; earlier versions did not tell fields apart."""
@@ -147,7 +198,7 @@ class HyperSolverModule(LightningModule):
         self._ends: tuple[int, ...] = ()
         self._train: list[float] = []
         self._sums = [0.0, 0.0, 0.0]
-        self._history = History()
+        self._history = _History()
         self._began = 0.0
 
     def _prepare(self, net: nn.Module | None) -> None:
@@ -161,7 +212,8 @@ class HyperSolverModule(LightningModule):
             field, probes.y0, problem.tableau, problem.plan, check.tolerances
         )
         batch = check.references(problem).solve(starts, ENDLESS)
-        self._known = KnownBatches(check.references(problem))
+        self._references = check.references(problem)
+        self._known: dict[Hashable, Batch] = {}
         if net is None:
             net = ready(starts.y0, problem.tableau, time_unit=problem.width)
         with measuring_time_in(net, problem.width, problem.tableau.order):
@@ -187,10 +239,13 @@ class HyperSolverModule(LightningModule):
     @property
     def report(self) -> FitReport | None:
         """What was measured at the last validation; None before there was one."""
-        return self._history.report(
+        if not self._history.delta:
+            return None
+        return FitReport(
+            **{**vars(self._history), "losses": tuple(self._history.losses)},
             noise_floor=self._noise,
-            reference_seconds=self._known.references.seconds,
-            reference_nfe=self._known.references.calls,
+            reference_seconds=self._references.seconds,
+            reference_nfe=self._references.calls,
             stopped="trainer",
             seed=self._problem.config.seed,
         )
@@ -289,7 +344,7 @@ class HyperSolverModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Return what gives func back as it was, also after errors."""
-        return [FieldAsFound(self._as_found)]
+        return [_FieldAsFound(self._func[0])]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what was measured, and what tells the field from others."""
@@ -304,28 +359,37 @@ class HyperSolverModule(LightningModule):
             OptionError: it belongs to another field: with the same ``y0``, func has other
                 values. With another ``y0`` they cannot be compared.
         """
-        names = CHECKPOINT.fields
-        own = {name: checkpoint[name] for name in names if name in checkpoint}
-        own = checked(CHECKPOINT, own, "the checkpoint")
+        own = {name: checkpoint[name] for name in _CHECKPOINT.fields if name in checkpoint}
+        own = checked(_CHECKPOINT, own, "the checkpoint")
         check_same_field(own.get("torchdiffeq_hyper_field"), self._signs)
-        self._history = History.from_dict(own["torchdiffeq_hyper"])
+        history = own["torchdiffeq_hyper"]
+        losses = [LossPoint(**point) for point in history["losses"]]
+        self._history = _History(**{**history, "losses": losses})
 
-    def _measure(self, key: tuple[Any, ...], batch: Any) -> Batch:
+    def _measure(self, key: Hashable, batch: Any) -> Batch:
+        """Return a batch with its reference: the one known under a key if it has these samples."""
         with self._measuring(), torch.autocast(self.device.type, enabled=False):
             starts = checked_batch(batch, has_context=self._has_context)
-            return self._known.measure(key, check_like(starts, self._starts))
-
-    @contextmanager
-    def _as_found(self) -> Iterator[None]:
-        with left_as_found(self._func[0]):
-            yield
+            check_like(starts, self._starts)
+            known = self._known.pop(key, None)
+            if known is None or not _are_same(known.starts, starts):
+                known = self._references.solve(starts, ENDLESS)
+            if sum(other.nbytes for other in self._known.values()) + known.nbytes <= MOST_BYTES:
+                self._known[key] = known
+            return known
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:
-        with torch.inference_mode(mode=False), self._as_found():
+        with torch.inference_mode(mode=False), left_as_found(self._func[0]):
             yield
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:  # noqa: FBT001, FBT002
         for module in modules_in(self._func[0]):
             module._apply(fn, recurse)  # noqa: SLF001
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+def _are_same(first: Starts, second: Starts) -> bool:
+    tensors = ((*parts_of(starts.y0), *starts.context) for starts in (first, second))
+    pairs = zip(*tensors, strict=True)
+    return all(a.device == b.device and torch.equal(a, b) for a, b in pairs)

@@ -25,28 +25,15 @@ from torchdiffeq_hyper._files import checked
 from torchdiffeq_hyper._rules import ANYTHING, Maybe, Record, Table, record_of
 from torchdiffeq_hyper._state import State, VectorField, parts_of, wide_dtype
 from torchdiffeq_hyper.errors import MissingExtraError, OptionError
+from torchdiffeq_hyper.fitting import _batches, _objectives
 from torchdiffeq_hyper.fitting._adamw import annealed
 from torchdiffeq_hyper.fitting._auto import calibrate, measuring_time_in
-from torchdiffeq_hyper.fitting._batches import (
-    Starts,
-    check_like,
-    checked_batch,
-    head,
-    many_batches,
-    n_samples,
-)
 from torchdiffeq_hyper.fitting._budget import ENDLESS, PROBES
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._data import Batch
 from torchdiffeq_hyper.fitting._field import Field
 from torchdiffeq_hyper.fitting._fit import check_hypernet
 from torchdiffeq_hyper.fitting._hypersolver import measure_noise
-from torchdiffeq_hyper.fitting._objectives import (
-    delta_quantiles,
-    no_correction,
-    objectives_of,
-    usable_scale,
-)
 from torchdiffeq_hyper.fitting._prepare import MOST_BYTES, FieldCheck
 from torchdiffeq_hyper.fitting._problem import HypersolverProblem
 from torchdiffeq_hyper.fitting._signature import check_same_field
@@ -77,7 +64,8 @@ def _find_lightning() -> Any:
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule
 else:
-    Callback, LightningModule = _find_lightning().Callback, _find_lightning().LightningModule
+    _lightning = _find_lightning()
+    Callback, LightningModule = _lightning.Callback, _lightning.LightningModule
 
 
 class _FieldAsFound(Callback):
@@ -124,26 +112,24 @@ class HyperSolverModule(LightningModule):
     AdamW and half a cosine of annealing over the Trainer's steps (one for each phase). It
     logs ``train_loss``, relative to the base's on ``y0`` (so 1 is no correction), and
     ``validation`` and ``validation_base``: the held-out error as in
-    `FitReport.validation`, with and without the correction. When to stop, what to log,
-    clipping, devices and which checkpoint is the best are the Trainer's business.
+    `FitReport.validation`, with and without the correction. All else is the Trainer's business.
 
     A batch whose reference is known costs an iteration of `fit`; a new one an adaptive
     solve first. References are kept, up to 1 GiB, for batches that come again unchanged:
     pass a `DataLoader` that does not shuffle.
 
-    func is no submodule: it is not trained and not in the optimizer or checkpoints. It
-    moves with the module to other devices, and comes back from training as it was. A
-    checkpoint holds the hypernet and the history; to read it, pass the arguments again:
+    func is no submodule: it is neither trained nor saved, moves with the module to other
+    devices, and comes back from training as it was. A checkpoint holds the hypernet and the
+    history; to read it, pass the arguments again:
     ``load_from_checkpoint(path, func=func, y0=y0, t_span=..., base=..., steps=...)``.
 
     Args:
         func, t_span, steps, alpha, objective, direction: as in `fit`.
-        y0: a batch of starts, a tensor or a tuple of them: the net is made for these, and
-            its scales and the noise floor are measured on them, here. Not trained on.
+        y0: a batch of starts, a tensor or a tuple of them, that the net is made for, and its
+            scales and the noise floor are measured on, here. Not trained on.
         base: as in `fit`, but for "bns".
         hypernet: as in `fit`; trained in place.
-        context: "batch" where a batch, ``y0`` too, is (state, *context): func is then called
-            ``func(t, y, *context)``, as in `fit`.
+        context: "batch" where a batch, ``y0`` too, is (state, *context), as in `fit`.
         config: ``lr``, ``weight_decay``, ``rtol``, ``atol``, ``method`` and ``seed`` (of a
             ready net) count; the Trainer decides the rest.
 
@@ -177,7 +163,7 @@ class HyperSolverModule(LightningModule):
     ) -> None:
         super().__init__()
         if isinstance(func, Conditioned) or not (context is None or isinstance(context, str)):
-            raise many_batches()  # a loader's batches do not tell the rows of one context apart
+            raise _batches.many_batches()  # which rows are a batch's cannot be told
         self._problem = HypersolverProblem.of_base(
             func,
             t_span,
@@ -191,50 +177,45 @@ class HyperSolverModule(LightningModule):
         )
         check_hypernet(hypernet)
         self._func = (func,)  # in a tuple, so that torch does not take it for a part
-        self._has_context = context is not None
-        self._starts = checked_batch(y0, has_context=self._has_context)
+        self._starts = _batches.checked_batch(y0, has_context=self._problem.context == "batch")
         with torch.enable_grad(), own_random_state(self._problem.config.seed), self._measuring():
             self._prepare(hypernet)
         self._ends: tuple[int, ...] = ()
         self._train: list[float] = []
-        self._sums = [0.0, 0.0, 0.0]
+        self._sums = torch.zeros(3, dtype=torch.float64)
         self._history = _History()
-        self._began = 0.0
+        self._known: dict[Hashable, Batch] = {}
 
     def _prepare(self, net: nn.Module | None) -> None:
         """Check the field, measure the noise floor, and make and calibrate the net."""
         problem, starts = self._problem, self._starts
-        check = FieldCheck.of(problem, starts, n_samples(starts))
+        check = FieldCheck.of(problem, starts, _batches.n_samples(starts))
         self._signs = check.signs
-        probes = head(starts, PROBES)
-        field = Field(problem.func, probes, ENDLESS, check.units)
-        self._noise = measure_noise(
-            field, probes.y0, problem.tableau, problem.plan, check.tolerances
-        )
+        probes = _batches.head(starts, PROBES)
+        field, tableau = Field(problem.func, probes, ENDLESS, check.units), problem.tableau
+        self._noise = measure_noise(field, probes.y0, tableau, problem.plan, check.tolerances)
         batch = check.references(problem).solve(starts, ENDLESS)
         self._references = check.references(problem)
-        self._known: dict[Hashable, Batch] = {}
         if net is None:
-            net = ready(starts.y0, problem.tableau, time_unit=problem.width)
-        with measuring_time_in(net, problem.width, problem.tableau.order):
+            net = ready(starts.y0, tableau, time_unit=problem.width)
+        with measuring_time_in(net, problem.width, tableau.order):
             calibrate(net, batch)
         self.hypernet = net
-        solver = problem.solver(net)
-        self._phases, self._criterion = objectives_of(problem.objective, solver, problem.func)
+        self._phases, self._criterion = _objectives.objectives_of(
+            problem.objective, problem.solver(net), problem.func
+        )
         self._scales = [
-            [usable_scale(phase.base_loss(batch, r)) for r in range(len(batch.grids))]
+            [_objectives.usable_scale(phase.base_loss(batch, r)) for r in range(len(batch.grids))]
             for phase in self._phases
         ]
 
     @property
     def solver(self) -> HyperSolver:
         """The hypersolver with a copy of the net as it is now, frozen, domain and report."""
-        net = copy.deepcopy(self.hypernet).requires_grad_(requires_grad=False)
-        for parameter in net.parameters():
-            parameter.grad = None
-        domain = self._problem.domain(self._starts.y0)
-        solver = self._problem.solver(net, self._problem.steps, domain=domain, report=self.report)
-        return solver.eval()
+        net, problem = copy.deepcopy(self.hypernet), self._problem
+        domain = problem.domain(self._starts.y0)
+        solver = problem.solver(net, problem.steps, domain=domain, report=self.report)
+        return solver.eval().requires_grad_(requires_grad=False)
 
     @property
     def report(self) -> FitReport | None:
@@ -259,29 +240,29 @@ class HyperSolverModule(LightningModule):
             loss = self._phases[number].loss(measured, grid)
         self._train.append(float(loss.detach()))
         relative = loss / self._scales[number][grid]
-        self.log("train_loss", relative, prog_bar=True, batch_size=n_samples(measured.y0))
+        self.log("train_loss", relative, prog_bar=True, batch_size=_batches.n_samples(measured.y0))
         return relative
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation."""
-        self._sums = [0.0, 0.0, 0.0]
+        self._sums = torch.zeros(3, dtype=torch.float64)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the validation errors."""
         measured = self._measure(("validation", dataloader_idx, batch_idx), batch)
         with self._measuring(), torch.no_grad():
-            count = n_samples(measured.y0)
             errors = self._criterion.error(measured), self._criterion.base_error(measured)
             if not self._sums[0]:
-                order = self._problem.tableau.order
-                self._history.delta = delta_quantiles(self.hypernet, order, measured)
-                self._history.base_delta = delta_quantiles(no_correction, order, measured)
-        added = (count, count * errors[0], count * errors[1])
-        self._sums = [total + more for total, more in zip(self._sums, added, strict=True)]
+                self._history.delta, self._history.base_delta = (
+                    _objectives.delta_quantiles(net, self._problem.tableau.order, measured)
+                    for net in (self.hypernet, _objectives.no_correction)
+                )
+        added = torch.tensor([1.0, *errors], dtype=torch.float64)
+        self._sums += _batches.n_samples(measured.y0) * added
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean errors over all samples of all processes."""
-        sums = torch.tensor(self._sums, dtype=wide_dtype(self.device), device=self.device)
+        sums = self._sums.to(self.device, wide_dtype(self.device))
         count, error, base_error = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         history = self._history
         history.validation, history.base_validation = error / count, base_error / count
@@ -369,8 +350,8 @@ class HyperSolverModule(LightningModule):
     def _measure(self, key: Hashable, batch: Any) -> Batch:
         """Return a batch with its reference: the one known under a key if it has these samples."""
         with self._measuring(), torch.autocast(self.device.type, enabled=False):
-            starts = checked_batch(batch, has_context=self._has_context)
-            check_like(starts, self._starts)
+            starts = _batches.checked_batch(batch, has_context=self._problem.context == "batch")
+            _batches.check_like(starts, self._starts)
             known = self._known.pop(key, None)
             if known is None or not _are_same(known.starts, starts):
                 known = self._references.solve(starts, ENDLESS)
@@ -389,7 +370,7 @@ class HyperSolverModule(LightningModule):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
-def _are_same(first: Starts, second: Starts) -> bool:
+def _are_same(first: _batches.Starts, second: _batches.Starts) -> bool:
     tensors = ((*parts_of(starts.y0), *starts.context) for starts in (first, second))
     pairs = zip(*tensors, strict=True)
     return all(a.device == b.device and torch.equal(a, b) for a, b in pairs)

@@ -180,9 +180,7 @@ class HyperSolverModule(LightningModule):
         self._starts = _batches.checked_batch(y0, has_context=self._problem.context == "batch")
         with torch.enable_grad(), own_random_state(self._problem.config.seed), self._measuring():
             self._prepare(hypernet)
-        self._ends: tuple[int, ...] = ()
         self._train: list[float] = []
-        self._sums = torch.zeros(3, dtype=torch.float64)
         self._history = _History()
         self._known: dict[Hashable, Batch] = {}
 
@@ -307,12 +305,11 @@ class HyperSolverModule(LightningModule):
                 fix="Trainer(max_epochs=100)   # or max_steps=2000; EarlyStopping may end it",
             )
         config = replace(self._problem.config, iterations=max(1, int(steps)))
-        self._ends = tuple(accumulate(replace(self._problem, config=config).iterations))
+        self._ends = list(accumulate(replace(self._problem, config=config).iterations))
         parameters = [p for p in self.hypernet.parameters() if p.requires_grad]
         optimizer = optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
         schedule = optim.lr_scheduler.LambdaLR(optimizer, self._rate_at)
-        interval = {"scheduler": schedule, "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": interval}
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def _phase_at(self, step: int) -> int:
         """Return the number of the phase in which an optimizer step is."""
@@ -320,7 +317,7 @@ class HyperSolverModule(LightningModule):
 
     def _rate_at(self, step: int) -> float:
         """Return the share of the learning rate for an optimizer step."""
-        start, end = (0, *self._ends)[self._phase_at(step) :][:2]
+        start, end = [0, *self._ends][self._phase_at(step) :][:2]
         return annealed(min(1.0, (step - start) / max(1, end - start)))
 
     def configure_callbacks(self) -> list[Callback]:
@@ -333,12 +330,10 @@ class HyperSolverModule(LightningModule):
         checkpoint["torchdiffeq_hyper_field"] = self._signs
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up what was measured.
+        """Take up what was measured; `FileFormatError` for a damaged checkpoint.
 
-        Raises:
-            FileFormatError: the checkpoint is of another module, or damaged.
-            OptionError: it belongs to another field: with the same ``y0``, func has other
-                values. With another ``y0`` they cannot be compared.
+        One of another field is refused by `OptionError`: with the same ``y0``, func has other
+        values. With another ``y0`` they cannot be compared.
         """
         own = {name: checkpoint[name] for name in _CHECKPOINT.fields if name in checkpoint}
         own = checked(_CHECKPOINT, own, "the checkpoint")

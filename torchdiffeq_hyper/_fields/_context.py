@@ -74,10 +74,7 @@ look_through(Conditioned, "func")
 
 
 def context_of(func: VectorField) -> tuple[Tensor, ...]:
-    """Return the inputs of the `Conditioned` func that a solve is of; none for other funcs.
-
-    Looks through wrappers that are known to change nothing.
-    """
+    """Return the inputs of the `Conditioned` inside func; none where there is no such wrapper."""
     is_compiling = torch.compiler.is_compiling()
     found = registered_in(func) if is_compiling else (o.target for o in owners_in(func))
     return next((item.inputs for item in found if isinstance(item, Conditioned)), ())
@@ -93,10 +90,7 @@ HOW_TO_RESTRICT = (
 
 
 def restrict(func: VectorField, index: Tensor) -> VectorField:
-    """Return the field of the samples at ``index``; ``func`` itself if it holds nothing of them.
-
-    One that does has a method ``restrict``, or is a bound method of an object that has one.
-    """
+    """Return the field of the samples at ``index``; ``func`` itself if it has no ``restrict``."""
     method = _method_of(func)
     if method is None:
         return func
@@ -107,7 +101,7 @@ def restrict(func: VectorField, index: Tensor) -> VectorField:
 
 
 def can_restrict(func: VectorField) -> bool:
-    """Return whether ``func`` has the method ``restrict``."""
+    """Return whether ``func`` has the method ``restrict``, or is bound to what has it."""
     return _method_of(func) is not None
 
 
@@ -118,11 +112,9 @@ def _method_of(func: Any) -> Callable[[Tensor], Any] | None:
 
 
 def cannot_take_part(what: str, y0: State) -> StateShapeError | CoupledSamplesError:
-    """Return the error about a func that does ``what`` with part of the batch ``y0``.
-
-    A state that is a vector (D,) may be a single sample, whose numbers func needs together.
-    """
+    """Return the error about a func that does ``what`` with part of the batch ``y0``."""
     parts = parts_of(y0)
+    # A vector (D,) may be a single sample, whose numbers func needs together.
     is_vector = all(part.dim() == 1 for part in parts)
     return (CoupledSamplesError if is_vector else StateShapeError)(
         problem=f"func {what}, part of a batch of {len(parts[0])}.",

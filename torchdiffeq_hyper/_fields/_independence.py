@@ -56,13 +56,13 @@ _probing: contextvars.ContextVar[bool] = contextvars.ContextVar("probing", defau
 
 
 def is_probing() -> bool:
-    """Return whether func is called for a comparison only, which those who count leave out."""
+    """Return whether func is called for a comparison only, which counts of calls leave out."""
     return _probing.get()
 
 
 @contextmanager
 def _probe() -> Iterator[None]:
-    """Call func inside the block for a comparison: uncounted, what it solves unrecorded."""
+    """Call func for a comparison: uncounted, and what it solves unrecorded."""
     token = _probing.set(True)
     try:
         with recording.paused():

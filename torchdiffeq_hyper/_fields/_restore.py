@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 from types import MethodType, ModuleType
 from typing import Any
 
@@ -47,7 +48,9 @@ def attributes_as_found(func: object) -> Iterator[None]:
     All assignments are undone together, so that a cached value and the size that it was made
     for stay a pair. What is changed in place stays changed.
     """
-    before = [(owner, dict(vars(owner))) for owner in _with_attributes(func)]
+    called = (c.modules() if isinstance(c, nn.Module) else (c,) for c in _called_in(func))
+    owners = filter(_keeps_attributes, chain.from_iterable(called))
+    before = [(owner, dict(vars(owner))) for owner in owners]
     try:
         yield
     finally:
@@ -58,18 +61,11 @@ def attributes_as_found(func: object) -> Iterator[None]:
             now.update(attributes)
 
 
-def _with_attributes(func: object) -> Iterator[object]:
-    """Yield what calls of func may keep attributes on."""
-    for called in _called_in(func):
-        if isinstance(called, nn.Module):
-            for part in called.modules():
-                # torch's own count nothing, and some complete themselves at their first call.
-                if not type(part).__module__.startswith("torch."):
-                    yield part
-        elif not isinstance(called, type | ModuleType) and isinstance(
-            getattr(called, "__dict__", None), dict
-        ):
-            yield called
+def _keeps_attributes(called: object) -> bool:
+    # torch's own modules count nothing, and some complete themselves at their first call.
+    if isinstance(called, type | ModuleType) or type(called).__module__.startswith("torch."):
+        return False
+    return isinstance(getattr(called, "__dict__", None), dict)
 
 
 def _called_in(func: object) -> Iterator[object]:

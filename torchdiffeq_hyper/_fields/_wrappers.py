@@ -1,9 +1,8 @@
 """What is inside a vector field: wrappers that change nothing, and a host's model.
 
-Wrappers are known by their type. Whoever has such a wrapper registers its type here. An
-attribute's name alone says nothing: a user's module may call what it holds as ``module`` or
-``func`` and return something else. A host adds how its models are told and what their field
-is; fits, evaluation, dise and look-ups of attached solvers ask here, and know no host.
+Wrappers are known by their type, which is registered here. An attribute's name alone says
+nothing: a user's module may call what it holds as ``module`` or ``func`` and return something
+else. A host adds how its models are told and what their field is; others know no host.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from types import FunctionType, MethodType, MethodWrapperType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -24,10 +23,9 @@ from torchdiffeq_hyper.errors import OptionError
 
 
 class ModelField(ABC):
-    """The vector field inside a host's model, as ``func(t, y)``."""
+    """The vector field inside a host's ``model``, as ``func(t, y)``."""
 
     model: nn.Module
-    """The host's model."""
 
     @property
     @abstractmethod
@@ -52,24 +50,17 @@ class ModelField(ABC):
         """Give the model's parts back what solves inside the block set on them."""
 
 
-FieldIn: TypeAlias = Callable[[object], ModelField | None]
-"""Returns the field inside a host's model; None for other objects."""
-
-_hosts: list[FieldIn] = []
+_hosts: list[Callable[[object], ModelField | None]] = []
 
 
-def add_models(field_in: FieldIn) -> None:
-    """Let the models that ``field_in`` knows stand for their vector field."""
+def add_models(field_in: Callable[[object], ModelField | None]) -> None:
+    """Let the models that ``field_in`` returns the field of stand for that field."""
     _hosts.append(field_in)
 
 
 def model_field(func: object) -> ModelField | None:
     """Return the field inside a host's model; None for other objects."""
-    for field_in in _hosts:
-        field = field_in(func)
-        if field is not None:
-            return field
-    return None
+    return next((field for field_in in _hosts if (field := field_in(func)) is not None), None)
 
 
 def vector_field(func: VectorField) -> VectorField:
@@ -87,24 +78,20 @@ def check_shareable(func: VectorField, n_processes: int) -> None:
         )
 
 
-Look: TypeAlias = Callable[[object], object | None]
-"""Returns what an object wraps or stands for, None where it does not know the object."""
-
 _attributes: dict[type, tuple[str, ...]] = {}
-_looks: list[Look] = []
+_looks: list[Callable[[object], object | None]] = []
 
 
 def look_through(wrapper: type, *attributes: str) -> None:
-    """Let look-ups go through the objects of a class, as long as they are called as it is.
+    """Let look-ups go through objects of a class to their ``attributes``, the first one first.
 
-    So a subclass that overrides ``__call__`` or ``forward`` is no such wrapper. ``attributes``
-    are where an object holds what it wraps; the first one is looked at first.
+    A subclass that overrides ``__call__`` or ``forward`` is no such wrapper.
     """
     _attributes[wrapper] = attributes
 
 
-def look_through_by(look: Look) -> None:
-    """Let look-ups go through what ``look`` knows: for types that are not imported yet."""
+def look_through_by(look: Callable[[object], object | None]) -> None:
+    """Let look-ups go to what ``look`` says is inside: for types that are not imported yet."""
     _looks.append(look)
 
 
@@ -118,8 +105,7 @@ class Owner(NamedTuple):
 def owner_of(func: object) -> Owner:
     """Return what ``func`` is to attachments.
 
-    A bound method is its instance and its function; ``forward`` and ``__call__`` stand
-    for the instance, and a model of a host for its field.
+    ``forward`` and ``__call__`` stand for the instance, and a model of a host for its field.
     """
     if isinstance(func, MethodType):
         target, function = func.__self__, func.__func__
@@ -144,15 +130,14 @@ def owners_in(func: object) -> Iterator[Owner]:
         seen.add(key)
         yield owner
         if owner.function is None:
-            pending.extend(item for item in _inside(owner.target) if item is not None)
+            inside = _registered(owner.target) or [look(owner.target) for look in _looks]
+            pending.extend(item for item in inside if item is not None)
 
 
 def registered_in(func: object) -> Iterator[object]:
-    """Yield ``func`` and what is inside it, as far as wrappers of registered types go.
-
-    For calls that are compiled: what hosts know depends on the modules imported, and a
-    compiled call that looks at these is compiled anew after every import.
-    """
+    """Yield ``func`` and what is inside it, as far as wrappers of registered types go."""
+    # For calls that are compiled: what hosts know depends on the modules imported, and a
+    # compiled call that looks at these is compiled anew after every import.
     pending = [func]
     while pending:
         current = pending.pop(0)
@@ -166,23 +151,17 @@ def _is_method(target: object, name: str, function: object) -> bool:
     return isinstance(found, MethodType) and found.__func__ is function
 
 
-def _inside(wrapper: Any) -> Sequence[object | None]:
-    return _registered(wrapper) or [look(wrapper) for look in _looks]
-
-
 def _registered(wrapper: Any) -> Sequence[object | None]:
     """Return what a wrapper of a registered type holds; nothing of others."""
-    for known in type(wrapper).__mro__:
-        if known in _attributes and _is_called_as(wrapper, known):
+    kind, calls = type(wrapper), ("__call__", "forward")
+    if "forward" in getattr(wrapper, "__dict__", ()):
+        return []
+    for known in kind.__mro__:
+        if known in _attributes and all(
+            getattr(kind, name, None) is getattr(known, name, None) for name in calls
+        ):
             return [getattr(wrapper, name, None) for name in _attributes[known]]
     return []
-
-
-def _is_called_as(wrapper: object, known: type) -> bool:
-    kind = type(wrapper)
-    return "forward" not in getattr(wrapper, "__dict__", ()) and all(
-        getattr(kind, name, None) is getattr(known, name, None) for name in ("__call__", "forward")
-    )
 
 
 def _of_partial(func: object) -> object | None:

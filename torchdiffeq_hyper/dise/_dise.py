@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._state import State, VectorField, parts_of, take
+from torchdiffeq_hyper._state import State, VectorField, is_finite, map_parts, take
 from torchdiffeq_hyper.dise import _files
 from torchdiffeq_hyper.dise._candidates import Candidate, check_candidates
 from torchdiffeq_hyper.dise._costs import Cost, check_callable
@@ -28,7 +28,6 @@ from torchdiffeq_hyper.dise._training import (
     train_selector,
 )
 from torchdiffeq_hyper.errors import OneCandidateWarning
-from torchdiffeq_hyper.solvers._stepping import is_finite
 
 
 class Dise(nn.Module):
@@ -139,7 +138,7 @@ class Dise(nn.Module):
         selection = self.select(y0)
         solution = dispatch(self.candidates, batch, selection, draft)
         # Candidates of the host do not look at what they return.
-        if not all(is_finite(part[-1]) for part in parts_of(solution)):
+        if not is_finite(map_parts(lambda part: part[-1], solution)):
             raise_non_finite(solution, self.candidates, selection)
         return solution
 

@@ -1,9 +1,4 @@
-"""The time a fit may take: how many reference solutions and iterations end in it.
-
-What a call of func costs, and how many calls a loose solution takes, is measured before the
-first reference. What does not fit into the share of the time that references may take is cut:
-first the number of samples, then the tolerance.
-"""
+"""The time a fit may take: how many reference solutions and iterations end in it."""
 
 from __future__ import annotations
 
@@ -35,15 +30,11 @@ EARLIEST = 4
 
 
 class Budget:
-    """Wall time, counted on over interruptions.
-
-    ``shared_clock`` is the same in all processes of a fit, this process's by default;
-    ``reserved`` are the seconds wanted for measuring the result.
-    """
+    """Wall time, counted on over interruptions, on a clock that all processes may share."""
 
     def __init__(self, max_seconds: float, shared_clock: Callable[[], float] | None = None) -> None:
         self.max_seconds = max_seconds
-        self.reserved = 0.0
+        self.reserved = 0.0  # seconds wanted for measuring the result
         self._clock = time.perf_counter if shared_clock is None else shared_clock
         self._began = self._clock()
         self._own_began = time.perf_counter()
@@ -55,10 +46,8 @@ class Budget:
 
     @property
     def elapsed(self) -> float:
-        """Wall time used, on this process's own clock.
-
-        A shared one stands still between exchanges, as within a reference solution.
-        """
+        """Wall time used, on this process's own clock."""
+        # A shared one stands still between exchanges, as within a reference solution.
         return time.perf_counter() - self._own_began
 
     def is_over(self) -> bool:
@@ -76,10 +65,7 @@ class Budget:
         return max(1, int(left / max(seconds_per_batch, 1e-6)))
 
     def start_phase(self, wanted: int, share: float) -> Pace:
-        """Return the pace of a phase of at most ``wanted`` iterations that begins now.
-
-        ``share`` is its part of the time that is left.
-        """
+        """Return the pace of a phase that begins now and takes a share of the time left."""
         return Pace(self, self.seconds + share * self.to_train, wanted)
 
     @property
@@ -101,20 +87,20 @@ class Deadline:
         return self.budget.elapsed >= min(self.at, self.budget.max_seconds)
 
 
+@dataclass
 class Pace:
-    """How many iterations of a phase end in time.
+    """How many of the wanted iterations of a phase end before its deadline.
 
     The number is estimated anew ever more rarely, so that the annealing of the learning
     rate comes to its end even where the machine's speed changes. As long as all that are
     wanted end in time, it does not change, and the fit is repeatable.
     """
 
-    def __init__(self, budget: Budget, deadline: float, wanted: int) -> None:
-        self._budget = budget
-        self.deadline = deadline
-        self._wanted = wanted
-        self._timed = -1
-        self._first = 0.0
+    _budget: Budget
+    deadline: float
+    _wanted: int
+    _timed: int = -1
+    _first: float = 0.0
 
     def is_over(self) -> bool:
         """Return whether the phase's time is up."""
@@ -156,20 +142,14 @@ ORDERS = {"dopri8": 8, "bosh3": 3, "fehlberg2": 2, "adaptive_heun": 2}
 
 @dataclass(frozen=True)
 class ReferencePlan:
-    """What is solved, and how exactly.
-
-    ``held_out`` and ``batch`` are the samples to keep of the held-out ones and of each training
-    batch, ``has_noise`` whether there is time to measure the noise in the solutions,
-    ``is_looser`` whether the tolerances are looser than wanted, and ``note`` what was cut, for
-    people ("" for nothing).
-    """
+    """What is solved, and how exactly."""
 
     tolerances: Tolerances
-    held_out: int
-    batch: int
-    has_noise: bool = True
-    is_looser: bool = False
-    note: str = ""
+    held_out: int  # samples to keep of the held-out ones
+    batch: int  # and of each training batch
+    has_noise: bool = True  # whether there is time to measure the noise in the solutions
+    is_looser: bool = False  # whether the tolerances are looser than wanted
+    note: str = ""  # what was cut, for people
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ReferencePlan:
@@ -200,11 +180,8 @@ class CallCost:
         return self.each + samples * self.per_sample
 
     def samples_in(self, seconds: float, most: int) -> int:
-        """Return how many samples a call of so many seconds has.
-
-        At least as many as hardly add to the cost of a call without any: fewer save nothing.
-        """
-        seconds = max(seconds, FREE * self.each)
+        """Return how many samples a call of so many seconds has, at most ``most``."""
+        seconds = max(seconds, FREE * self.each)  # fewer than these save nothing
         if self.of(most) <= seconds:
             return most
         return max(0, min(most, int((seconds - self.each) / max(self.per_sample, 1e-12))))
@@ -228,8 +205,9 @@ def plan_references(
 ) -> ReferencePlan:
     """Return what can be solved in the time that references may take.
 
-    ``references`` has the tolerances wanted if there is time; ``in_batch`` is the number of
-    samples in a training batch.
+    Where the tolerances wanted take longer, a call and a loose solution of a few samples are
+    timed; then first the number of samples is cut, of which a training batch has ``in_batch``,
+    then the tolerances.
     """
     wanted, times, count = references.tolerances, references.plan.times, n_samples(held_out)
     cost = CallCost.measure(references.func, held_out, (float(times[0]), float(times[-1])))
@@ -253,19 +231,17 @@ def plan_references(
     each = (allowed - noise) / max(needed, 1)
     kept = max(min(2, count), cost.samples_in(HELD_OUT_SHARE * each, count))
     trained = max(min(2, in_batch), cost.samples_in((1 - HELD_OUT_SHARE) * each, in_batch))
-    cuts = []
-    if rtol > wanted.rtol:
-        cuts.append(f"a tolerance of {rtol:.0e} in place of {wanted.rtol:.0e}")
-    if kept < count:
-        cuts.append(f"{kept} of {count} held-out samples")
-    if trained < in_batch:
-        cuts.append(f"{trained} of {in_batch} samples in a batch")
-    if not has_noise:
-        cuts.append("the noise in them not measured")
-    cut = f"reference solutions were cut to fit into max_seconds = {budget.max_seconds:g}: "
-    note = cut + ", ".join(cuts) if cuts else ""
-    tolerances, is_looser = wanted.loosened(rtol), rtol > wanted.rtol
-    return ReferencePlan(tolerances, kept, trained, has_noise, is_looser, note)
+    is_looser = rtol > wanted.rtol
+    cuts = {
+        f"a tolerance of {rtol:.0e} in place of {wanted.rtol:.0e}": is_looser,
+        f"{kept} of {count} held-out samples": kept < count,
+        f"{trained} of {in_batch} samples in a batch": trained < in_batch,
+        "the noise in them not measured": not has_noise,
+    }
+    cut = ", ".join(text for text, is_made in cuts.items() if is_made)
+    note = f"reference solutions were cut to fit into max_seconds = {budget.max_seconds:g}: {cut}"
+    tolerances = wanted.loosened(rtol)
+    return ReferencePlan(tolerances, kept, trained, has_noise, is_looser, note if cut else "")
 
 
 def _calls(references: References, starts: Starts, loose: Tolerances, budget: Budget) -> int:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
-from torchdiffeq_hyper._fields import Owner, owner_of, owners_in
+from torchdiffeq_hyper._fields import Owner, check_callable, owner_of, owners_in
 from torchdiffeq_hyper._state import VectorField, values_of
 from torchdiffeq_hyper.errors import OptionError, StateTypeError
 from torchdiffeq_hyper.methods._method import Method
@@ -80,12 +80,7 @@ def attach(func: VectorField, solver: FittedT) -> FittedT:
         tensor([0.3685])
         >>> tdh.detach(func)
     """
-    if not callable(func):
-        raise StateTypeError(
-            problem=f"func is a {type(func).__name__}.",
-            expected="a callable func(t, y).",
-            fix="func=model",
-        )
+    check_callable(func)
     owner, domain = owner_of(func), _domain_of(check_fitted(solver))
     told_by = () if domain is None else (frozenset(domain.directions), tuple(sorted(domain.span)))
     added = _Attachment(owner.function, (solver.method, *told_by), solver)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._fields import check_hypernet
-from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_half
+from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_finite, is_half
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers._files import KIND, describe_hypersolver, rebuild_hypersolver
@@ -19,7 +19,6 @@ from torchdiffeq_hyper.solvers._stepping import (
     Step,
     cast_back,
     integrate,
-    is_finite,
     raise_non_finite,
     stage_call,
 )

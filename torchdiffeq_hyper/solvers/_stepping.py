@@ -17,7 +17,6 @@ from torch import Tensor
 from torchdiffeq_hyper._fields import (
     check_answer,
     check_correction,
-    check_derivative,
     check_hypernet_device,
     owning,
     share_memory,
@@ -28,6 +27,7 @@ from torchdiffeq_hyper._state import (
     StateLayout,
     StepInput,
     VectorField,
+    is_finite,
     is_half,
     values_of,
 )
@@ -236,7 +236,7 @@ def stage_call(
     def call(t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
         k: Tensor = func(t if t.dtype == t_dtype else t.to(t_dtype), y)
         if type(k) is not Tensor or k.dtype != dtype or k.shape != y.shape:
-            check_derivative(k, y)
+            check_answer(k, y)
             return k.to(y.dtype) if is_half(k.dtype) else k  # under autocast too
         return k
 
@@ -251,25 +251,12 @@ def stage_call(
     def call_on_scalar(t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
         # A 0-d state takes the dtype of a wider time, as in the host.
         k: Tensor = func(t.to(y.dtype.to_real() if y.dtype.is_complex else y.dtype), y)
-        check_derivative(k, y)
+        check_answer(k, y)
         return k.to(y.dtype) if is_half(k.dtype) else k
 
     if layout.shapes is not None or is_half(dtype):
         return call_on_parts
     return call_on_scalar if is_scalar else call
-
-
-def is_finite(y: Tensor) -> bool:
-    """Return False only if ``y`` is known to hold inf or nan (one device sync)."""
-    if torch.compiler.is_compiling() or (y.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return True
-    try:
-        # A finite sum proves every term finite, at half the cost of looking at each.
-        total = y.sum().item()
-        # Only a finite number, real or complex, less itself is zero.
-        return total - total == 0 or bool(torch.isfinite(y).all())
-    except RuntimeError:  # no values to look at: vmap, fake and meta tensors
-        return True
 
 
 def cast_back(solution: Tensor, dtype: torch.dtype) -> Tensor:

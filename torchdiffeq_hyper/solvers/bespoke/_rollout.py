@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._fields import own, owning, share_memory
+from torchdiffeq_hyper._state import is_finite
 from torchdiffeq_hyper.errors import NonFiniteError
-from torchdiffeq_hyper.solvers._stepping import advice_for_half, check_start, is_finite
+from torchdiffeq_hyper.solvers._stepping import advice_for_half, check_start
 from torchdiffeq_hyper.solvers.bespoke._weights import is_differentiated, stage_times
 from torchdiffeq_hyper.tableaus import StageCall
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_half
+from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_finite, is_half
 from torchdiffeq_hyper.solvers._domain import FitDomain, Match
 from torchdiffeq_hyper.solvers._files import BNS, describe_bespoke, rebuild_bespoke
 from torchdiffeq_hyper.solvers._fit_report import FitReport
 from torchdiffeq_hyper.solvers._grid import check_times
 from torchdiffeq_hyper.solvers._solver import Solver
-from torchdiffeq_hyper.solvers._stepping import Correction, cast_back, is_finite, stage_call
+from torchdiffeq_hyper.solvers._stepping import Correction, cast_back, stage_call
 from torchdiffeq_hyper.solvers.bespoke._dense_output import (
     Knots,
     check_knots,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from torchdiffeq_hyper._state import is_finite
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, closest
-from torchdiffeq_hyper.solvers._stepping import is_finite
 
 SLACK = 1e-6
 """By which sums of weights may miss: those of float32 do."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._state import RowLayout, State, VectorField, is_half
+from torchdiffeq_hyper._state import RowLayout, State, VectorField, is_finite, is_half
 from torchdiffeq_hyper.errors import (
     NonFiniteError,
     OptionError,
@@ -21,7 +21,6 @@ from torchdiffeq_hyper.errors import (
     closest,
 )
 from torchdiffeq_hyper.solvers._grid import check_times
-from torchdiffeq_hyper.solvers._stepping import is_finite
 from torchdiffeq_hyper.solvers.per_sample._field import (
     TIME_MODES,
     SampleField,

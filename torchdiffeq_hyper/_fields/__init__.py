@@ -12,14 +12,6 @@ from torchdiffeq_hyper._fields._answers import (
     owning,
     share_memory,
 )
-from torchdiffeq_hyper._fields._context import (
-    HOW_TO_RESTRICT,
-    SHAPE_CLASHES,
-    Conditioned,
-    can_restrict,
-    context_of,
-    restrict,
-)
 from torchdiffeq_hyper._fields._independence import check_independence, find_coupling, is_probing
 from torchdiffeq_hyper._fields._restore import (
     as_found,
@@ -32,14 +24,20 @@ from torchdiffeq_hyper._fields._restore import (
     set_random_state,
 )
 from torchdiffeq_hyper._fields._wrappers import (
+    HOW_TO_RESTRICT,
+    SHAPE_CLASHES,
+    Conditioned,
     ModelField,
     Owner,
     add_models,
+    can_restrict,
     check_shareable,
+    context_of,
     look_through,
     look_through_by,
     owner_of,
     owners_in,
+    restrict,
     vector_field,
 )
 

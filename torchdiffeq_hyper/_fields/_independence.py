@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._fields._context import (
+from torchdiffeq_hyper._fields._wrappers import (
     HOW_TO_RESTRICT,
     SHAPE_CLASHES,
     cannot_take_part,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields._context import Conditioned
-from torchdiffeq_hyper._fields._wrappers import model_field
+from torchdiffeq_hyper._fields._wrappers import Conditioned, model_field
 
 
 @contextmanager
@@ -35,7 +34,7 @@ def as_found(func: object) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(attributes_as_found(func))
         for module in modules_in(func):
-            stack.callback(_ModuleState(module).restore)
+            stack.callback(_restoring(module))
         if model is not None:
             stack.enter_context(model.as_found())
         yield
@@ -87,46 +86,45 @@ def modules_in(func: object) -> list[nn.Module]:
     return [called for called in _called_in(func) if isinstance(called, nn.Module)]
 
 
-class _ModuleState:
-    """Mode, ``requires_grad``, ``.grad`` and buffers of a module; parameter values if asked for."""
-
-    def __init__(self, module: nn.Module, *, values: bool = False) -> None:
-        self._modes = [(part, part.training) for part in module.modules()]
-        self._parameters = [
-            (p, p.requires_grad, p.grad, p.detach().clone() if values else None)
-            for p in module.parameters()
-        ]
-        self._buffers = [
-            (part, name, buffer, None if buffer is None else buffer.detach().clone())
-            for part in module.modules()
-            for name, buffer in part.named_buffers(recurse=False)
-        ]
+def _restoring(module: nn.Module, *, values: bool = False) -> Callable[[], None]:
+    """Return what restores modes, ``requires_grad``, ``.grad``, buffers and parameters' values."""
+    modes = [(part, part.training) for part in module.modules()]
+    parameters = [
+        (p, p.requires_grad, p.grad, p.detach().clone() if values else None)
+        for p in module.parameters()
+    ]
+    buffers = [
+        (part, name, buffer, None if buffer is None else buffer.detach().clone())
+        for part in module.modules()
+        for name, buffer in part.named_buffers(recurse=False)
+    ]
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Put everything back: same objects, same values."""
-        for part, mode in self._modes:
+    def restore() -> None:
+        for part, mode in modes:
             part.training = mode
-        for parameter, requires_grad, grad, value in self._parameters:
+        for parameter, requires_grad, grad, value in parameters:
             if value is not None:
                 parameter.copy_(value)
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
-        for part, name, buffer, value in self._buffers:
+        for part, name, buffer, value in buffers:
             # A module may have bound a new tensor to the name, or written into the old one.
             part._buffers[name] = buffer  # noqa: SLF001
             if value is not None and not torch.equal(buffer, value):
                 buffer.copy_(value)
 
+    return restore
+
 
 @contextmanager
 def frozen_or_restored(hypernet: nn.Module) -> Iterator[None]:
     """Train a net in place: frozen in evaluation mode at the end, as before on any error."""
-    before = _ModuleState(hypernet, values=True)
+    restore = _restoring(hypernet, values=True)
     try:
         yield
     except BaseException:
-        before.restore()
+        restore()
         raise
     for parameter in hypernet.parameters():
         parameter.grad = None

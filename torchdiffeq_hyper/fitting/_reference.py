@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -170,10 +168,26 @@ def solve_reference(field: Field, y0: Tensor, times: Tensor, tolerances: Toleran
         wide = stepped_dtype(field.dtype)
     options = {"step_t": t} if tolerances.method in STEP_TIMES_METHODS else None
     start, given = y0.to(wide) / field.units.state, asdict(tolerances)
-    with _explained(tolerances.method):
+    try:
         solution: Tensor = contextvars.Context().run(
             odeint, field, start, t, options=options, **given
         )
+    except AssertionError as error:
+        if not str(error).startswith(BROKEN_DOWN):  # func's own
+            raise
+        raise NonFiniteError(
+            problem=f"the reference solution broke down: {error}.",
+            expected=f"a solution that {tolerances.method} can follow over the whole span.",
+            fix="a shorter t_span, or looser tolerances: FitConfig(rtol=1e-4)",
+        ) from error
+    except ValueError as error:
+        if "Invalid method" not in str(error):
+            raise
+        raise OptionError(
+            problem=f"method is {tolerances.method!r}: {error}",
+            expected="a method of torchdiffeq that controls its error.",
+            fix='FitConfig(method="dopri5")',
+        ) from error
     finite = torch.isfinite(solution).flatten(1).all(1)
     if not bool(finite.all()):
         first = float(times[int(finite.int().argmin())])
@@ -183,26 +197,3 @@ def solve_reference(field: Field, y0: Tensor, times: Tensor, tolerances: Toleran
             fix="a shorter t_span, or starts that stay finite",
         )
     return solution
-
-
-@contextmanager
-def _explained(method: str) -> Iterator[None]:
-    """Explain the host's own errors."""
-    try:
-        yield
-    except AssertionError as error:
-        if not str(error).startswith(BROKEN_DOWN):  # func's own
-            raise
-        raise NonFiniteError(
-            problem=f"the reference solution broke down: {error}.",
-            expected=f"a solution that {method} can follow over the whole span.",
-            fix="a shorter t_span, or looser tolerances: FitConfig(rtol=1e-4)",
-        ) from error
-    except ValueError as error:
-        if "Invalid method" not in str(error):
-            raise
-        raise OptionError(
-            problem=f"method is {method!r}: {error}",
-            expected="a method of torchdiffeq that controls its error.",
-            fix='FitConfig(method="dopri5")',
-        ) from error

@@ -40,13 +40,11 @@ from torchdiffeq_hyper.errors import CoupledSamplesError, HyperError, StateShape
 SLACK = 1e-5
 """Relative difference that other kernels for another batch size, or the tolerance of a solver
 inside func, explain in float32 and float64."""
-COARSE = 0.05
-"""The same where func computes in fewer digits than the state has (TF32, autocast)."""
+COARSE = 0.05  # the same where func computes in fewer digits than the state has (TF32, autocast)
 SECOND_TIME = 0.3819
 """Where in the span a second comparison is made: what couples samples may vanish at the start, and
 much is zero at round numbers."""
-MOST = 16
-"""Samples to look at: func has one rule for batches of all sizes."""
+MOST = 16  # samples to look at: func has one rule for batches of all sizes
 
 Alone: TypeAlias = Callable[[Tensor, State, Tensor], State]
 """``alone(t, y, index)``: the derivatives of the samples at positions ``index``, whose state is

@@ -17,16 +17,11 @@ from torchdiffeq_hyper.fitting._data import References
 from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError
 from torchdiffeq_hyper.fitting._reference import Tolerances, solve_reference
 
-FIRST_PHASE = 0.4
-"""Share of the time left that a phase followed by another may take."""
-LAST_PHASE = 0.97
-"""Share that the last phase may take; the rest is for measuring the result."""
-MOST_RESERVED = 0.25
-"""Share of the time left that may be kept for measuring the result."""
-REFERENCES = 0.3
-"""Share of all time that new reference solutions may take."""
-EARLIEST = 4
-"""Timed iterations before the first estimate."""
+FIRST_PHASE = 0.4  # share of the time left that a phase followed by another may take
+LAST_PHASE = 0.97  # share that the last phase may take; the rest is for measuring the result
+MOST_RESERVED = 0.25  # share of the time left that may be kept for measuring the result
+REFERENCES = 0.3  # share of all time that new reference solutions may take
+EARLIEST = 4  # timed iterations before the first estimate
 
 
 class Budget:
@@ -120,22 +115,16 @@ class Pace:
 
 ENDLESS = Budget(math.inf)
 
-PROBES = 8
-"""Samples that calls are timed, and the noise is measured, on."""
-FEWEST = 16
-"""Samples that are kept before digits are given up."""
+PROBES = 8  # samples that calls are timed, and the noise is measured, on
+FEWEST = 16  # samples that are kept before digits are given up
 PLENTY = 4000
 """Calls of func for all references: where so many end in time, nothing is measured or cut."""
-FREE = 1.2
-"""Cost of a call relative to that of one without samples, up to which samples are free."""
-LOOSEST = 1e-3
-"""Relative tolerance of the probe, beyond which nothing is loosened."""
-PROBE_SHARE = 0.1
-"""Share of all time that the probe may take."""
+FREE = 1.2  # cost of a call relative to that of one without samples, up to which samples are free
+LOOSEST = 1e-3  # relative tolerance of the probe, beyond which nothing is loosened
+PROBE_SHARE = 0.1  # share of all time that the probe may take
 HELD_OUT_SHARE = 0.35
 """Share of the references' time for the held-out samples; the rest is for a first batch."""
-NOISE_SOLVES = 2.6
-"""Solutions of the probes, in calls of one, that the noise is measured with."""
+NOISE_SOLVES = 2.6  # solutions of the probes, in calls of one, that the noise is measured with
 ORDERS = {"dopri8": 8, "bosh3": 3, "fehlberg2": 2, "adaptive_heun": 2}
 """Orders of the host's methods, where not 5: how calls grow with digits."""
 

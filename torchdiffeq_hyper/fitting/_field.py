@@ -210,12 +210,9 @@ def check_repeatable(first: Tensor, second: Tensor, dtype: torch.dtype, t: float
         )
 
 
-SOME = 8
-"""Samples that func is called on to see whether their order matters."""
-CHANGE = 1e-2
-"""Relative change of the derivatives that is not rounding."""
-NOISE = 1e-2
-"""Change at a second call, as a share of the change in another order, that is noise."""
+SOME = 8  # samples that func is called on to see whether their order matters
+CHANGE = 1e-2  # relative change of the derivatives that is not rounding
+NOISE = 1e-2  # change at a second call, as a share of the change in another order, that is noise
 
 
 @torch.no_grad()

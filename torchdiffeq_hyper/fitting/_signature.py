@@ -19,8 +19,7 @@ SLACK = 1e-4
 ROUNDINGS = 64
 """Roundings, relative to the largest size of all points, that a value may differ by as well:
 where terms cancel, little else is left of it."""
-HALF_SLACK = 4
-"""Roundings that a field in half precision may differ by."""
+HALF_SLACK = 4  # roundings that a field in half precision may differ by
 
 Fingerprint: TypeAlias = dict[str, Any]
 

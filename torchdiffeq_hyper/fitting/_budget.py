@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -49,6 +50,12 @@ class Budget:
         """Return whether all the time is used."""
         return self.elapsed >= self.max_seconds
 
+    def until(self, elapsed: float) -> Budget:
+        """Return the same clock with an earlier end."""
+        earlier = copy.copy(self)
+        earlier.max_seconds = min(elapsed, self.max_seconds)
+        return earlier
+
     def resume(self, used: float) -> None:
         """Count the time an interrupted run had used as well."""
         self._began -= used
@@ -68,18 +75,6 @@ class Budget:
         """Seconds left for iterations."""
         left = max(0.0, self.max_seconds - self.seconds)
         return left - min(self.reserved, MOST_RESERVED * left)
-
-
-@dataclass(frozen=True)
-class Deadline:
-    """An earlier end of a budget's time, in its seconds."""
-
-    budget: Budget
-    at: float
-
-    def is_over(self) -> bool:
-        """Return whether that time is used."""
-        return self.budget.elapsed >= min(self.at, self.budget.max_seconds)
 
 
 @dataclass
@@ -235,7 +230,7 @@ def plan_references(
 
 def _calls(references: References, starts: Starts, loose: Tolerances, budget: Budget) -> int:
     """Return the calls of a loose solution of a few samples, as far as it came."""
-    until = Deadline(budget, budget.elapsed + PROBE_SHARE * budget.max_seconds)
+    until = budget.until(budget.elapsed + PROBE_SHARE * budget.max_seconds)
     field = Field(references.func, head(starts, PROBES), until, references.units)
     try:
         solve_reference(field, field.flat, references.plan.times, loose)

@@ -25,7 +25,7 @@ from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import NoiseFloorError
 from torchdiffeq_hyper.fitting._auto import measuring_time_in
 from torchdiffeq_hyper.fitting._batches import Batches, head
-from torchdiffeq_hyper.fitting._budget import PROBES, Budget, Deadline, ReferencePlan
+from torchdiffeq_hyper.fitting._budget import PROBES, Budget, ReferencePlan
 from torchdiffeq_hyper.fitting._checkpoint import FitState, PhaseState, Store, snapshot
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._data import Data
@@ -292,7 +292,7 @@ class _Fit:
         if plan.has_noise:
             held_out = self.batches.held_out
             probes = head(held_out, PROBES)
-            until = Deadline(self.budget, NOISE_LATEST * self.budget.max_seconds)
+            until = self.budget.until(NOISE_LATEST * self.budget.max_seconds)
             field = Field(self.problem.func, probes, until, check.units)
             try:
                 noise = self.target.measure_noise(field, probes.y0, plan.tolerances)

@@ -15,7 +15,6 @@ from torchdiffeq_hyper.fitting._budget import (
     FEWEST,
     LOOSEST,
     Budget,
-    Deadline,
     ReferencePlan,
     plan_references,
 )
@@ -148,7 +147,7 @@ def measured(
     for attempt, share in attempts:
         batches.keep(attempt.held_out, attempt.batch)
         now = budget.elapsed
-        deadline = Deadline(budget, now + share * (budget.max_seconds - now))
+        deadline = budget.until(now + share * (budget.max_seconds - now))
         solver = replace(references, tolerances=attempt.tolerances)
         try:
             data = Data(solver, batches, deadline, problem.group)

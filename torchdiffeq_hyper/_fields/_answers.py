@@ -9,23 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._state import Hypernet, State, VectorField, parts_of
-from torchdiffeq_hyper.errors import StateShapeError, StateTypeError
+from torchdiffeq_hyper.errors import StateShapeError, StateTypeError, check_callable
 from torchdiffeq_hyper.tableaus import Edge, StageCall
-
-
-def check_callable(func: object) -> None:
-    """Refuse a func that cannot be called."""
-    if not callable(func):
-        raise StateTypeError(
-            problem=f"func is a {type(func).__name__}.",
-            expected="a callable func(t, y).",
-            fix="func=model",
-        )
 
 
 def check_call(func: VectorField, n_context: int = 0) -> VectorField:
     """Return func after checking that it can be called as ``func(t, y, *context)``."""
-    check_callable(func)
+    check_callable("func", func, "func=model", "a callable func(t, y).")
     try:
         signature = inspect.signature(func.forward if isinstance(func, nn.Module) else func)
     except (TypeError, ValueError):  # built-in and scripted functions do not tell
@@ -45,16 +35,6 @@ def check_call(func: VectorField, n_context: int = 0) -> VectorField:
             "or func = tdh.Conditioned(func, labels)   # calls func(t, y, labels)",
         ) from error
     return func
-
-
-def check_hypernet(hypernet: object) -> None:
-    """Refuse a net that cannot be called."""
-    if not callable(hypernet):
-        raise StateTypeError(
-            problem=f"hypernet is a {type(hypernet).__name__}.",
-            expected="a callable g(step) -> correction like step.y.",
-            fix="hypernet=tdh.ConcatHypernet(net)",
-        )
 
 
 def check_hypernet_device(hypernet: Hypernet, y: Tensor) -> None:

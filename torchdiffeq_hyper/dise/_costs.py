@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._state import State, map_parts, parts_of, take
-from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError
+from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, check_callable
 
 
 class Verdict(NamedTuple):
@@ -61,13 +61,6 @@ def _positive(name: str, value: Any, example: float) -> float:
         problem, fix = f"{name} is {value!r}.", f"{name}={example}"
         raise OptionError(problem=problem, expected="a finite number above 0.", fix=fix)
     return float(value)
-
-
-def check_callable(name: str, value: Any, fix: str) -> None:
-    """Refuse what cannot be called."""
-    if not callable(value):
-        problem = f"{name} is a {type(value).__name__}."
-        raise StateTypeError(problem=problem, expected="a callable.", fix=fix)
 
 
 def _end(solution: State) -> State:

@@ -15,7 +15,7 @@ from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._state import State, VectorField, is_finite, map_parts, take
 from torchdiffeq_hyper.dise import _files
 from torchdiffeq_hyper.dise._candidates import Candidate, check_candidates
-from torchdiffeq_hyper.dise._costs import Cost, check_callable
+from torchdiffeq_hyper.dise._costs import Cost
 from torchdiffeq_hyper.dise._report import DiseReport, Labels, Oracle, TradeOff, one_candidate
 from torchdiffeq_hyper.dise._solves import Batch, dispatch, labels_of, raise_non_finite
 from torchdiffeq_hyper.dise._training import (
@@ -27,7 +27,7 @@ from torchdiffeq_hyper.dise._training import (
     sweep,
     train_selector,
 )
-from torchdiffeq_hyper.errors import OneCandidateWarning
+from torchdiffeq_hyper.errors import OneCandidateWarning, check_callable
 
 
 class Dise(nn.Module):

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._fields import check_hypernet
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, is_finite, is_half
+from torchdiffeq_hyper.errors import check_callable
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers._files import KIND, describe_hypersolver, rebuild_hypersolver
@@ -79,7 +79,8 @@ class HyperSolver(Solver, kind=KIND, loads_all=True):
         report: FitReport | None = None,
     ) -> None:
         tableau = _registry.find_tableau(base, alpha)
-        check_hypernet(hypernet)
+        expected = "a callable g(step) -> correction like step.y."
+        check_callable("hypernet", hypernet, "hypernet=tdh.ConcatHypernet(net)", expected)
         super().__init__(hypernet, check_steps(steps), domain, report)
         self.tableau: Tableau = tableau
 

@@ -34,6 +34,7 @@ from torchdiffeq_hyper.errors import (
     first_line,
 )
 from torchdiffeq_hyper.fitting._batches import Starts, bind, n_samples, select
+from torchdiffeq_hyper.solvers._stepping import check_start
 from torchdiffeq_hyper.tableaus import Edge
 
 SEED = 2020
@@ -138,16 +139,6 @@ class Field:
         k = self._layout.join(out).to(y.dtype)
         # A product anew: stages are kept over later calls, and func may write into one buffer.
         return k * (units.time / units.state)
-
-
-def check_start(y0: Tensor) -> None:
-    """Refuse starts that are not finite, by `NonFiniteError`."""
-    if not is_finite(y0):
-        raise NonFiniteError(
-            problem="y0 holds inf or nan.",
-            expected="finite starts.",
-            fix="y0 = y0[torch.isfinite(y0.flatten(1)).all(1)]   # of a tuple, every part",
-        )
 
 
 SHARES = (0.0, 0.1, 0.5, 1.0, 0.0, 0.77)

@@ -13,8 +13,9 @@ from torchdiffeq import odeint
 from torchdiffeq_hyper._state import is_half, stepped_dtype, wide_dtype
 from torchdiffeq_hyper.errors import NonFiniteError, OptionError, closest
 from torchdiffeq_hyper.fitting._config import FitConfig
-from torchdiffeq_hyper.fitting._field import Field, Units, check_start
+from torchdiffeq_hyper.fitting._field import Field, Units
 from torchdiffeq_hyper.solvers._grid import Steps, check_steps, equal_steps
+from torchdiffeq_hyper.solvers._stepping import check_start
 
 DIRECTIONS = ("forward", "reverse", "both")
 MOST_STEP_COUNTS = 4

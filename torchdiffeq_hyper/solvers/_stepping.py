@@ -283,7 +283,9 @@ def check_start(y0: Tensor) -> None:
     """Refuse a start that is known to hold inf or nan."""
     if not is_finite(y0):
         raise NonFiniteError(
-            problem="y0 holds inf or nan.", expected="a finite start.", fix="y0.isfinite().all()"
+            problem="y0 holds inf or nan.",
+            expected="finite starts.",
+            fix="y0 = y0[torch.isfinite(y0.flatten(1)).all(1)]   # of a tuple, every part",
         )
 
 

@@ -374,12 +374,12 @@ def test_impossible_arguments_are_refused_at_once(argument: Any, error: Any) -> 
 
 
 def test_without_lightning_the_way_to_install_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchdiffeq_hyper.lightning._trainer import find_lightning
+    from torchdiffeq_hyper.lightning import _find_lightning
 
     monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
     monkeypatch.setitem(sys.modules, "lightning", None)
     with pytest.raises(MissingExtraError, match=r"torchdiffeq_hyper\[lightning\]"):
-        find_lightning()
+        _find_lightning()
 
 
 DDP = """

@@ -318,3 +318,21 @@ def values_of(tensor: Tensor) -> list[float] | None:
         return [float(value) for value in tensor.detach().reshape(-1).tolist()]
     except RuntimeError:  # also of the symbols that tracing puts in place of numbers
         return None
+
+
+def is_finite(y: State) -> bool:
+    """Return False only if ``y`` is known to hold inf or nan (one device sync a part)."""
+    for part in parts_of(y):
+        if torch.compiler.is_compiling():
+            return True
+        if part.is_cuda and torch.cuda.is_current_stream_capturing():
+            return True
+        try:
+            # A finite sum proves every term finite, at half the cost of looking at each.
+            total = part.sum().item()
+            # Only a finite number, real or complex, less itself is zero.
+            if total - total != 0 and not bool(torch.isfinite(part).all()):
+                return False
+        except RuntimeError:  # no values to look at: vmap, fake and meta tensors
+            return True
+    return True

@@ -157,6 +157,13 @@ def closest(name: object, known: Iterable[str]) -> str:
     return next(iter(difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)), names[0])
 
 
+def check_callable(name: str, value: object, fix: str, expected: str = "a callable.") -> None:
+    """Refuse what cannot be called, by `StateTypeError`."""
+    if not callable(value):
+        problem = f"{name} is a {type(value).__name__}."
+        raise StateTypeError(problem=problem, expected=expected, fix=fix)
+
+
 def unknown_method(name: object, known: Iterable[str], fix: str) -> UnknownMethodError:
     """Return the error for an unknown method; in ``fix`` "{}" stands for the nearest known name."""
     names = list(known)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import torchdiffeq_hyper as tdh
+from torchdiffeq_hyper._fields import left_as_found
 from torchdiffeq_hyper.errors import StateShapeError
-from torchdiffeq_hyper.fitting._guard import left_as_found
 
 QUICK = tdh.FitConfig(iterations=8, pretrain_iterations=2, swap_every=2, batch_size=8)
 Y0 = torch.randn(24, 3, generator=torch.Generator().manual_seed(5))

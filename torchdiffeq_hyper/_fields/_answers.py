@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._state import Hypernet, State, VectorField, parts_of
-from torchdiffeq_hyper.errors import StateShapeError, StateTypeError
+from torchdiffeq_hyper.errors import StateShapeError, StateTypeError, check_callable
 from torchdiffeq_hyper.tableaus import Edge, StageCall
 
 
-def check_hypernet(hypernet: object) -> None:
-    """Refuse a net that cannot be called."""
-    if not callable(hypernet):
+def check_call(func: VectorField, n_context: int = 0) -> VectorField:
+    """Return func after checking that it can be called as ``func(t, y, *context)``."""
+    check_callable("func", func, "func=model", "a callable func(t, y).")
+    try:
+        signature = inspect.signature(func.forward if isinstance(func, nn.Module) else func)
+    except (TypeError, ValueError):  # built-in and scripted functions do not tell
+        return func
+    try:
+        signature.bind("t", "y", *["context"] * n_context)
+    except TypeError as error:
+        called = "func(t, y)"
+        if n_context:
+            tensors = f"{n_context} tensor{'s' * (n_context > 1)}"
+            called = f"func(t, y, *context) with {tensors} of context"
         raise StateTypeError(
-            problem=f"hypernet is a {type(hypernet).__name__}.",
-            expected="a callable g(step) -> correction like step.y.",
-            fix="hypernet=tdh.ConcatHypernet(net)",
-        )
+            problem=f"func takes {signature} and cannot be called as {called}: {error}.",
+            expected="a vector field func(t, y), or a torchdyn NeuralODE; what else it takes of "
+            "each sample is its context, after t and y.",
+            fix="func = lambda t, y: model(y)   # or lambda t, y, labels: model(y, labels)\n"
+            "or func = tdh.Conditioned(func, labels)   # calls func(t, y, labels)",
+        ) from error
+    return func
 
 
 def check_hypernet_device(hypernet: Hypernet, y: Tensor) -> None:
@@ -36,66 +49,44 @@ def check_hypernet_device(hypernet: Hypernet, y: Tensor) -> None:
         )
 
 
-def check_derivative(k: object, y: Tensor) -> None:
-    """Refuse a derivative that is no tensor, or would broadcast against the state."""
-    if not isinstance(k, Tensor):
-        raise StateTypeError(
-            problem=f"func returned a {type(k).__name__}.",
-            expected="a tensor of the state's shape.",
-            fix=_how_to_answer(k),
-        )
-    if k.shape != y.shape:
-        raise StateShapeError(
-            problem=f"func returned shape {tuple(k.shape)} for a state of shape {tuple(y.shape)}.",
-            expected="a derivative of the state's own shape.",
-            fix="check func(t[0], y0).shape == y0.shape",
-        )
-
-
-def _how_to_answer(k: object) -> str:
-    if k is None:
-        return "return derivative   # func ends without a return"
-    if isinstance(k, int | float | complex):
-        return "return torch.full_like(y, value)"
-    if isinstance(k, tuple | list):
-        return "return torch.stack(components, dim=1)   # or y0 = (...), if the state has parts"
-    return "return torch.as_tensor(derivative)"
-
-
 def check_answer(k: object, state: State) -> None:
-    """Refuse what func returned if it is not built as the state is.
-
-    Parts of a tuple need the right number of elements only: the host flattens them.
-    """
+    """Refuse what func returned if it is not built as the state is."""
+    if isinstance(k, Tensor) and isinstance(state, Tensor) and k.shape == state.shape:
+        return  # without more: this runs at every step
     check_kind(k, state)
-    if isinstance(state, Tensor):
-        check_derivative(k, state)
-        return
-    assert isinstance(k, tuple | list)
-    for index, (part, like) in enumerate(zip(k, state, strict=True)):
-        if part.numel() != like.numel():
-            raise StateShapeError(
-                problem=f"func returned shape {tuple(part.shape)} for part {index} of the state, "
-                f"of shape {tuple(like.shape)}.",
-                expected="derivatives of the parts' own shapes, in their order.",
-                fix=f"check func(t[0], y0)[{index}].shape == y0[{index}].shape",
-            )
+    is_tuple = isinstance(state, tuple)
+    answers = k if isinstance(k, tuple | list) else (k,)
+    for index, (part, like) in enumerate(zip(answers, parts_of(state), strict=True)):
+        # Parts of a tuple need the right number of elements only: the host flattens them.
+        if part.shape == like.shape or (is_tuple and part.numel() == like.numel()):
+            continue
+        what, at = (f"part {index} of the state,", f"[{index}]") if is_tuple else ("a state", "")
+        raise StateShapeError(
+            problem=f"func returned shape {tuple(part.shape)} for {what} of shape "
+            f"{tuple(like.shape)}.",
+            expected="a derivative of the state's own shape.",
+            fix=f"check func(t[0], y0){at}.shape == y0{at}.shape",
+        )
 
 
 def check_kind(k: object, state: State) -> None:
     """Refuse what func returned if it is no tensor, or for a tuple state no tuple of as many."""
     if isinstance(state, Tensor):
         if not isinstance(k, Tensor):
-            check_derivative(k, state)
+            raise StateTypeError(
+                problem=f"func returned a {type(k).__name__}.",
+                expected="a tensor of the state's shape.",
+                fix="return dy   # e.g. torch.stack(components, dim=1), torch.full_like(y, value)\n"
+                "or y0 = (...), if the state has parts",
+            )
         return
     parts = k if isinstance(k, tuple | list) else ()
     if len(parts) == len(state) and all(isinstance(part, Tensor) for part in parts):
         return
-    got = f"a {type(k).__name__}"
-    if parts:
-        got += " of " + ", ".join(type(part).__name__ for part in parts)
+    kinds = " of " + ", ".join(type(part).__name__ for part in parts) if parts else ""
     raise StateTypeError(
-        problem=f"func returned {got} for a state that is a tuple of {len(state)} tensors.",
+        problem=f"func returned a {type(k).__name__}{kinds} for a state that is a tuple of "
+        f"{len(state)} tensors.",
         expected="a tuple of as many tensors, one derivative for each part.",
         fix="return " + ", ".join(f"derivative_{i}" for i in range(len(state))),
     )
@@ -113,19 +104,15 @@ def check_correction(out: State, y: State, time_dtype: torch.dtype) -> None:
     given, parts = parts_of(out), parts_of(y)
     is_alike = isinstance(out, tuple) == isinstance(y, tuple) and len(given) == len(parts)
     if not is_alike or not all(isinstance(part, Tensor) for part in given):
-        _refuse_kind(out, y)
+        got = f"a tuple of {len(out)}" if isinstance(out, tuple) else f"a {type(out).__name__}"
+        expected = "a tensor" if isinstance(y, Tensor) else f"a tuple of {len(y)} tensors"
+        raise StateTypeError(
+            problem=f"the hypernet returned {got}.",
+            expected=f"{expected}, like the state.",
+            fix="return a correction shaped like step.y",
+        )
     for index, (part, like) in enumerate(zip(given, parts, strict=True)):
         _check_part(part, like, time_dtype, f" for part {index}")
-
-
-def _refuse_kind(out: object, y: State) -> NoReturn:
-    expected = "a tensor" if isinstance(y, Tensor) else f"a tuple of {len(y)} tensors"
-    got = f"a tuple of {len(out)}" if isinstance(out, tuple) else f"a {type(out).__name__}"
-    raise StateTypeError(
-        problem=f"the hypernet returned {got}.",
-        expected=f"{expected}, like the state.",
-        fix="return a correction shaped like step.y",
-    )
 
 
 def _check_part(out: Tensor, y: Tensor, time_dtype: torch.dtype, where: str) -> None:
@@ -138,58 +125,12 @@ def _check_part(out: Tensor, y: Tensor, time_dtype: torch.dtype, where: str) -> 
             fix="return a correction shaped like step.y; check the net's output channels",
         )
     widest = y.dtype if y.dim() else torch.promote_types(y.dtype, time_dtype)
-    if torch.promote_types(out.dtype, widest) != widest:
+    if torch.promote_types(out.dtype, widest) != widest or out.device != y.device:
         raise StateTypeError(
-            problem=f"the hypernet returned {out.dtype}{where}.",
-            expected=f"a dtype that promotes to the state's {y.dtype}.",
-            fix=f"hypernet.to({y.dtype})   # or return out.to(step.y.dtype)",
+            problem=f"the hypernet returned a tensor on {out.device}, of {out.dtype}{where}.",
+            expected=f"one on the state's device, {y.device}, that promotes to its {y.dtype}.",
+            fix=f'hypernet.to("{y.device}", {y.dtype})   # or return out.to(step.y)',
         )
-    if out.device != y.device:
-        raise StateTypeError(
-            problem=f"the hypernet returned a tensor on {out.device}{where}.",
-            expected=f"one on the state's device, {y.device}.",
-            fix=f'hypernet.to("{y.device}")',
-        )
-
-
-def check_callable(func: object) -> None:
-    """Refuse a func that is none."""
-    if not callable(func):
-        raise StateTypeError(
-            problem=f"func is a {type(func).__name__}.",
-            expected="a callable func(t, y).",
-            fix="func=model",
-        )
-
-
-def check_call(func: VectorField, n_context: int = 0) -> VectorField:
-    """Return func after checking that it can be called as ``func(t, y, *context)``."""
-    check_callable(func)
-    called = func.forward if isinstance(func, nn.Module) else func
-    try:
-        signature = inspect.signature(called)
-    except (TypeError, ValueError):  # built-in and scripted functions do not tell
-        return func
-    try:
-        signature.bind("t", "y", *["context"] * n_context)
-    except TypeError as error:
-        what = f"func takes {signature} and cannot be called as func(t, y"
-        if n_context:
-            what += f", *context) with {n_context} tensor{'s' * (n_context > 1)} of context"
-            expected = "a vector field that takes the context after t and y."
-            fix = "func = lambda t, y, labels: model(y, labels)"
-        else:
-            what += ")"
-            expected = (
-                "a vector field func(t, y), or a torchdyn NeuralODE; what else it takes of each "
-                "sample is its context."
-            )
-            fix = (
-                "func = lambda t, y: model(y)\n"
-                "or func = tdh.Conditioned(func, labels)   # calls func(t, y, labels)"
-            )
-        raise StateTypeError(problem=f"{what}: {error}.", expected=expected, fix=fix) from error
-    return func
 
 
 # func may answer in one buffer (``out=``). A method of several stages keeps a derivative over

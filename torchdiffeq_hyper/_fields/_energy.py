@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields._context import restrict
-from torchdiffeq_hyper._fields._wrappers import look_through
+from torchdiffeq_hyper._fields._wrappers import look_through, restrict
 from torchdiffeq_hyper._state import (
     State,
     StateLayout,

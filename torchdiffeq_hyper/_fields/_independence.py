@@ -1,9 +1,7 @@
 """The comparison of func on a batch with func on samples alone, and its refusal.
 
 A state (D,) is one vector to torchdiffeq and D samples to a solver that takes samples apart:
-where func couples them, solutions of samples alone are not the batch's. func's answer for the
-batch is compared with its answers for parts of it at the start, and at a second point, since
-what couples samples may vanish at the start.
+where func couples them, solutions of samples alone are not the batch's.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._fields._context import (
+from torchdiffeq_hyper._fields._wrappers import (
     HOW_TO_RESTRICT,
     SHAPE_CLASHES,
     cannot_take_part,
@@ -43,12 +41,11 @@ from torchdiffeq_hyper.errors import CoupledSamplesError, HyperError, StateShape
 SLACK = 1e-5
 """Relative difference that other kernels for another batch size, or the tolerance of a solver
 inside func, explain in float32 and float64."""
-COARSE = 0.05
-"""The same where func computes in fewer digits than the state has (TF32, autocast)."""
+COARSE = 0.05  # the same where func computes in fewer digits than the state has (TF32, autocast)
 SECOND_TIME = 0.3819
-"""Where in the span the second point lies: no round number, where much is zero."""
-MOST = 16
-"""Samples to look at: func has one rule for batches of all sizes."""
+"""Where in the span a second comparison is made: what couples samples may vanish at the start, and
+much is zero at round numbers."""
+MOST = 16  # samples to look at: func has one rule for batches of all sizes
 
 Alone: TypeAlias = Callable[[Tensor, State, Tensor], State]
 """``alone(t, y, index)``: the derivatives of the samples at positions ``index``, whose state is
@@ -58,7 +55,7 @@ _probing: contextvars.ContextVar[bool] = contextvars.ContextVar("probing", defau
 
 
 def is_probing() -> bool:
-    """Return whether func is called for a comparison only, which those who count leave out."""
+    """Return whether func is called for a comparison only, which counts of calls leave out."""
     return _probing.get()
 
 
@@ -84,10 +81,7 @@ def check_independence(
     groups: Sequence[Tensor] | None = None,
     alone: Alone | None = None,
 ) -> None:
-    """Refuse a func whose samples depend on each other, before a solve that takes them apart.
-
-    ``t`` are the solve's times; the rest is as in `find_coupling`.
-    """
+    """Refuse a func whose samples depend on each other, for a solve of them apart at ``t``."""
     ends = t.detach()[[0, -1]]
     times = torch.stack([ends[0], torch.lerp(ends[0], ends[1], SECOND_TIME)])
     found = find_coupling(func, y0, times, groups=groups, alone=alone)
@@ -114,22 +108,14 @@ def find_coupling(
 ) -> Coupling | None:
     """Return a sample whose derivative depends on the others, or None.
 
-    Looks at 16 samples of a larger batch: func is called at each time once on all of these and
-    once on each group of them; where the answers differ a few times more, which tell a
-    coupling from rounding and from noise.
+    Looks at 16 samples of a larger batch, at ``y0`` at the first of the times and a little along
+    func's answer at the others: func is called once on all of these and once on each group of
+    them (positions in the batch; two halves by default), by ``alone`` if given; where the answers
+    differ a few times more, which tell a coupling from rounding and from noise.
 
     None too where there is nothing to compare: a single sample, a func that does not take the
     batch as it is (a solve says so better), values that cannot be looked at. A func that takes
     the whole batch only is refused.
-
-    Args:
-        func: the vector field; one with a method ``restrict`` is restricted.
-        y0: the state, its samples along dim 0.
-        times: where to compare; the state is ``y0`` at the first, and a little along func's
-            answer at the others.
-        groups: positions in the batch of the samples that are called together; two halves by
-            default.
-        alone: calls func on some of the samples; by restricting it by default.
     """
     batch = n_samples(y0)
     if batch < 2 or values_of(parts_of(y0)[0].sum().isfinite()) is None:
@@ -142,13 +128,25 @@ def find_coupling(
     groups = _groups_among(positions, groups or ())
     y = take(y0, positions)
     with _probe():
+        some = func if batch <= MOST else restrict(func, positions)
         for step, t in enumerate(times):
-            together = _Together.of(func if batch <= MOST else restrict(func, positions), t, y)
+            together = _Together.of(some, t, y)
             if together is None:
                 if batch > MOST and _Together.of(func, t, y0) is not None:
                     restricted(t, y, positions)  # says what is wrong
                 return None
-            sample = _first_coupled(together, positions, groups, alone or restricted, restricted)
+            try:
+                sample = together.first_coupled(alone or restricted, positions, groups)
+            except CoupledSamplesError:
+                raise
+            except Exception:
+                # Batch norm in training mode fails on single samples, and a single sample's
+                # numbers cannot be told apart: halves say so.
+                sample = None
+                with suppress(StateShapeError):
+                    sample = together.first_coupled(restricted, positions, _halves(positions))
+                if sample is None:
+                    raise
             if sample is not None:
                 return Coupling(int(positions[sample]), float(t))
             if step == 0 and len(times) > 1:
@@ -191,28 +189,6 @@ def _halves(positions: Tensor) -> list[Tensor]:
     return [part.sort().values.to(positions.device) for part in order.tensor_split(2)]
 
 
-def _first_coupled(
-    together: _Together,
-    positions: Tensor,
-    groups: Sequence[Tensor],
-    alone: Alone,
-    restricted: Alone,
-) -> int | None:
-    """Return the first sample looked at whose derivative depends on others."""
-    try:
-        return together.first_coupled(alone, positions, groups)
-    except CoupledSamplesError:
-        raise
-    except Exception:
-        # Batch norm in training mode fails on single samples, and a single sample's
-        # numbers cannot be told apart: halves say so.
-        with suppress(StateShapeError):
-            sample = together.first_coupled(restricted, positions, _halves(positions))
-            if sample is not None:
-                return sample
-        raise
-
-
 @dataclass(frozen=True)
 class _Together:
     """func's answer for a whole batch at one time and state."""
@@ -237,10 +213,7 @@ class _Together:
     def first_coupled(
         self, alone: Alone, positions: Tensor, groups: Sequence[Tensor]
     ) -> int | None:
-        """Return the first sample whose derivative depends on others, None if there is none.
-
-        ``alone`` takes ``positions`` in the whole batch; ``groups`` are called one by one.
-        """
+        """Return the first sample whose derivative is another in one of the groups, if any."""
         slack = _relative_slack(self.y)
         for index in groups:
             among = take(self.answer, index)
@@ -249,9 +222,9 @@ class _Together:
             # What is not finite compares False: it says nothing about coupling.
             suspects = off > slack * scale
             if bool(suspects.any()):
-                suspects = suspects & ~self._is_explained(index, off, scale, slack)
-                if bool(suspects.any()):
-                    return int(index[suspects.any(dim=1).nonzero()[0, 0]])
+                suspects &= ~self._is_explained(index, off, scale, slack)
+            if bool(suspects.any()):
+                return int(index[suspects.any(dim=1).nonzero()[0, 0]])
         return None
 
     def _is_explained(self, index: Tensor, off: Tensor, scale: Tensor, slack: Tensor) -> Tensor:
@@ -273,13 +246,11 @@ class _Together:
         Those are copies of samples at half their size: where func can be called, and unlike
         what was.
         """
-        everyone = torch.arange(n_samples(self.y), device=index.device)
         change = torch.zeros_like(_largest(self.answer))
-        one, two = _halves(everyone)
+        one, two = _halves(torch.arange(len(change), device=index.device))
         for stay, leave in ((one, two), (two, one)):
-            order = everyone.clone()
-            order[leave] = stay[torch.arange(len(leave), device=index.device) % len(stay)]
-            change[stay] = self._change(_halved(take(self.y, order), leave), stay)
+            others = take(self.y, stay[torch.arange(len(leave), device=index.device) % len(stay)])
+            change[stay] = self._change(_replaced(self.y, leave, others), stay)
         return change[index]
 
     def _change(self, y: State, index: Tensor) -> Tensor:
@@ -288,7 +259,7 @@ class _Together:
 
 
 def _copied(k: State) -> State:
-    """Return a copy of an answer: func may write its next one to the same memory."""
+    # func may write its next answer to the same memory.
     return map_parts(lambda part: part.detach().clone(), k)
 
 
@@ -304,8 +275,7 @@ def _largest(k: State) -> Tensor:
 
 
 def _wide(part: Tensor) -> Tensor:
-    wide = torch.complex128 if part.dtype.is_complex else wide_dtype(part.device)
-    return part.detach().to(wide)
+    return part.detach().to(torch.complex128 if part.is_complex() else wide_dtype(part.device))
 
 
 def _relative_slack(y: State) -> Tensor:
@@ -338,6 +308,6 @@ def _nudged(y: State, digits: int) -> State:
     return map_parts(nudge, y)
 
 
-def _halved(y: State, index: Tensor) -> State:
-    """Return the state with the samples at some positions halved."""
-    return map_parts(lambda part: part.index_copy(0, index, 0.5 * part[index]), y)
+def _replaced(y: State, index: Tensor, others: State) -> State:
+    """Return the state with the samples at some positions replaced by half of other ones."""
+    return map_parts(lambda part, other: part.index_copy(0, index, 0.5 * other), y, others)

@@ -1,32 +1,37 @@
-"""What is inside a vector field: wrappers that change nothing, a host's model, attributes.
+"""What wraps a vector field: `Conditioned`, wrappers that change nothing, a host's model.
 
-Wrappers are known by their type. Whoever has such a wrapper registers its type here. An
-attribute's name alone says nothing: a user's module may call what it holds as ``module`` or
-``func`` and return something else. A host adds how its models are told and what their field
-is; fits, evaluation, dise and look-ups of attached solvers ask here, and know no host.
+Wrappers are known by their type, which is registered here. An attribute's name alone says
+nothing: a user's module may call what it holds as ``module`` or ``func`` and return something
+else. A host adds how its models are told and what their field is; others know no host.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
-from types import FunctionType, MethodType, MethodWrapperType, ModuleType
-from typing import Any, NamedTuple, TypeAlias
+from types import FunctionType, MethodType, MethodWrapperType
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from torchdiffeq_hyper._state import State, VectorField
+from torchdiffeq_hyper._state import State, VectorField, parts_of
+from torchdiffeq_hyper.errors import (
+    CoupledSamplesError,
+    StateShapeError,
+    StateTypeError,
+)
 
 
 class ModelField(ABC):
-    """The vector field inside a host's model, as ``func(t, y)``."""
+    """The vector field inside a host's ``model``, as ``func(t, y)``."""
 
     model: nn.Module
-    """The host's model."""
 
     @property
     @abstractmethod
@@ -50,24 +55,17 @@ class ModelField(ABC):
         """Give the model's parts back what solves inside the block set on them."""
 
 
-FieldIn: TypeAlias = Callable[[object], ModelField | None]
-"""Returns the field inside a host's model; None for other objects."""
-
-_hosts: list[FieldIn] = []
+_hosts: list[Callable[[object], ModelField | None]] = []
 
 
-def add_models(field_in: FieldIn) -> None:
-    """Let the models that ``field_in`` knows stand for their vector field."""
+def add_models(field_in: Callable[[object], ModelField | None]) -> None:
+    """Let the models that ``field_in`` returns the field of stand for that field."""
     _hosts.append(field_in)
 
 
 def model_field(func: object) -> ModelField | None:
     """Return the field inside a host's model; None for other objects."""
-    for field_in in _hosts:
-        field = field_in(func)
-        if field is not None:
-            return field
-    return None
+    return next((field for field_in in _hosts if (field := field_in(func)) is not None), None)
 
 
 def vector_field(func: VectorField) -> VectorField:
@@ -81,29 +79,20 @@ def check_shareable(func: VectorField, n_processes: int) -> None:
         func.check_shareable(n_processes)
 
 
-def model_as_found(func: object) -> AbstractContextManager[None]:
-    """Give a host's model back what its solves set on it; other funcs are left alone."""
-    return func.as_found() if isinstance(func, ModelField) else nullcontext()
-
-
-Look: TypeAlias = Callable[[object], object | None]
-"""Returns what an object wraps or stands for, None where it does not know the object."""
-
 _attributes: dict[type, tuple[str, ...]] = {}
-_looks: list[Look] = []
+_looks: list[Callable[[object], object | None]] = []
 
 
 def look_through(wrapper: type, *attributes: str) -> None:
-    """Let look-ups go through the objects of a class, as long as they are called as it is.
+    """Let look-ups go through objects of a class to their ``attributes``, the first one first.
 
-    So a subclass that overrides ``__call__`` or ``forward`` is no such wrapper. ``attributes``
-    are where an object holds what it wraps; the first one is looked at first.
+    A subclass that overrides ``__call__`` or ``forward`` is no such wrapper.
     """
     _attributes[wrapper] = attributes
 
 
-def look_through_by(look: Look) -> None:
-    """Let look-ups go through what ``look`` knows: for types that are not imported yet."""
+def look_through_by(look: Callable[[object], object | None]) -> None:
+    """Let look-ups go to what ``look`` says is inside: for types that are not imported yet."""
     _looks.append(look)
 
 
@@ -117,8 +106,7 @@ class Owner(NamedTuple):
 def owner_of(func: object) -> Owner:
     """Return what ``func`` is to attachments.
 
-    A bound method is its instance and its function; ``forward`` and ``__call__`` stand
-    for the instance, and a model of a host for its field.
+    ``forward`` and ``__call__`` stand for the instance, and a model of a host for its field.
     """
     if isinstance(func, MethodType):
         target, function = func.__self__, func.__func__
@@ -143,15 +131,14 @@ def owners_in(func: object) -> Iterator[Owner]:
         seen.add(key)
         yield owner
         if owner.function is None:
-            pending.extend(item for item in _inside(owner.target) if item is not None)
+            inside = _registered(owner.target) or [look(owner.target) for look in _looks]
+            pending.extend(item for item in inside if item is not None)
 
 
 def registered_in(func: object) -> Iterator[object]:
-    """Yield ``func`` and what is inside it, as far as wrappers of registered types go.
-
-    For calls that are compiled: what hosts know depends on the modules imported, and a
-    compiled call that looks at these is compiled anew after every import.
-    """
+    """Yield ``func`` and what is inside it, as far as wrappers of registered types go."""
+    # For calls that are compiled: what hosts know depends on the modules imported, and a
+    # compiled call that looks at these is compiled anew after every import.
     pending = [func]
     while pending:
         current = pending.pop(0)
@@ -165,23 +152,17 @@ def _is_method(target: object, name: str, function: object) -> bool:
     return isinstance(found, MethodType) and found.__func__ is function
 
 
-def _inside(wrapper: Any) -> Sequence[object | None]:
-    return _registered(wrapper) or [look(wrapper) for look in _looks]
-
-
 def _registered(wrapper: Any) -> Sequence[object | None]:
     """Return what a wrapper of a registered type holds; nothing of others."""
-    for known in type(wrapper).__mro__:
-        if known in _attributes and _is_called_as(wrapper, known):
+    kind, calls = type(wrapper), ("__call__", "forward")
+    if "forward" in getattr(wrapper, "__dict__", ()):
+        return []
+    for known in kind.__mro__:
+        if known in _attributes and all(
+            getattr(kind, name, None) is getattr(known, name, None) for name in calls
+        ):
             return [getattr(wrapper, name, None) for name in _attributes[known]]
     return []
-
-
-def _is_called_as(wrapper: object, known: type) -> bool:
-    kind = type(wrapper)
-    return "forward" not in getattr(wrapper, "__dict__", ()) and all(
-        getattr(kind, name, None) is getattr(known, name, None) for name in ("__call__", "forward")
-    )
 
 
 def _of_partial(func: object) -> object | None:
@@ -215,38 +196,123 @@ look_through_by(_of_partial)
 look_through_by(_of_compiled)
 
 
-@contextmanager
-def attributes_as_found(func: object) -> Iterator[None]:
-    """Undo what calls of func assign to attributes, e.g. ``self.nfe += 1``.
+class Conditioned(nn.Module):
+    """A vector field with inputs of its own for each sample: labels, controls, noise.
 
-    Of func's modules, of the object of a bound method, and of func itself if it is a
-    function or another callable. All assignments are undone together, so that a cached value
-    and the size that it was made for stay a pair. What is changed in place stays changed.
+    Calls ``func(t, y, *inputs)``. Solvers that work on part of a batch (``"dise"``,
+    ``"dopri5_per_sample"``) and `fit` take the same part of the inputs; hypernets that ask
+    for them see them as ``step.context``. Costs nothing beside func.
+
+    Args:
+        func: called as ``func(t, y, *inputs)``.
+        inputs: tensors of any dtype with the samples along dim 0, as many in each. They are
+            no part of the state_dict, and gradients flow into them.
+
+    Raises:
+        StateTypeError: ``func`` is not callable, or an input is not a tensor.
+        StateShapeError: the inputs differ in their number of samples.
+
+    Example:
+        >>> import torch, torchdiffeq_hyper as tdh
+        >>> rate = torch.tensor([[1.0], [2.0], [3.0]])
+        >>> func = tdh.Conditioned(lambda t, y, rate: -rate * y, rate)
+        >>> func.restrict(torch.tensor([2]))(torch.tensor(0.0), torch.ones(1, 1))
+        tensor([[-3.]])
     """
-    before = [(owner, dict(vars(owner))) for owner in _with_attributes(func)]
-    try:
-        yield
-    finally:
-        for owner, attributes in before:
-            now: dict[str, Any] = vars(owner)
-            for name in now.keys() - attributes.keys():
-                del now[name]
-            now.update(attributes)
+
+    def __init__(self, func: Callable[..., Any], *inputs: Tensor) -> None:
+        super().__init__()
+        if not callable(func) or not all(isinstance(item, Tensor) for item in inputs):
+            kinds = ", ".join(type(item).__name__ for item in (func, *inputs))
+            raise StateTypeError(
+                problem=f"Conditioned got {kinds}.",
+                expected="a callable func(t, y, *inputs) and its tensors.",
+                fix="tdh.Conditioned(func, noise)",
+            )
+        sizes = {item.shape[:1] for item in inputs}
+        if len(sizes) != 1 or not sizes.pop():
+            raise StateShapeError(
+                problem=f"the inputs have shapes {[tuple(item.shape) for item in inputs]}.",
+                expected="at least one input; the samples along dim 0, as many in each.",
+                fix="tdh.Conditioned(func, noise)   # noise of shape (batch, ...)",
+            )
+        self.func = func
+        self.inputs = inputs
+
+    def forward(self, t: Tensor, y: State) -> State:
+        """Return ``func(t, y, *inputs)``."""
+        out: State = self.func(t, y, *self.inputs)
+        return out
+
+    def restrict(self, index: Tensor) -> Conditioned:
+        """Return the field of the samples at ``index``; func and its weights are shared."""
+        part = copy.copy(self)
+        part.inputs = tuple(item[index.to(item.device)] for item in self.inputs)
+        return part
 
 
-def _with_attributes(func: object) -> Iterator[object]:
-    """Yield what calls of func may keep attributes on."""
-    if isinstance(func, nn.Module):
-        # torch's own modules count nothing, and some complete themselves at their first call.
-        own = (part for part in func.modules() if not type(part).__module__.startswith("torch."))
-        yield from own
-    elif isinstance(func, MethodType):
-        yield from _with_attributes(func.__self__)
-    elif isinstance(func, partial):
-        for part in (func.func, *func.args, *func.keywords.values()):
-            if callable(part):
-                yield from _with_attributes(part)
-    elif not isinstance(func, type | ModuleType) and isinstance(
-        getattr(func, "__dict__", None), dict
-    ):
-        yield func
+look_through(Conditioned, "func")
+
+
+def context_of(func: VectorField) -> tuple[Tensor, ...]:
+    """Return the inputs of the `Conditioned` inside func; none where there is no such wrapper."""
+    is_compiling = torch.compiler.is_compiling()
+    found = registered_in(func) if is_compiling else (o.target for o in owners_in(func))
+    return next((item.inputs for item in found if isinstance(item, Conditioned)), ())
+
+
+SHAPE_CLASHES = (RuntimeError, ValueError, IndexError, TypeError)
+"""What torch raises where shapes do not go together, e.g. in a func of the whole batch only."""
+
+HOW_TO_RESTRICT = (
+    "tdh.Conditioned(func, noise)   # calls func(t, y, noise), with the rows of its samples\n"
+    "or give func's class the method restrict(self, index) -> func of these samples"
+)
+
+
+def restrict(func: VectorField, index: Tensor) -> VectorField:
+    """Return the field of the samples at ``index``; ``func`` itself if it has no ``restrict``."""
+    method = _method_of(func)
+    if method is None:
+        return func
+    part: Any = method(index)
+    is_of_instance = isinstance(func, MethodType) and getattr(func, "restrict", None) is None
+    restricted: VectorField = getattr(part, func.__name__) if is_of_instance else part
+    return restricted
+
+
+def can_restrict(func: VectorField) -> bool:
+    """Return whether ``func`` has the method ``restrict``, or is bound to what has it."""
+    return _method_of(func) is not None
+
+
+def _method_of(func: Any) -> Callable[[Tensor], Any] | None:
+    owner = func.__self__ if isinstance(func, MethodType) else func
+    method = getattr(owner, "restrict", None)
+    return method if callable(method) else None
+
+
+def cannot_take_part(what: str, y0: State) -> StateShapeError | CoupledSamplesError:
+    """Return the error about a func that does ``what`` with part of the batch ``y0``."""
+    parts = parts_of(y0)
+    # A vector (D,) may be a single sample, whose numbers func needs together.
+    is_vector = all(part.dim() == 1 for part in parts)
+    return (CoupledSamplesError if is_vector else StateShapeError)(
+        problem=f"func {what}, part of a batch of {len(parts[0])}.",
+        expected="a derivative of the state's own shape for any part of the batch; a func that "
+        "holds something of every sample (noise, controls, conditioning) must say which part of "
+        "it belongs to which sample.",
+        fix=(ways_of_one_sample(y0) if is_vector else "")
+        + f"{HOW_TO_RESTRICT}\n"
+        + "or, if batch norm in training mode couples the samples: func.eval()",
+    )
+
+
+def ways_of_one_sample(y0: State) -> str:
+    """Return the lines to paste where ``y0`` is a single sample, or is to be solved as one."""
+    is_tuple = isinstance(y0, tuple)
+    one = "tuple(part.unsqueeze(0) for part in y0)" if is_tuple else "y0.unsqueeze(0)"
+    return (
+        f"y0 = {one}   # if y0 is a single sample: dim 0 counts the samples\n"
+        'odeint(func, y0, t, method="dopri5")   # takes the whole batch as one\n'
+    )

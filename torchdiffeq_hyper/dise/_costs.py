@@ -11,7 +11,7 @@ from torch import Tensor
 from torchdiffeq_hyper._fields import SHAPE_CLASHES
 from torchdiffeq_hyper._rules import Real, Rule, checked_arguments, shown
 from torchdiffeq_hyper._state import State, map_parts, parts_of, take
-from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError
+from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, check_callable
 
 
 class Verdict(NamedTuple):
@@ -57,13 +57,6 @@ def check_settings(alpha: float, penalty: float) -> tuple[float, float]:
     check_number("alpha", alpha, Real(above=0.0), "alpha=0.3")
     check_number("penalty", penalty, Real(above=0.0), "penalty=1000.0")
     return float(alpha), float(penalty)
-
-
-def check_callable(name: str, value: Any, fix: str) -> None:
-    """Refuse what cannot be called."""
-    if not callable(value):
-        problem = f"{name} is a {type(value).__name__}."
-        raise StateTypeError(problem=problem, expected="a callable.", fix=fix)
 
 
 def _end(solution: State) -> State:

@@ -15,11 +15,16 @@ from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._state import State, VectorField, map_parts
 from torchdiffeq_hyper.dise import _files
 from torchdiffeq_hyper.dise._candidates import Batch, Candidate, check_candidates
-from torchdiffeq_hyper.dise._costs import Cost, check_callable, check_settings
+from torchdiffeq_hyper.dise._costs import Cost, check_settings
 from torchdiffeq_hyper.dise._fit import Scale, SelectorConfig, Training, are_finite, labels_of
 from torchdiffeq_hyper.dise._report import DiseReport, Labels, Oracle, TradeOff, one_candidate
 from torchdiffeq_hyper.dise.selectors import predict
-from torchdiffeq_hyper.errors import MissingHypernetError, NonFiniteError, OneCandidateWarning
+from torchdiffeq_hyper.errors import (
+    MissingHypernetError,
+    NonFiniteError,
+    OneCandidateWarning,
+    check_callable,
+)
 
 
 class Dise(nn.Module):

@@ -15,7 +15,12 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-from torchdiffeq_hyper._fields import check_independence, model_as_found
+from torchdiffeq_hyper._fields import (
+    check_independence,
+    frozen_or_restored,
+    left_as_found,
+    own_random_state,
+)
 from torchdiffeq_hyper._rules import Real, Such, Whole
 from torchdiffeq_hyper._state import State, StateLayout, map_parts, parts_of, take
 from torchdiffeq_hyper.dise._candidates import Batch, Candidate, count_samples, joined
@@ -27,7 +32,6 @@ from torchdiffeq_hyper.evaluation._measure import unless_broken
 from torchdiffeq_hyper.evaluation._table import distinct
 from torchdiffeq_hyper.fitting._batches import bound
 from torchdiffeq_hyper.fitting._field import check_repeatable
-from torchdiffeq_hyper.fitting._guard import frozen_or_restored, left_as_found, own_random_state
 from torchdiffeq_hyper.solvers._per_sample import PerSampleDopri5
 
 _RULES = {
@@ -234,7 +238,6 @@ def labels_of(
     columns = []
     with (
         left_as_found(func),
-        model_as_found(field),
         left_as_found(getattr(cost, "predict", None) or getattr(cost, "error", None)),
         torch.no_grad(),
         tqdm(total=n * len(candidates), disable=not progress, desc="solving alone") as bar,

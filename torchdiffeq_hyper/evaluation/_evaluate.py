@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdiffeq_hyper._fields import attributes_as_found, model_as_found
+from torchdiffeq_hyper._fields import as_found
 from torchdiffeq_hyper._rules import Real, Whole, checked_arguments
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import OptionError, OutsideFitWarning, StateTypeError, unknown_method
@@ -29,7 +29,6 @@ from torchdiffeq_hyper.evaluation._measure import (
 )
 from torchdiffeq_hyper.evaluation._table import EvaluationRow, EvaluationTable, distinct
 from torchdiffeq_hyper.fitting._batches import bound
-from torchdiffeq_hyper.fitting._guard import ModuleState, modules_in
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.recording import median_seconds
 from torchdiffeq_hyper.solvers._grid import equal_steps
@@ -112,7 +111,7 @@ def evaluate(
     checked_arguments({"repeats": Whole(1)}, {"repeats": repeats}, fix="repeats=5")
     total = 1 + len(trials) * (3 + repeats)
     with (
-        _left_as_found(func, field, trials),
+        _left_as_found(func, trials),
         torch.no_grad(),
         tqdm(total=total, disable=not progress, unit="solve", desc="reference") as bar,
     ):
@@ -132,14 +131,11 @@ def evaluate(
 
 
 @contextmanager
-def _left_as_found(func: object, field: object, trials: list[Trial]) -> Iterator[None]:
+def _left_as_found(func: object, trials: list[Trial]) -> Iterator[None]:
     """Give func and the hypernets back as they were; do not warn of use outside a fit."""
     with ExitStack() as stack:
         for item in (func, *(trial.solver for trial in trials)):
-            for module in modules_in(item):
-                stack.callback(ModuleState(module).restore)
-        stack.enter_context(attributes_as_found(func))
-        stack.enter_context(model_as_found(field))
+            stack.enter_context(as_found(item))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", OutsideFitWarning)
         yield

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn, optim
 
+from torchdiffeq_hyper._fields import own_random_state
 from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.fitting._data import Batch
-from torchdiffeq_hyper.fitting._guard import own_random_state
 from torchdiffeq_hyper.fitting._objectives import (
     ResidualObjective,
     calibrate,

@@ -1,12 +1,8 @@
-"""The time a fit may take: how many reference solutions and iterations end in it.
-
-What a call of func costs, and how many calls a loose solution takes, is measured before the
-first reference. What does not fit into the share of the time that references may take is cut:
-first the number of samples, then the tolerance.
-"""
+"""The time a fit may take: how many reference solutions and iterations end in it."""
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -22,28 +18,19 @@ from torchdiffeq_hyper.fitting._data import References
 from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError
 from torchdiffeq_hyper.fitting._reference import Tolerances, solve_reference
 
-FIRST_PHASE = 0.4
-"""Share of the time left that a phase followed by another may take."""
-LAST_PHASE = 0.97
-"""Share that the last phase may take; the rest is for measuring the result."""
-MOST_RESERVED = 0.25
-"""Share of the time left that may be kept for measuring the result."""
-REFERENCES = 0.3
-"""Share of all time that new reference solutions may take."""
-EARLIEST = 4
-"""Timed iterations before the first estimate."""
+FIRST_PHASE = 0.4  # share of the time left that a phase followed by another may take
+LAST_PHASE = 0.97  # share that the last phase may take; the rest is for measuring the result
+MOST_RESERVED = 0.25  # share of the time left that may be kept for measuring the result
+REFERENCES = 0.3  # share of all time that new reference solutions may take
+EARLIEST = 4  # timed iterations before the first estimate
 
 
 class Budget:
-    """Wall time, counted on over interruptions.
-
-    ``shared_clock`` is the same in all processes of a fit, this process's by default;
-    ``reserved`` are the seconds wanted for measuring the result.
-    """
+    """Wall time, counted on over interruptions, on a clock that all processes may share."""
 
     def __init__(self, max_seconds: float, shared_clock: Callable[[], float] | None = None) -> None:
         self.max_seconds = max_seconds
-        self.reserved = 0.0
+        self.reserved = 0.0  # seconds wanted for measuring the result
         self._clock = time.perf_counter if shared_clock is None else shared_clock
         self._began = self._clock()
         self._own_began = time.perf_counter()
@@ -55,15 +42,19 @@ class Budget:
 
     @property
     def elapsed(self) -> float:
-        """Wall time used, on this process's own clock.
-
-        A shared one stands still between exchanges, as within a reference solution.
-        """
+        """Wall time used, on this process's own clock."""
+        # A shared one stands still between exchanges, as within a reference solution.
         return time.perf_counter() - self._own_began
 
     def is_over(self) -> bool:
         """Return whether all the time is used."""
         return self.elapsed >= self.max_seconds
+
+    def until(self, elapsed: float) -> Budget:
+        """Return the same clock with an earlier end."""
+        earlier = copy.copy(self)
+        earlier.max_seconds = min(elapsed, self.max_seconds)
+        return earlier
 
     def resume(self, used: float) -> None:
         """Count the time an interrupted run had used as well."""
@@ -76,10 +67,7 @@ class Budget:
         return max(1, int(left / max(seconds_per_batch, 1e-6)))
 
     def start_phase(self, wanted: int, share: float) -> Pace:
-        """Return the pace of a phase of at most ``wanted`` iterations that begins now.
-
-        ``share`` is its part of the time that is left.
-        """
+        """Return the pace of a phase that begins now and takes a share of the time left."""
         return Pace(self, self.seconds + share * self.to_train, wanted)
 
     @property
@@ -89,32 +77,20 @@ class Budget:
         return left - min(self.reserved, MOST_RESERVED * left)
 
 
-@dataclass(frozen=True)
-class Deadline:
-    """An earlier end of a budget's time, in its seconds."""
-
-    budget: Budget
-    at: float
-
-    def is_over(self) -> bool:
-        """Return whether that time is used."""
-        return self.budget.elapsed >= min(self.at, self.budget.max_seconds)
-
-
+@dataclass
 class Pace:
-    """How many iterations of a phase end in time.
+    """How many of the wanted iterations of a phase end before its deadline.
 
     The number is estimated anew ever more rarely, so that the annealing of the learning
     rate comes to its end even where the machine's speed changes. As long as all that are
     wanted end in time, it does not change, and the fit is repeatable.
     """
 
-    def __init__(self, budget: Budget, deadline: float, wanted: int) -> None:
-        self._budget = budget
-        self.deadline = deadline
-        self._wanted = wanted
-        self._timed = -1
-        self._first = 0.0
+    _budget: Budget
+    deadline: float
+    _wanted: int
+    _timed: int = -1
+    _first: float = 0.0
 
     def is_over(self) -> bool:
         """Return whether the phase's time is up."""
@@ -134,42 +110,30 @@ class Pace:
 
 ENDLESS = Budget(math.inf)
 
-PROBES = 8
-"""Samples that calls are timed, and the noise is measured, on."""
-FEWEST = 16
-"""Samples that are kept before digits are given up."""
+PROBES = 8  # samples that calls are timed, and the noise is measured, on
+FEWEST = 16  # samples that are kept before digits are given up
 PLENTY = 4000
 """Calls of func for all references: where so many end in time, nothing is measured or cut."""
-FREE = 1.2
-"""Cost of a call relative to that of one without samples, up to which samples are free."""
-LOOSEST = 1e-3
-"""Relative tolerance of the probe, beyond which nothing is loosened."""
-PROBE_SHARE = 0.1
-"""Share of all time that the probe may take."""
+FREE = 1.2  # cost of a call relative to that of one without samples, up to which samples are free
+LOOSEST = 1e-3  # relative tolerance of the probe, beyond which nothing is loosened
+PROBE_SHARE = 0.1  # share of all time that the probe may take
 HELD_OUT_SHARE = 0.35
 """Share of the references' time for the held-out samples; the rest is for a first batch."""
-NOISE_SOLVES = 2.6
-"""Solutions of the probes, in calls of one, that the noise is measured with."""
+NOISE_SOLVES = 2.6  # solutions of the probes, in calls of one, that the noise is measured with
 ORDERS = {"dopri8": 8, "bosh3": 3, "fehlberg2": 2, "adaptive_heun": 2}
 """Orders of the host's methods, where not 5: how calls grow with digits."""
 
 
 @dataclass(frozen=True)
 class ReferencePlan:
-    """What is solved, and how exactly.
-
-    ``held_out`` and ``batch`` are the samples to keep of the held-out ones and of each training
-    batch, ``has_noise`` whether there is time to measure the noise in the solutions,
-    ``is_looser`` whether the tolerances are looser than wanted, and ``note`` what was cut, for
-    people ("" for nothing).
-    """
+    """What is solved, and how exactly."""
 
     tolerances: Tolerances
-    held_out: int
-    batch: int
-    has_noise: bool = True
-    is_looser: bool = False
-    note: str = ""
+    held_out: int  # samples to keep of the held-out ones
+    batch: int  # and of each training batch
+    has_noise: bool = True  # whether there is time to measure the noise in the solutions
+    is_looser: bool = False  # whether the tolerances are looser than wanted
+    note: str = ""  # what was cut, for people
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ReferencePlan:
@@ -200,11 +164,8 @@ class CallCost:
         return self.each + samples * self.per_sample
 
     def samples_in(self, seconds: float, most: int) -> int:
-        """Return how many samples a call of so many seconds has.
-
-        At least as many as hardly add to the cost of a call without any: fewer save nothing.
-        """
-        seconds = max(seconds, FREE * self.each)
+        """Return how many samples a call of so many seconds has, at most ``most``."""
+        seconds = max(seconds, FREE * self.each)  # fewer than these save nothing
         if self.of(most) <= seconds:
             return most
         return max(0, min(most, int((seconds - self.each) / max(self.per_sample, 1e-12))))
@@ -228,8 +189,9 @@ def plan_references(
 ) -> ReferencePlan:
     """Return what can be solved in the time that references may take.
 
-    ``references`` has the tolerances wanted if there is time; ``in_batch`` is the number of
-    samples in a training batch.
+    Where the tolerances wanted take longer, a call and a loose solution of a few samples are
+    timed; then first the number of samples is cut, of which a training batch has ``in_batch``,
+    then the tolerances.
     """
     wanted, times, count = references.tolerances, references.plan.times, n_samples(held_out)
     cost = CallCost.measure(references.func, held_out, (float(times[0]), float(times[-1])))
@@ -253,24 +215,22 @@ def plan_references(
     each = (allowed - noise) / max(needed, 1)
     kept = max(min(2, count), cost.samples_in(HELD_OUT_SHARE * each, count))
     trained = max(min(2, in_batch), cost.samples_in((1 - HELD_OUT_SHARE) * each, in_batch))
-    cuts = []
-    if rtol > wanted.rtol:
-        cuts.append(f"a tolerance of {rtol:.0e} in place of {wanted.rtol:.0e}")
-    if kept < count:
-        cuts.append(f"{kept} of {count} held-out samples")
-    if trained < in_batch:
-        cuts.append(f"{trained} of {in_batch} samples in a batch")
-    if not has_noise:
-        cuts.append("the noise in them not measured")
-    cut = f"reference solutions were cut to fit into max_seconds = {budget.max_seconds:g}: "
-    note = cut + ", ".join(cuts) if cuts else ""
-    tolerances, is_looser = wanted.loosened(rtol), rtol > wanted.rtol
-    return ReferencePlan(tolerances, kept, trained, has_noise, is_looser, note)
+    is_looser = rtol > wanted.rtol
+    cuts = {
+        f"a tolerance of {rtol:.0e} in place of {wanted.rtol:.0e}": is_looser,
+        f"{kept} of {count} held-out samples": kept < count,
+        f"{trained} of {in_batch} samples in a batch": trained < in_batch,
+        "the noise in them not measured": not has_noise,
+    }
+    cut = ", ".join(text for text, is_made in cuts.items() if is_made)
+    note = f"reference solutions were cut to fit into max_seconds = {budget.max_seconds:g}: {cut}"
+    tolerances = wanted.loosened(rtol)
+    return ReferencePlan(tolerances, kept, trained, has_noise, is_looser, note if cut else "")
 
 
 def _calls(references: References, starts: Starts, loose: Tolerances, budget: Budget) -> int:
     """Return the calls of a loose solution of a few samples, as far as it came."""
-    until = Deadline(budget, budget.elapsed + PROBE_SHARE * budget.max_seconds)
+    until = budget.until(budget.elapsed + PROBE_SHARE * budget.max_seconds)
     field = Field(references.func, head(starts, PROBES), until, references.units)
     try:
         solve_reference(field, field.flat, references.plan.times, loose)

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from torchdiffeq_hyper._fields import model_as_found
+from torchdiffeq_hyper._fields import frozen_or_restored, left_as_found, own_random_state
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import NoiseFloorError
 from torchdiffeq_hyper.fitting._batches import Batches, head, n_samples
@@ -30,7 +30,6 @@ from torchdiffeq_hyper.fitting._budget import (
     LOOSEST,
     PROBES,
     Budget,
-    Deadline,
     ReferencePlan,
     plan_references,
 )
@@ -39,7 +38,6 @@ from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._data import MOST_BYTES, Data, References
 from torchdiffeq_hyper.fitting._errors import Comparison, end_errors
 from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError
-from torchdiffeq_hyper.fitting._guard import frozen_or_restored, left_as_found, own_random_state
 from torchdiffeq_hyper.fitting._objectives import measuring_time_in
 from torchdiffeq_hyper.fitting._phases import Loop, Phase
 from torchdiffeq_hyper.fitting._problem import Problem
@@ -165,7 +163,6 @@ def run(target: Target, func: VectorField, y0: State | Iterable[object], *, show
         torch.enable_grad(),
         own_random_state(config.seed),
         left_as_found(func),
-        model_as_found(problem.func),
         problem.group.together(),
     ):
         budget = Budget(config.max_seconds, problem.group.clock)
@@ -273,7 +270,7 @@ class _Fit:
         for attempt, share in attempts:
             batches.keep(attempt.held_out, attempt.batch)
             now = budget.elapsed
-            deadline = Deadline(budget, now + share * (budget.max_seconds - now))
+            deadline = budget.until(now + share * (budget.max_seconds - now))
             solver = replace(references, tolerances=attempt.tolerances)
             with suppress(OutOfTimeError):
                 data = Data(solver, batches, deadline, self._group)
@@ -286,7 +283,7 @@ class _Fit:
         noise = None
         if plan.has_noise:
             probes = head(self.batches.held_out, PROBES)
-            until = Deadline(self.budget, NOISE_LATEST * self.budget.max_seconds)
+            until = self.budget.until(NOISE_LATEST * self.budget.max_seconds)
             field = Field(self._problem.func, probes, until, references.units)
             try:
                 noise = self.target.measure_noise(field, probes.y0, plan.tolerances)

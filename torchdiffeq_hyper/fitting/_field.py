@@ -18,7 +18,14 @@ from torchdiffeq_hyper._fields import (
     check_answer,
     check_call,
 )
-from torchdiffeq_hyper._state import RowLayout, State, StateLayout, VectorField, wide_dtype
+from torchdiffeq_hyper._state import (
+    RowLayout,
+    State,
+    StateLayout,
+    VectorField,
+    is_finite,
+    wide_dtype,
+)
 from torchdiffeq_hyper.errors import (
     CoupledSamplesError,
     NoisyFieldError,
@@ -27,7 +34,7 @@ from torchdiffeq_hyper.errors import (
     first_line,
 )
 from torchdiffeq_hyper.fitting._batches import Starts, bind, n_samples, select
-from torchdiffeq_hyper.solvers._stepping import is_finite
+from torchdiffeq_hyper.solvers._stepping import check_start
 from torchdiffeq_hyper.tableaus import Edge
 
 SEED = 2020
@@ -55,12 +62,9 @@ class Units:
     written in, and no power of a step size leaves the range of float32.
     """
 
-    start: float = 0.0
-    """The time at dimensionless time 0."""
-    time: float = 1.0
-    """Length of the span, above 0; dimensionless time has the sign of true time."""
-    state: float = 1.0
-    """Size of the states, above 0."""
+    start: float = 0.0  # the time at dimensionless time 0
+    time: float = 1.0  # length of the span, above 0
+    state: float = 1.0  # size of the states, above 0
 
     @classmethod
     def of(cls, span: tuple[float, float], y0: Tensor, f0: Tensor) -> Units:
@@ -70,7 +74,7 @@ class Units:
         return cls(span[0], width, size if 0 < size < math.inf else 1.0)
 
     def times(self, t: Tensor) -> Tensor:
-        """Return true times as dimensionless ones."""
+        """Return true times as dimensionless ones, of the same sign."""
         return (t - self.start) / self.time
 
     def time_of(self, t: float) -> float:
@@ -99,8 +103,8 @@ class Timer(Protocol):
 class Field:
     """A vector field on flat states of any precision, called in the data's own dtype.
 
-    The times and states that it is called with are in ``units``; func is called in true ones,
-    with the layout and dtype of ``starts`` (``flat``: their state, flat, in true units).
+    It is called with times and states in ``units``, and calls func in true ones, with the layout
+    and dtype of ``starts``. ``flat`` is their state, flat, in true units.
     """
 
     def __init__(
@@ -113,7 +117,7 @@ class Field:
         self.starts = starts if isinstance(starts, Starts) else Starts(starts)
         self.func = func
         self.budget = budget
-        self.units = Units() if units is None else units
+        self.units = units or Units()
         self._bound = bind(func, self.starts)
         self._layout = StateLayout.of(self.starts.y0)
         self.flat = self._layout.join(self.starts.y0)
@@ -122,7 +126,7 @@ class Field:
         self.calls = 0
 
     def __call__(self, t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
-        """Return ``func(t, y)`` in the dtype of ``y``, in units of state over time."""
+        """Return the derivative in the dtype of ``y``, in units of state over time."""
         if self.budget.is_over():
             raise OutOfTimeError
         self.calls += 1
@@ -137,26 +141,16 @@ class Field:
         return k * (units.time / units.state)
 
 
-def check_start(y0: Tensor) -> None:
-    """Refuse starts that are not finite, by `NonFiniteError`."""
-    if not is_finite(y0):
-        raise NonFiniteError(
-            problem="y0 holds inf or nan.",
-            expected="finite starts.",
-            fix="y0 = y0[torch.isfinite(y0.flatten(1)).all(1)]   # of a tuple, every part",
-        )
-
-
 SHARES = (0.0, 0.1, 0.5, 1.0, 0.0, 0.77)
 """Shares of the span passed at the points that `check_field` looks at."""
 
 
 @torch.no_grad()
 def check_field(field: Field, span: tuple[float, float], y0: Tensor) -> tuple[Tensor, ...]:
-    """Refuse a field that has no solution to fit, before one is looked for.
+    """Refuse a field that has no solution to fit; return its values at some points.
 
-    Returns the field at the start and a little later, which have to be finite; and, to tell it
-    from others, at the middle and end of the span and at perturbed states.
+    At the start and a little later they have to be finite; others, at the middle and end of the
+    span and at perturbed states, tell the field from others.
     """
     check_start(y0)
     start = torch.tensor(span[0], dtype=wide_dtype(y0.device), device=y0.device)
@@ -207,21 +201,17 @@ def check_repeatable(first: Tensor, second: Tensor, dtype: torch.dtype, t: float
         )
 
 
-SOME = 8
-"""Samples that func is called on to see whether their order matters."""
-CHANGE = 1e-2
-"""Relative change of the derivatives that is not rounding."""
-NOISE = 1e-2
-"""Change at a second call, as a share of the change in another order, that is noise."""
+SOME = 8  # samples that func is called on to see whether their order matters
+CHANGE = 1e-2  # relative change of the derivatives that is not rounding
+NOISE = 1e-2  # change at a second call, as a share of the change in another order, that is noise
 
 
 @torch.no_grad()
 def check_samples(field: Field, count: int, span: tuple[float, float]) -> None:
     """Refuse a field that holds something of each of ``count`` samples without saying so.
 
-    Costs two calls on eight samples: a sample's derivative must not depend on its place in
-    the batch. Where func fails on eight, one more call tells whether it takes ``count``
-    samples, and these only.
+    A sample's derivative must not depend on its place in a batch of eight. Where func fails on
+    eight, one more call tells whether it takes ``count`` samples, and these only.
     """
     check_call(field.func, len(field.starts.context))
     # Any number but theirs: a func that holds something of each fails on no other.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchdiffeq_hyper._fields import own_random_state
 from torchdiffeq_hyper._state import (
     Hypernet,
     State,
@@ -24,7 +25,6 @@ from torchdiffeq_hyper.fitting._data import Data, measure_residuals
 from torchdiffeq_hyper.fitting._engine import Start, Target
 from torchdiffeq_hyper.fitting._errors import Comparison, is_worse
 from torchdiffeq_hyper.fitting._field import Field
-from torchdiffeq_hyper.fitting._guard import own_random_state
 from torchdiffeq_hyper.fitting._objectives import (
     Objective,
     calibrate,

@@ -12,6 +12,7 @@ from torch import Tensor, nn, optim
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from torchdiffeq_hyper._fields import random_state, set_random_state
 from torchdiffeq_hyper._files import refused
 from torchdiffeq_hyper._rules import (
     FLOATS,
@@ -30,7 +31,6 @@ from torchdiffeq_hyper.fitting._checkpoint import FitState, PhaseState, Store, s
 from torchdiffeq_hyper.fitting._data import Batch, Data
 from torchdiffeq_hyper.fitting._distributed import ProcessGroup
 from torchdiffeq_hyper.fitting._field import OutOfTimeError
-from torchdiffeq_hyper.fitting._guard import random_state, set_random_state
 from torchdiffeq_hyper.fitting._objectives import Objective, usable_scale
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.solvers._fit_report import LossPoint

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,8 +13,9 @@ from torchdiffeq import odeint
 from torchdiffeq_hyper._state import is_half, stepped_dtype, wide_dtype
 from torchdiffeq_hyper.errors import NonFiniteError, OptionError, closest, is_breakdown
 from torchdiffeq_hyper.fitting._config import FitConfig
-from torchdiffeq_hyper.fitting._field import Field, Units, check_start
+from torchdiffeq_hyper.fitting._field import Field, Units
 from torchdiffeq_hyper.solvers._grid import Steps, check_steps, equal_steps
+from torchdiffeq_hyper.solvers._stepping import check_start
 
 DIRECTIONS = ("forward", "reverse", "both")
 MOST_STEP_COUNTS = 4
@@ -26,10 +25,8 @@ MOST_STEP_COUNTS = 4
 class TimeGrid:
     """One way through the span: equal steps in one direction."""
 
-    times: Tensor
-    """(n + 1,) float64 times in the order they are visited."""
-    points: Tensor
-    """For each of them, its position in the reference solution."""
+    times: Tensor  # (n + 1,) float64, in the order they are visited
+    points: Tensor  # the position of each in the reference solution
 
     @property
     def n_steps(self) -> int:
@@ -41,10 +38,8 @@ class TimeGrid:
 class Plan:
     """The times at which reference solutions are wanted, and the grids through them."""
 
-    times: Tensor
-    """(m,) float64 times in the order of the span, all distinct."""
-    grids: tuple[TimeGrid, ...]
-    """The grids; their ``points`` index ``times``."""
+    times: Tensor  # (m,) float64, in the order of the span, all distinct
+    grids: tuple[TimeGrid, ...]  # their ``points`` index ``times``
 
     @classmethod
     def of(cls, span: tuple[float, float], steps: Steps, direction: str) -> Plan:
@@ -53,17 +48,16 @@ class Plan:
         ends = torch.tensor(span, dtype=torch.float64)
         equal = [equal_steps(ends, n) for n in step_counts(steps)]
         times = torch.cat(equal).unique()
-        if span[1] < span[0]:
-            times = times.flip(0)
-        order = times.sort().indices
+        is_falling = span[1] < span[0]
         grids = []
         for visited in equal:
-            points = order[torch.searchsorted(times[order], visited)]
+            points = torch.searchsorted(times, visited)
+            points = len(times) - 1 - points if is_falling else points
             if direction != "reverse":
                 grids.append(TimeGrid(visited, points))
             if direction != "forward":
                 grids.append(TimeGrid(visited.flip(0), points.flip(0)))
-        return cls(times, tuple(grids))
+        return cls(times.flip(0) if is_falling else times, tuple(grids))
 
     @property
     def signs(self) -> tuple[int, ...]:
@@ -75,8 +69,7 @@ class Plan:
 def step_counts(steps: Steps) -> list[int]:
     """Return the step counts to fit: the number given, or a few out of the range.
 
-    They are spread evenly in the logarithm, since errors go by ratios of dt, and hold
-    both ends.
+    Both ends, and between them an even spread in the logarithm: errors go by ratios of dt.
 
     >>> step_counts(10), step_counts((4, 16)), step_counts((2, 3))
     ([10], [4, 6, 10, 16], [2, 3])
@@ -141,12 +134,9 @@ class Tolerances:
 
     @classmethod
     def of(cls, config: FitConfig, dtype: torch.dtype, units: Units) -> Tolerances:
-        """Return the configured tolerances, or those that suit a dtype.
-
-        Tighter ones than func's own rounding would make the method chase noise.
-        """
+        """Return the configured tolerances, or those that suit a dtype."""
         rtol = config.rtol
-        if rtol is None:
+        if rtol is None:  # tighter ones than func's own rounding would follow noise
             rtol = 1e-3 if is_half(dtype) else 1e-9 if dtype == torch.float64 else 1e-6
         atol = rtol if config.atol is None else config.atol / units.state
         return cls(config.method, rtol, atol)
@@ -166,28 +156,37 @@ class Tolerances:
 
 @torch.no_grad()
 def solve_reference(field: Field, y0: Tensor, times: Tensor, tolerances: Tolerances) -> Tensor:
-    """Return the solution at ``times``, held in float64 where the device has it.
+    """Return the solution (m, *y0.shape) at ``times``, in the field's units.
 
-    The flat ``y0`` at ``times[0]`` and the (m,) float64 times are in true units, the
-    (m, *y0.shape) states of the solution in the field's.
+    The flat ``y0`` at ``times[0]`` and the (m,) float64 times are in true units.
     """
     check_start(y0)
     wide = wide_dtype(y0.device)
-    t = field.units.times(times).to(device=y0.device, dtype=wide)
+    t = field.units.times(times).to(y0.device, wide)
     if tolerances.rtol >= ENOUGH_FOR_FLOAT32:
         wide = stepped_dtype(field.dtype)
     options = {"step_t": t} if tolerances.method in STEP_TIMES_METHODS else None
-    with _explained(tolerances.method):
+    start, given = y0.to(wide) / field.units.state, asdict(tolerances)
+    try:
         solution: Tensor = contextvars.Context().run(
-            odeint,
-            field,
-            y0.to(wide) / field.units.state,
-            t,
-            rtol=tolerances.rtol,
-            atol=tolerances.atol,
-            method=tolerances.method,
-            options=options,
+            odeint, field, start, t, options=options, **given
         )
+    except AssertionError as error:
+        if not is_breakdown(error):  # func's own
+            raise
+        raise NonFiniteError(
+            problem=f"the reference solution broke down: {error}.",
+            expected=f"a solution that {tolerances.method} can follow over the whole span.",
+            fix="a shorter t_span, or looser tolerances: FitConfig(rtol=1e-4)",
+        ) from error
+    except ValueError as error:
+        if "Invalid method" not in str(error):
+            raise
+        raise OptionError(
+            problem=f"method is {tolerances.method!r}: {error}",
+            expected="a method of torchdiffeq that controls its error.",
+            fix='FitConfig(method="dopri5")',
+        ) from error
     finite = torch.isfinite(solution).flatten(1).all(1)
     if not bool(finite.all()):
         first = float(times[int(finite.int().argmin())])
@@ -197,26 +196,3 @@ def solve_reference(field: Field, y0: Tensor, times: Tensor, tolerances: Toleran
             fix="a shorter t_span, or starts that stay finite",
         )
     return solution
-
-
-@contextmanager
-def _explained(method: str) -> Iterator[None]:
-    """Explain the host's own errors."""
-    try:
-        yield
-    except AssertionError as error:
-        if not is_breakdown(error):
-            raise
-        raise NonFiniteError(
-            problem=f"the reference solution broke down: {error}.",
-            expected=f"a solution that {method} can follow over the whole span.",
-            fix="a shorter t_span, or looser tolerances: FitConfig(rtol=1e-4)",
-        ) from error
-    except ValueError as error:
-        if "Invalid method" not in str(error):
-            raise
-        raise OptionError(
-            problem=f"method is {method!r}: {error}",
-            expected="a method of torchdiffeq that controls its error.",
-            fix='FitConfig(method="dopri5")',
-        ) from error

@@ -19,55 +19,44 @@ SLACK = 1e-4
 ROUNDINGS = 64
 """Roundings, relative to the largest size of all points, that a value may differ by as well:
 where terms cancel, little else is left of it."""
-HALF_SLACK = 4
-"""Roundings that a field in half precision may differ by."""
+HALF_SLACK = 4  # roundings that a field in half precision may differ by
 
 Fingerprint: TypeAlias = dict[str, Any]
 
 
 @torch.no_grad()
 def fingerprint(points: Sequence[Tensor], dtype: torch.dtype) -> list[Fingerprint | None]:
-    """Return what tells values, computed in ``dtype``, from others: sizes and projections.
+    """Return what tells values, computed in ``dtype``, from others; None for what is not finite.
 
-    The projections are relative to the sizes, so that they overflow for no unit. What is not
-    finite gives None.
+    Sizes, and projections relative to them, so that they overflow for no unit.
 
-    Example:
-        >>> import torch
-        >>> (one,) = fingerprint([torch.ones(100)], torch.float32)
-        >>> one["size"], len(one["projections"])
-        (1.0, 4)
+    >>> import torch
+    >>> (one,) = fingerprint([torch.ones(100)], torch.float32)
+    >>> one["size"], len(one["projections"])
+    (1.0, 4)
     """
-    values = [_as_numbers(point) for point in points]
-    count = values[0].numel()
+    real = (torch.view_as_real(p.resolve_conj()) if p.is_complex() else p for p in points)
+    values = [point.detach().cpu().double().flatten() for point in real]
     generator = torch.Generator().manual_seed(SEED)
     directions = [
-        torch.randn(count, generator=generator, dtype=torch.float64) for _ in range(N_DIRECTIONS)
+        torch.randn(len(values[0]), generator=generator, dtype=torch.float64)
+        for _ in range(N_DIRECTIONS)
     ]
-    return [_fingerprint_of(value, directions, torch.finfo(dtype).eps) for value in values]
-
-
-def _as_numbers(value: Tensor) -> Tensor:
-    """Return all numbers in a tensor, float64, on the CPU."""
-    real = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
-    return real.detach().cpu().double().flatten()
-
-
-def _fingerprint_of(value: Tensor, directions: Sequence[Tensor], eps: float) -> Fingerprint | None:
-    if not bool(torch.isfinite(value).all()):
-        return None
-    size = size_of(value)
-    relative = value / size if size > 0 else value
-    # Of the order of one, whatever the number of values.
-    projections = [float(relative @ d) / math.sqrt(max(1, len(value))) for d in directions]
-    return {"size": size, "projections": projections, "eps": eps}
+    found: list[Fingerprint | None] = []
+    for value in values:
+        if not bool(torch.isfinite(value).all()):
+            found.append(None)
+            continue
+        size = size_of(value)
+        relative = value / size if size > 0 else value
+        # Of the order of one, whatever the number of values.
+        projections = [float(relative @ d) / math.sqrt(max(1, len(value))) for d in directions]
+        found.append({"size": size, "projections": projections, "eps": torch.finfo(dtype).eps})
+    return found
 
 
 def differing(first: object, second: object) -> int | None:
-    """Return the first point at which two fingerprints differ, None if at none.
-
-    The first may be anything that was read from a file, the second is of `fingerprint`.
-    """
+    """Return the first point at which anything read from a file differs from a fingerprint."""
     assert isinstance(second, list)
     if not isinstance(first, list) or len(first) != len(second):
         return 0
@@ -91,10 +80,7 @@ def _alike(one: Any, other: Fingerprint | None, largest: float) -> bool:
 
 
 FUNC = "func(t, y)"
-POINTS_OF: dict[str, Sequence[str]] = {
-    "y0": ("",),
-    FUNC: [f", {share:.0%} of t_span passed" for share in SHARES],
-}
+POINTS_OF = {"y0": [""], FUNC: [f", {share:.0%} of t_span passed" for share in SHARES]}
 """Entries of a signature that are fingerprints, and how each of their points is called."""
 
 
@@ -114,7 +100,7 @@ def signs_of_net(net: nn.Module) -> dict[str, list[Any]]:
 
 
 def check_same_call(signatures: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse processes, given by their signatures in the order of ranks, that differ."""
+    """Refuse processes that differ in their signatures, given in the order of ranks."""
     for rank, other in enumerate(signatures[1:], 1):
         difference = _difference(other, signatures[0], "in process 0")
         if difference:
@@ -141,10 +127,7 @@ def check_same_fit(
 
 
 def check_same_field(found: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> None:
-    """Refuse what was fitted to another field, if it was looked at from the same starts.
-
-    Both are what `signs_of_field` returned; ``found`` is None where it was not kept.
-    """
+    """Refuse what was fitted to another field, if `signs_of_field` were kept of the same starts."""
     if found is None or _difference(found, {"y0": wanted["y0"]}):
         return
     difference = _difference(found, {FUNC: wanted[FUNC]})
@@ -157,7 +140,7 @@ def check_same_field(found: Mapping[str, Any] | None, wanted: Mapping[str, Any])
 
 
 def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any], here: str = "here") -> str:
-    """Return in which way the first entry of ``wanted`` differs that does; "" if none does."""
+    """Return how the first entry of ``wanted`` differs that does; "" if none does."""
     for name, own in wanted.items():
         other = found.get(name)
         if name in POINTS_OF:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchdiffeq_hyper._rules import Choice, Items, checked_arguments
 from torchdiffeq_hyper._state import State, StepInput, how_to_batch, parts_of
-from torchdiffeq_hyper.errors import StateShapeError, StateTypeError, closest
+from torchdiffeq_hyper.errors import StateShapeError, StateTypeError, check_callable, closest
 
 SCALARS = ("dt", "t")
 NAMES = ("y", "f0", "stages", "y0", "context", *SCALARS)
@@ -65,12 +65,8 @@ class ConcatHypernet(nn.Module):
     ) -> None:
         super().__init__()
         self.inputs = check_inputs(inputs)
-        if not callable(net):
-            raise StateTypeError(
-                problem=f"net is a {type(net).__name__}.",
-                expected="a module or function of one tensor (batch, channels, *spatial).",
-                fix="tdh.ConcatHypernet(torch.nn.Sequential(...))",
-            )
+        expected = "a module or function of one tensor (batch, channels, *spatial)."
+        check_callable("net", net, "tdh.ConcatHypernet(torch.nn.Sequential(...))", expected)
         self.net = net
 
     def extra_repr(self) -> str:

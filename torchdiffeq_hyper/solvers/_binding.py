@@ -19,9 +19,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
-from torchdiffeq_hyper._fields import Owner, check_callable, owner_of, owners_in
+from torchdiffeq_hyper._fields import Owner, owner_of, owners_in
 from torchdiffeq_hyper._state import VectorField, values_of
-from torchdiffeq_hyper.errors import OptionError, StateTypeError
+from torchdiffeq_hyper.errors import OptionError, StateTypeError, check_callable
 from torchdiffeq_hyper.methods._method import Method
 from torchdiffeq_hyper.recording import assigned
 from torchdiffeq_hyper.solvers._domain import FitDomain, Match
@@ -81,7 +81,7 @@ def attach(func: VectorField, solver: FittedT) -> FittedT:
         tensor([0.3685])
         >>> tdh.detach(func)
     """
-    check_callable(func)
+    check_callable("func", func, "func=model", "a callable func(t, y).")
     owner, domain = owner_of(func), _domain_of(check_fitted(solver))
     told_by = () if domain is None else (frozenset(domain.directions), tuple(sorted(domain.span)))
     added = _Attachment(owner.function, (solver.method, *told_by), solver)

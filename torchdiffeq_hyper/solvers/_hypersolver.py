@@ -8,10 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._fields import check_hypernet
 from torchdiffeq_hyper._files import damage_reported
 from torchdiffeq_hyper._rules import Maybe, Real, Text, Value
-from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField, stepped_dtype
+from torchdiffeq_hyper._state import (
+    Hypernet,
+    State,
+    StateLayout,
+    VectorField,
+    is_finite,
+    stepped_dtype,
+)
+from torchdiffeq_hyper.errors import check_callable
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers import _grid, _stepping
 from torchdiffeq_hyper.solvers._domain import FitDomain
@@ -85,7 +92,8 @@ class HyperSolver(Solver, kind="hypersolver", loads_all=True):
         report: FitReport | None = None,
     ) -> None:
         tableau = _registry.find_tableau(base, alpha)
-        check_hypernet(hypernet)
+        expected = "a callable g(step) -> correction like step.y."
+        check_callable("hypernet", hypernet, "hypernet=tdh.ConcatHypernet(net)", expected)
         super().__init__(hypernet, _grid.check_steps(steps), domain, report)
         self.tableau: Tableau = tableau
 
@@ -138,7 +146,7 @@ class HyperSolver(Solver, kind="hypersolver", loads_all=True):
         readable += 'options={"solver": solver, {options}})'
         self.warn_outside_fit(sizes, readable=readable if n_points > 2 else None)
         states = _stepping.integrate(step, grid, sizes, flat, ends_only=n_points == 2)
-        if not _stepping.is_finite(states[-1]):
+        if not is_finite(states[-1]):
             _stepping.raise_non_finite(step, zip(grid[:-1], grid[1:], strict=True), flat, dtype)
         return layout.split(_stepping.cast_back(torch.stack(states), dtype))
 

@@ -24,6 +24,7 @@ from torchdiffeq_hyper._state import (
     RowLayout,
     State,
     VectorField,
+    is_finite,
     is_half,
     parts_of,
     shapes_of,
@@ -40,7 +41,6 @@ from torchdiffeq_hyper.errors import (
 )
 from torchdiffeq_hyper.solvers._dopri5 import Loop
 from torchdiffeq_hyper.solvers._grid import check_times
-from torchdiffeq_hyper.solvers._stepping import is_finite
 
 Tolerance: TypeAlias = float | Tensor | Sequence[float | Tensor]
 TIME_MODES = {

@@ -20,7 +20,6 @@ from torch import Tensor
 from torchdiffeq_hyper._fields import (
     check_answer,
     check_correction,
-    check_derivative,
     check_hypernet_device,
     owning,
     share_memory,
@@ -31,8 +30,8 @@ from torchdiffeq_hyper._state import (
     StateLayout,
     StepInput,
     VectorField,
+    is_finite,
     is_half,
-    is_traced,
     time_dtype,
     values_of,
 )
@@ -220,7 +219,7 @@ def stage_call(func: VectorField, layout: StateLayout, dtype: torch.dtype) -> St
         # By the state, which takes the dtype of a wider time or answer, as in the host.
         k: Tensor = func(t if t.dtype == y.dtype else t.to(time_dtype(y.dtype)), y)
         if type(k) is not Tensor or k.dtype != dtype or k.shape != y.shape:
-            check_derivative(k, y)
+            check_answer(k, y)
             return k.to(y.dtype) if is_half(k.dtype) else k  # under autocast too
         return k
 
@@ -233,19 +232,6 @@ def stage_call(func: VectorField, layout: StateLayout, dtype: torch.dtype) -> St
         return k.to(y.dtype) if is_half(k.dtype) else k
 
     return call_on_parts if layout.shapes is not None or is_half(dtype) else call
-
-
-def is_finite(y: Tensor) -> bool:
-    """Return False only if ``y`` is known to hold inf or nan (one device sync)."""
-    if is_traced(y):
-        return True
-    try:
-        # A finite sum proves every term finite, at half the cost of looking at each.
-        total = y.sum().item()
-        # Only a finite number, real or complex, less itself is zero.
-        return total - total == 0 or bool(torch.isfinite(y).all())
-    except RuntimeError:  # no values to look at: vmap, fake and meta tensors
-        return True
 
 
 def cast_back(solution: Tensor, dtype: torch.dtype) -> Tensor:
@@ -272,7 +258,9 @@ def check_start(y0: Tensor) -> None:
     """Refuse a start that is known to hold inf or nan."""
     if not is_finite(y0):
         raise NonFiniteError(
-            problem="y0 holds inf or nan.", expected="a finite start.", fix="y0.isfinite().all()"
+            problem="y0 holds inf or nan.",
+            expected="finite starts.",
+            fix="y0 = y0[torch.isfinite(y0.flatten(1)).all(1)]   # of a tuple, every part",
         )
 
 

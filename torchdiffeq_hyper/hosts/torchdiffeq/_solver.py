@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._fields import check_answer, check_derivative, context_of, own
-from torchdiffeq_hyper._state import Hypernet, check_dtype, is_half, time_dtype
+from torchdiffeq_hyper._fields import check_answer, context_of, own
+from torchdiffeq_hyper._state import Hypernet, check_dtype, is_finite, is_half, time_dtype
 from torchdiffeq_hyper.errors import OptionError, StateTypeError
 from torchdiffeq_hyper.hosts._host import warn_if_untrained
 from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
@@ -27,7 +27,6 @@ from torchdiffeq_hyper.solvers._stepping import (
     Correction,
     Step,
     cast_back,
-    is_finite,
     raise_non_finite,
 )
 from torchdiffeq_hyper.tableaus import Edge, Tableau, second_order
@@ -130,7 +129,7 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         except (TypeError, AttributeError):
             self._check_answer(t, y)
             raise
-        check_derivative(k, y)
+        check_answer(k, y)
         return k.to(y.dtype) if is_half(k.dtype) else k
 
     @torch.no_grad()

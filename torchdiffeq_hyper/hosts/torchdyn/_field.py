@@ -23,11 +23,11 @@ from torchdiffeq_hyper._fields import (
     can_restrict,
     look_through,
     look_through_by,
+    own_random_state,
     restrict,
 )
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import OptionError, StateTypeError
-from torchdiffeq_hyper.fitting._guard import own_random_state
 
 ODEINT = "torchdyn.numerics.odeint"
 PROBLEMS = "torchdyn.core.problems"

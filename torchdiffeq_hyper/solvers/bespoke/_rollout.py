@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._fields import own, owning, share_memory
-from torchdiffeq_hyper._state import is_half, time_dtype, values_of
+from torchdiffeq_hyper._state import is_finite, is_half, time_dtype, values_of
 from torchdiffeq_hyper.errors import NonFiniteError, OptionError
-from torchdiffeq_hyper.solvers._stepping import advice_for_half, check_start, is_finite
+from torchdiffeq_hyper.solvers._stepping import advice_for_half, check_start
 from torchdiffeq_hyper.solvers.bespoke._weights import hermite, is_differentiated, stage_times
 from torchdiffeq_hyper.tableaus import StageCall
 

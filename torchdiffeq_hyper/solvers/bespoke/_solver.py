@@ -15,6 +15,7 @@ from torchdiffeq_hyper._state import (
     State,
     StateLayout,
     VectorField,
+    is_finite,
     stepped_dtype,
     time_dtype,
 )
@@ -22,7 +23,7 @@ from torchdiffeq_hyper.solvers._domain import FitDomain, Match
 from torchdiffeq_hyper.solvers._fit_report import FitReport
 from torchdiffeq_hyper.solvers._grid import STEPS, check_times
 from torchdiffeq_hyper.solvers._solver import NET, Solver, file_rules
-from torchdiffeq_hyper.solvers._stepping import Correction, cast_back, is_finite, stage_call
+from torchdiffeq_hyper.solvers._stepping import Correction, cast_back, stage_call
 from torchdiffeq_hyper.solvers.bespoke import _rollout, _weights
 from torchdiffeq_hyper.tableaus import StageCall
 

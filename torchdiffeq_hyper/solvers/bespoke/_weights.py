@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from torchdiffeq_hyper._state import is_traced
+from torchdiffeq_hyper._state import is_finite, is_traced
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, closest
-from torchdiffeq_hyper.solvers._stepping import is_finite
 
 Knots: TypeAlias = tuple[Tensor, Tensor]
 """Values (n - 1, n) at the inner knots, and slopes (n + 1, n) at all."""

@@ -1,62 +1,103 @@
-"""The LightningModule that fits a hypersolver."""
+"""Fitting under a Lightning `Trainer`: its loggers, callbacks, devices and DDP are the user's.
+
+Needs ``pytorch_lightning`` or ``lightning``: ``pip install "torchdiffeq_hyper[lightning]"``.
+The package itself does not import this module.
+"""
 
 from __future__ import annotations
 
 import copy
+import importlib
 import math
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn, optim
 
-from torchdiffeq_hyper._fields import Conditioned, model_as_found
+from torchdiffeq_hyper._fields import Conditioned, left_as_found, modules_in, own_random_state
 from torchdiffeq_hyper._files import checked
 from torchdiffeq_hyper._rules import ANYTHING, Maybe, Record, Table, record_of
-from torchdiffeq_hyper._state import State, VectorField, wide_dtype
-from torchdiffeq_hyper.errors import OptionError
-from torchdiffeq_hyper.fitting._batches import (
-    check_like,
-    checked_batch,
-    head,
-    many_batches,
-    n_samples,
-)
+from torchdiffeq_hyper._state import State, VectorField, parts_of, wide_dtype
+from torchdiffeq_hyper.errors import MissingExtraError, OptionError
+from torchdiffeq_hyper.fitting import _batches, _objectives
 from torchdiffeq_hyper.fitting._budget import ENDLESS, PROBES
 from torchdiffeq_hyper.fitting._config import FitConfig
-from torchdiffeq_hyper.fitting._data import Batch
+from torchdiffeq_hyper.fitting._data import MOST_BYTES, Batch
 from torchdiffeq_hyper.fitting._field import Field
 from torchdiffeq_hyper.fitting._fit import check_hypernet
-from torchdiffeq_hyper.fitting._guard import left_as_found, modules_in, own_random_state
 from torchdiffeq_hyper.fitting._hypersolver import measure_noise
-from torchdiffeq_hyper.fitting._objectives import (
-    calibrate,
-    delta_quantiles,
-    measuring_time_in,
-    no_correction,
-    objectives_of,
-    usable_scale,
-)
 from torchdiffeq_hyper.fitting._phases import annealed
 from torchdiffeq_hyper.fitting._problem import HypersolverProblem
 from torchdiffeq_hyper.fitting._signature import check_same_field
 from torchdiffeq_hyper.hypernets import ready
-from torchdiffeq_hyper.lightning._trainer import FieldAsFound, History, KnownBatches, find_lightning
 from torchdiffeq_hyper.solvers._fit_report import FitReport, LossPoint
 from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 
+__all__ = ["HyperSolverModule"]
+
+
+def _find_lightning() -> Any:
+    """Return Lightning under the name it is already used by, or is installed as."""
+    names = ("pytorch_lightning", "lightning.pytorch")
+    for name in sorted(names, key=lambda name: name not in sys.modules):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name not in {name, name.partition(".")[0]}:
+                raise
+    raise MissingExtraError(
+        problem="torchdiffeq_hyper.lightning needs Lightning, which is not installed.",
+        expected="pytorch_lightning, or lightning.",
+        fix='pip install "torchdiffeq_hyper[lightning]"',
+    )
+
+
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule
 else:
-    LightningModule = find_lightning().LightningModule
+    _lightning = _find_lightning()
+    Callback, LightningModule = _lightning.Callback, _lightning.LightningModule
 
-CHECKPOINT = Record(
-    {"torchdiffeq_hyper": record_of(History)},
+
+class _FieldAsFound(Callback):
+    """Keeps func as a fit needs it, and gives it back: a module has no hook for exceptions."""
+
+    def __init__(self, func: VectorField) -> None:
+        self._func = func
+        self._stack = ExitStack()
+
+    def on_fit_start(self, *_: Any) -> None:
+        self._stack.enter_context(left_as_found(self._func))
+
+    def on_fit_end(self, *_: Any) -> None:
+        self._stack.close()
+
+    def on_exception(self, *_: Any) -> None:
+        self._stack.close()
+
+
+@dataclass
+class _History:
+    """The fields of a `FitReport` that grow during a fit; they are kept in checkpoints."""
+
+    losses: list[LossPoint] = field(default_factory=list)
+    delta: dict[str, float] = field(default_factory=dict)
+    base_delta: dict[str, float] = field(default_factory=dict)
+    validation: float = 0.0
+    base_validation: float = 0.0
+    iterations: int = 0
+    seconds: float = 0.0
+
+
+_CHECKPOINT = Record(
+    {"torchdiffeq_hyper": record_of(_History)},
     optional={"torchdiffeq_hyper_field": Maybe(Table(ANYTHING))},
 )
 """What the module adds to a checkpoint; earlier versions did not tell fields apart."""
@@ -69,26 +110,24 @@ class HyperSolverModule(LightningModule):
     AdamW and half a cosine of annealing over the Trainer's steps (one for each phase). It
     logs ``train_loss``, relative to the base's on ``y0`` (so 1 is no correction), and
     ``validation`` and ``validation_base``: the held-out error as in
-    `FitReport.validation`, with and without the correction. When to stop, what to log,
-    clipping, devices and which checkpoint is the best are the Trainer's business.
+    `FitReport.validation`, with and without the correction. All else is the Trainer's business.
 
     A batch whose reference is known costs an iteration of `fit`; a new one an adaptive
     solve first. References are kept, up to 1 GiB, for batches that come again unchanged:
     pass a `DataLoader` that does not shuffle.
 
-    func is no submodule: it is not trained and not in the optimizer or checkpoints. It
-    moves with the module to other devices, and comes back from training as it was. A
-    checkpoint holds the hypernet and the history; to read it, pass the arguments again:
+    func is no submodule: it is neither trained nor saved, moves with the module to other
+    devices, and comes back from training as it was. A checkpoint holds the hypernet and the
+    history; to read it, pass the arguments again:
     ``load_from_checkpoint(path, func=func, y0=y0, t_span=..., base=..., steps=...)``.
 
     Args:
         func, t_span, steps, alpha, objective, direction: as in `fit`.
-        y0: a batch of starts, a tensor or a tuple of them: the net is made for these, and
-            its scales and the noise floor are measured on them, here. Not trained on.
+        y0: a batch of starts, a tensor or a tuple of them, that the net is made for, and its
+            scales and the noise floor are measured on, here. Not trained on.
         base: as in `fit`, but for "bns".
         hypernet: as in `fit`; trained in place.
-        context: "batch" where a batch, ``y0`` too, is (state, *context): func is then called
-            ``func(t, y, *context)``, as in `fit`.
+        context: "batch" where a batch, ``y0`` too, is (state, *context), as in `fit`.
         config: ``lr``, ``weight_decay``, ``rtol``, ``atol``, ``method`` and ``seed`` (of a
             ready net) count; the Trainer decides the rest.
 
@@ -122,7 +161,7 @@ class HyperSolverModule(LightningModule):
     ) -> None:
         super().__init__()
         if isinstance(func, Conditioned) or not (context is None or isinstance(context, str)):
-            raise many_batches()  # a loader's batches do not tell the rows of one context apart
+            raise _batches.many_batches()  # which rows are a batch's cannot be told
         self._problem = HypersolverProblem.of(
             func,
             t_span,
@@ -136,56 +175,53 @@ class HyperSolverModule(LightningModule):
         )
         check_hypernet(hypernet)
         self._func = (func,)  # in a tuple, so that torch does not take it for a part
-        self._has_context = context is not None
-        self._starts = checked_batch(y0, has_context=self._has_context)
+        self._starts = _batches.checked_batch(y0, has_context=self._problem.context == "batch")
         with torch.enable_grad(), own_random_state(self._problem.config.seed), self._measuring():
             self._prepare(hypernet)
-        self._ends: tuple[int, ...] = ()
         self._train: list[float] = []
-        self._sums = [0.0, 0.0, 0.0]
-        self._history = History()
-        self._began = 0.0
+        self._history = _History()
+        self._known: dict[Hashable, Batch] = {}
 
     def _prepare(self, net: nn.Module | None) -> None:
         """Check the field, measure the noise floor, and make and calibrate the net."""
         problem, starts = self._problem, self._starts
-        references, self._signs = problem.check_field(starts, n_samples(starts))
-        probes = head(starts, PROBES)
+        references, self._signs = problem.check_field(starts, _batches.n_samples(starts))
+        probes = _batches.head(starts, PROBES)
         field = Field(problem.func, probes, ENDLESS, references.units)
-        self._noise = measure_noise(
-            field, probes.y0, problem.tableau, problem.plan, references.tolerances
-        )
+        tableau = problem.tableau
+        self._noise = measure_noise(field, probes.y0, tableau, problem.plan, references.tolerances)
         batch = replace(references).solve(starts, ENDLESS)  # not counted as one of a Trainer's
-        self._known = KnownBatches(references)
+        self._references = references
         if net is None:
-            net = ready(starts.y0, problem.tableau, time_unit=problem.width)
-        with measuring_time_in(net, problem.width, problem.tableau.order):
-            calibrate(net, batch)
+            net = ready(starts.y0, tableau, time_unit=problem.width)
+        with _objectives.measuring_time_in(net, problem.width, tableau.order):
+            _objectives.calibrate(net, batch)
         self.hypernet = net
         solver = problem.solver(net)
-        self._phases = objectives_of(problem.objective, solver, problem.func)
+        self._phases = _objectives.objectives_of(problem.objective, solver, problem.func)
         self._scales = [
-            [usable_scale(phase.base_loss(batch, r)) for r in range(len(batch.grids))]
+            [_objectives.usable_scale(phase.base_loss(batch, r)) for r in range(len(batch.grids))]
             for phase in self._phases
         ]
 
     @property
     def solver(self) -> HyperSolver:
         """The hypersolver with a copy of the net as it is now, frozen, domain and report."""
-        net = copy.deepcopy(self.hypernet).requires_grad_(requires_grad=False)
-        for parameter in net.parameters():
-            parameter.grad = None
-        domain = self._problem.domain(self._starts.y0)
-        solver = self._problem.solver(net, self._problem.steps, domain=domain, report=self.report)
-        return solver.eval()
+        net, problem = copy.deepcopy(self.hypernet), self._problem
+        domain = problem.domain(self._starts.y0)
+        solver = problem.solver(net, problem.steps, domain=domain, report=self.report)
+        return solver.eval().requires_grad_(requires_grad=False)
 
     @property
     def report(self) -> FitReport | None:
         """What was measured at the last validation; None before there was one."""
-        return self._history.report(
+        if not self._history.delta:
+            return None
+        return FitReport(
+            **{**vars(self._history), "losses": tuple(self._history.losses)},
             noise_floor=self._noise,
-            reference_seconds=self._known.references.seconds,
-            reference_nfe=self._known.references.calls,
+            reference_seconds=self._references.seconds,
+            reference_nfe=self._references.calls,
             stopped="trainer",
             seed=self._problem.config.seed,
         )
@@ -199,30 +235,30 @@ class HyperSolverModule(LightningModule):
             loss = self._phases[number].loss(measured, grid)
         self._train.append(float(loss.detach()))
         relative = loss / self._scales[number][grid]
-        self.log("train_loss", relative, prog_bar=True, batch_size=n_samples(measured.y0))
+        self.log("train_loss", relative, prog_bar=True, batch_size=_batches.n_samples(measured.y0))
         return relative
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation."""
-        self._sums = [0.0, 0.0, 0.0]
+        self._sums = torch.zeros(3, dtype=torch.float64)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the validation errors."""
         measured = self._measure(("validation", dataloader_idx, batch_idx), batch)
         with self._measuring(), torch.no_grad():
-            count = n_samples(measured.y0)
             criterion = self._phases[-1]
             errors = criterion.error(measured), criterion.base_error(measured)
             if not self._sums[0]:
-                order = self._problem.tableau.order
-                self._history.delta = delta_quantiles(self.hypernet, order, measured)
-                self._history.base_delta = delta_quantiles(no_correction, order, measured)
-        added = (count, count * errors[0], count * errors[1])
-        self._sums = [total + more for total, more in zip(self._sums, added, strict=True)]
+                self._history.delta, self._history.base_delta = (
+                    _objectives.delta_quantiles(net, self._problem.tableau.order, measured)
+                    for net in (self.hypernet, _objectives.no_correction)
+                )
+        added = torch.tensor([1.0, *errors], dtype=torch.float64)
+        self._sums += _batches.n_samples(measured.y0) * added
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean errors over all samples of all processes."""
-        sums = torch.tensor(self._sums, dtype=wide_dtype(self.device), device=self.device)
+        sums = self._sums.to(self.device, wide_dtype(self.device))
         count, error, base_error = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         history = self._history
         history.validation, history.base_validation = error / count, base_error / count
@@ -267,12 +303,11 @@ class HyperSolverModule(LightningModule):
                 fix="Trainer(max_epochs=100)   # or max_steps=2000; EarlyStopping may end it",
             )
         config = replace(self._problem.config, iterations=max(1, int(steps)))
-        self._ends = tuple(accumulate(replace(self._problem, config=config).iterations))
+        self._ends = list(accumulate(replace(self._problem, config=config).iterations))
         parameters = [p for p in self.hypernet.parameters() if p.requires_grad]
         optimizer = optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
         schedule = optim.lr_scheduler.LambdaLR(optimizer, self._rate_at)
-        interval = {"scheduler": schedule, "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": interval}
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def _phase_at(self, step: int) -> int:
         """Return the number of the phase in which an optimizer step is."""
@@ -280,12 +315,12 @@ class HyperSolverModule(LightningModule):
 
     def _rate_at(self, step: int) -> float:
         """Return the share of the learning rate for an optimizer step."""
-        start, end = (0, *self._ends)[self._phase_at(step) :][:2]
+        start, end = [0, *self._ends][self._phase_at(step) :][:2]
         return annealed(min(1.0, (step - start) / max(1, end - start)))
 
     def configure_callbacks(self) -> list[Callback]:
         """Return what gives func back as it was, also after errors."""
-        return [FieldAsFound(self._as_found)]
+        return [_FieldAsFound(self._func[0])]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what was measured, and what tells the field from others."""
@@ -293,35 +328,42 @@ class HyperSolverModule(LightningModule):
         checkpoint["torchdiffeq_hyper_field"] = self._signs
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up what was measured.
+        """Take up what was measured; `FileFormatError` for a damaged checkpoint.
 
-        Raises:
-            FileFormatError: the checkpoint is of another module, or damaged.
-            OptionError: it belongs to another field: with the same ``y0``, func has other
-                values. With another ``y0`` they cannot be compared.
+        One of another field is refused by `OptionError`: with the same ``y0``, func has other
+        values. With another ``y0`` they cannot be compared.
         """
-        names = CHECKPOINT.fields
-        own = {name: checkpoint[name] for name in names if name in checkpoint}
-        own = checked(CHECKPOINT, own, "the checkpoint")
+        own = {name: checkpoint[name] for name in _CHECKPOINT.fields if name in checkpoint}
+        own = checked(_CHECKPOINT, own, "the checkpoint")
         check_same_field(own.get("torchdiffeq_hyper_field"), self._signs)
-        self._history = History.from_dict(own["torchdiffeq_hyper"])
+        history = own["torchdiffeq_hyper"]
+        losses = [LossPoint(**point) for point in history["losses"]]
+        self._history = _History(**{**history, "losses": losses})
 
-    def _measure(self, key: tuple[Any, ...], batch: Any) -> Batch:
+    def _measure(self, key: Hashable, batch: Any) -> Batch:
+        """Return a batch with its reference: the one known under a key if it has these samples."""
         with self._measuring(), torch.autocast(self.device.type, enabled=False):
-            starts = checked_batch(batch, has_context=self._has_context)
-            return self._known.measure(key, check_like(starts, self._starts))
-
-    @contextmanager
-    def _as_found(self) -> Iterator[None]:
-        with left_as_found(self._func[0]), model_as_found(self._problem.func):
-            yield
+            starts = _batches.checked_batch(batch, has_context=self._problem.context == "batch")
+            _batches.check_like(starts, self._starts)
+            known = self._known.pop(key, None)
+            if known is None or not _are_same(known.starts, starts):
+                known = self._references.solve(starts, ENDLESS)
+            if sum(other.nbytes for other in self._known.values()) + known.nbytes <= MOST_BYTES:
+                self._known[key] = known
+            return known
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:
-        with torch.inference_mode(mode=False), self._as_found():
+        with torch.inference_mode(mode=False), left_as_found(self._func[0]):
             yield
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:  # noqa: FBT001, FBT002
         for module in modules_in(self._func[0]):
             module._apply(fn, recurse)  # noqa: SLF001
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+def _are_same(first: _batches.Starts, second: _batches.Starts) -> bool:
+    tensors = ((*parts_of(starts.y0), *starts.context) for starts in (first, second))
+    pairs = zip(*tensors, strict=True)
+    return all(a.device == b.device and torch.equal(a, b) for a, b in pairs)

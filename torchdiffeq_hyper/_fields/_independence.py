@@ -19,9 +19,7 @@ from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._fields._wrappers import (
     HOW_TO_RESTRICT,
     SHAPE_CLASHES,
-    cannot_take_part,
     restrict,
-    ways_of_one_sample,
 )
 from torchdiffeq_hyper._state import (
     State,
@@ -92,9 +90,7 @@ def check_independence(
         f"t = {found.time:.6g}): func makes the samples along dim 0 depend on each other, and "
         "they are solved apart here.",
         expected="a func of each sample by itself.",
-        fix=ways_of_one_sample(y0)
-        + "func.eval()   # if batch norm in training mode couples the samples\n"
-        + HOW_TO_RESTRICT.splitlines()[0],
+        fix=_ways_out(y0, is_vector=True),
     )
 
 
@@ -164,13 +160,38 @@ def _by_restricting(func: VectorField, y0: State) -> Alone:
             raise
         except SHAPE_CLASHES as error:
             what = f"fails ({first_line(error)})"
-            raise cannot_take_part(what, y0) from error
+            raise _cannot_take_part(what, y0) from error
         if shapes_of(k) != shapes_of(y):
             what = f"returned shapes {shapes_of(k)[1]} for {shapes_of(y)[1]}"
-            raise cannot_take_part(what, y0)
+            raise _cannot_take_part(what, y0)
         return _copied(k)
 
     return alone
+
+
+def _cannot_take_part(what: str, y0: State) -> StateShapeError | CoupledSamplesError:
+    """Return the error about a func that does ``what`` with part of the batch ``y0``."""
+    parts = parts_of(y0)
+    # A vector (D,) may be a single sample, whose numbers func needs together.
+    is_vector = all(part.dim() == 1 for part in parts)
+    return (CoupledSamplesError if is_vector else StateShapeError)(
+        problem=f"func {what}, part of a batch of {len(parts[0])}.",
+        expected="a derivative of the state's own shape for any part of the batch; a func that "
+        "holds something of every sample (noise, controls, conditioning) must say which part of "
+        "it belongs to which sample.",
+        fix=_ways_out(y0, is_vector=is_vector),
+    )
+
+
+def _ways_out(y0: State, *, is_vector: bool) -> str:
+    one = "tuple(part.unsqueeze(0) for part in y0)" if isinstance(y0, tuple) else "y0.unsqueeze(0)"
+    lines = [
+        f"y0 = {one}   # if y0 is a single sample: dim 0 counts the samples",
+        'odeint(func, y0, t, method="dopri5")   # takes the whole batch as one',
+        HOW_TO_RESTRICT,
+        "func.eval()   # if batch norm in training mode couples the samples",
+    ]
+    return "\n".join(lines if is_vector else lines[2:])
 
 
 def _groups_among(positions: Tensor, groups: Sequence[Tensor]) -> list[Tensor]:

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from torchdiffeq_hyper._state import State, VectorField, parts_of
+from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import (
-    CoupledSamplesError,
     StateShapeError,
     StateTypeError,
 )
@@ -275,10 +274,8 @@ def restrict(func: VectorField, index: Tensor) -> VectorField:
     method = _method_of(func)
     if method is None:
         return func
-    part: Any = method(index)
-    is_of_instance = isinstance(func, MethodType) and getattr(func, "restrict", None) is None
-    restricted: VectorField = getattr(part, func.__name__) if is_of_instance else part
-    return restricted
+    part: VectorField = method(index)
+    return getattr(part, func.__name__) if isinstance(func, MethodType) else part
 
 
 def can_restrict(func: VectorField) -> bool:
@@ -290,29 +287,3 @@ def _method_of(func: Any) -> Callable[[Tensor], Any] | None:
     owner = func.__self__ if isinstance(func, MethodType) else func
     method = getattr(owner, "restrict", None)
     return method if callable(method) else None
-
-
-def cannot_take_part(what: str, y0: State) -> StateShapeError | CoupledSamplesError:
-    """Return the error about a func that does ``what`` with part of the batch ``y0``."""
-    parts = parts_of(y0)
-    # A vector (D,) may be a single sample, whose numbers func needs together.
-    is_vector = all(part.dim() == 1 for part in parts)
-    return (CoupledSamplesError if is_vector else StateShapeError)(
-        problem=f"func {what}, part of a batch of {len(parts[0])}.",
-        expected="a derivative of the state's own shape for any part of the batch; a func that "
-        "holds something of every sample (noise, controls, conditioning) must say which part of "
-        "it belongs to which sample.",
-        fix=(ways_of_one_sample(y0) if is_vector else "")
-        + f"{HOW_TO_RESTRICT}\n"
-        + "or, if batch norm in training mode couples the samples: func.eval()",
-    )
-
-
-def ways_of_one_sample(y0: State) -> str:
-    """Return the lines to paste where ``y0`` is a single sample, or is to be solved as one."""
-    is_tuple = isinstance(y0, tuple)
-    one = "tuple(part.unsqueeze(0) for part in y0)" if is_tuple else "y0.unsqueeze(0)"
-    return (
-        f"y0 = {one}   # if y0 is a single sample: dim 0 counts the samples\n"
-        'odeint(func, y0, t, method="dopri5")   # takes the whole batch as one\n'
-    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import math
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterator
@@ -123,16 +122,15 @@ class HyperSolverModule(LightningModule):
 
     Args:
         func, t_span, steps, alpha, objective, direction: as in `fit`.
-        y0: a batch of starts, a tensor or a tuple of them, that the net is made for, and its
-            scales and the noise floor are measured on, here. Not trained on.
-        base: as in `fit`, but for "bns".
-        hypernet: as in `fit`; trained in place.
+        y0: a batch of starts that the net is made for, and its scales and the noise floor are
+            measured on, here. Not trained on.
+        base, hypernet: as in `fit`, but for "bns"; the net is trained in place.
         context: "batch" where a batch, ``y0`` too, is (state, *context), as in `fit`.
         config: ``lr``, ``weight_decay``, ``rtol``, ``atol``, ``method`` and ``seed`` (of a
             ready net) count; the Trainer decides the rest.
 
     Raises:
-        HyperError: as in `fit`.
+        HyperError: as in `fit`; and for the checkpoint of another field with the same ``y0``.
 
     Example:
         >>> import torch
@@ -253,8 +251,8 @@ class HyperSolverModule(LightningModule):
                     _objectives.delta_quantiles(net, self._problem.tableau.order, measured)
                     for net in (self.hypernet, _objectives.no_correction)
                 )
-        added = torch.tensor([1.0, *errors], dtype=torch.float64)
-        self._sums += _batches.n_samples(measured.y0) * added
+        count = _batches.n_samples(measured.y0)
+        self._sums += count * self._sums.new_tensor([1.0, *errors])
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean errors over all samples of all processes."""
@@ -275,8 +273,7 @@ class HyperSolverModule(LightningModule):
         precision = str(self.trainer.precision)
         if precision.endswith("-true") and precision != "32-true":
             raise OptionError(
-                problem=f"the Trainer's precision is {precision!r}, which casts func and leaves it "
-                "so.",
+                problem=f"the Trainer's precision {precision!r} casts func and leaves it so.",
                 expected='"32-true", which casts nothing, or "bf16-mixed".',
                 fix="func and y0 cast by yourself, and Trainer() without precision",
             )
@@ -291,12 +288,9 @@ class HyperSolverModule(LightningModule):
         self._history.seconds = time.perf_counter() - self._began
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW on the hypernet, annealed over the steps that the Trainer will do.
-
-        A Trainer that would never end is refused by `OptionError`.
-        """
+        """Return AdamW on the hypernet, annealed over the steps that the Trainer will do."""
         steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
+        if steps == float("inf"):
             raise OptionError(
                 problem="the Trainer has no last step, so the learning rate cannot be annealed.",
                 expected="a number of epochs or steps.",
@@ -328,11 +322,7 @@ class HyperSolverModule(LightningModule):
         checkpoint["torchdiffeq_hyper_field"] = self._signs
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up what was measured; `FileFormatError` for a damaged checkpoint.
-
-        One of another field is refused by `OptionError`: with the same ``y0``, func has other
-        values. With another ``y0`` they cannot be compared.
-        """
+        """Take up what was measured; refuse a damaged checkpoint and that of another field."""
         own = {name: checkpoint[name] for name in _CHECKPOINT.fields if name in checkpoint}
         own = checked(_CHECKPOINT, own, "the checkpoint")
         check_same_field(own.get("torchdiffeq_hyper_field"), self._signs)
@@ -348,7 +338,8 @@ class HyperSolverModule(LightningModule):
             known = self._known.pop(key, None)
             if known is None or not _are_same(known.starts, starts):
                 known = self._references.solve(starts, ENDLESS)
-            if sum(other.nbytes for other in self._known.values()) + known.nbytes <= MOST_BYTES:
+            others = sum(other.nbytes for other in self._known.values())
+            if others + known.nbytes <= MOST_BYTES:
                 self._known[key] = known
             return known
 
@@ -365,5 +356,4 @@ class HyperSolverModule(LightningModule):
 
 def _are_same(first: _batches.Starts, second: _batches.Starts) -> bool:
     tensors = ((*parts_of(starts.y0), *starts.context) for starts in (first, second))
-    pairs = zip(*tensors, strict=True)
-    return all(a.device == b.device and torch.equal(a, b) for a, b in pairs)
+    return all(a.device == b.device and torch.equal(a, b) for a, b in zip(*tensors, strict=True))

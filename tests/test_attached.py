@@ -449,6 +449,6 @@ def test_threads_attach_to_one_func_without_losing_any() -> None:
             thread.join()
     finally:
         sys.setswitchinterval(interval)
-    from torchdiffeq_hyper._fields import Owner
+    from torchdiffeq_hyper._fields._wrappers import Owner
 
     assert len(_binding.attached_to(Owner(func, None), "hypereuler")) == 40

@@ -13,7 +13,7 @@ from torchdiffeq import odeint
 
 import torchdiffeq_hyper as tdh
 from stubs import MLPField, damped_wave, spiral
-from torchdiffeq_hyper._fields import check_independence, find_coupling, is_probing
+from torchdiffeq_hyper._fields._independence import check_independence, find_coupling, is_probing
 from torchdiffeq_hyper.dise import Candidate, Dise
 from torchdiffeq_hyper.errors import CoupledSamplesError, HyperError, StateShapeError
 

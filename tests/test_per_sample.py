@@ -13,7 +13,7 @@ from torchdiffeq import odeint, odeint_adjoint, odeint_event
 
 import torchdiffeq_hyper as tdh
 from stubs import MLPField, damped_wave, spiral
-from torchdiffeq_hyper._fields import is_probing
+from torchdiffeq_hyper._fields._independence import is_probing
 from torchdiffeq_hyper.errors import (
     HyperError,
     NonFiniteError,

@@ -12,7 +12,7 @@ from torchdiffeq import odeint, odeint_event
 import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import Counted, coupled, coupled_start, damped_wave
-from torchdiffeq_hyper._fields import share_memory
+from torchdiffeq_hyper._fields._answers import share_memory
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.regularizers import local_error_penalty
 from torchdiffeq_hyper.solvers.bespoke import _rollout

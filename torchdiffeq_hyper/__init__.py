@@ -8,7 +8,7 @@ name.
 import sys
 
 from torchdiffeq_hyper import dise, errors, hypernets, regularizers
-from torchdiffeq_hyper._fields import Conditioned
+from torchdiffeq_hyper._fields._wrappers import Conditioned
 from torchdiffeq_hyper._state import StepInput
 from torchdiffeq_hyper.dise import (
     Candidate,

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn, optim
 
-from torchdiffeq_hyper._fields import Conditioned, left_as_found, modules_in, own_random_state
+from torchdiffeq_hyper._fields._restore import left_as_found, modules_in, own_random_state
+from torchdiffeq_hyper._fields._wrappers import Conditioned
 from torchdiffeq_hyper._files import checked
 from torchdiffeq_hyper._rules import ANYTHING, Maybe, Record, Table, record_of
 from torchdiffeq_hyper._state import State, VectorField, parts_of, wide_dtype

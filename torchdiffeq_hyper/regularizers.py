@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields import own
+from torchdiffeq_hyper._fields._answers import own
 from torchdiffeq_hyper._fields._energy import Energies, EnergyField
 from torchdiffeq_hyper._state import StateLayout, part_norms, select
 from torchdiffeq_hyper.errors import OptionError, closest

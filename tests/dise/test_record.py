@@ -9,7 +9,7 @@ from torchdiffeq import odeint, odeint_adjoint
 
 import torchdiffeq_hyper as tdh
 from stubs import MLPField, spiral
-from torchdiffeq_hyper._fields import is_probing
+from torchdiffeq_hyper._fields._independence import is_probing
 from torchdiffeq_hyper.dise import Candidate, Dise
 from torchdiffeq_hyper.hosts.torchdiffeq import record
 from torchdiffeq_hyper.recording import AdjointGradientError

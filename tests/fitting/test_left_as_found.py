@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import torchdiffeq_hyper as tdh
-from torchdiffeq_hyper._fields import left_as_found
+from torchdiffeq_hyper._fields._restore import left_as_found
 from torchdiffeq_hyper.errors import StateShapeError
 
 QUICK = tdh.FitConfig(iterations=8, pretrain_iterations=2, swap_every=2, batch_size=8)

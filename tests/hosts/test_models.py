@@ -14,7 +14,8 @@ from torchdiffeq import odeint
 import torchdiffeq_hyper as tdh
 from exact import zero
 from stubs import MLPField
-from torchdiffeq_hyper._fields import ModelField, _wrappers
+from torchdiffeq_hyper._fields import _wrappers
+from torchdiffeq_hyper._fields._wrappers import ModelField
 from torchdiffeq_hyper._state import State
 
 T = torch.tensor([0.0, 1.0])

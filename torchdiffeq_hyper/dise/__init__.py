@@ -1,6 +1,6 @@
 """Dynamic integrator selection: each sample goes to the cheapest integrator that is accurate."""
 
-from torchdiffeq_hyper._fields import Conditioned
+from torchdiffeq_hyper._fields._wrappers import Conditioned
 from torchdiffeq_hyper.dise import selectors
 from torchdiffeq_hyper.dise._candidates import Candidate
 from torchdiffeq_hyper.dise._costs import ClassificationCost, Cost, RegressionCost, Verdict

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._fields import check_independence
+from torchdiffeq_hyper._fields._independence import check_independence
 from torchdiffeq_hyper._rules import Real, Whole, checked_arguments, shown
 from torchdiffeq_hyper._state import (
     RowLayout,

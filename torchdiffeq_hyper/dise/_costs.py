@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._fields import SHAPE_CLASHES
+from torchdiffeq_hyper._fields._wrappers import SHAPE_CLASHES
 from torchdiffeq_hyper._rules import Real, Rule, checked_arguments, shown
 from torchdiffeq_hyper._state import State, map_parts, parts_of, take
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, check_callable

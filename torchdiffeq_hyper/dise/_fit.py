@@ -15,12 +15,8 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-from torchdiffeq_hyper._fields import (
-    check_independence,
-    frozen_or_restored,
-    left_as_found,
-    own_random_state,
-)
+from torchdiffeq_hyper._fields._independence import check_independence
+from torchdiffeq_hyper._fields._restore import frozen_or_restored, left_as_found, own_random_state
 from torchdiffeq_hyper._rules import Real, Such, Whole
 from torchdiffeq_hyper._state import State, StateLayout, map_parts, parts_of, take
 from torchdiffeq_hyper.dise._candidates import Batch, Candidate, count_samples, joined

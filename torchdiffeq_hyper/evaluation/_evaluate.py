@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdiffeq_hyper._fields import as_found
+from torchdiffeq_hyper._fields._restore import as_found
 from torchdiffeq_hyper._rules import Real, Whole, checked_arguments
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import OptionError, OutsideFitWarning, StateTypeError, unknown_method

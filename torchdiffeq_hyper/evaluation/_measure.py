@@ -18,14 +18,9 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from torchdiffeq_hyper._fields import (
-    can_restrict,
-    check_answer,
-    is_probing,
-    look_through,
-    own,
-    restrict,
-)
+from torchdiffeq_hyper._fields._answers import check_answer, own
+from torchdiffeq_hyper._fields._independence import is_probing
+from torchdiffeq_hyper._fields._wrappers import can_restrict, look_through, restrict
 from torchdiffeq_hyper._state import (
     RowLayout,
     State,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn, optim
 
-from torchdiffeq_hyper._fields import own_random_state
+from torchdiffeq_hyper._fields._restore import own_random_state
 from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.fitting._data import Batch
 from torchdiffeq_hyper.fitting._objectives import (

@@ -15,7 +15,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._fields import Conditioned, ModelField, check_call, vector_field
+from torchdiffeq_hyper._fields._answers import check_call
+from torchdiffeq_hyper._fields._wrappers import Conditioned, ModelField, vector_field
 from torchdiffeq_hyper._state import (
     State,
     StateLayout,

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields import find_coupling
+from torchdiffeq_hyper._fields._independence import find_coupling
 from torchdiffeq_hyper._state import State, StateLayout, parts_of, sample_norms, stepped_dtype
 from torchdiffeq_hyper.errors import FitDivergedError, NoiseFloorError, OptionError
 from torchdiffeq_hyper.fitting._auto import AUTO, check_auto

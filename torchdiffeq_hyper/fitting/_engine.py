@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from torchdiffeq_hyper._fields import frozen_or_restored, left_as_found, own_random_state
+from torchdiffeq_hyper._fields._restore import frozen_or_restored, left_as_found, own_random_state
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import NoiseFloorError
 from torchdiffeq_hyper.fitting._batches import Batches, head, n_samples

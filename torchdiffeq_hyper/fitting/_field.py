@@ -11,13 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._fields import (
-    HOW_TO_RESTRICT,
-    SHAPE_CLASHES,
-    ModelField,
-    check_answer,
-    check_call,
-)
+from torchdiffeq_hyper._fields._answers import check_answer, check_call
+from torchdiffeq_hyper._fields._wrappers import HOW_TO_RESTRICT, SHAPE_CLASHES, ModelField
 from torchdiffeq_hyper._state import (
     RowLayout,
     State,

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields import check_shareable
+from torchdiffeq_hyper._fields._wrappers import check_shareable
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import StateTypeError
 from torchdiffeq_hyper.fitting._bespoke import BespokeTarget

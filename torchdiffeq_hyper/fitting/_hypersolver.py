@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchdiffeq_hyper._fields import own_random_state
+from torchdiffeq_hyper._fields._restore import own_random_state
 from torchdiffeq_hyper._state import (
     Hypernet,
     State,

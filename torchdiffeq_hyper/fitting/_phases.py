@@ -12,7 +12,7 @@ from torch import Tensor, nn, optim
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from torchdiffeq_hyper._fields import random_state, set_random_state
+from torchdiffeq_hyper._fields._restore import random_state, set_random_state
 from torchdiffeq_hyper._files import refused
 from torchdiffeq_hyper._rules import (
     FLOATS,

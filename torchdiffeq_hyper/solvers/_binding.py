@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
-from torchdiffeq_hyper._fields import Owner, owner_of, owners_in
+from torchdiffeq_hyper._fields._wrappers import Owner, owner_of, owners_in
 from torchdiffeq_hyper._state import VectorField, values_of
 from torchdiffeq_hyper.errors import OptionError, StateTypeError, check_callable
 from torchdiffeq_hyper.methods._method import Method

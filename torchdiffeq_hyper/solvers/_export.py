@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from torchdiffeq_hyper._fields import attributes_as_found
+from torchdiffeq_hyper._fields._restore import attributes_as_found
 from torchdiffeq_hyper._files import write_bytes
 from torchdiffeq_hyper._state import State, VectorField, map_parts, parts_of
 from torchdiffeq_hyper.errors import ExportError, HyperError

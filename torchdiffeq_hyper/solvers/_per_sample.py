@@ -11,14 +11,9 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._fields import (
-    HOW_TO_RESTRICT,
-    can_restrict,
-    check_independence,
-    check_kind,
-    own,
-    restrict,
-)
+from torchdiffeq_hyper._fields._answers import check_kind, own
+from torchdiffeq_hyper._fields._independence import check_independence
+from torchdiffeq_hyper._fields._wrappers import HOW_TO_RESTRICT, can_restrict, restrict
 from torchdiffeq_hyper._rules import Choice, checked_arguments, shown
 from torchdiffeq_hyper._state import (
     RowLayout,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper import _files
-from torchdiffeq_hyper._fields import context_of
+from torchdiffeq_hyper._fields._wrappers import context_of
 from torchdiffeq_hyper._rules import Maybe, Record, Rule, Tagged, Text, under
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField
 from torchdiffeq_hyper.errors import BaseMismatchError, OutsideFitWarning

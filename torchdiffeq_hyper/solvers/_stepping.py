@@ -17,7 +17,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._fields import (
+from torchdiffeq_hyper._fields._answers import (
     check_answer,
     check_correction,
     check_hypernet_device,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._fields import look_through
+from torchdiffeq_hyper._fields._wrappers import look_through
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import (
     OptionError,

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._fields import check_answer, context_of, own
+from torchdiffeq_hyper._fields._answers import check_answer, own
+from torchdiffeq_hyper._fields._wrappers import context_of
 from torchdiffeq_hyper._state import Hypernet, check_dtype, is_finite, is_half, time_dtype
 from torchdiffeq_hyper.errors import OptionError, StateTypeError
 from torchdiffeq_hyper.hosts._host import warn_if_untrained

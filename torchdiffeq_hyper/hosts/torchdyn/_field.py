@@ -16,14 +16,13 @@ from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._fields import (
+from torchdiffeq_hyper._fields._restore import attributes_as_found, own_random_state
+from torchdiffeq_hyper._fields._wrappers import (
     ModelField,
     add_models,
-    attributes_as_found,
     can_restrict,
     look_through,
     look_through_by,
-    own_random_state,
     restrict,
 )
 from torchdiffeq_hyper._state import State, VectorField

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._fields import own, owning, share_memory
+from torchdiffeq_hyper._fields._answers import own, owning, share_memory
 from torchdiffeq_hyper._state import is_finite, is_half, time_dtype, values_of
 from torchdiffeq_hyper.errors import NonFiniteError, OptionError
 from torchdiffeq_hyper.solvers._stepping import advice_for_half, check_start

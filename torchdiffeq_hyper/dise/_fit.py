@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torchdiffeq_hyper._rules import Real, Such, Whole
 from torchdiffeq_hyper._state import State, StateLayout, map_parts, parts_of, take
 from torchdiffeq_hyper.dise._candidates import Batch, Candidate, count_samples, joined
 from torchdiffeq_hyper.dise._costs import Cost, check_number
-from torchdiffeq_hyper.dise._report import Choice, Labels, Loss, TradeOff, TradeOffPoint
+from torchdiffeq_hyper.dise._report import Choice, Labels, TradeOff, TradeOffPoint
 from torchdiffeq_hyper.dise.selectors import ReadySelector, predict, ready
 from torchdiffeq_hyper.errors import FitDivergedError, OptionError, StateTypeError
 from torchdiffeq_hyper.evaluation._measure import unless_broken
@@ -47,11 +47,10 @@ class SelectorConfig:
     Attributes:
         iterations: batches trained on.
         lr: initial learning rate, annealed to a hundredth of it along a cosine.
-        weight_decay: weight decay of AdamW.
+        weight_decay: of AdamW.
         batch_size: samples in a batch.
         validation: fraction of the samples that is held out; the best state on them is kept.
-        seed: seeds the split, the batches, the net's start and its dropout. Global random
-            state is not touched.
+        seed: seeds the split, the batches, the net's start and its dropout.
 
     Raises:
         OptionError: a value is impossible; the text names it.
@@ -77,12 +76,10 @@ class SelectorConfig:
 
 
 class Scale(NamedTuple):
-    """The unit in which a selector predicts: costs are ``shift + scale * prediction``.
+    """The unit in which a selector predicts: costs are ``shift + scale * prediction``."""
 
-    One for all candidates, so that the smallest prediction is the smallest cost. (No logarithm:
-    v estimates a mean, and wrong answers must weigh in it.)
-    """
-
+    # One for all candidates, so that the smallest prediction is the smallest cost; no logarithm:
+    # v estimates a mean, and wrong answers must weigh in it.
     shift: float
     scale: float
 
@@ -113,17 +110,17 @@ class Training:
             with own_random_state(self.config.seed):
                 return ready(self.y0, n_candidates)
         if not isinstance(given, nn.Module) or not any(True for _ in given.parameters()):
-            raise StateTypeError(
-                problem=f"the selector is a {type(given).__name__}, which has nothing to fit.",
-                expected="an nn.Module with parameters.",
-                fix="tdh.Dise(candidates)   # fit makes a ready selector",
-            )
+            problem = f"the selector is a {type(given).__name__}, which has nothing to fit."
+            fix = "tdh.Dise(candidates)   # fit makes a ready selector"
+            raise StateTypeError(problem=problem, expected="an nn.Module with parameters.", fix=fix)
         with torch.no_grad():  # before anything is solved
             predict(given.eval(), take(self.y0, self.held_out[:1]), n_candidates)
         return given
 
-    def run(self, selector: nn.Module, costs: Tensor) -> tuple[Scale, list[Loss]]:
-        """Train a selector in place on costs (batch, candidates); return its unit and the losses.
+    def run(
+        self, selector: nn.Module, costs: Tensor
+    ) -> tuple[Scale, list[tuple[int, float, float]]]:
+        """Train a selector in place; return its unit and the losses.
 
         It ends in the state that was best on held-out samples, or on an error as it was.
         """
@@ -136,7 +133,7 @@ class Training:
             return (out.to(targets.dtype) - targets[index]).square().mean()
 
         every = max(1, config.iterations // 50)  # validations
-        losses: list[Loss] = []
+        losses: list[tuple[int, float, float]] = []
         best_loss = math.inf
         bar = tqdm(total=config.iterations, disable=not self.progress, desc="selector")
         with frozen_or_restored(selector), own_random_state(config.seed), bar, torch.enable_grad():
@@ -163,11 +160,9 @@ class Training:
                     held = loss_on(self.held_out).item()
                 losses.append((iteration, loss.item(), held))
                 if not math.isfinite(held + loss.item()):
-                    raise FitDivergedError(
-                        problem=f"the selector's loss is {held} at iteration {iteration}.",
-                        expected="a finite loss.",
-                        fix="tdh.SelectorConfig(lr=3e-4)",
-                    )
+                    problem = f"the selector's loss is {held} at iteration {iteration}."
+                    fix = "tdh.SelectorConfig(lr=3e-4)"
+                    raise FitDivergedError(problem=problem, expected="a finite loss.", fix=fix)
                 if held < best_loss:
                     best, best_loss = copy.deepcopy(selector.state_dict()), held
             selector.load_state_dict(best)
@@ -212,19 +207,14 @@ def labels_of(
     known: Labels | None = None,
     progress: bool,
 ) -> Labels:
-    """Solve every sample with every candidate, alone, and return calls and right answers.
-
-    Modules come back as found. What is ``known`` from an earlier call is returned as it is.
-    """
+    """Solve every sample with every candidate, alone, unless calls and right answers are known."""
     n = count_samples(batch.y0, least=1)
     if known is not None:
         if known.nfe.shape == (n, len(candidates)):
             return known
-        raise OptionError(
-            problem="labels are of {} samples and {} candidates.".format(*known.nfe.shape),
-            expected=f"those of these {n} samples and {len(candidates)} candidates.",
-            fix="labels=dise.suggest(func, y0, t, cost=cost).labels",
-        )
+        problem = "labels are of {} samples and {} candidates.".format(*known.nfe.shape)
+        expected = f"those of these {n} samples and {len(candidates)} candidates."
+        raise OptionError(problem=problem, expected=expected, fix="labels=None")
     cost.check(n)
     func, field = batch.func, bound(batch.func, batch.y0, None)
     batch = replace(batch, func=field)
@@ -232,13 +222,15 @@ def labels_of(
     some = samples[torch.linspace(0, n - 1, min(4, n)).long().unique()]
     names: list[str] = []
     columns = []
-    with (
-        left_as_found(func),
-        left_as_found(getattr(cost, "predict", None) or getattr(cost, "error", None)),
-        torch.no_grad(),
-        tqdm(total=n * len(candidates), disable=not progress, desc="solving alone") as bar,
-    ):
-        _check_field(batch, some)
+    bar = tqdm(total=n * len(candidates), disable=not progress, desc="solving alone")
+    predict_or_error = getattr(cost, "predict", None) or getattr(cost, "error", None)
+    with left_as_found(func), left_as_found(predict_or_error), torch.no_grad(), bar:
+        # As the host does: a func may concatenate its time with its state.
+        t0, dtype = batch.t[0].to(batch.first.dtype.to_real()), batch.first.dtype
+        counted, join = batch.field(), StateLayout.of(batch.y0).join
+        first, second = (join(counted(t0, batch.y0)) for _ in range(2))
+        check_repeatable(first, second, dtype, float(t0))
+        check_independence(field, batch.y0, batch.t, groups=some.split(1))
         for candidate in candidates:
             solution, nfe = _solve_alone(candidate, batch, samples, some, bar.update)
             is_right, weight = cost.judge(solution, samples)
@@ -247,36 +239,20 @@ def labels_of(
     return Labels(tuple(names), *(torch.stack(column, 1) for column in zip(*columns, strict=True)))
 
 
-def _check_field(batch: Batch, some: Tensor) -> None:
-    """Refuse a field that draws fresh noise, or whose samples cannot be solved alone."""
-    # As the host does: a func may concatenate its time with its state.
-    t0, dtype = batch.t[0].to(batch.first.dtype.to_real()), batch.first.dtype
-    field, join = batch.field(), StateLayout.of(batch.y0).join
-    first, second = (join(field(t0, batch.y0)) for _ in range(2))
-    check_repeatable(first, second, dtype, float(t0))
-    check_independence(batch.func, batch.y0, batch.t, groups=some.split(1))
-
-
 def _solve_alone(
-    candidate: Candidate,
-    batch: Batch,
-    samples: Tensor,
-    some: Tensor,
-    tick: Callable[[int], object],
+    candidate: Candidate, batch: Batch, samples: Tensor, some: Tensor, tick: Callable[[int], Any]
 ) -> tuple[State, Tensor]:
     """Return a candidate's solution of every sample alone, and its calls of func (batch,).
 
-    All are solved together where that gives the same for ``some`` samples, else one by one. A
-    sample that the candidate cannot solve is nan, at the calls made until then.
+    All are solved together where that gives the same for ``some`` samples, else one by one.
     """
     try:
         together = unless_broken(partial(_together, candidate, batch))
     except OptionError:  # one by one it shows whether func minds vmap only
         together = None
     if together is not None:
-        solution, nfe = together
         alone, calls = _one_by_one(candidate, batch, some)
-        if torch.equal(nfe[some], calls) and _are_close(take(solution, some, 1), alone):
+        if torch.equal(together[1][some], calls) and _are_close(take(together[0], some, 1), alone):
             tick(len(batch))
             return together
     return _one_by_one(candidate, batch, samples, tick)
@@ -300,18 +276,16 @@ def _together(candidate: Candidate, batch: Batch) -> tuple[State, Tensor] | None
 
 
 def _one_by_one(
-    candidate: Candidate,
-    batch: Batch,
-    samples: Tensor,
-    tick: Callable[[int], object] = lambda _: None,
+    candidate: Candidate, batch: Batch, samples: Tensor, tick: Callable[[int], Any] = lambda _: None
 ) -> tuple[State, Tensor]:
+    """Return solutions and calls; what cannot be solved is nan, at the calls made until then."""
     solutions, nfe = [], []
     for index in samples.split(1):
         field = batch.field(index)
         solution = unless_broken(partial(batch.solve, candidate, field, index))
         if solution is None:
-            nans = map_parts(lambda part: part * torch.nan, take(batch.y0, index))
-            solution = batch.constant(nans)
+            start = take(batch.y0, index)
+            solution = batch.constant(map_parts(lambda part: part * torch.nan, start))
         solutions.append(solution)
         nfe.append(field.calls)
         tick(1)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,8 @@ class Labels:
 
     Attributes:
         names: the candidates, as tables call them.
-        nfe: calls of func for each sample solved alone. In float32 that of an adaptive
-            method may be a step off: samples are measured together where that agrees, and
-            rounding can tip whether a step is accepted.
+        nfe: calls of func for each sample solved alone. In float32 that of an adaptive method
+            may be a step off: rounding can tip whether a step is accepted.
         is_right: whether the answer is good enough.
         weight: what a call counts for in a right answer (1; for regression, the error).
     """
@@ -40,9 +39,9 @@ class Labels:
         calls = self.weighted_nfe
         if len(calls) and penalty < float(calls.max()):
             most, costliest = calls.amax(dim=0).max(dim=0)
+            name = self.names[int(costliest)]
             raise OptionError(
-                problem=f"penalty M is {penalty:g}, and {self.names[int(costliest)]} costs "
-                f"{float(most):g}: a wrong answer would be cheaper than a right one.",
+                problem=f"penalty M is {penalty:g}, and {name} costs {float(most):g}.",
                 expected="a penalty larger than what any right answer costs.",
                 fix=f"penalty={10 * float(most):.3g}",
             )
@@ -87,13 +86,19 @@ class Choice:
     labels: Labels
     selection: Tensor
 
+    @property
+    def _counted(self) -> Tensor | slice:
+        """Positions of the samples that means and shares are over."""
+        return slice(None)
+
     def mean(self, matrix: Tensor) -> float:
         """Return the mean entry of the chosen candidates in a matrix (batch, candidates)."""
-        return float(matrix.gather(1, self.selection.unsqueeze(1)).double().mean())
+        chosen = matrix.gather(1, self.selection.unsqueeze(1))
+        return float(chosen[self._counted].double().mean())
 
     @property
     def mean_nfe(self) -> float:
-        """Mean calls of func with these choices."""
+        """Mean calls of func with these choices, each sample solved alone."""
         return self.mean(self.labels.nfe)
 
     @property
@@ -104,9 +109,9 @@ class Choice:
     @property
     def shares(self) -> dict[str, float]:
         """Share of samples sent to each candidate."""
-        counts = torch.bincount(self.selection, minlength=len(self.labels.names)).double()
-        shares = counts / max(1, len(self.selection))
-        return dict(zip(self.labels.names, shares.tolist(), strict=True))
+        chosen, names = self.selection[self._counted], self.labels.names
+        shares = torch.bincount(chosen, minlength=len(names)).double() / max(1, len(chosen))
+        return dict(zip(names, shares.tolist(), strict=True))
 
 
 class Oracle(Choice):
@@ -114,20 +119,14 @@ class Oracle(Choice):
 
     def __str__(self) -> str:
         """Return a table of the candidates and of the oracle beside them."""
-        shares = self.shares
-        rows = [(*single, f"{shares[single[0]]:.0%}") for single in self.labels.singles]
+        rows = [(*single, f"{self.shares[single[0]]:.0%}") for single in self.labels.singles]
         rows.append(("oracle", self.mean_nfe, self.accuracy, ""))
         return _table(("method", "selected"), rows)
 
 
 @dataclass(frozen=True)
 class TradeOffPoint(Choice):
-    """One setting of a sweep: the choices of a selector fitted at it for held-out samples.
-
-    Attributes:
-        alpha: of the cost.
-        penalty: M of the cost.
-    """
+    """One setting of a sweep: alpha, M, and a selector's choices for held-out samples."""
 
     alpha: float
     penalty: float
@@ -159,18 +158,14 @@ class TradeOff:
         return _table(("setting", "selected"), rows)
 
 
-Loss: TypeAlias = tuple[int, float, float]
-
-
 @dataclass(frozen=True)
-class DiseReport:
+class DiseReport(Choice):
     """What a fit of a selector measured; all means are over held-out samples.
 
     Attributes:
         labels: calls of func and right answers of every candidate on every sample.
-        alpha: of the cost.
-        penalty: M of the cost.
         selection: the candidate that v chooses for each sample (batch,).
+        alpha: of the cost, as is M, the ``penalty``.
         held_out: positions of the samples that v was not fitted on.
         losses: (iteration, training loss, held-out loss), squared errors of the costs in
             units of their variance.
@@ -178,12 +173,10 @@ class DiseReport:
         seconds: wall time of the fit, all included.
     """
 
-    labels: Labels
     alpha: float
     penalty: float
-    selection: Tensor
     held_out: Tensor
-    losses: tuple[Loss, ...]
+    losses: tuple[tuple[int, float, float], ...]
     label_seconds: float
     seconds: float
 
@@ -198,55 +191,43 @@ class DiseReport:
         return self.labels.costs(self.alpha, self.penalty)
 
     @property
-    def mean_nfe(self) -> float:
-        """Mean calls of func with v's choices, each sample solved alone."""
-        return self._held.mean_nfe
-
-    @property
-    def accuracy(self) -> float:
-        """Share of right answers with v's choices."""
-        return self._held.accuracy
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """Share of samples sent to each candidate."""
-        return self._held.shares
+    def _counted(self) -> Tensor:
+        return self.held_out
 
     @property
     def regret(self) -> float:
         """Mean cost of v's choices above that of an oracle's; 0 is perfect."""
-        costs = self.costs[self.held_out]
-        return self._held.mean(costs) - float(costs.amin(dim=1).mean())
+        return self.mean(self.costs) - float(self.costs[self.held_out].amin(dim=1).mean())
 
     @property
     def regret_to_single(self) -> float:
         """Mean cost of v's choices above that of the best single candidate; below 0 is a gain."""
-        costs = self.costs[self.held_out]
-        return self._held.mean(costs) - float(costs.mean(dim=0).min())
+        return self.mean(self.costs) - float(self._single_costs.min())
 
     @property
     def best_single(self) -> str:
         """The candidate with the smallest mean cost."""
-        return self.labels.names[int(self.costs[self.held_out].mean(dim=0).argmin())]
+        return self.labels.names[int(self._single_costs.argmin())]
 
     @property
-    def _held(self) -> Choice:
-        return Choice(self.labels.of(self.held_out), self.selection[self.held_out])
+    def _single_costs(self) -> Tensor:
+        return self.costs[self.held_out].mean(dim=0)
 
     def __str__(self) -> str:
         """Return a table of the candidates and of v beside them."""
-        held, costs = self._held, self.costs[self.held_out]
+        costs, shares, singles = self.costs, self.shares, self.labels.of(self.held_out).singles
         rows: list[tuple[Any, ...]] = [
-            (*single, f"{cost:.4g}", f"{held.shares[single[0]]:.0%}")
-            for single, cost in zip(held.labels.singles, costs.mean(dim=0).tolist(), strict=True)
+            (*single, f"{cost:.4g}", f"{shares[single[0]]:.0%}")
+            for single, cost in zip(singles, self._single_costs.tolist(), strict=True)
         ]
-        for name, choice in (("selector", held), ("oracle", Choice(held.labels, costs.argmin(1)))):
+        oracle = replace(self, selection=costs.argmin(dim=1))
+        for name, choice in (("selector", self), ("oracle", oracle)):
             mean_cost = f"{choice.mean(costs):.4g}"
             rows.append((name, choice.mean_nfe, choice.accuracy, mean_cost, ""))
         return (
             f"{_table(('method', 'mean cost', 'selected'), rows)}\n\n"
-            f"{len(costs)} held-out samples, alpha {self.alpha:g}, M {self.penalty:g}; regret "
-            f"{self.regret:.3g} against the oracle, {self.regret_to_single:+.3g} against "
+            f"{len(self.held_out)} held-out samples, alpha {self.alpha:g}, M {self.penalty:g}; "
+            f"regret {self.regret:.3g} against the oracle, {self.regret_to_single:+.3g} against "
             f"{self.best_single} alone; {self.seconds:.1f} s ({self.label_seconds:.1f} s for "
             "solving every sample alone)"
         )
@@ -257,20 +238,17 @@ def one_candidate(labels: Labels, position: int, alpha: float, penalty: float) -
     text = f"the selector sends every sample to {labels.names[position]!r}. "
     if bool((labels.costs(alpha, penalty).argmin(dim=1) == position).all()):
         return text + (
-            "It is the cheapest right one for each of them, at any alpha and M: there is nothing "
-            "to select. Use that method by itself, or add cheaper candidates."
+            "It is the cheapest right one for each, at any alpha and M: there is nothing to "
+            "select. Use that method by itself, or add cheaper candidates."
         )
     _, nfe, right = zip(*labels.singles, strict=True)
     is_most_accurate, is_cheapest = right[position] == max(right), nfe[position] == min(nfe)
     if is_most_accurate or not is_cheapest:
         text += (
-            "To save calls of func, make wrong answers weigh less: penalty M down from "
-            f"{penalty:g} (towards the largest NFE, {int(labels.nfe.max())}) or alpha down from "
-            f"{alpha:g}. "
+            f"To save calls of func, turn alpha down from {alpha:g}, or penalty M down from "
+            f"{penalty:g} (towards the largest NFE, {int(labels.nfe.max())}). "
         )
     if is_cheapest or not is_most_accurate:
-        text += (
-            "To get more right answers, make wrong ones weigh more: penalty M up "
-            f"(penalty={10 * penalty:g}) or alpha up (alpha={2 * alpha:g}). "
-        )
+        ways = f"alpha up (alpha={2 * alpha:g}), or penalty M up (penalty={10 * penalty:g})"
+        text += f"To get more right answers, turn {ways}. "
     return text + "dise.suggest(...) shows the trade-off."

@@ -16,7 +16,7 @@ from torchdiffeq import odeint
 
 from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._fields._independence import check_independence
-from torchdiffeq_hyper._rules import Real, Whole, checked_arguments, shown
+from torchdiffeq_hyper._rules import Maybe, Real, Whole, shown
 from torchdiffeq_hyper._state import (
     RowLayout,
     State,
@@ -120,8 +120,7 @@ class Candidate:
     def solve(self, func: VectorField, y0: State, t: Tensor, *, rtol: Any, atol: Any) -> State:
         """Return ``odeint`` of this method with these settings; see `tolerances`.
 
-        Raises:
-            OptionError: the method has none of one of the options.
+        Raises `OptionError` for an option that the method does not know.
         """
         options = dict(self.options)
         if self.steps is not None:
@@ -140,35 +139,27 @@ class Candidate:
             except UserWarning as warning:
                 if unknown not in str(warning):
                     raise
-                raise OptionError(
-                    problem=f"{self} has an option that torchdiffeq does not know ({warning}).",
-                    expected=f'options of method "{self.method}".',
-                    fix=f'tdh.Candidate("{self.method}")   # check the spelling of its options',
-                ) from warning
+                problem = f"{self} has an option that torchdiffeq does not know ({warning})."
+                fix = f'tdh.Candidate("{self.method}")   # check how its options are spelt'
+                raise OptionError(problem=problem, expected="known options.", fix=fix) from warning
         return solution
 
     def _check_settings(self) -> None:
-        problem, own_grid = "", _GRID_OPTIONS & self.options.keys()
-        if self.steps is not None:
-            checked_arguments({"steps": Whole(1)}, {"steps": self.steps}, _FIX)
-            if not self.follows_grid:
-                problem = f'"{self.method}" chooses its own steps, and steps is {self.steps}.'
-            elif own_grid:
-                problem = f"both steps and the option {own_grid.pop()!r} are given."
+        for name, rule in (("steps", Whole(1)), ("rtol", Real(low=0.0)), ("atol", Real(low=0.0))):
+            check_number(name, getattr(self, name), Maybe(rule), _FIX)
         entry = _registry.methods().get(self.method)
         is_learned = self.solver is not None or (entry is not None and entry.corrects_base)
-        for name, value in (("rtol", self.rtol), ("atol", self.atol)):
-            if value is not None:
-                check_number(name, value, Real(low=0.0), _FIX)
-                if is_learned or self.method in _EXPLICIT:
-                    problem = f'"{self.method}" has no error estimate to hold against {name}.'
+        has_tolerance = self.rtol is not None or self.atol is not None
+        problem, own_grid = "", _GRID_OPTIONS & self.options.keys()
+        if self.steps is not None and not self.follows_grid:
+            problem = f'"{self.method}" chooses its own steps, and steps is {self.steps}.'
+        elif self.steps is not None and own_grid:
+            problem = f"both steps and the option {own_grid.pop()!r} are given."
+        elif has_tolerance and (is_learned or self.method in _EXPLICIT):
+            problem = f'"{self.method}" has no error estimate to hold against a tolerance.'
         if problem:
-            raise OptionError(
-                problem=problem,
-                expected="steps for a method on a time grid without other options for that grid, "
-                "tolerances for adaptive methods.",
-                fix=_FIX,
-            )
+            expected = "steps or grid options for methods on a grid, tolerances for adaptive ones."
+            raise OptionError(problem=problem, expected=expected, fix=_FIX)
 
 
 def check_candidates(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
@@ -183,33 +174,26 @@ def check_candidates(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
         raise OptionError(problem="there are no candidates.", expected="at least one.", fix=example)
     for (first, one), (second, other) in combinations(enumerate(candidates), 2):
         if one.key == other.key:
-            raise OptionError(
-                problem=f"candidates {first} and {second} are the same: {other!r}.",
-                expected="candidates that differ.",
-                fix=f"drop candidate {second}, or change its settings",
-            )
+            problem = f"candidates {first} and {second} are the same: {other!r}."
+            fix = f"drop candidate {second}, or change its settings"
+            raise OptionError(problem=problem, expected="candidates that differ.", fix=fix)
     return tuple(candidates)
 
 
 def _check_method(name: object) -> bool:
     """Return whether a method follows a time grid, after checking that it exists."""
     if not isinstance(name, str):
-        raise StateTypeError(
-            problem=f"a candidate's method is a {type(name).__name__}.",
-            expected="a method's name or a fitted solver.",
-            fix='tdh.Candidate("euler", steps=2)',
-        )
+        problem = f"a candidate's method is a {type(name).__name__}."
+        raise StateTypeError(problem=problem, expected="a name or a fitted solver.", fix=_FIX)
     entry, hosts = _registry.methods().get(name), _registry.host_methods()
     if entry is None and name not in hosts:
         raise unknown_method(name, [*_registry.methods(), *hosts], 'tdh.Candidate("{}")')
     if entry is None:
         return hosts[name]
     if entry.option == "dise":
-        raise OptionError(
-            problem=f'"{name}" is a Dise, which cannot be a candidate of another.',
-            expected="a method that solves by itself.",
-            fix="one Dise with the candidates of both",
-        )
+        problem = f'"{name}" is a Dise, which cannot be a candidate of another.'
+        fix = "one Dise with the candidates of both"
+        raise OptionError(problem=problem, expected="a method that solves by itself.", fix=fix)
     return entry.follows_grid
 
 
@@ -224,11 +208,9 @@ def count_samples(y0: State, least: int = 0) -> int:
     RowLayout.of(y0)
     n = len(parts_of(y0)[0])
     if n < least:
-        raise OptionError(
-            problem=f"y0 has {n} sample{'s' * (n != 1)}.",
-            expected=f"at least {least} along dim 0, better hundreds, some to measure a fit on.",
-            fix="y0 = torch.randn(256, 2)   # starts like those to be solved",
-        )
+        problem = f"y0 has {n} sample{'s' * (n != 1)}."
+        expected = f"at least {least} along dim 0, better hundreds."
+        raise OptionError(problem=problem, expected=expected, fix="y0 = torch.randn(256, 2)")
     return n
 
 
@@ -271,14 +253,12 @@ class Batch:
 
     def solve(self, candidate: Candidate, field: Counted, index: Tensor | None = None) -> State:
         """Return a candidate's solution for some samples; half precision in float32."""
-        start = self.y0 if index is None else take(self.y0, index)
+        start, dtype = self.y0 if index is None else take(self.y0, index), self.first.dtype
         rtol, atol = (_restricted(given, self.y0, index) for given in (self.rtol, self.atol))
-        dtype = self.first.dtype
-        if not is_half(dtype):
-            return candidate.solve(field, start, self.t, rtol=rtol, atol=atol)
-        start = cast(start, torch.float32)
+        if is_half(dtype):
+            start = cast(start, torch.float32)
         solution = candidate.solve(field, start, self.t, rtol=rtol, atol=atol)
-        return map_parts(partial(cast_back, dtype=dtype), solution)
+        return map_parts(partial(cast_back, dtype=dtype), solution) if is_half(dtype) else solution
 
     def dispatch(
         self,
@@ -286,20 +266,14 @@ class Batch:
         selection: Tensor,
         draft: recording.Draft | None = None,
     ) -> State:
-        """Return the solution of each sample by the candidate at its position in ``selection``.
-
-        ``draft`` is the record of this solve, which learns of the groups; None if none is kept.
-        """
+        """Return each sample's solution by the candidate selected; tell the draft of the groups."""
         n, is_tensor = len(candidates), isinstance(selection, Tensor)
         is_index = is_tensor and not (selection.is_floating_point() or selection.is_complex())
         is_fitting = is_index and selection.shape == (len(self),)
         if not is_fitting or bool(((selection < 0) | (selection >= n)).any()):
-            raise OptionError(
-                problem=f"selection is {shown(selection)}.",
-                expected=f"for each of the {len(self)} samples, the position of its candidate, "
-                f"0 to {n - 1}.",
-                fix="dise.dispatch(func, y0, t, dise.select(y0))",
-            )
+            problem = f"selection is {shown(selection)}."
+            expected = f"for each of the {len(self)} samples its candidate, 0 to {n - 1}."
+            raise OptionError(problem=problem, expected=expected, fix="selection=dise.select(y0)")
         selection = selection.to(self.first.device, torch.int64)
         order = selection.argsort(stable=True)
         groups = order.split(torch.bincount(selection, minlength=n).tolist())
@@ -313,8 +287,7 @@ class Batch:
             field = self.field(index)
             solutions.append(self.solve(candidate, field, index))
             calls += field.calls
-            if draft is not None and draft.recorders:
-                # The group's own record tells its samples apart where they step on their own.
+            if draft is not None and draft.recorders:  # the group's record tells samples apart
                 sample_nfe[group] = draft.recorders[-1].solves[-1].sample_nfe
         if draft is not None:
             draft.nfe, draft.sample_nfe, draft.selection = calls, sample_nfe, selection
@@ -333,14 +306,10 @@ def _restricted(tolerance: Any, y0: State, index: Tensor | None) -> Any:
     if isinstance(tolerance, tuple | list):
         n_parts = len(y0) if isinstance(y0, tuple) else 0
         if len(tolerance) != n_parts:
-            each = f"one a part: {n_parts}" if n_parts else "a tensor: the state is one tensor"
-            raise OptionError(
-                problem=f"rtol or atol has {len(tolerance)} entries.",
-                expected=f"a number, or {each}.",
-                fix="rtol=1e-3, atol=1e-3",
-            )
-        pairs = zip(tolerance, parts_of(y0), strict=True)
-        parts = (_restricted(part, y, index) for part, y in pairs)
+            problem = f"rtol or atol has {len(tolerance)} entries."
+            expected = f"a number, or of a tuple state one a part: {n_parts}."
+            raise OptionError(problem=problem, expected=expected, fix="rtol=1e-3, atol=1e-3")
+        parts = (_restricted(*pair, index) for pair in zip(tolerance, parts_of(y0), strict=True))
         # The host wants what belongs to a part of a tuple state flat.
         return tuple(part.flatten() if isinstance(part, Tensor) else part for part in parts)
     if index is None or not isinstance(tolerance, Tensor) or not isinstance(y0, Tensor):

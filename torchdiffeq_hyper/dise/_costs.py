@@ -15,12 +15,7 @@ from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeErro
 
 
 class Verdict(NamedTuple):
-    """What a cost says of one candidate's answers.
-
-    Attributes:
-        is_right: whether each answer is good enough (batch,).
-        weight: what a call of func counts for in a right answer (batch,).
-    """
+    """Whether each answer is good enough, and a call's weight in a right one; both (batch,)."""
 
     is_right: Tensor
     weight: Tensor
@@ -41,8 +36,7 @@ class Cost(Protocol):
     def judge(self, solution: State, index: Tensor) -> Verdict:
         """Return which answers are right, and what a call of func counts for in them.
 
-        ``solution`` is (times, batch, ...), or a tuple of such; ``index`` has the samples'
-        positions in y0 (batch,).
+        ``solution`` is (times, batch, ...), ``index`` the samples' positions in y0 (batch,).
         """
 
 
@@ -95,37 +89,28 @@ class ClassificationCost:
         self, predict: Callable[[State], Tensor], labels: Tensor, alpha: float, penalty: float
     ) -> None:
         check_callable("predict", predict, "predict=model.classifier")
+        problem, expected = f"labels are {shown(labels)}.", "integers (batch,): the classes."
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
-            raise StateTypeError(
-                problem=f"labels are {shown(labels)}.",
-                expected="a tensor of integers: each sample's class.",
-                fix="labels = torch.as_tensor(labels).long()",
-            )
+            fix = "labels = torch.as_tensor(labels).long()"
+            raise StateTypeError(problem=problem, expected=expected, fix=fix)
         if labels.dim() != 1:
-            raise StateShapeError(
-                problem=f"labels have shape {tuple(labels.shape)}.",
-                expected="one class a sample, (batch,).",
-                fix="labels = labels.argmax(dim=1)   # from one-hot rows",
-            )
-        self.predict = predict
-        self.labels = labels
+            fix = "labels = labels.argmax(dim=1)   # from one-hot rows"
+            raise StateShapeError(problem=problem, expected=expected, fix=fix)
+        self.predict, self.labels = predict, labels
         self.alpha, self.penalty = check_settings(alpha, penalty)
 
     def check(self, batch: int) -> None:
         """Raise `StateShapeError` unless there are as many labels as samples."""
         if len(self.labels) != batch:
-            raise StateShapeError(
-                problem=f"there are {len(self.labels)} labels and {batch} samples in y0.",
-                expected="a label for each sample, in the same order.",
-                fix="labels=labels[: len(y0)]",
-            )
+            problem = f"there are {len(self.labels)} labels and {batch} samples in y0."
+            fix = "labels=labels[: len(y0)]"
+            raise StateShapeError(problem=problem, expected="a label for each sample.", fix=fix)
 
     def judge(self, solution: State, index: Tensor) -> Verdict:
         """Return which samples are classified rightly from their final states.
 
         Raises:
-            StateShapeError: ``predict`` returned another shape than (batch, classes), or
-                fewer than two classes.
+            StateShapeError: ``predict`` returned no (batch, at least two classes).
             OptionError: a label is none of the classes.
         """
         logits = self.predict(_end(solution))
@@ -134,17 +119,14 @@ class ClassificationCost:
             raise StateShapeError(
                 problem=f"predict returned {shown(logits)} for {len(index)} samples.",
                 expected="logits of shape (batch, classes), of at least two classes.",
-                fix="predict=lambda y: classifier(y.flatten(1))\n"
-                "predict=lambda y: torch.cat([-score(y), score(y)], dim=1)   # of one score",
+                fix="predict=lambda y: torch.cat([-score(y), score(y)], dim=1)   # of one score",
             )
         classes, labels = logits.shape[1], self.labels.to(logits.device)[index]
         if bool(((labels < 0) | (labels >= classes)).any()):
-            raise OptionError(
-                problem=f"labels lie in {int(labels.min())} to {int(labels.max())}, and predict "
-                f"knows {classes} classes.",
-                expected=f"labels in 0 to {classes - 1}.",
-                fix="labels = labels - labels.min()   # if they are counted from 1",
-            )
+            low, high = int(labels.min()), int(labels.max())
+            problem = f"labels lie in {low} to {high}, and predict knows {classes} classes."
+            fix = "labels = labels - labels.min()   # if they are counted from 1"
+            raise OptionError(problem=problem, expected=f"0 to {classes - 1}.", fix=fix)
         is_right = logits.argmax(dim=1) == labels
         return Verdict(is_right, torch.ones(len(index), device=logits.device))
 
@@ -163,19 +145,16 @@ class RegressionCost:
         threshold: beta, the largest error that counts as right.
         alpha: above 0; the larger, the less calls matter beside right answers.
         penalty: M, what a wrong answer costs; more than any right one.
-        at: "all" gives ``error`` the solution at all points of t, (len(t), batch, ...),
-            "end" the state at t[-1], (batch, ...). None gives it the first, and the second
-            if its answer to that has not the shape (batch,).
+        at: "all" gives ``error`` the solution (len(t), batch, ...), "end" the state at t[-1];
+            None the first, and the second if its answer to that has not the shape (batch,).
 
     Raises:
-        OptionError: ``threshold``, ``alpha`` or ``penalty`` is not a finite number above 0,
-            or ``at`` is something else.
+        OptionError: a number is not finite and above 0, or ``at`` is something else.
         StateTypeError: ``error`` is not callable.
 
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
-        >>> target = torch.tensor([1.0, 2.0])
-        >>> error = lambda y, index: (y - target[index]).abs()
+        >>> error = lambda y, index: (y - torch.tensor([1.0, 2.0])[index]).abs()
         >>> cost = tdh.RegressionCost(error, 0.5, alpha=0.5, penalty=100.0)
         >>> cost.judge(torch.tensor([[0.0, 0.0], [1.1, 1.1]]), torch.arange(2)).is_right
         tensor([ True, False])
@@ -209,19 +188,13 @@ class RegressionCost:
             OptionError: an error is below 0.
         """
         gamma = self._gamma(solution, index)
+        fix = 'error=lambda y, index: (y - x[index]).flatten(1).norm(dim=1), at="end"'
         if not isinstance(gamma, Tensor) or gamma.shape != index.shape:
-            raise StateShapeError(
-                problem=f"error returned {shown(gamma)} for {len(index)} samples (at={self.at!r}).",
-                expected="Gamma of shape (batch,).",
-                fix="error=lambda y, index: (y - x[index]).flatten(1).norm(dim=1)   # y(t[-1])\n"
-                'at="all"   # if error takes y at all points of t, (len(t), batch, ...)',
-            )
+            problem = f"error returned {shown(gamma)} for {len(index)} samples (at={self.at!r})."
+            raise StateShapeError(problem=problem, expected="Gamma of shape (batch,).", fix=fix)
         if bool((gamma < 0).any()):
-            raise OptionError(
-                problem=f"error returned {float(gamma.min()):.3g}.",
-                expected="errors of at least 0.",
-                fix="error=lambda y, index: (y - x[index]).abs().flatten(1).mean(dim=1)",
-            )
+            problem = f"error returned {float(gamma.min()):.3g}."
+            raise OptionError(problem=problem, expected="errors of at least 0.", fix=fix)
         is_right = gamma <= self.threshold
         return Verdict(is_right, torch.where(is_right, gamma, 0.0))
 

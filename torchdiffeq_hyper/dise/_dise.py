@@ -35,9 +35,8 @@ class Dise(nn.Module):
     with v the predicted costs of `ClassificationCost` or `RegressionCost`: "DISE: Dynamic
     Integrator Selection to Minimize Forward-pass Time in Neural ODEs", ICLR 2021 submission,
     equations 4 and 5. A call costs one call of v, and for each group of samples what its
-    candidate costs on the compacted sub-batch. Fixed-step and ``dopri5_per_sample`` candidates
-    answer as for each sample alone; a ``dopri5`` group shares one step size, as `odeint` on
-    that sub-batch does.
+    candidate costs on that sub-batch. Fixed-step and ``dopri5_per_sample`` candidates answer
+    as for each sample alone; a ``dopri5`` group shares one step size.
 
     Args:
         candidates: at least one `Candidate`, no two the same.
@@ -45,7 +44,6 @@ class Dise(nn.Module):
             candidates share; see `selectors`. None: `fit` makes a ready one.
 
     Attributes:
-        selector: v, kept in evaluation mode; None before `fit`.
         unit: shift and scale from v's outputs to costs.
         report: what `fit` measured, else None.
 
@@ -59,11 +57,8 @@ class Dise(nn.Module):
         >>> far = lambda y0: torch.stack([y0[:, 0].abs(), torch.ones(len(y0))], dim=1)
         >>> dise = tdh.Dise([tdh.Candidate("euler", steps=2), tdh.Candidate("rk4")], far)
         >>> y0, t = torch.tensor([[0.5], [2.0]]), torch.tensor([0.0, 1.0])
-        >>> dise.select(y0)
-        tensor([0, 1])
-        >>> odeint(lambda t, y: -y, y0, t, method="dise", options={"dise": dise})[-1]
-        tensor([[0.1250],
-                [0.7500]])
+        >>> odeint(lambda t, y: -y, y0, t, method="dise", options={"dise": dise})[-1].flatten()
+        tensor([0.1250, 0.7500])
     """
 
     method = "dise"
@@ -77,8 +72,7 @@ class Dise(nn.Module):
         # Moved, saved and frozen with the rest.
         self.solvers = nn.ModuleList([c.solver for c in self.candidates if c.solver is not None])
         if selector is not None:
-            ready = "selector=tdh.dise.selectors.MLP(n_inputs=2, n_candidates=3)"
-            check_callable("selector", selector, fix=ready)
+            check_callable("selector", selector, fix="selector=None   # fit makes a ready one")
         self.selector = selector
         self.unit = Scale(0.0, 1.0)
         self.report: DiseReport | None = None
@@ -100,12 +94,9 @@ class Dise(nn.Module):
     ) -> State:
         """Solve dy/dt = func(t, y), each sample by the candidate that v chooses.
 
-        Gives what ``odeint(func, y0, t, method="dise", options={"dise": dise})`` gives.
-
         Args:
             func: called as ``func(t, y)`` on parts of the batch. If it holds something of
-                every sample (noise, controls, conditioning), it needs a method
-                ``restrict(index)``, see `Conditioned`.
+                every sample, it needs a method ``restrict(index)``, see `Conditioned`.
             y0: tensor or tuple of tensors, the samples along dim 0. Half precision is
                 integrated in float32 and cast for each call.
             t: 1-D floating tensor, strictly increasing or decreasing.
@@ -117,8 +108,7 @@ class Dise(nn.Module):
 
         Raises:
             MissingHypernetError: there is no selector.
-            StateShapeError: v or func returned another shape, or func cannot take a part
-                of the batch.
+            StateShapeError: v or func returned another shape, or func takes no part of a batch.
             CoupledSamplesError: samples that depend on each other go to several candidates.
             NonFiniteError: v predicted inf or nan, or a solution ended so.
         """
@@ -133,11 +123,9 @@ class Dise(nn.Module):
         if not bool(finite.all()):
             sample = int((~finite).nonzero()[0])
             label = self.candidates[int(selection[sample])].label
-            raise NonFiniteError(
-                problem=f"the solution of sample {sample} by {label} ended in inf or nan.",
-                expected="a candidate that stays finite on the samples that are sent to it.",
-                fix='more steps for that candidate, or tdh.Candidate("dopri5_per_sample")',
-            )
+            problem = f"the solution of sample {sample} by {label} ended in inf or nan."
+            fix = 'more steps for that candidate, or tdh.Candidate("dopri5_per_sample")'
+            raise NonFiniteError(problem=problem, expected="a finite solution.", fix=fix)
         return solution
 
     def dispatch(
@@ -152,10 +140,7 @@ class Dise(nn.Module):
     ) -> State:
         """Solve each sample by a given candidate; otherwise as `solve`, of the same arguments.
 
-        ``selection`` holds the position of each sample's candidate (batch,), integers.
-
-        Raises:
-            OptionError: ``selection`` is no choice of candidates for this batch.
+        ``selection`` holds the positions of candidates, (batch,) integers, else `OptionError`.
         """
         batch = Batch.of(func, y0, t, rtol=rtol, atol=atol)
         return batch.constant(y0) if batch.is_empty else batch.dispatch(self.candidates, selection)
@@ -167,10 +152,7 @@ class Dise(nn.Module):
 
     @torch.no_grad()
     def predicted_costs(self, y0: State) -> Tensor:
-        """Return the predicted cost of every candidate, (batch, candidates).
-
-        Raises what `solve` raises of v.
-        """
+        """Return the predicted cost of every candidate, (batch, candidates)."""
         predicted = predict(self._fitted_selector, y0, len(self.candidates))
         return predicted * self.unit.scale + self.unit.shift
 
@@ -180,9 +162,7 @@ class Dise(nn.Module):
             raise MissingHypernetError(
                 problem="this Dise has no selector.",
                 expected="a fitted one, or one of your own.",
-                fix="dise.fit(func, y0, t, cost=cost)   # see tdh.ClassificationCost\n"
-                "tdh.Dise(candidates, selector=v)\n"
-                "dise.dispatch(func, y0, t, selection)   # with choices of your own",
+                fix="dise.fit(func, y0, t, cost=cost)\ntdh.Dise(candidates, selector=v)",
             )
         return self.selector
 
@@ -201,14 +181,12 @@ class Dise(nn.Module):
     ) -> Dise:
         """Fit v to the costs of every candidate on every sample; return the object itself.
 
-        Each sample is solved alone by each candidate, so that no other sample changes its
-        answer or its calls of func; v is trained by regression on all costs at once. func
-        and the module ``cost.predict`` come back as found, global random state is not
+        Each sample is solved alone by each candidate; v is trained by regression on all costs
+        at once. func and ``cost.predict`` come back as found, global random state is not
         touched. `report` tells what was gained, on held-out samples.
 
         Args:
-            func: the vector field; or a torchdyn `NeuralODE`, whose field is taken with its
-                data control.
+            func: the vector field, or a torchdyn `NeuralODE`.
             y0: starts like those that the selector will meet, at least two.
             t: the times that it will meet.
             cost: a `ClassificationCost` or a `RegressionCost` for these samples.
@@ -237,15 +215,9 @@ class Dise(nn.Module):
         self.unit, losses = training.run(selector, costs)
         self.selector = selector
         selection = self.select(y0)
+        seconds = {"label_seconds": label_seconds, "seconds": time.perf_counter() - start}
         self.report = DiseReport(
-            labels=labels,
-            alpha=cost.alpha,
-            penalty=cost.penalty,
-            selection=selection,
-            held_out=training.held_out,
-            losses=tuple(losses),
-            label_seconds=label_seconds,
-            seconds=time.perf_counter() - start,
+            labels, selection, cost.alpha, cost.penalty, training.held_out, tuple(losses), **seconds
         )
         if n_candidates > 1 and len(selection.unique()) == 1:
             text = one_candidate(labels, int(selection[0]), cost.alpha, cost.penalty)
@@ -269,13 +241,9 @@ class Dise(nn.Module):
     ) -> TradeOff:
         """Fit a selector at every alpha and M; return right answers against calls of func.
 
-        Samples are solved once for all settings. The object itself is not changed. The
-        arguments are those of `fit`, and values of alpha and M in place of those in ``cost``:
+        Samples are solved once for all settings. The object itself is not changed. Arguments
+        and errors are those of `fit`, but for alpha and M, which replace those in ``cost``:
         ``penalties=None`` takes 1.5, 10 and 100 times the dearest right answer.
-
-        Raises:
-            OptionError: a value is not above 0, or an M is too small.
-            StateTypeError: the selector is a module without parameters.
         """
         training = Training.of(y0, config, progress=progress)
         own = self.selector if isinstance(self.selector, nn.Module) else None
@@ -283,8 +251,7 @@ class Dise(nn.Module):
         batch = Batch.of(func, y0, t, rtol=rtol, atol=atol)
         labels = labels_of(self.candidates, batch, cost, known=labels, progress=progress)
         if penalties is None:
-            dearest = float(labels.weighted_nfe.max())
-            penalties = [1.5 * dearest, 10 * dearest, 100 * dearest]
+            penalties = [times * float(labels.weighted_nfe.max()) for times in (1.5, 10, 100)]
         settings = [check_settings(alpha, penalty) for alpha in alphas for penalty in penalties]
         return training.sweep(unfitted, labels, settings)
 
@@ -311,8 +278,6 @@ class Dise(nn.Module):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write candidates, selector and report to one safetensors file.
 
-        It holds the solvers among the candidates. An old file stays until it is complete.
-
         Raises:
             MissingHypernetError: there is no selector.
             StateTypeError: the selector or a hypernet is a plain function, or an option
@@ -328,9 +293,7 @@ class Dise(nn.Module):
         selector: nn.Module | None = None,
         hypernets: Mapping[int, nn.Module] | None = None,
     ) -> Dise:
-        """Read what `save` wrote; runs no code from the file.
-
-        It comes frozen, in evaluation mode and on the CPU.
+        """Return what `save` wrote, frozen, on the CPU; runs no code from the file.
 
         Args:
             path: the file.

@@ -10,16 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._files import (
-    HEADER,
-    checked,
-    damage_reported,
-    described_in,
-    refused,
-    tensors_under,
-)
-from torchdiffeq_hyper._files import read as read_file
-from torchdiffeq_hyper._files import write as write_file
+from torchdiffeq_hyper import _files as files
+from torchdiffeq_hyper._files import damage_reported, described_in, refused, tensors_under
 from torchdiffeq_hyper._rules import (
     ANYTHING,
     FLOATS,
@@ -90,7 +82,7 @@ _DISE = Record(
         "unit": Row(Real(), Real(above=0.0)),
         "report": Maybe(_REPORT),
     },
-    optional=HEADER,
+    optional=files.HEADER,
 )
 
 
@@ -102,31 +94,23 @@ def write(
     report: DiseReport | None,
 ) -> None:
     """Write a Dise's contents; see `Dise.save`."""
-    if not isinstance(selector, nn.Module):
-        raise StateTypeError(
-            problem=f"the selector is a {type(selector).__name__}, which has no weights to write.",
-            expected="an nn.Module.",
-            fix="class MySelector(torch.nn.Module):\n    def forward(self, y0): ...",
-        )
     kind = type(selector)
+    if not isinstance(selector, nn.Module):
+        problem = f"the selector is a {kind.__name__}, which has no weights to write."
+        fix = "class MySelector(torch.nn.Module):\n    def forward(self, y0): ..."
+        raise StateTypeError(problem=problem, expected="an nn.Module.", fix=fix)
     custom = {"kind": "custom", "class": f"{kind.__module__}.{kind.__qualname__}"}
+    described: Any = selector.architecture if isinstance(selector, ReadySelector) else custom
+    metadata = {"candidates": [], "selector": described, "unit": unit, "report": None}
     tensors = _under("selector", selector.state_dict())
-    metadata: dict[str, Any] = {
-        "candidates": [],
-        "selector": selector.architecture if isinstance(selector, ReadySelector) else custom,
-        "unit": unit,
-        "report": None,
-    }
     for position, candidate in enumerate(candidates):
         settings = {name: getattr(candidate, name) for name in ("method", *_SETTINGS)}
         try:
             json.dumps(settings)
         except (TypeError, ValueError) as error:
-            raise StateTypeError(
-                problem=f"candidate {position} has options that a file cannot hold: {candidate!r}.",
-                expected="options that are numbers, strings, or lists of them.",
-                fix=f'tdh.Candidate("{candidate.method}", rtol=1e-3, atol=1e-3)',
-            ) from error
+            problem = f"candidate {position} has options that a file cannot hold: {candidate!r}."
+            expected, fix = "numbers, strings, or lists of them.", "options=None"
+            raise StateTypeError(problem=problem, expected=expected, fix=fix) from error
         if candidate.solver is not None:
             weights, settings["solver"] = candidate.solver.describe()
             tensors |= _under(f"candidates.{position}", weights)
@@ -137,7 +121,7 @@ def write(
         tensors |= _under("report", {**matrices, **choices})
         numbers = {name: getattr(report, name) for name in _NUMBERS}
         metadata["report"] = {"names": report.labels.names, "losses": report.losses, **numbers}
-    write_file(path, tensors, KIND, metadata)
+    files.write(path, tensors, KIND, metadata)
 
 
 def _under(owner: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -148,10 +132,16 @@ def read(
     path: str | os.PathLike[str], selector: nn.Module | None, hypernets: Mapping[int, nn.Module]
 ) -> tuple[tuple[Candidate, ...], nn.Module, Scale, DiseReport | None]:
     """Return what `write` wrote; see `Dise.load`. Weights are loaded once all of it is right."""
-    tensors, metadata = read_file(path, KIND)
-    found = checked(_DISE, metadata, described_in(path))
+    tensors, metadata = files.read(path, KIND)
+    found = files.checked(_DISE, metadata, described_in(path))
     with refused(described_in(path)):
-        _check_owners(tensors, found)
+        candidates = enumerate(found["candidates"])
+        owners = [f"candidates.{i}." for i, settings in candidates if settings.get("solver")]
+        owners += ["selector."] if found["report"] is None else ["report.", "selector."]
+        for name in tensors:
+            if not name.startswith(tuple(owners)):
+                problem = f"the tensor {name!r} belongs to nothing described."
+                raise Mismatch(problem, f"tensors of {', '.join(owners[-8:])}")
         n = len(found["candidates"])
         Choice(n).check(found["selector"].get("n_candidates", n), "selector.n_candidates")
         report = None
@@ -162,23 +152,12 @@ def read(
         for i, settings in enumerate(found["candidates"])
     ]
     with damage_reported(path):
-        candidates = check_candidates([candidate for candidate, _ in rebuilt])
+        loaded = check_candidates([candidate for candidate, _ in rebuilt])
     own = tensors_under("selector.", tensors)
-    net = _selector(found["selector"], own, selector, path)
+    net = _selector(found["selector"], own, selector, os.fspath(path))
     weights = [missing for _, missing in rebuilt if missing is not None]
     load_weights([*weights, (net, own, selector is not None)], path)
-    return candidates, net, Scale(*found["unit"]), report
-
-
-def _check_owners(tensors: Mapping[str, Tensor], found: Mapping[str, Any]) -> None:
-    """Refuse tensors that belong to nothing in the description."""
-    candidates = enumerate(found["candidates"])
-    owners = [f"candidates.{i}." for i, settings in candidates if settings.get("solver")]
-    owners += ["selector."] if found["report"] is None else ["report.", "selector."]
-    for name in tensors:
-        if not name.startswith(tuple(owners)):
-            problem = f"the tensor {name!r} belongs to nothing described."
-            raise Mismatch(problem, f"tensors of {', '.join(owners[-8:])}")
+    return loaded, net, Scale(*found["unit"]), report
 
 
 def _report(described: dict[str, Any], own: Mapping[str, Tensor], n_candidates: int) -> DiseReport:
@@ -186,7 +165,7 @@ def _report(described: dict[str, Any], own: Mapping[str, Tensor], n_candidates: 
     Items(Text(), n_candidates, n_candidates).check(described["names"], "report.names")
     batch = own["nfe"].shape[0] if "nfe" in own and own["nfe"].dim() == 2 else None
     numbers = (torch.int64, torch.int32, *FLOATS)
-    rules = Record(
+    expected = Record(
         {
             "nfe": TensorOf(numbers, (batch, n_candidates), is_finite=True),
             "is_right": TensorOf((torch.bool,), (batch, n_candidates)),
@@ -195,7 +174,7 @@ def _report(described: dict[str, Any], own: Mapping[str, Tensor], n_candidates: 
             "held_out": _positions(batch or 0, None),
         }
     )
-    found = rules.check(own, "report")
+    found = expected.check(own, "report")
     report = DiseReport(
         labels=Labels(tuple(described["names"]), *(found[name] for name in _MATRICES)),
         selection=found["selection"],
@@ -229,12 +208,8 @@ def _candidate(
     if described is not None:
         net, file = described.get("hypernet"), os.fspath(path)
         if isinstance(net, dict) and net.get("kind") == "custom" and hypernet is None:
-            raise FileFormatError(
-                problem=f"candidate {position} in {file!r} has a hypernet of your own, a "
-                f"{shown(net.get('class'))}; the file holds weights and no code.",
-                expected="an instance of that net to load them into.",
-                fix=f"tdh.Dise.load({file!r}, hypernets={{{position}: net}})",
-            )
+            kind, argument = shown(net.get("class")), f"hypernets={{{position}: net}}"
+            raise _no_instance(file, f"the net of candidate {position}", kind, argument)
         at, owner = f"candidates[{position}]", solver_class(described.get("base"))
         method, loading = owner.rebuild(described, weights, hypernet, path, f"{at}.solver")
         with refused(described_in(path)):
@@ -243,33 +218,31 @@ def _candidate(
         return Candidate(method, **{name: settings[name] for name in _SETTINGS}), loading
 
 
+def _no_instance(file: str, owner: str, kind: str, argument: str) -> FileFormatError:
+    return FileFormatError(
+        problem=f"{owner} in {file!r} is one of your own, a {kind}.",
+        expected="an instance to load its weights into: the file holds no code.",
+        fix=f"tdh.Dise.load({file!r}, {argument})",
+    )
+
+
 def _selector(
-    description: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    given: nn.Module | None,
-    path: str | os.PathLike[str],
+    description: Mapping[str, Any], own: Mapping[str, Tensor], given: nn.Module | None, file: str
 ) -> nn.Module:
     """Return the selector, its weights not yet loaded."""
-    name = repr(os.fspath(path))
-    if given is not None:
-        selector = given
-    elif description["kind"] == "custom":
-        raise FileFormatError(
-            problem=f"{name} holds the weights of a selector of your own, a "
-            f"{description['class']}, and no code.",
-            expected="an instance of that module to load them into.",
-            fix=f"tdh.Dise.load({name}, selector=MySelector())",
-        )
-    else:
-        check_weights(tensors, name, "selector.")
+    selector = given
+    if selector is None and description["kind"] == "custom":
+        raise _no_instance(file, "the selector", description["class"], "selector=MySelector()")
+    if selector is None:
+        check_weights(own, repr(file), "selector.")
         with torch.device("meta"):
-            what = described_in(path)
-            selector = from_architecture(description, tensors, what=what, at="selector")
-    own = {key: value.shape for key, value in selector.state_dict().items()}
-    if own != {key: value.shape for key, value in tensors.items()}:
+            what = described_in(file)
+            selector = from_architecture(description, own, what=what, at="selector")
+    weights = selector.state_dict()
+    if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in own.items()}:
         owner = "its own description" if given is None else "the instance given"
         raise (FileFormatError if given is None else BaseMismatchError)(
-            problem=f"the selector's weights in {name} are not those of {owner}.",
+            problem=f"the selector's weights in {file!r} are not those of {owner}.",
             expected="a module built with the arguments of the one saved.",
             fix="print({name: w.shape for name, w in selector.state_dict().items()})",
         )

@@ -1,8 +1,7 @@
 """Ready selectors: small nets from a start to the predicted cost of every candidate.
 
-The three kinds of "DISE: Dynamic Integrator Selection to Minimize Forward-pass Time in Neural
-ODEs", ICLR 2021 submission: a residual convolutional net for images, a perceptron with dropout,
-and one with tanh activations. Any module that maps y0 to (batch, candidates) does as well.
+They are those of "DISE: Dynamic Integrator Selection to Minimize Forward-pass Time in Neural
+ODEs", ICLR 2021 submission. Any module that maps y0 to (batch, candidates) does as well.
 """
 
 from __future__ import annotations
@@ -40,7 +39,6 @@ class ReadySelector(nn.Module):
 
     Attributes:
         kind: name of the class in files.
-        arguments: what each argument may be.
         architecture: JSON-ready arguments; `from_architecture` rebuilds the net from it.
     """
 
@@ -178,11 +176,7 @@ class ResidualConv(ReadySelector):
     kind = "residual-conv"
     arguments = Record(
         {"channels": _COUNT, "n_candidates": _COUNT},
-        optional={
-            "hidden": _COUNT,
-            "blocks": Whole(1, 1000),
-            "n_spatial": Whole(min(CONVOLUTIONS), max(CONVOLUTIONS)),
-        },
+        optional={"hidden": _COUNT, "blocks": Whole(1, 1000), "n_spatial": Whole(1, 3)},
     )
 
     def __init__(
@@ -270,24 +264,16 @@ def from_architecture(
 
 def predict(selector: Callable[[State], Tensor], y0: State, n_candidates: int) -> Tensor:
     """Return a selector's predictions (batch, candidates), in its own unit, checked."""
-    out = selector(y0)
+    out, wanted = selector(y0), (count_samples(y0), n_candidates)
+    problem = f"the selector returned {shown(out)}."
+    expected = f"floats of shape {wanted}: for every sample, the cost of every candidate."
+    fix = f"a last layer with {n_candidates} outputs"
     if not isinstance(out, Tensor) or not out.is_floating_point():
-        raise StateTypeError(
-            problem=f"the selector returned {shown(out)}.",
-            expected="a floating-point tensor of predicted costs.",
-            fix="return self.head(features)",
-        )
-    wanted = (count_samples(y0), n_candidates)
+        raise StateTypeError(problem=problem, expected=expected, fix=fix)
     if out.shape != wanted:
-        raise StateShapeError(
-            problem=f"the selector returned shape {tuple(out.shape)}.",
-            expected=f"{wanted}: for every sample, the predicted cost of every candidate.",
-            fix=f"a last layer with {n_candidates} outputs",
-        )
+        raise StateShapeError(problem=problem, expected=expected, fix=fix)
     if not bool(torch.isfinite(out).all()):
-        raise NonFiniteError(
-            problem="the selector predicted inf or nan costs.",
-            expected="finite costs.",
-            fix="torch.isfinite(y0).all()   # or fit the selector again with a lower lr",
-        )
+        problem = "the selector predicted inf or nan costs."
+        fix = "torch.isfinite(y0).all()   # or fit the selector again with a lower lr"
+        raise NonFiniteError(problem=problem, expected="finite costs.", fix=fix)
     return out

@@ -12,12 +12,7 @@ from torch import Tensor
 from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._fields._wrappers import look_through
 from torchdiffeq_hyper._state import State, VectorField
-from torchdiffeq_hyper.errors import (
-    OptionError,
-    StateTypeError,
-    UnknownMethodError,
-    unknown_method,
-)
+from torchdiffeq_hyper.errors import OptionError, StateTypeError, UnknownMethodError, unknown_method
 from torchdiffeq_hyper.hosts._host import Host, warn_if_untrained
 from torchdiffeq_hyper.hosts.torchdiffeq import _patches
 from torchdiffeq_hyper.hosts.torchdiffeq._solver import HyperGridSolver

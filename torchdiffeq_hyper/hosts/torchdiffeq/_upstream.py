@@ -23,13 +23,7 @@ from torchdiffeq_hyper.methods._method import Method
 from torchdiffeq_hyper.solvers._binding import Times, resolve
 from torchdiffeq_hyper.tableaus import Tableau
 
-__all__ = [
-    "SOLVERS",
-    "FixedGridODESolver",
-    "Perturb",
-    "PerturbFunc",
-    "RKAdaptiveStepsizeODESolver",
-]
+__all__ = ["SOLVERS", "FixedGridODESolver", "Perturb", "PerturbFunc", "RKAdaptiveStepsizeODESolver"]
 
 
 def _forward_func_of(func: Any) -> Any:

@@ -13,12 +13,7 @@ from torch import Tensor
 from torchdiffeq_hyper._state import is_half
 from torchdiffeq_hyper.errors import HostWarning, OptionError, StateTypeError
 from torchdiffeq_hyper.hosts._host import warn_if_untrained, warn_once
-from torchdiffeq_hyper.hosts.torchdyn._field import (
-    ODEINT,
-    HostCall,
-    as_called,
-    drops_args,
-)
+from torchdiffeq_hyper.hosts.torchdyn._field import ODEINT, HostCall, as_called, drops_args
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.methods._method import Method, base_of
 from torchdiffeq_hyper.solvers._binding import Times, resolve

@@ -216,7 +216,7 @@ def test_entry_point_that_breaks_is_skipped_with_one_warning(
     installed = [_EntryPoint("bad", plugin), _EntryPoint("good", Plugin("good-euler"))]
     monkeypatch.setattr(metadata, "entry_points", lambda group: installed)
     with pytest.warns(errors.PluginWarning, match=r"'bad' .*skipped") as caught:
-        _registry.load_entry_points()
+        _registry.load_plugins()
     try:
         assert len(caught) == 1
         assert reason in str(caught[0].message)

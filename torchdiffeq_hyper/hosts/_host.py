@@ -28,7 +28,7 @@ class Host(ABC):
         self.added: dict[str, Any] = {}  # what of ours its dict holds now
         self.is_installed = False
         self._clashing: set[str] = set()
-        _registry.on_change(self.follow)
+        _registry.listeners.append(self.follow)
 
     @abstractmethod
     def entries(self) -> dict[str, Any] | None:

@@ -137,16 +137,12 @@ def find_tableau(base: str, alpha: float | None = None) -> Tableau:
     return second_order(alpha)
 
 
-_listeners: list[Callable[[], None]] = []
-
-
-def on_change(listener: Callable[[], None]) -> None:
-    """Have ``listener`` called whenever methods come or go (hosts follow the registry)."""
-    _listeners.append(listener)
+listeners: list[Callable[[], None]] = []
+"""Called whenever methods come or go: hosts follow the registry."""
 
 
 def _notify() -> None:
-    for listener in _listeners:
+    for listener in listeners:
         listener()
 
 
@@ -184,20 +180,17 @@ class Register(Protocol):
         follows_grid: bool = True,
     ) -> None:
         """Add a method called ``name``."""
-        ...
 
 
 @hookspec
 def register_solvers(register: Register) -> None:
     """Add solver methods by calling ``register``, once a method.
 
-    ``solver`` is a `Tableau`, of which every host makes a learned method (order and
-    calls a step are the tableau's), a `WholeSolve`, whose part solves the whole problem,
-    or a solver class of torchdiffeq's kind: called as
-    ``solver(func=..., y0=..., rtol=..., atol=..., **options)``, with ``integrate(t)``,
-    usually a subclass of torchdiffeq's own. For the last two ``order`` and
-    ``calls_per_step`` must be declared; ``follows_grid`` says whether the method steps
-    along the points of ``t``.
+    ``solver`` is a `Tableau`, of which hosts make a learned method, a `WholeSolve`, or a
+    solver class of torchdiffeq's kind: called as
+    ``solver(func=..., y0=..., rtol=..., atol=..., **options)``, with ``integrate(t)``. The
+    last two must declare ``order`` and ``calls_per_step``; ``follows_grid`` says whether the
+    method steps along the points of ``t``.
 
     Example:
         >>> import torchdiffeq_hyper as tdh
@@ -218,25 +211,20 @@ def register_plugin(plugin: object, name: str | None = None) -> None:
 
     Args:
         plugin: a module or object that implements the hook with ``tdh.hookimpl``.
-        name: its owner name in messages; default the plugin's ``__name__``.
+        name: how messages call it; default its ``__name__``.
 
     Raises:
         DuplicateMethodError: a method name is taken; names both owners.
         OptionError: the plugin implements no hook, or declares nonsense.
 
     Example:
-        >>> import dataclasses
-        >>> import torchdiffeq_hyper as tdh
-        >>> from torchdiffeq_hyper.tableaus import second_order
-        >>> class Ralston:
+        >>> import dataclasses, torchdiffeq_hyper as tdh
+        >>> ralston = dataclasses.replace(tdh.second_order(2 / 3), name="ralston", alpha=None)
+        >>> class Plugin:
         ...     @tdh.hookimpl
         ...     def register_solvers(self, register):
-        ...         ralston = second_order(2 / 3)
-        ...         ralston = dataclasses.replace(ralston, name="ralston", alpha=None)
         ...         register("hyperralston", ralston)
-        >>> tdh.register_plugin(Ralston(), name="my-plugin")
-        >>> tdh.HyperSolver("ralston", lambda step: step.y, steps=4).method
-        'hyperralston'
+        >>> tdh.register_plugin(Plugin(), name="my-plugin")
         >>> tdh.unregister_plugin("my-plugin")
     """
     owner = name or str(getattr(plugin, "__name__", type(plugin).__name__))
@@ -295,7 +283,7 @@ def _collect(plugin: object, owner: str) -> None:
     _manager.subset_hook_caller("register_solvers", others)(register=register)
 
 
-def load_entry_points() -> None:
+def load_plugins() -> None:
     """Register installed plugins; one that breaks or clashes is warned about and skipped."""
     for entry_point in metadata.entry_points(group=PROJECT):
         try:

@@ -40,12 +40,9 @@ _PUBLISHED = "register_method"
 
 
 class WholeProblemSolver:
-    """Gives the user's own problem (func, true time, parts of the state) to the method's part.
+    """Gives the user's own problem (func, true time, parts of the state) to the method's part."""
 
-    Subclasses, one a method, set ``entry``.
-    """
-
-    entry: ClassVar[WholeMethod]
+    entry: ClassVar[WholeMethod]  # of a subclass, one a method
     also_accepted: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, func: Any, y0: Tensor, rtol: Any, atol: Any, **options: Any) -> None:
@@ -94,8 +91,7 @@ class WholeProblemSolver:
 
     @classmethod
     def valid_callbacks(cls) -> set[str]:
-        """Return no names: the samples do not step together."""
-        return set()
+        return set()  # the samples do not step together
 
 
 class _Counted:
@@ -120,20 +116,16 @@ class Torchdiffeq(Host):
     noun = "method"
 
     def entries(self) -> Any:
-        """Return `SOLVERS`."""
         return SOLVERS
 
     def step_by_step(self, method: SteppingMethod) -> Any:
-        """Return the host's fixed-grid solver with a step of the method's."""
         name = f"Hyper{method.tableau.name.capitalize()}"
         return type(name, (HyperGridSolver,), {"entry": method, "order": method.order})
 
     def all_at_once(self, method: WholeMethod) -> Any:
-        """Return what hands the whole problem to the method's part."""
         return type(method.kind.__name__, (WholeProblemSolver,), {"entry": method})
 
     def ready_made(self, method: ReadyMethod) -> Any:
-        """Return the plugin's own class."""
         return method.solver
 
     def follow(self) -> None:
@@ -166,13 +158,7 @@ def _published(name: str, solver: Fitted, owner: str) -> Method:
 
 
 def register_method(name: str, solver: Fitted) -> None:
-    """Publish a fitted solver under a method name of its own.
-
-    For callers that let a user pass only ``method``.
-
-    Args:
-        name: the method string; must be new.
-        solver: the fitted solver behind it.
+    """Publish a fitted solver under a new method name, for callers that pass on no more.
 
     Raises:
         DuplicateMethodError: the name is taken; names both owners.
@@ -206,17 +192,11 @@ def unregister_method(name: str) -> None:
 
 @contextmanager
 def override(method: str, solver: FittedT) -> Iterator[FittedT]:
-    """Let calls with ``method`` inside the block be served by ``solver``.
+    """Let torchdiffeq's calls with ``method`` inside the block be served by a fitted ``solver``.
 
-    For callers that hard-code an existing method such as "dopri5". Options valid for
-    that method are accepted; those without meaning on a time grid are ignored. Other
-    threads are not affected unless they copy the context. The backward solves of
-    `odeint_adjoint` run the host's own dopri5 at the adjoint tolerances. torchdyn, which
-    takes solver objects, is not affected.
-
-    Args:
-        method: an existing method name.
-        solver: the fitted solver to use instead.
+    For callers that hard-code a method such as "dopri5", whose options are accepted; those
+    without meaning on a time grid are ignored. Other threads are not affected unless they
+    copy the context. The backward solves of `odeint_adjoint` run the host's own dopri5.
 
     Raises:
         UnknownMethodError: torchdiffeq has no such method.

@@ -1,7 +1,4 @@
-"""Stands in for torchdiffeq's methods while a scope replaces one, or watches them all.
-
-Scopes nest in any order; what one replaced is watched like any other method.
-"""
+"""Stands in for torchdiffeq's methods while scopes, in any order, replace one or watch all."""
 
 from __future__ import annotations
 
@@ -48,7 +45,6 @@ class _Dispatcher:
         return watch(self.method, build, func=func, **given)
 
     def valid_callbacks(self) -> Any:
-        """Return the callbacks of the method itself."""
         return self.original.valid_callbacks()
 
 

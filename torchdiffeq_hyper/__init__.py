@@ -21,13 +21,12 @@ from torchdiffeq_hyper.errors import HyperError, HyperWarning, MissingHypernetEr
 from torchdiffeq_hyper.evaluation import evaluate
 from torchdiffeq_hyper.fitting import FitConfig, fit
 from torchdiffeq_hyper.hosts import install, uninstall
-from torchdiffeq_hyper.hosts.torchdiffeq import (
-    odeint_with_errors,
+from torchdiffeq_hyper.hosts.torchdiffeq._methods import (
     override,
-    record,
     register_method,
     unregister_method,
 )
+from torchdiffeq_hyper.hosts.torchdiffeq._recording import odeint_with_errors, record
 from torchdiffeq_hyper.hypernets import ConcatHypernet
 from torchdiffeq_hyper.methods import Register, WholeSolve, hookimpl
 from torchdiffeq_hyper.methods._registry import load_plugins, register_plugin, unregister_plugin

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 
 from torchdiffeq_hyper.errors import MissingExtraError, OptionError
-from torchdiffeq_hyper.hosts import torchdiffeq, torchdyn
 from torchdiffeq_hyper.hosts._host import Host
+from torchdiffeq_hyper.hosts.torchdiffeq._methods import host as torchdiffeq
+from torchdiffeq_hyper.hosts.torchdyn._methods import host as torchdyn
 from torchdiffeq_hyper.methods import _registry
 
 __all__ = ["install", "uninstall"]
 
-_HOSTS: tuple[Host, ...] = (torchdiffeq.host, torchdyn.host)
+_HOSTS: tuple[Host, ...] = (torchdiffeq, torchdyn)
 
 
 def install(host: str | None = None) -> None:
@@ -41,7 +42,7 @@ def install(host: str | None = None) -> None:
             fix='tdh.install("torchdyn")',
         )
     _set_installed(is_installed=True)
-    if host == torchdyn.host.name:
+    if host == torchdyn.name:
         try:
             importlib.import_module("torchdyn.numerics")
         except ImportError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -84,15 +84,15 @@ def _watch(method: str, build: Callable[..., Any], func: Any, y0: Tensor, **opti
     recorders = recording.open_recorders() if torch._C._current_graph_task_id() == -1 else ()
     draft = recording.Draft(method, y0, call.layout, recorders, is_adjoint=call.is_adjoint_forward)
     watched = _WatchedFunc(func, draft)
-    if RKAdaptiveStepsizeODESolver not in getattr(build, "__mro__", ()):
-        return _WatchedSolver(build(func=watched, y0=y0, **options), draft)
-    if is_half(y0.dtype):
-        raise StateTypeError(
-            problem=f'y0 is {y0.dtype}: "{method}" would control its steps by rounding errors.',
-            expected="float32 or float64 where errors are recorded.",
-            fix="odeint(func, y0.float(), t, ...)   # of a tuple: part.float()",
-        )
-    return _WatchedSolver(_recording_class(build)(call, draft, watched, y0, **options), draft)
+    if RKAdaptiveStepsizeODESolver in getattr(build, "__mro__", ()):
+        if is_half(y0.dtype):
+            raise StateTypeError(
+                problem=f'y0 is {y0.dtype}: "{method}" would control its steps by rounding errors.',
+                expected="float32 or float64 where errors are recorded.",
+                fix="odeint(func, y0.float(), t, ...)   # of a tuple: part.float()",
+            )
+        build = partial(_recording_class(build), call, draft)
+    return _WatchedSolver(build(func=watched, y0=y0, **options), draft)
 
 
 class _WatchedSolver:

@@ -1,7 +1,6 @@
 """Puts the registry's methods among torchdyn's (1.0.6), and takes the calls of our solvers.
 
-Four functions of torchdyn are wrapped, its models hold our solvers, and our solvers answer
-what torchdyn asks of one; whichever package is imported first.
+Whichever package is imported first; nothing here imports torchdyn.
 """
 
 from __future__ import annotations
@@ -87,7 +86,6 @@ class Torchdyn(Host):
     noun = "solver"
 
     def entries(self) -> Any:
-        """Return `SOLVER_DICT`; None while torchdyn is not imported."""
         found = imported("torchdyn.numerics.solvers.ode", "SOLVER_DICT")
         return found if ODEINT in sys.modules else None
 
@@ -166,14 +164,9 @@ def _loop(own: Callable[..., Any]) -> Callable[..., Any]:
         given = call.arguments
         # odeint_symplectic has no args, and gives the adaptive loop something else in their place.
         has_args = not is_adaptive or isinstance(given["args"], dict)
-        return stepper.run(
-            given["f"],
-            given["x"],
-            given["t_span"],
-            save_at=given.get("save_at", ()),
-            args=given["args"] if has_args else None,
-            tolerances=(given["rtol"], given["atol"]) if is_adaptive else None,
-        )
+        save_at, args = given.get("save_at", ()), given["args"] if has_args else None
+        tolerances = (given["rtol"], given["atol"]) if is_adaptive else None
+        return stepper.run(given["f"], given["x"], given["t_span"], save_at, args, tolerances)
 
     return loop
 
@@ -192,13 +185,7 @@ def _adjoint(own: Callable[..., Any]) -> Callable[..., Any]:
         if ours is None:
             return own(*positional, **named)
         tolerances = given["rtol_adjoint"], given["atol_adjoint"]
-        for_call = AdjointStepper(
-            ours,
-            tolerances,
-            # The host's Function switches gradients off.
-            is_trained=forward is not None and torch.is_grad_enabled(),
-            is_interpolated=is_interpolated,
-        )
+        for_call = AdjointStepper(ours, tolerances, is_interpolated=is_interpolated)
         if forward is not None:
             given["solver"] = for_call
         if backward is not None and backward.is_whole and not is_interpolated:
@@ -206,7 +193,8 @@ def _adjoint(own: Callable[..., Any]) -> Callable[..., Any]:
             given["solver_adjoint"] = "dopri5"
         elif backward is not None:
             shares = forward is None or solver_adjoint is solver
-            given["solver_adjoint"] = for_call if shares else AdjointStepper(backward, tolerances)
+            own_call = AdjointStepper(backward, tolerances, is_interpolated=is_interpolated)
+            given["solver_adjoint"] = for_call if shares else own_call
         function = own(*call.args, **call.kwargs)
         if forward is None:
             return function

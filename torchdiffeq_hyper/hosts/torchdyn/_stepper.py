@@ -34,8 +34,7 @@ def part_classes() -> tuple[type[Any], ...]:
 class Stepper:
     """What torchdyn makes of ``solver="hypereuler"``, and what stands for a solver object.
 
-    torchdyn's loops hand it the whole problem; without them `step` solves one interval. Without a
-    ``part``, one is found for each call.
+    Without a ``part``, one is found for each call.
     """
 
     def __init__(self, method: Method, part: Any = None) -> None:
@@ -88,20 +87,10 @@ class Stepper:
         call = HostCall.of(f, torch.stack([t, t + dt]).reshape(2))
         return None, self._solve(call, self._part_for(call), x, args, None)[-1], None
 
-    def run(
-        self,
-        f: Any,
-        x: Tensor,
-        t_span: Tensor,
-        *,
-        save_at: Any = (),
-        args: Any = None,
-        tolerances: tuple[float, float] | None = None,
+    def run(  # noqa: PLR0917 - torchdyn's order
+        self, f: Any, x: Tensor, t_span: Tensor, save_at: Any, args: Any, tolerances: Any
     ) -> tuple[Tensor, Tensor]:
-        """Solve the whole problem, as torchdyn's loops do: field, state, times as they have them.
-
-        Returns ``t_span``, or the true times ``save_at`` of it, and the states there.
-        """
+        """Return ``t_span``, or the true times ``save_at`` of it, and the states there."""
         call = HostCall.of(f, t_span)
         part = self._part_for(call)
         saved = _saved_points(save_at, call.t) if len(save_at) else None
@@ -138,22 +127,13 @@ class AdjointStepper(Stepper):
 
     torchdyn keeps a solver object for both: what backward needs of forward is kept here, so
     that it needs no scope, no global and no particular thread.
-
-    ``is_trained`` says whether gradients are wanted, ``is_interpolated`` whether backward reads
-    the states off a spline through the forward's; ``tolerances`` are (rtol, atol) of the adjoint.
     """
 
-    def __init__(
-        self,
-        stepper: Stepper,
-        tolerances: tuple[float, float],
-        *,
-        is_trained: bool = False,
-        is_interpolated: bool = False,
-    ) -> None:
+    def __init__(self, stepper: Stepper, tolerances: Any, *, is_interpolated: bool) -> None:
         super().__init__(stepper.method, stepper.part)
-        self._rtol, self._atol = tolerances
-        self._is_trained = is_trained
+        self._rtol, self._atol = tolerances  # of the adjoint
+        self._is_trained = torch.is_grad_enabled()  # the host's Function switches gradients off
+        # Whether backward reads the states off a spline through the forward's.
         self._is_interpolated = is_interpolated
         # The base that backward solves run, uncorrected; None for torchdyn's dopri5.
         self._tableau = self.method.tableau
@@ -161,13 +141,13 @@ class AdjointStepper(Stepper):
         self._states: Tensor | None = None  # there, where the spline needs more than the solution
         self._whole: tuple[HostCall, Tensor] | None = None  # a solve without a grid, and its start
 
-    def run(self, f: Any, x: Tensor, t_span: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+    def run(self, f: Any, x: Tensor, t_span: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
         """Solve the problem, or the adjoint's."""
         call = HostCall.of(f, t_span)
         names = (getattr(call.func, name, None) for name in ("__module__", "__name__"))
         if tuple(names) == (SENSITIVITY, "adjoint_dynamics"):
             return t_span, self._solve_backward(call, x)
-        return super().run(f, x, t_span, **given)
+        return super().run(f, x, t_span, *given)
 
     def _solve(self, call: HostCall, part: Any, x: Tensor, args: Any, tolerances: Any) -> Any:
         """Solve; keep the states between two points, through which a spline would be a line."""

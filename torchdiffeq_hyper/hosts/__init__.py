@@ -22,8 +22,7 @@ def install(host: str | None = None) -> None:
     imports it, before or after this package.
 
     Args:
-        host: "torchdyn" also imports torchdyn now, which takes seconds, so that a missing
-            one is reported here.
+        host: "torchdyn" imports torchdyn now (it takes seconds), and reports a missing one.
 
     Raises:
         DuplicateMethodError: a host has got a method of the same name meanwhile.
@@ -34,11 +33,10 @@ def install(host: str | None = None) -> None:
         >>> import torchdiffeq_hyper as tdh
         >>> tdh.install()
     """
-    names = [known.name for known in _HOSTS]
-    if host not in (None, *names):
+    if host not in (None, torchdiffeq.name, torchdyn.name):
         raise OptionError(
             problem=f"host is {host!r}.",
-            expected=", ".join(f'"{name}"' for name in names) + " or None.",
+            expected='"torchdiffeq", "torchdyn" or None.',
             fix='tdh.install("torchdyn")',
         )
     _set_installed(is_installed=True)

@@ -45,13 +45,8 @@ class Method(ABC):
     owner: str  # who registered it, for messages
     fitted: Any = None  # the solver behind a published name
     tableau: Tableau | None = None  # the base that a learned method corrects
-    option: str | None = None  # of a call, that holds a fitted part
+    option: str | None = None  # of a call, that holds a fitted part; None: nothing is fitted
     kind: type[Any] | None = None  # of the parts, where it was registered with one
-
-    @property
-    def is_learned(self) -> bool:
-        """Whether the method solves with a fitted part."""
-        return self.option is not None
 
     @property
     def corrects_base(self) -> bool:
@@ -89,8 +84,7 @@ class Method(ABC):
             raise StateTypeError(problem=problem, expected=f"a {kind}.", fix=fix)
         raise MissingHypernetError(
             problem=f'method "{name}" found no {kind} for this func.',
-            expected="a fitted part as an option, attached to func, in scope, or under a published "
-            "name.",
+            expected="a fitted part: an option, attached to func, in scope, or published.",
             fix=f"{option} = {example}\n"
             f'odeint(func, y0, t, method="{name}", options={{"{option}": {option}}})\n'
             f"NeuralODE(vf, solver={option})            # torchdyn\n"
@@ -121,9 +115,8 @@ class SteppingMethod(Method):
             self._refuse(part, "HyperSolver", example)
         if part.base != base:
             raise BaseMismatchError(
-                problem=f'the solver was fitted for base "{part.base}", method "{self.name}" '
-                f'corrects base "{base}".',
-                expected="a correction fitted for the base it is used on.",
+                problem=f'the solver for "{self.name}" was fitted for base "{part.base}".',
+                expected=f'a correction fitted for base "{base}".',
                 fix=f'odeint(..., method="{part.method}")',
             )
         return part
@@ -190,12 +183,10 @@ def make_method(
     if isinstance(solver, Tableau):
         order, calls_per_step = solver.order, solver.calls
     declared: dict[str, Any] = {"order": order, "calls_per_step": calls_per_step}
-    problem, expected = "", "an int of at least 1."
-    if None in declared.values():
-        problem = f'method "{name}" of {owner} does not declare its order and calls per step.'
-        expected = "both, for all but a Tableau."
-    elif not all(isinstance(count, int) and count >= 1 for count in declared.values()):
-        problem = f'method "{name}" declares {order=!r}, {calls_per_step=!r}.'
+    problem = ""
+    if not all(isinstance(count, int) and count >= 1 for count in declared.values()):
+        problem = f'method "{name}" of {owner} declares {order=!r}, {calls_per_step=!r}.'
+        expected = "both, for all but a Tableau, ints of at least 1."
     elif not isinstance(solver, Tableau | WholeSolve) and not callable(solver):
         problem = f'method "{name}" has solver={solver!r}.'
         expected = "a Tableau, a WholeSolve or a torchdiffeq solver class."

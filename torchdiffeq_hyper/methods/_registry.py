@@ -51,14 +51,14 @@ def add(method: Method) -> None:
     owners = {name: host for host, names in _hosts.items() for name in names}
     owners |= {name: other.owner for name, other in _methods.items()}
     if method.name in owners:
-        raise name_taken(method, f"method of {owners[method.name]}")
+        raise name_taken(method, owners[method.name])
     _replace({**_methods, method.name: method})
 
 
 def name_taken(method: Method, by: str) -> DuplicateMethodError:
     """Return the error for a name that is already a method of somebody else."""
     return DuplicateMethodError(
-        problem=f'method "{method.name}" of {method.owner} is already a {by}.',
+        problem=f'method "{method.name}" of {method.owner} is already a method of {by}.',
         expected="a name that no host, plugin or published solver has.",
         fix=f'choose another name, e.g. "{method.name}-2"',
     )

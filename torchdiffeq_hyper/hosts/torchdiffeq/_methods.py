@@ -59,8 +59,8 @@ class WholeProblemSolver:
         }
         if is_default_norm(options.get("norm")):
             options.pop("norm", None)
-        known = self.entry.options
-        self._options = known_options(options, known, self.entry.name, self.also_accepted)
+        entry = self.entry
+        self._options = known_options(options, entry.options, entry.name, self.also_accepted)
 
     def integrate(self, t: Tensor) -> Tensor:
         """Return the state at every point of ``t``, flat as the host wants it."""
@@ -113,7 +113,6 @@ class Torchdiffeq(Host):
     """torchdiffeq's dict `SOLVERS`."""
 
     name = "torchdiffeq"
-    noun = "method"
 
     def entries(self) -> Any:
         return SOLVERS
@@ -165,11 +164,10 @@ def register_method(name: str, solver: Fitted) -> None:
         StateTypeError: ``solver`` is not a fitted solver.
 
     Example:
-        >>> import torch, torchdiffeq_hyper as tdh
-        >>> from torchdiffeq import odeint
+        >>> import torch, torchdiffeq, torchdiffeq_hyper as tdh
         >>> tdh.register_method("decay-fast", tdh.HyperSolver("euler", lambda s: s.y / 2, steps=10))
         >>> t = torch.tensor([0.0, 1.0])
-        >>> odeint(lambda t, y: -y, torch.ones(1), t, method="decay-fast")[-1]
+        >>> torchdiffeq.odeint(lambda t, y: -y, torch.ones(1), t, method="decay-fast")[-1]
         tensor([0.3685])
         >>> tdh.unregister_method("decay-fast")
     """
@@ -203,11 +201,10 @@ def override(method: str, solver: FittedT) -> Iterator[FittedT]:
         StateTypeError: ``solver`` is not a fitted solver.
 
     Example:
-        >>> import torch, torchdiffeq_hyper as tdh
-        >>> from torchdiffeq import odeint
+        >>> import torch, torchdiffeq, torchdiffeq_hyper as tdh
         >>> t = torch.tensor([0.0, 1.0])
         >>> with tdh.override("dopri5", tdh.HyperSolver("euler", lambda s: s.y / 2, steps=10)):
-        ...     odeint(lambda t, y: -y, torch.ones(1), t, method="dopri5")[-1]
+        ...     torchdiffeq.odeint(lambda t, y: -y, torch.ones(1), t, method="dopri5")[-1]
         tensor([0.3685])
     """
     if method not in SOLVERS:

@@ -45,10 +45,9 @@ def record(*, stiffness: bool = False, seed: int | None = None) -> Iterator[reco
         MaxStepsError: at one that runs out of ``max_num_steps``; holds what there is.
 
     Example:
-        >>> import torch, torchdiffeq_hyper as tdh
-        >>> from torchdiffeq import odeint
+        >>> import torch, torchdiffeq, torchdiffeq_hyper as tdh
         >>> with tdh.record() as rec:
-        ...     y = odeint(lambda t, y: -y, torch.ones(3, 2), torch.tensor([0.0, 1.0]))
+        ...     y = torchdiffeq.odeint(lambda t, y: -y, torch.ones(3, 2), torch.tensor([0.0, 1.0]))
         >>> rec.solves[-1].steps.error.shape == (len(rec.solves[-1].steps.dt), 3)
         True
     """

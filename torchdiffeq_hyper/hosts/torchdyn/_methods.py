@@ -83,7 +83,6 @@ class Torchdyn(Host):
     """torchdyn's dict `SOLVER_DICT`."""
 
     name = "torchdyn"
-    noun = "solver"
 
     def entries(self) -> Any:
         found = imported("torchdyn.numerics.solvers.ode", "SOLVER_DICT")

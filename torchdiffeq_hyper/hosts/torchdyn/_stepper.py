@@ -58,8 +58,7 @@ class Stepper:
         method = _registry.method_for(part)
         if method is None:
             raise OptionError(
-                problem=f"the solver is a {type(part).__name__}, which serves no registered "
-                "method.",
+                problem=f"solver is a {type(part).__name__}, which serves no registered method.",
                 expected="a HyperSolver, or a part of a registered method.",
                 fix="tdh.register_plugin(...) again",
             )
@@ -206,9 +205,8 @@ def checked_function(function: Any, part: Any) -> Any:
         save_at, args = (*rest, (), ())[:2]
         if args is not None and len(args):
             raise OptionError(
-                problem=f"args is {args!r}: torchdyn cannot hand it to the vector field under an "
-                "adjoint sensitivity.",
-                expected="no args, for any solver.",
+                problem=f"args is {args!r}: torchdyn cannot hand it to the vector field here.",
+                expected="no args under an adjoint sensitivity, for any solver.",
                 fix='sensitivity="autograd"   # or let the vector field hold them itself',
             )
         if save_at is not None and len(save_at):
@@ -243,9 +241,8 @@ def _saved_points(save_at: Any, t: Tensor) -> tuple[Tensor, Tensor]:
 _TEXTS = {
     "t_eval": "torchdyn returns the times of a reverse-time solve negated, for every solver. The "
     "solution is right, and belongs to t_span as you gave it: use that in place of t_eval.",
-    "reverse adjoint": "torchdyn's adjoint gradients of a reverse-time solve have the wrong value "
-    "and sign, for every solver. The solution is right. For gradients use "
-    'sensitivity="autograd", or torchdiffeq\'s odeint_adjoint.',
+    "reverse adjoint": "torchdyn's adjoint gradients of a reverse-time solve are wrong, for every "
+    'solver; the solution is right. Use sensitivity="autograd", or torchdiffeq\'s odeint_adjoint.',
     "save_at": "torchdyn ignores save_at under adjoint sensitivities, for every solver, and "
     'returns all of t_span. Use sensitivity="autograd", or pick points out of the solution.',
     "args": "torchdyn keeps args from the vector field where order > 1 or an integral loss is "

@@ -5,14 +5,11 @@ from __future__ import annotations
 import importlib
 
 from torchdiffeq_hyper.errors import MissingExtraError, OptionError
-from torchdiffeq_hyper.hosts._host import Host
 from torchdiffeq_hyper.hosts.torchdiffeq._methods import host as torchdiffeq
 from torchdiffeq_hyper.hosts.torchdyn._methods import host as torchdyn
 from torchdiffeq_hyper.methods import _registry
 
 __all__ = ["install", "uninstall"]
-
-_HOSTS: tuple[Host, ...] = (torchdiffeq, torchdyn)
 
 
 def install(host: str | None = None) -> None:
@@ -64,6 +61,6 @@ def uninstall() -> None:
 
 def _set_installed(*, is_installed: bool) -> None:
     with _registry.lock:
-        for host in _HOSTS:
+        for host in (torchdiffeq, torchdyn):
             host.is_installed = is_installed
             host.follow()

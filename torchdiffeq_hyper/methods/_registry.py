@@ -89,10 +89,7 @@ def methods() -> Mapping[str, Method]:
 
 def method_for(part: object) -> Method | None:
     """Return the method that a fitted part serves; None for other objects."""
-    for method in _methods.values():
-        if method.fitted is None and method.serves(part):
-            return method
-    return None
+    return next((m for m in _methods.values() if m.fitted is None and m.serves(part)), None)
 
 
 def bases() -> Mapping[str, Method]:
@@ -205,12 +202,10 @@ _manager.add_hookspecs(sys.modules[__name__])
 
 
 def register_plugin(plugin: object, name: str | None = None) -> None:
-    """Add the methods of a plugin: any object with a `register_solvers` hook.
-
-    All its methods are added, or, on any error, none.
+    """Add the methods of a plugin, any object with a `register_solvers` hook; on errors, none.
 
     Args:
-        plugin: a module or object that implements the hook with ``tdh.hookimpl``.
+        plugin: a module or object whose hook is marked by ``tdh.hookimpl``.
         name: how messages call it; default its ``__name__``.
 
     Raises:

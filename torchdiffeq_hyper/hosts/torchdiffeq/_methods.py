@@ -69,7 +69,8 @@ class WholeProblemSolver:
         if call.is_adjoint_forward and base_of(part) is not None:
             warn_if_untrained(part, "solver", "odeint_adjoint", "odeint")
         # A part may call the very method that it stands in for.
-        with _patches.no_overrides(), recording.handed_over(part) as draft:
+        without_overrides = recording.assigned(_patches.overrides, _patches.NONE)
+        with without_overrides, recording.handed_over(part) as draft:
             if draft is not None and base_of(part) is not None:
                 func = _Counted(func, draft)  # other parts tell the record themselves
             y0, times = call.layout.split(self._y0), -t if call.negated else t

@@ -154,12 +154,10 @@ class _WatchedFunc(PerturbFunc):  # type: ignore[misc]
 class _RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
     """What is put before an adaptive solver of the host to keep its steps."""
 
-    def __init__(
-        self, call: HostCall, draft: recording.Draft, func: _WatchedFunc, y0: Tensor, **options: Any
-    ) -> None:
-        super().__init__(func=func, y0=y0, **options)
+    def __init__(self, call: HostCall, draft: recording.Draft, func: Any, **given: Any) -> None:
+        super().__init__(func=func, **given)
         self.call, self.draft = call, draft
-        self.keeps_outputs = "max_num_steps" in options
+        self.keeps_outputs = "max_num_steps" in given
         self.outputs: list[tuple[Tensor, Tensor]] = []
         # Times as the host has them, then norms, (batch,), for each part of the state.
         self.attempts: list[tuple[Any, ...]] = []
@@ -204,9 +202,7 @@ class _RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
             self._sample(t0, dt, rk_state.y1)
         return after
 
-    def _norms(
-        self, dt: Tensor, f0: Tensor, stages: list[tuple[Tensor, Tensor]]
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def _norms(self, dt: Tensor, f0: Tensor, stages: Any) -> tuple[tuple[Tensor, ...], ...]:
         """Return the norms of the embedded error, and of the last stages' differences."""
         y0, layout = self.y0, self.call.layout
         # The host's own operations in its own order, so that the error is its own bitwise.
@@ -256,18 +252,18 @@ class _RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
                 self._note_output(self.rk_state.t1, self.rk_state.y1)
             times, states = zip(*self.outputs, strict=True)
             self.conclude()
-            partial = recording.Partial(
+            reached = recording.Partial(
                 t=torch.stack([t.to(times[-1].dtype) for t in times]) * self.call.sign,
                 y=self.call.layout.split(torch.stack(states)),
                 solve=self.draft.finish(),
             )
             raise recording.MaxStepsError(
                 explain(
-                    f"{error} after t = {partial.t[-1].item():.6g}.",
+                    f"{error} after t = {reached.t[-1].item():.6g}.",
                     "a solve within its steps; what there is, is in the error's partial.",
                     'options={"max_num_steps": ...}   # or larger rtol and atol',
                 ),
-                partial,
+                reached,
             ) from error
 
     def conclude(self) -> None:

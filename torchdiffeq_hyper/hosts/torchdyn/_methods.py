@@ -5,12 +5,12 @@ Whichever package is imported first; nothing here imports torchdyn.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial, wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -35,9 +35,6 @@ from torchdiffeq_hyper.methods._method import Method
 _ENTRANCES = (ODEINT, SENSITIVITY, PROBLEMS)
 """The modules that whoever uses torchdyn's numerics, adjoints or models imports first."""
 
-_ADAPTIVE_LOOP = "_adaptive_odeint"
-_INTERPOLATED_ADJOINT = "_gather_odefunc_interp_adjoint"
-
 _HOSTS_OWN = "_torchdiffeq_hyper_hosts_own"
 _added: list[tuple[type[Any], str]] = []  # attributes given to classes
 
@@ -49,20 +46,16 @@ class ImportHook(MetaPathFinder):
         """Return what the other finders find; its loader has `host` follow, once."""
         if fullname not in _ENTRANCES:
             return None
-        for finder in sys.meta_path:
-            find = None if finder is self else getattr(finder, "find_spec", None)
-            spec: ModuleSpec | None = None if find is None else find(fullname, path, target)
-            if spec is not None:
-                _watch(spec)
-                return spec
-        return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        finds = [finder.find_spec for finder in others if hasattr(finder, "find_spec")]
+        spec = next(filter(None, (find(fullname, path, target) for find in finds)), None)
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            _watch(spec.loader)
+        return spec
 
 
-def _watch(spec: ModuleSpec) -> None:
-    loader = spec.loader
-    run = getattr(loader, "exec_module", None)
-    if loader is None or run is None:
-        return
+def _watch(loader: Any) -> None:
+    run = loader.exec_module
 
     def run_then_follow(module: ModuleType) -> None:
         # The loader is the file's own again before its code can look at it.
@@ -73,7 +66,7 @@ def _watch(spec: ModuleSpec) -> None:
         except DuplicateMethodError as error:  # no name of ours may break an import
             warnings.warn(f"{error}", PluginWarning, stacklevel=2)
 
-    loader.exec_module = run_then_follow  # type: ignore[method-assign]
+    loader.exec_module = run_then_follow
 
 
 _hook = ImportHook()
@@ -117,7 +110,7 @@ def _patch() -> None:
     for module, name, wrap in _wrapped():
         own = getattr(module, name)
         if not hasattr(own, _HOSTS_OWN):
-            wrapper = functools.wraps(own)(wrap(own))
+            wrapper = wraps(own)(wrap(own))
             setattr(wrapper, _HOSTS_OWN, own)
             setattr(module, name, wrapper)
     model = imported(PROBLEMS, "ODEProblem")
@@ -149,10 +142,9 @@ def _wrapped() -> Iterator[tuple[ModuleType, str, Callable[..., Any]]]:
             yield sys.modules[module_name], name, wrap
 
 
-def _loop(own: Callable[..., Any]) -> Callable[..., Any]:
+def _loop(own: Callable[..., Any], *, is_adaptive: bool) -> Callable[..., Any]:
     """Return a loop over fixed or adaptive steps that gives our solvers the whole problem."""
     signature = inspect.signature(own)
-    is_adaptive = own.__name__ == _ADAPTIVE_LOOP
 
     def loop(*positional: Any, **named: Any) -> Any:
         call = signature.bind(*positional, **named)
@@ -170,10 +162,9 @@ def _loop(own: Callable[..., Any]) -> Callable[..., Any]:
     return loop
 
 
-def _adjoint(own: Callable[..., Any]) -> Callable[..., Any]:
+def _adjoint(own: Callable[..., Any], *, is_interpolated: bool) -> Callable[..., Any]:
     """Return what gives each call under an adjoint solver objects of its own, if ours."""
     signature = inspect.signature(own)
-    is_interpolated = own.__name__ == _INTERPOLATED_ADJOINT
 
     def gather(*positional: Any, **named: Any) -> Any:
         call = signature.bind(*positional, **named)
@@ -228,10 +219,10 @@ def _without_solvers(kind: type[Any]) -> dict[str, Any]:
 
 
 _WRAPPERS = {
-    "_fixed_odeint": _loop,
-    _ADAPTIVE_LOOP: _loop,
-    "_gather_odefunc_adjoint": _adjoint,
-    _INTERPOLATED_ADJOINT: _adjoint,
+    "_fixed_odeint": partial(_loop, is_adaptive=False),
+    "_adaptive_odeint": partial(_loop, is_adaptive=True),
+    "_gather_odefunc_adjoint": partial(_adjoint, is_interpolated=False),
+    "_gather_odefunc_interp_adjoint": partial(_adjoint, is_interpolated=True),
 }
 
 

@@ -171,20 +171,17 @@ def _adjoint(own: Callable[..., Any], *, is_interpolated: bool) -> Callable[...,
         given = call.arguments
         solver, solver_adjoint = given["solver"], given["solver_adjoint"]
         forward, backward = Stepper.of(solver), Stepper.of(solver_adjoint)
-        ours = forward or backward
-        if ours is None:
-            return own(*positional, **named)
         tolerances = given["rtol_adjoint"], given["atol_adjoint"]
-        for_call = AdjointStepper(ours, tolerances, is_interpolated=is_interpolated)
+        for_call = partial(AdjointStepper, tolerances, is_interpolated=is_interpolated)
         if forward is not None:
-            given["solver"] = for_call
+            given["solver"] = for_call(forward)
         if backward is not None and backward.is_whole and not is_interpolated:
             # Nothing of ours is left to do there, and the host's loop knows of seminorms.
             given["solver_adjoint"] = "dopri5"
+        elif backward is not None and solver_adjoint is solver:
+            given["solver_adjoint"] = given["solver"]
         elif backward is not None:
-            shares = forward is None or solver_adjoint is solver
-            own_call = AdjointStepper(backward, tolerances, is_interpolated=is_interpolated)
-            given["solver_adjoint"] = for_call if shares else own_call
+            given["solver_adjoint"] = for_call(backward)
         function = own(*call.args, **call.kwargs)
         if forward is None:
             return function

@@ -128,7 +128,7 @@ class AdjointStepper(Stepper):
     that it needs no scope, no global and no particular thread.
     """
 
-    def __init__(self, stepper: Stepper, tolerances: Any, *, is_interpolated: bool) -> None:
+    def __init__(self, tolerances: Any, stepper: Stepper, *, is_interpolated: bool) -> None:
         super().__init__(stepper.method, stepper.part)
         self._rtol, self._atol = tolerances  # of the adjoint
         self._is_trained = torch.is_grad_enabled()  # the host's Function switches gradients off

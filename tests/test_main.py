@@ -57,10 +57,10 @@ def test_every_registered_method_is_listed_with_what_it_declares(
     assert head.split()[-4:] == ["follows", "grid", "learned", "owner"]
     assert [line.split()[0] for line in lines] == list(methods)
     for line, method in zip(lines, methods.values(), strict=True):
-        grid, learned = ("yes" if v else "no" for v in (method.follows_grid, method.is_learned))
+        grid, learned = ("yes" if v else "no" for v in (method.follows_grid, method.option))
         declared = [str(method.order), str(method.calls_per_step), grid, learned, method.owner]
         assert line.split()[1:] == declared
-    learned = {name for name, method in methods.items() if method.is_learned}
+    learned = {name for name, method in methods.items() if method.option}
     assert {"hypereuler", "bns", "dise", "decay-fast"} <= learned
     assert "dopri5_per_sample" not in learned
 

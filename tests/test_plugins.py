@@ -167,7 +167,7 @@ def _plugin_with(**functions: Any) -> object:
         (object(), "implements no hook"),
         (_plugin_with(register_solver=_misspelt_hook), "register_solver"),
         (_plugin_with(register_solvers=_misspelt_argument), "add"),
-        (Plugin("plain", order=1), "does not declare its order and calls per step"),
+        (Plugin("plain", order=1), "declares order=1, calls_per_step=None"),
         (Plugin("plain", order=0, calls_per_step=1), "order=0"),
         (Plugin(""), "name is ''"),
     ],
@@ -216,7 +216,7 @@ def test_entry_point_that_breaks_is_skipped_with_one_warning(
     installed = [_EntryPoint("bad", plugin), _EntryPoint("good", Plugin("good-euler"))]
     monkeypatch.setattr(metadata, "entry_points", lambda group: installed)
     with pytest.warns(errors.PluginWarning, match=r"'bad' .*skipped") as caught:
-        _registry.load_entry_points()
+        _registry.load_plugins()
     try:
         assert len(caught) == 1
         assert reason in str(caught[0].message)

@@ -15,7 +15,7 @@ import torchdiffeq_hyper as tdh
 from stubs import Counted, MLPField, coupled, coupled_start, spiral
 from torchdiffeq_hyper import regularizers
 from torchdiffeq_hyper.errors import OptionError, StateShapeError
-from torchdiffeq_hyper.hosts.torchdiffeq import odeint_with_errors, record
+from torchdiffeq_hyper.hosts.torchdiffeq._recording import odeint_with_errors, record
 from torchdiffeq_hyper.recording import AdjointGradientError, FreedGraphError, NothingRecordedError
 from torchdiffeq_hyper.regularizers import EnergyField
 

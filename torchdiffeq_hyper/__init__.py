@@ -21,20 +21,15 @@ from torchdiffeq_hyper.errors import HyperError, HyperWarning, MissingHypernetEr
 from torchdiffeq_hyper.evaluation import evaluate
 from torchdiffeq_hyper.fitting import FitConfig, fit
 from torchdiffeq_hyper.hosts import install, uninstall
-from torchdiffeq_hyper.hosts.torchdiffeq import (
-    odeint_with_errors,
+from torchdiffeq_hyper.hosts.torchdiffeq._methods import (
     override,
-    record,
     register_method,
     unregister_method,
 )
+from torchdiffeq_hyper.hosts.torchdiffeq._recording import odeint_with_errors, record
 from torchdiffeq_hyper.hypernets import ConcatHypernet
 from torchdiffeq_hyper.methods import Register, WholeSolve, hookimpl
-from torchdiffeq_hyper.methods._registry import (
-    load_entry_points,
-    register_plugin,
-    unregister_plugin,
-)
+from torchdiffeq_hyper.methods._registry import load_plugins, register_plugin, unregister_plugin
 from torchdiffeq_hyper.solvers._binding import attach, detach, using
 from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers._fit_report import FitReport
@@ -108,4 +103,4 @@ def register_solvers(register: Register) -> None:
 
 register_plugin(sys.modules[__name__], "torchdiffeq_hyper")
 install()
-load_entry_points()
+load_plugins()

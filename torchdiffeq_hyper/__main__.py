@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _methods() -> str:
     head = ("method", "order", "calls per step", "follows grid", "learned", "owner")
     rows = [
-        (m.name, m.order, m.calls_per_step, m.follows_grid, m.is_learned, m.owner)
+        (m.name, m.order, m.calls_per_step, m.follows_grid, m.option is not None, m.owner)
         for m in _registry.methods().values()
     ]
     shown = {True: "yes", False: "no"}

@@ -11,7 +11,7 @@ import torchdiffeq_hyper as tdh
 from stubs import MLPField, spiral
 from torchdiffeq_hyper._fields._independence import is_probing
 from torchdiffeq_hyper.dise import Candidate, Dise
-from torchdiffeq_hyper.hosts.torchdiffeq import record
+from torchdiffeq_hyper.hosts.torchdiffeq._recording import record
 from torchdiffeq_hyper.recording import AdjointGradientError
 from torchdiffeq_hyper.solvers._per_sample import PerSampleDopri5
 

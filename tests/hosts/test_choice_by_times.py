@@ -300,7 +300,7 @@ def test_foreign_parts_with_a_domain_are_refused_as_any_other_part() -> None:
 
     for span in ((0.0, 1.0), (1.0, 2.0)):
         tdh.attach(func, _Foreign(span))
-    with pytest.raises(StateTypeError, match="solver for 'hypereuler' is a _Foreign"):
+    with pytest.raises(StateTypeError, match='part for method "hypereuler" is a _Foreign'):
         odeint(func, torch.ones(2), torch.tensor([0.0, 1.0]), method="hypereuler")
 
 

@@ -20,7 +20,7 @@ import torchdiffeq_hyper as tdh
 from stubs import Counted, MLPField, coupled, coupled_start, damped_wave, spiral
 from torchdiffeq_hyper import recording
 from torchdiffeq_hyper.errors import HyperError, StateTypeError
-from torchdiffeq_hyper.hosts.torchdiffeq import odeint_with_errors, record
+from torchdiffeq_hyper.hosts.torchdiffeq._recording import odeint_with_errors, record
 
 ADAPTIVE = [
     name

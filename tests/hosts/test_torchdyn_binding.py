@@ -212,7 +212,7 @@ def test_models_made_before_an_uninstall_still_solve(y0: Tensor) -> None:
 
 def test_names_of_torchdyn_are_not_taken() -> None:
     own = SOLVER_DICT["alf"]
-    with pytest.raises(DuplicateMethodError, match="already a solver of torchdyn"):
+    with pytest.raises(DuplicateMethodError, match="already a method of torchdyn"):
         tdh.register_method("alf", _solver(2))
     assert SOLVER_DICT["alf"] is own
     assert "alf" not in _registry.methods()

@@ -54,7 +54,7 @@ with warnings.catch_warnings(record=True) as caught:
 assert not {name for name in sys.modules if "lightning" in name}
 # A name of torchdyn's is left alone, and said so once.
 text, = {str(w.message) for w in caught if w.category is tdh.errors.PluginWarning}
-assert "already a solver of torchdyn" in text, text
+assert "already a method of torchdyn" in text, text
 assert SOLVER_DICT["alf"] is AsynchronousLeapfrog
 tdh.register_method("other", solver)
 assert "other" in SOLVER_DICT
@@ -80,7 +80,7 @@ assert not hasattr(sys.modules["torchdyn.numerics.odeint"]._fixed_odeint, "__wra
 try:
     tdh.install()
 except tdh.errors.DuplicateMethodError as error:
-    assert "already a solver of torchdyn" in str(error)
+    assert "already a method of torchdyn" in str(error)
 else:
     raise AssertionError
 tdh.install()

@@ -5,13 +5,11 @@ from __future__ import annotations
 import importlib
 
 from torchdiffeq_hyper.errors import MissingExtraError, OptionError
-from torchdiffeq_hyper.hosts import torchdiffeq, torchdyn
-from torchdiffeq_hyper.hosts._host import Host
+from torchdiffeq_hyper.hosts.torchdiffeq._methods import host as torchdiffeq
+from torchdiffeq_hyper.hosts.torchdyn._methods import host as torchdyn
 from torchdiffeq_hyper.methods import _registry
 
 __all__ = ["install", "uninstall"]
-
-_HOSTS: tuple[Host, ...] = (torchdiffeq.host, torchdyn.host)
 
 
 def install(host: str | None = None) -> None:
@@ -21,8 +19,7 @@ def install(host: str | None = None) -> None:
     imports it, before or after this package.
 
     Args:
-        host: "torchdyn" also imports torchdyn now, which takes seconds, so that a missing
-            one is reported here.
+        host: "torchdyn" imports torchdyn now (it takes seconds), and reports a missing one.
 
     Raises:
         DuplicateMethodError: a host has got a method of the same name meanwhile.
@@ -33,15 +30,14 @@ def install(host: str | None = None) -> None:
         >>> import torchdiffeq_hyper as tdh
         >>> tdh.install()
     """
-    names = [known.name for known in _HOSTS]
-    if host not in (None, *names):
+    if host not in (None, torchdiffeq.name, torchdyn.name):
         raise OptionError(
             problem=f"host is {host!r}.",
-            expected=", ".join(f'"{name}"' for name in names) + " or None.",
+            expected='"torchdiffeq", "torchdyn" or None.',
             fix='tdh.install("torchdyn")',
         )
     _set_installed(is_installed=True)
-    if host == torchdyn.host.name:
+    if host == torchdyn.name:
         try:
             importlib.import_module("torchdyn.numerics")
         except ImportError as error:
@@ -65,6 +61,6 @@ def uninstall() -> None:
 
 def _set_installed(*, is_installed: bool) -> None:
     with _registry.lock:
-        for host in _HOSTS:
+        for host in (torchdiffeq, torchdyn):
             host.is_installed = is_installed
             host.follow()

@@ -22,13 +22,12 @@ class Host(ABC):
     """
 
     name: ClassVar[str]
-    noun: ClassVar[str]  # what the library calls a method
 
     def __init__(self) -> None:
         self.added: dict[str, Any] = {}  # what of ours its dict holds now
         self.is_installed = False
         self._clashing: set[str] = set()
-        _registry.on_change(self.follow)
+        _registry.listeners.append(self.follow)
 
     @abstractmethod
     def entries(self) -> dict[str, Any] | None:
@@ -51,7 +50,7 @@ class Host(ABC):
             elif built is not None:
                 entries[name] = self.added[name] = built
         for name in sorted(self._clashing - known):
-            raise _registry.name_taken(wanted[name], f"{self.noun} of {self.name}")
+            raise _registry.name_taken(wanted[name], self.name)
 
 
 _warned: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()

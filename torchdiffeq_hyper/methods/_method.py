@@ -22,11 +22,10 @@ class WholeSolve:
     """A method whose part solves the whole problem at once.
 
     Attributes:
-        kind: the part's class; its objects have
-            ``solve(func, y0, t, *, rtol, atol) -> solution`` and, where they are fitted,
-            the attribute ``method``.
-        option: the option that holds the fitted part. None for methods with nothing
-            fitted: the part is then built from the call's options, ``kind(**options)``.
+        kind: the part's class, with ``solve(func, y0, t, *, rtol, atol) -> solution`` and,
+            where parts are fitted, the attribute ``method``.
+        option: the option that holds the fitted part; None: nothing is fitted, each call's
+            part is ``kind(**options)``.
         example: code that makes a part, for messages.
     """
 
@@ -46,13 +45,8 @@ class Method(ABC):
     owner: str  # who registered it, for messages
     fitted: Any = None  # the solver behind a published name
     tableau: Tableau | None = None  # the base that a learned method corrects
-    option: str | None = None  # of a call, that holds a fitted part
+    option: str | None = None  # of a call, that holds a fitted part; None: nothing is fitted
     kind: type[Any] | None = None  # of the parts, where it was registered with one
-
-    @property
-    def is_learned(self) -> bool:
-        """Whether the method solves with a fitted part."""
-        return self.option is not None
 
     @property
     def corrects_base(self) -> bool:
@@ -79,12 +73,18 @@ class Method(ABC):
         """Return the method called ``name`` whose fitted part is ``part``."""
         return replace(self, name=name, fitted=part, owner=owner)
 
-    def _refuse_none(self, what: str, example: str) -> NoReturn:
+    def _refuse(self, part: Any, kind: str, example: str) -> NoReturn:
+        """Refuse a part that is of another kind, or not there."""
         name, option = self.name, self.option
+        if part is not None:
+            fix = f'options={{"{option}": {example}}}'
+            if base_of(part) is not None:
+                fix = f'odeint(..., method="{part.method}")   # the method of this solver'
+            problem = f'the part for method "{name}" is a {type(part).__name__}.'
+            raise StateTypeError(problem=problem, expected=f"a {kind}.", fix=fix)
         raise MissingHypernetError(
-            problem=f'method "{name}" found no {what} for this func.',
-            expected="a fitted part as an option, attached to func, in scope, or under a published "
-            "name.",
+            problem=f'method "{name}" found no {kind} for this func.',
+            expected="a fitted part: an option, attached to func, in scope, or published.",
             fix=f"{option} = {example}\n"
             f'odeint(func, y0, t, method="{name}", options={{"{option}": {option}}})\n'
             f"NeuralODE(vf, solver={option})            # torchdyn\n"
@@ -110,20 +110,13 @@ class SteppingMethod(Method):
 
     def checked(self, part: Any) -> Any:
         base = self.tableau.name
-        if part is None:
-            example = f'tdh.fit(func, y0, (0.0, 1.0), base="{base}", steps=10)'
-            self._refuse_none("fitted hypernet", example)
         if base_of(part) is None:
-            raise StateTypeError(
-                problem=f"the solver for {self.name!r} is a {type(part).__name__}.",
-                expected="a HyperSolver.",
-                fix='options={"solver": tdh.HyperSolver(base, hypernet, steps)}',
-            )
+            example = f'tdh.fit(func, y0, (0.0, 1.0), base="{base}", steps=10)'
+            self._refuse(part, "HyperSolver", example)
         if part.base != base:
             raise BaseMismatchError(
-                problem=f'the solver was fitted for base "{part.base}", method "{self.name}" '
-                f'corrects base "{base}".',
-                expected="a correction fitted for the base it is used on.",
+                problem=f'the solver for "{self.name}" was fitted for base "{part.base}".',
+                expected=f'a correction fitted for base "{base}".',
                 fix=f'odeint(..., method="{part.method}")',
             )
         return part
@@ -156,18 +149,8 @@ class WholeMethod(Method):
         return self.kind(**options) if self.option is None else options.get(self.option)
 
     def checked(self, part: Any) -> Any:
-        kind, option = self.kind.__name__, self.option
-        if part is None:
-            self._refuse_none(kind, self.example)
         if not isinstance(part, self.kind):
-            fix = f'options={{"{option}": {self.example}}}'
-            if base_of(part) is not None:
-                fix = f'odeint(..., method="{part.method}")   # the method of this solver'
-            raise StateTypeError(
-                problem=f'the part for method "{self.name}" is a {type(part).__name__}.',
-                expected=f"a {kind}.",
-                fix=fix,
-            )
+            self._refuse(part, self.kind.__name__, self.example)
         return part
 
 
@@ -200,12 +183,10 @@ def make_method(
     if isinstance(solver, Tableau):
         order, calls_per_step = solver.order, solver.calls
     declared: dict[str, Any] = {"order": order, "calls_per_step": calls_per_step}
-    problem, expected = "", "an int of at least 1."
-    if None in declared.values():
-        problem = f'method "{name}" of {owner} does not declare its order and calls per step.'
-        expected = "both, for all but a Tableau."
-    elif not all(isinstance(count, int) and count >= 1 for count in declared.values()):
-        problem = f'method "{name}" declares {order=!r}, {calls_per_step=!r}.'
+    problem = ""
+    if not all(isinstance(count, int) and count >= 1 for count in declared.values()):
+        problem = f'method "{name}" of {owner} declares {order=!r}, {calls_per_step=!r}.'
+        expected = "both, for all but a Tableau, ints of at least 1."
     elif not isinstance(solver, Tableau | WholeSolve) and not callable(solver):
         problem = f'method "{name}" has solver={solver!r}.'
         expected = "a Tableau, a WholeSolve or a torchdiffeq solver class."

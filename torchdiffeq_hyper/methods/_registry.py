@@ -51,14 +51,14 @@ def add(method: Method) -> None:
     owners = {name: host for host, names in _hosts.items() for name in names}
     owners |= {name: other.owner for name, other in _methods.items()}
     if method.name in owners:
-        raise name_taken(method, f"method of {owners[method.name]}")
+        raise name_taken(method, owners[method.name])
     _replace({**_methods, method.name: method})
 
 
 def name_taken(method: Method, by: str) -> DuplicateMethodError:
     """Return the error for a name that is already a method of somebody else."""
     return DuplicateMethodError(
-        problem=f'method "{method.name}" of {method.owner} is already a {by}.',
+        problem=f'method "{method.name}" of {method.owner} is already a method of {by}.',
         expected="a name that no host, plugin or published solver has.",
         fix=f'choose another name, e.g. "{method.name}-2"',
     )
@@ -89,10 +89,7 @@ def methods() -> Mapping[str, Method]:
 
 def method_for(part: object) -> Method | None:
     """Return the method that a fitted part serves; None for other objects."""
-    for method in _methods.values():
-        if method.fitted is None and method.serves(part):
-            return method
-    return None
+    return next((m for m in _methods.values() if m.fitted is None and m.serves(part)), None)
 
 
 def bases() -> Mapping[str, Method]:
@@ -137,16 +134,12 @@ def find_tableau(base: str, alpha: float | None = None) -> Tableau:
     return second_order(alpha)
 
 
-_listeners: list[Callable[[], None]] = []
-
-
-def on_change(listener: Callable[[], None]) -> None:
-    """Have ``listener`` called whenever methods come or go (hosts follow the registry)."""
-    _listeners.append(listener)
+listeners: list[Callable[[], None]] = []
+"""Called whenever methods come or go: hosts follow the registry."""
 
 
 def _notify() -> None:
-    for listener in _listeners:
+    for listener in listeners:
         listener()
 
 
@@ -184,20 +177,17 @@ class Register(Protocol):
         follows_grid: bool = True,
     ) -> None:
         """Add a method called ``name``."""
-        ...
 
 
 @hookspec
 def register_solvers(register: Register) -> None:
     """Add solver methods by calling ``register``, once a method.
 
-    ``solver`` is a `Tableau`, of which every host makes a learned method (order and
-    calls a step are the tableau's), a `WholeSolve`, whose part solves the whole problem,
-    or a solver class of torchdiffeq's kind: called as
-    ``solver(func=..., y0=..., rtol=..., atol=..., **options)``, with ``integrate(t)``,
-    usually a subclass of torchdiffeq's own. For the last two ``order`` and
-    ``calls_per_step`` must be declared; ``follows_grid`` says whether the method steps
-    along the points of ``t``.
+    ``solver`` is a `Tableau`, of which hosts make a learned method, a `WholeSolve`, or a
+    solver class of torchdiffeq's kind: called as
+    ``solver(func=..., y0=..., rtol=..., atol=..., **options)``, with ``integrate(t)``. The
+    last two must declare ``order`` and ``calls_per_step``; ``follows_grid`` says whether the
+    method steps along the points of ``t``.
 
     Example:
         >>> import torchdiffeq_hyper as tdh
@@ -212,31 +202,24 @@ _manager.add_hookspecs(sys.modules[__name__])
 
 
 def register_plugin(plugin: object, name: str | None = None) -> None:
-    """Add the methods of a plugin: any object with a `register_solvers` hook.
-
-    All its methods are added, or, on any error, none.
+    """Add the methods of a plugin, any object with a `register_solvers` hook; on errors, none.
 
     Args:
-        plugin: a module or object that implements the hook with ``tdh.hookimpl``.
-        name: its owner name in messages; default the plugin's ``__name__``.
+        plugin: a module or object whose hook is marked by ``tdh.hookimpl``.
+        name: how messages call it; default its ``__name__``.
 
     Raises:
         DuplicateMethodError: a method name is taken; names both owners.
         OptionError: the plugin implements no hook, or declares nonsense.
 
     Example:
-        >>> import dataclasses
-        >>> import torchdiffeq_hyper as tdh
-        >>> from torchdiffeq_hyper.tableaus import second_order
-        >>> class Ralston:
+        >>> import dataclasses, torchdiffeq_hyper as tdh
+        >>> ralston = dataclasses.replace(tdh.second_order(2 / 3), name="ralston", alpha=None)
+        >>> class Plugin:
         ...     @tdh.hookimpl
         ...     def register_solvers(self, register):
-        ...         ralston = second_order(2 / 3)
-        ...         ralston = dataclasses.replace(ralston, name="ralston", alpha=None)
         ...         register("hyperralston", ralston)
-        >>> tdh.register_plugin(Ralston(), name="my-plugin")
-        >>> tdh.HyperSolver("ralston", lambda step: step.y, steps=4).method
-        'hyperralston'
+        >>> tdh.register_plugin(Plugin(), name="my-plugin")
         >>> tdh.unregister_plugin("my-plugin")
     """
     owner = name or str(getattr(plugin, "__name__", type(plugin).__name__))
@@ -295,7 +278,7 @@ def _collect(plugin: object, owner: str) -> None:
     _manager.subset_hook_caller("register_solvers", others)(register=register)
 
 
-def load_entry_points() -> None:
+def load_plugins() -> None:
     """Register installed plugins; one that breaks or clashes is warned about and skipped."""
     for entry_point in metadata.entry_points(group=PROJECT):
         try:

@@ -12,12 +12,7 @@ from torch import Tensor
 from torchdiffeq_hyper import recording
 from torchdiffeq_hyper._fields._wrappers import look_through
 from torchdiffeq_hyper._state import State, VectorField
-from torchdiffeq_hyper.errors import (
-    OptionError,
-    StateTypeError,
-    UnknownMethodError,
-    unknown_method,
-)
+from torchdiffeq_hyper.errors import OptionError, StateTypeError, UnknownMethodError, unknown_method
 from torchdiffeq_hyper.hosts._host import Host, warn_if_untrained
 from torchdiffeq_hyper.hosts.torchdiffeq import _patches
 from torchdiffeq_hyper.hosts.torchdiffeq._solver import HyperGridSolver
@@ -45,12 +40,9 @@ _PUBLISHED = "register_method"
 
 
 class WholeProblemSolver:
-    """Gives the user's own problem (func, true time, parts of the state) to the method's part.
+    """Gives the user's own problem (func, true time, parts of the state) to the method's part."""
 
-    Subclasses, one a method, set ``entry``.
-    """
-
-    entry: ClassVar[WholeMethod]
+    entry: ClassVar[WholeMethod]  # of a subclass, one a method
     also_accepted: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, func: Any, y0: Tensor, rtol: Any, atol: Any, **options: Any) -> None:
@@ -67,8 +59,8 @@ class WholeProblemSolver:
         }
         if is_default_norm(options.get("norm")):
             options.pop("norm", None)
-        known = self.entry.options
-        self._options = known_options(options, known, self.entry.name, self.also_accepted)
+        entry = self.entry
+        self._options = known_options(options, entry.options, entry.name, self.also_accepted)
 
     def integrate(self, t: Tensor) -> Tensor:
         """Return the state at every point of ``t``, flat as the host wants it."""
@@ -77,7 +69,8 @@ class WholeProblemSolver:
         if call.is_adjoint_forward and base_of(part) is not None:
             warn_if_untrained(part, "solver", "odeint_adjoint", "odeint")
         # A part may call the very method that it stands in for.
-        with _patches.no_overrides(), recording.handed_over(part) as draft:
+        without_overrides = recording.assigned(_patches.overrides, _patches.NONE)
+        with without_overrides, recording.handed_over(part) as draft:
             if draft is not None and base_of(part) is not None:
                 func = _Counted(func, draft)  # other parts tell the record themselves
             y0, times = call.layout.split(self._y0), -t if call.negated else t
@@ -99,8 +92,7 @@ class WholeProblemSolver:
 
     @classmethod
     def valid_callbacks(cls) -> set[str]:
-        """Return no names: the samples do not step together."""
-        return set()
+        return set()  # the samples do not step together
 
 
 class _Counted:
@@ -122,23 +114,18 @@ class Torchdiffeq(Host):
     """torchdiffeq's dict `SOLVERS`."""
 
     name = "torchdiffeq"
-    noun = "method"
 
     def entries(self) -> Any:
-        """Return `SOLVERS`."""
         return SOLVERS
 
     def step_by_step(self, method: SteppingMethod) -> Any:
-        """Return the host's fixed-grid solver with a step of the method's."""
         name = f"Hyper{method.tableau.name.capitalize()}"
         return type(name, (HyperGridSolver,), {"entry": method, "order": method.order})
 
     def all_at_once(self, method: WholeMethod) -> Any:
-        """Return what hands the whole problem to the method's part."""
         return type(method.kind.__name__, (WholeProblemSolver,), {"entry": method})
 
     def ready_made(self, method: ReadyMethod) -> Any:
-        """Return the plugin's own class."""
         return method.solver
 
     def follow(self) -> None:
@@ -171,24 +158,17 @@ def _published(name: str, solver: Fitted, owner: str) -> Method:
 
 
 def register_method(name: str, solver: Fitted) -> None:
-    """Publish a fitted solver under a method name of its own.
-
-    For callers that let a user pass only ``method``.
-
-    Args:
-        name: the method string; must be new.
-        solver: the fitted solver behind it.
+    """Publish a fitted solver under a new method name, for callers that pass on no more.
 
     Raises:
         DuplicateMethodError: the name is taken; names both owners.
         StateTypeError: ``solver`` is not a fitted solver.
 
     Example:
-        >>> import torch, torchdiffeq_hyper as tdh
-        >>> from torchdiffeq import odeint
+        >>> import torch, torchdiffeq, torchdiffeq_hyper as tdh
         >>> tdh.register_method("decay-fast", tdh.HyperSolver("euler", lambda s: s.y / 2, steps=10))
         >>> t = torch.tensor([0.0, 1.0])
-        >>> odeint(lambda t, y: -y, torch.ones(1), t, method="decay-fast")[-1]
+        >>> torchdiffeq.odeint(lambda t, y: -y, torch.ones(1), t, method="decay-fast")[-1]
         tensor([0.3685])
         >>> tdh.unregister_method("decay-fast")
     """
@@ -211,28 +191,21 @@ def unregister_method(name: str) -> None:
 
 @contextmanager
 def override(method: str, solver: FittedT) -> Iterator[FittedT]:
-    """Let calls with ``method`` inside the block be served by ``solver``.
+    """Let torchdiffeq's calls with ``method`` inside the block be served by a fitted ``solver``.
 
-    For callers that hard-code an existing method such as "dopri5". Options valid for
-    that method are accepted; those without meaning on a time grid are ignored. Other
-    threads are not affected unless they copy the context. The backward solves of
-    `odeint_adjoint` run the host's own dopri5 at the adjoint tolerances. torchdyn, which
-    takes solver objects, is not affected.
-
-    Args:
-        method: an existing method name.
-        solver: the fitted solver to use instead.
+    For callers that hard-code a method such as "dopri5", whose options are accepted; those
+    without meaning on a time grid are ignored. Other threads are not affected unless they
+    copy the context. The backward solves of `odeint_adjoint` run the host's own dopri5.
 
     Raises:
         UnknownMethodError: torchdiffeq has no such method.
         StateTypeError: ``solver`` is not a fitted solver.
 
     Example:
-        >>> import torch, torchdiffeq_hyper as tdh
-        >>> from torchdiffeq import odeint
+        >>> import torch, torchdiffeq, torchdiffeq_hyper as tdh
         >>> t = torch.tensor([0.0, 1.0])
         >>> with tdh.override("dopri5", tdh.HyperSolver("euler", lambda s: s.y / 2, steps=10)):
-        ...     odeint(lambda t, y: -y, torch.ones(1), t, method="dopri5")[-1]
+        ...     torchdiffeq.odeint(lambda t, y: -y, torch.ones(1), t, method="dopri5")[-1]
         tensor([0.3685])
     """
     if method not in SOLVERS:

@@ -1,7 +1,4 @@
-"""Stands in for torchdiffeq's methods while a scope replaces one, or watches them all.
-
-Scopes nest in any order; what one replaced is watched like any other method.
-"""
+"""Stands in for torchdiffeq's methods while scopes, in any order, replace one or watch all."""
 
 from __future__ import annotations
 
@@ -17,9 +14,9 @@ from torchdiffeq_hyper.hosts.torchdiffeq._upstream import SOLVERS, HostCall, dop
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.recording import assigned
 
-_NONE: Mapping[str, Callable[..., Any]] = MappingProxyType({})
+NONE: Mapping[str, Callable[..., Any]] = MappingProxyType({})
 # What a method name stands for, called as ``build(func=, y0=, rtol=, atol=, **options)``.
-_overrides = ContextVar("overrides", default=_NONE)
+overrides = ContextVar("overrides", default=NONE)
 # Called as ``watch(method, build, func=, y0=, rtol=, atol=, **options) -> solver``.
 _watch: ContextVar[Callable[..., Any] | None] = ContextVar("watch", default=None)
 
@@ -38,7 +35,7 @@ class _Dispatcher:
         self.original = original
 
     def __call__(self, func: Any, **given: Any) -> Any:
-        build = _overrides.get().get(self.method, self.original)
+        build = overrides.get().get(self.method, self.original)
         call = HostCall.of(func)
         if call.is_adjoint_backward and self.method in vars(call.carrier).get(_SERVED, ()):
             build = dopri5_solver
@@ -48,18 +45,12 @@ class _Dispatcher:
         return watch(self.method, build, func=func, **given)
 
     def valid_callbacks(self) -> Any:
-        """Return the callbacks of the method itself."""
         return self.original.valid_callbacks()
-
-
-def no_overrides() -> AbstractContextManager[None]:
-    """Let the host's methods be its own inside the block."""
-    return assigned(_overrides, _NONE)
 
 
 def replaced(method: str, build: Callable[..., Any]) -> AbstractContextManager[None]:
     """Have ``method`` served by ``build`` in this context, inside the block."""
-    return _scope(method, _overrides, {**_overrides.get(), method: build})
+    return _scope(method, overrides, {**overrides.get(), method: build})
 
 
 def watched(watch: Callable[..., Any]) -> AbstractContextManager[None]:

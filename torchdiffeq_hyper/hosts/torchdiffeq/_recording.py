@@ -1,13 +1,10 @@
-"""Scopes in which torchdiffeq's solves are recorded, errors of their steps included.
-
-An adaptive solver is watched from outside, by its func, its callbacks and its norm.
-"""
+"""Scopes in which solves are recorded; adaptive ones by their func, callbacks and norm."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -30,39 +27,28 @@ from torchdiffeq_hyper.hosts.torchdiffeq._upstream import (
 def record(*, stiffness: bool = False, seed: int | None = None) -> Iterator[recording.Recorder]:
     """Record every solve inside the block: calls, time, and each step's own error estimate.
 
-    "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun" and whatever else the host
-    steps adaptively keep their steps; all other methods are counted and timed. Solutions
-    and numbers of calls are those outside of the scope, bitwise in float32 and float64.
-    Scopes nest (each sees what is inside it), do not leak into other threads, and reach
-    threads that copy the context. Backward solves are not recorded, nor is `odeint_dense`,
-    which names its solver itself.
+    Adaptive methods keep their steps, all others are counted and timed. Solutions and
+    numbers of calls are those outside of the scope, bitwise in float32 and float64. Scopes
+    nest, and reach the threads that copy the context alone. Backward solves are not
+    recorded, nor is `odeint_dense`, which names its solver itself.
 
     Where gradients are kept, a record holds on to the graph of its solves. In CUDA the
-    device is synchronised once before and once after each solve, so that ``wall_s`` is
-    the solve's own.
+    device is synchronised before and after each solve, for its ``wall_s``.
 
     Args:
         stiffness: also record what `regularizers.stiffness_penalty` needs; costs two
             more states a step.
         seed: makes the choice of ``sampled_step`` repeatable.
 
-    Yields:
-        A record with ``solves`` and ``error_penalty()``.
-
     Raises:
         StateTypeError: at an adaptive solve with a half-precision state.
-        MaxStepsError: at an adaptive solve that runs out of ``max_num_steps``; what it
-            had is in the error's ``partial``.
+        MaxStepsError: at one that runs out of ``max_num_steps``; holds what there is.
 
     Example:
-        >>> import torch, torchdiffeq_hyper as tdh
-        >>> from torchdiffeq import odeint
+        >>> import torch, torchdiffeq, torchdiffeq_hyper as tdh
         >>> with tdh.record() as rec:
-        ...     y = odeint(lambda t, y: -y, torch.ones(3, 2), torch.tensor([0.0, 1.0]))
-        >>> solve = rec.solves[-1]
-        >>> solve.method, solve.nfe == 2 + 6 * (solve.n_accepted + solve.n_rejected)
-        ('dopri5', True)
-        >>> solve.steps.error.shape == (len(solve.steps.dt), 3)
+        ...     y = torchdiffeq.odeint(lambda t, y: -y, torch.ones(3, 2), torch.tensor([0.0, 1.0]))
+        >>> rec.solves[-1].steps.error.shape == (len(rec.solves[-1].steps.dt), 3)
         True
     """
     recorder = recording.Recorder(stiffness=stiffness, seed=seed)
@@ -73,16 +59,12 @@ def record(*, stiffness: bool = False, seed: int | None = None) -> Iterator[reco
 def odeint_with_errors(
     func: VectorField, y0: State, t: Tensor, **call: Any
 ) -> tuple[Any, recording.Solve]:
-    """Call `torchdiffeq.odeint` and return the record of the solve beside its solution.
-
-    Arguments are those of `odeint`: rtol, atol, method (default "dopri5"), options, event_fn.
+    """Return what `torchdiffeq.odeint` returns for these arguments, and the solve's record.
 
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
-        >>> a = torch.tensor(-2.0, requires_grad=True)
-        >>> y, solve = tdh.odeint_with_errors(
-        ...     lambda t, y: a * y, torch.ones(1), torch.tensor([0.0, 1.0]), rtol=1e-3, atol=1e-3
-        ... )
+        >>> a, t = torch.tensor(-2.0, requires_grad=True), torch.tensor([0.0, 1.0])
+        >>> y, solve = tdh.odeint_with_errors(lambda t, y: a * y, torch.ones(1), t, rtol=1e-3)
         >>> solve.error_penalty().backward()
         >>> bool(a.grad < 0)
         True
@@ -101,15 +83,15 @@ def _watch(method: str, build: Callable[..., Any], func: Any, y0: Tensor, **opti
     recorders = recording.open_recorders() if torch._C._current_graph_task_id() == -1 else ()
     draft = recording.Draft(method, y0, call.layout, recorders, is_adjoint=call.is_adjoint_forward)
     watched = _WatchedFunc(func, draft)
-    if RKAdaptiveStepsizeODESolver not in getattr(build, "__mro__", ()):
-        return _WatchedSolver(build(func=watched, y0=y0, **options), draft)
-    if is_half(y0.dtype):
-        raise StateTypeError(
-            problem=f'y0 is {y0.dtype}: "{method}" would control its steps by rounding errors.',
-            expected="float32 or float64 where errors are recorded.",
-            fix="odeint(func, y0.float(), t, ...)   # of a tuple: part.float()",
-        )
-    return _WatchedSolver(_recording_class(build)(call, draft, watched, y0, **options), draft)
+    if RKAdaptiveStepsizeODESolver in getattr(build, "__mro__", ()):
+        if is_half(y0.dtype):
+            raise StateTypeError(
+                problem=f'y0 is {y0.dtype}: "{method}" would control its steps by rounding errors.',
+                expected="float32 or float64 where errors are recorded.",
+                fix="odeint(func, y0.float(), t, ...)   # of a tuple: part.float()",
+            )
+        build = partial(_recording_class(build), call, draft)
+    return _WatchedSolver(build(func=watched, y0=y0, **options), draft)
 
 
 class _WatchedSolver:
@@ -135,9 +117,9 @@ class _WatchedSolver:
 
 
 class _WatchedFunc(PerturbFunc):  # type: ignore[misc]
-    """The host's outermost wrapper, which counts and, during a step, keeps what it saw.
+    """Counts, and during a step keeps what it saw, in the place of the host's outermost wrapper.
 
-    It takes the wrapper's place: with two, the call would look like `odeint_adjoint`'s forward.
+    With two of those, the call would look like `odeint_adjoint`'s forward.
     """
 
     def __init__(self, func: PerturbFunc, draft: recording.Draft) -> None:
@@ -172,12 +154,10 @@ class _WatchedFunc(PerturbFunc):  # type: ignore[misc]
 class _RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
     """What is put before an adaptive solver of the host to keep its steps."""
 
-    def __init__(
-        self, call: HostCall, draft: recording.Draft, func: _WatchedFunc, y0: Tensor, **options: Any
-    ) -> None:
-        super().__init__(func=func, y0=y0, **options)
+    def __init__(self, call: HostCall, draft: recording.Draft, func: Any, **given: Any) -> None:
+        super().__init__(func=func, **given)
         self.call, self.draft = call, draft
-        self.keeps_outputs = "max_num_steps" in options
+        self.keeps_outputs = "max_num_steps" in given
         self.outputs: list[tuple[Tensor, Tensor]] = []
         # Times as the host has them, then norms, (batch,), for each part of the state.
         self.attempts: list[tuple[Any, ...]] = []
@@ -222,9 +202,7 @@ class _RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
             self._sample(t0, dt, rk_state.y1)
         return after
 
-    def _norms(
-        self, dt: Tensor, f0: Tensor, stages: list[tuple[Tensor, Tensor]]
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def _norms(self, dt: Tensor, f0: Tensor, stages: Any) -> tuple[tuple[Tensor, ...], ...]:
         """Return the norms of the embedded error, and of the last stages' differences."""
         y0, layout = self.y0, self.call.layout
         # The host's own operations in its own order, so that the error is its own bitwise.
@@ -274,18 +252,18 @@ class _RecordsSteps(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
                 self._note_output(self.rk_state.t1, self.rk_state.y1)
             times, states = zip(*self.outputs, strict=True)
             self.conclude()
-            partial = recording.Partial(
+            reached = recording.Partial(
                 t=torch.stack([t.to(times[-1].dtype) for t in times]) * self.call.sign,
                 y=self.call.layout.split(torch.stack(states)),
                 solve=self.draft.finish(),
             )
             raise recording.MaxStepsError(
                 explain(
-                    f"{error} after t = {partial.t[-1].item():.6g}.",
+                    f"{error} after t = {reached.t[-1].item():.6g}.",
                     "a solve within its steps; what there is, is in the error's partial.",
                     'options={"max_num_steps": ...}   # or larger rtol and atol',
                 ),
-                partial,
+                reached,
             ) from error
 
     def conclude(self) -> None:

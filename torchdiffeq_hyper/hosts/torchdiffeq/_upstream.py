@@ -23,21 +23,7 @@ from torchdiffeq_hyper.methods._method import Method
 from torchdiffeq_hyper.solvers._binding import Times, resolve
 from torchdiffeq_hyper.tableaus import Tableau
 
-__all__ = [
-    "SOLVERS",
-    "FixedGridODESolver",
-    "Perturb",
-    "PerturbFunc",
-    "RKAdaptiveStepsizeODESolver",
-]
-
-
-def _forward_func_of(func: Any) -> Any:
-    """Return the forward's func, where ``func`` is `odeint_adjoint`'s backward dynamics."""
-    names = (getattr(func, "__module__", None), getattr(func, "__name__", None))
-    if names != ("torchdiffeq._impl.adjoint", "augmented_dynamics"):
-        return None
-    return inspect.getclosurevars(func).nonlocals["func"]
+__all__ = ["SOLVERS", "FixedGridODESolver", "Perturb", "PerturbFunc", "RKAdaptiveStepsizeODESolver"]
 
 
 def is_default_norm(norm: Any) -> bool:
@@ -60,8 +46,8 @@ def options_of(solver: Any) -> frozenset[str]:
 def dopri5_solver(func: Any, y0: Any, rtol: Any, atol: Any, **options: Any) -> Any:
     """Return the host's own dopri5 for a solve, without options of other methods."""
     known = options_of(Dopri5Solver)
-    options = {name: value for name, value in options.items() if name in known}
-    return Dopri5Solver(func=func, y0=y0, rtol=rtol, atol=atol, **options)
+    own = {name: value for name, value in options.items() if name in known}
+    return Dopri5Solver(func=func, y0=y0, rtol=rtol, atol=atol, **own)
 
 
 Plan: TypeAlias = tuple[Tableau, Callable[[Tensor], Tensor]]
@@ -94,15 +80,18 @@ class HostCall:
             else:
                 shapes = tuple(map(tuple, func.shapes))
             func = func.base_func
-        forward = _forward_func_of(func)
+        names = (getattr(func, "__module__", None), getattr(func, "__name__", None))
+        is_backward = names == ("torchdiffeq._impl.adjoint", "augmented_dynamics")
+        if is_backward:  # its dynamics hold the forward's func
+            carrier = inspect.getclosurevars(func).nonlocals["func"]
         return cls(
             func=func,
             negated=negated,
             layout=StateLayout(shapes),
             # odeint_adjoint wraps once, and its forward odeint wraps again.
             is_adjoint_forward=perturbs > 1,
-            is_adjoint_backward=forward is not None,
-            carrier=carrier if forward is None else forward,
+            is_adjoint_backward=is_backward,
+            carrier=carrier,
         )
 
     @property

@@ -1,8 +1,1 @@
-"""The torchdyn host: solvers for `NeuralODE` and `torchdyn.numerics.odeint`.
-
-Imports nothing of torchdyn; it waits for the user's import.
-"""
-
-from torchdiffeq_hyper.hosts.torchdyn._methods import host
-
-__all__ = ["host"]
+"""The torchdyn host, which waits for the user's import of torchdyn."""

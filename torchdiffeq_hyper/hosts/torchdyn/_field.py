@@ -1,7 +1,4 @@
-"""The user's vector field inside calls and models of torchdyn (1.0.6), called as torchdyn does.
-
-Imports nothing of torchdyn: it looks at what the user has imported.
-"""
+"""The user's vector field inside calls and models of torchdyn (1.0.6), called as torchdyn does."""
 
 from __future__ import annotations
 
@@ -141,16 +138,13 @@ class NeuralODEField(ModelField):
 
     @property
     def field(self) -> VectorField:
-        """Torchdyn's wrapper of the user's field."""
         return cast("VectorField", self.model.vf)
 
     def check_shareable(self, n_processes: int) -> None:
-        """Refuse to share noise, which trace estimators draw, among processes."""
         noise = [getattr(part, "noise_dist", None) for part in self.model.modules()]
         if n_processes > 1 and any(dist is not None for dist in noise):
             raise OptionError(
-                problem=f"func estimates a trace from noise, and {n_processes} processes fit "
-                "together.",
+                problem=f"func estimates a trace from noise, and {n_processes} processes fit.",
                 expected="an exact trace, or a fit in one process.",
                 fix="CNF(net, trace_estimator=autograd_trace)",
             )
@@ -184,7 +178,6 @@ class NeuralODEField(ModelField):
         return NeuralODEField(model, held)
 
     def as_found(self) -> AbstractContextManager[None]:
-        """Give the modules back what solves inside the block set on them."""
         return attributes_as_found(self.model)
 
 

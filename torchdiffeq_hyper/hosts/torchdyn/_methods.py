@@ -1,17 +1,16 @@
 """Puts the registry's methods among torchdyn's (1.0.6), and takes the calls of our solvers.
 
-Four functions of torchdyn are wrapped, its models hold our solvers, and our solvers answer
-what torchdyn asks of one; whichever package is imported first.
+Whichever package is imported first; nothing here imports torchdyn.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial, wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -36,9 +35,6 @@ from torchdiffeq_hyper.methods._method import Method
 _ENTRANCES = (ODEINT, SENSITIVITY, PROBLEMS)
 """The modules that whoever uses torchdyn's numerics, adjoints or models imports first."""
 
-_ADAPTIVE_LOOP = "_adaptive_odeint"
-_INTERPOLATED_ADJOINT = "_gather_odefunc_interp_adjoint"
-
 _HOSTS_OWN = "_torchdiffeq_hyper_hosts_own"
 _added: list[tuple[type[Any], str]] = []  # attributes given to classes
 
@@ -50,20 +46,16 @@ class ImportHook(MetaPathFinder):
         """Return what the other finders find; its loader has `host` follow, once."""
         if fullname not in _ENTRANCES:
             return None
-        for finder in sys.meta_path:
-            find = None if finder is self else getattr(finder, "find_spec", None)
-            spec: ModuleSpec | None = None if find is None else find(fullname, path, target)
-            if spec is not None:
-                _watch(spec)
-                return spec
-        return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        finds = [finder.find_spec for finder in others if hasattr(finder, "find_spec")]
+        spec = next(filter(None, (find(fullname, path, target) for find in finds)), None)
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            _watch(spec.loader)
+        return spec
 
 
-def _watch(spec: ModuleSpec) -> None:
-    loader = spec.loader
-    run = getattr(loader, "exec_module", None)
-    if loader is None or run is None:
-        return
+def _watch(loader: Any) -> None:
+    run = loader.exec_module
 
     def run_then_follow(module: ModuleType) -> None:
         # The loader is the file's own again before its code can look at it.
@@ -74,7 +66,7 @@ def _watch(spec: ModuleSpec) -> None:
         except DuplicateMethodError as error:  # no name of ours may break an import
             warnings.warn(f"{error}", PluginWarning, stacklevel=2)
 
-    loader.exec_module = run_then_follow  # type: ignore[method-assign]
+    loader.exec_module = run_then_follow
 
 
 _hook = ImportHook()
@@ -84,10 +76,8 @@ class Torchdyn(Host):
     """torchdyn's dict `SOLVER_DICT`."""
 
     name = "torchdyn"
-    noun = "solver"
 
     def entries(self) -> Any:
-        """Return `SOLVER_DICT`; None while torchdyn is not imported."""
         found = imported("torchdyn.numerics.solvers.ode", "SOLVER_DICT")
         return found if ODEINT in sys.modules else None
 
@@ -120,7 +110,7 @@ def _patch() -> None:
     for module, name, wrap in _wrapped():
         own = getattr(module, name)
         if not hasattr(own, _HOSTS_OWN):
-            wrapper = functools.wraps(own)(wrap(own))
+            wrapper = wraps(own)(wrap(own))
             setattr(wrapper, _HOSTS_OWN, own)
             setattr(module, name, wrapper)
     model = imported(PROBLEMS, "ODEProblem")
@@ -152,10 +142,9 @@ def _wrapped() -> Iterator[tuple[ModuleType, str, Callable[..., Any]]]:
             yield sys.modules[module_name], name, wrap
 
 
-def _loop(own: Callable[..., Any]) -> Callable[..., Any]:
+def _loop(own: Callable[..., Any], *, is_adaptive: bool) -> Callable[..., Any]:
     """Return a loop over fixed or adaptive steps that gives our solvers the whole problem."""
     signature = inspect.signature(own)
-    is_adaptive = own.__name__ == _ADAPTIVE_LOOP
 
     def loop(*positional: Any, **named: Any) -> Any:
         call = signature.bind(*positional, **named)
@@ -166,47 +155,33 @@ def _loop(own: Callable[..., Any]) -> Callable[..., Any]:
         given = call.arguments
         # odeint_symplectic has no args, and gives the adaptive loop something else in their place.
         has_args = not is_adaptive or isinstance(given["args"], dict)
-        return stepper.run(
-            given["f"],
-            given["x"],
-            given["t_span"],
-            save_at=given.get("save_at", ()),
-            args=given["args"] if has_args else None,
-            tolerances=(given["rtol"], given["atol"]) if is_adaptive else None,
-        )
+        save_at, args = given.get("save_at", ()), given["args"] if has_args else None
+        tolerances = (given["rtol"], given["atol"]) if is_adaptive else None
+        return stepper.run(given["f"], given["x"], given["t_span"], save_at, args, tolerances)
 
     return loop
 
 
-def _adjoint(own: Callable[..., Any]) -> Callable[..., Any]:
+def _adjoint(own: Callable[..., Any], *, is_interpolated: bool) -> Callable[..., Any]:
     """Return what gives each call under an adjoint solver objects of its own, if ours."""
     signature = inspect.signature(own)
-    is_interpolated = own.__name__ == _INTERPOLATED_ADJOINT
 
     def gather(*positional: Any, **named: Any) -> Any:
         call = signature.bind(*positional, **named)
         given = call.arguments
         solver, solver_adjoint = given["solver"], given["solver_adjoint"]
         forward, backward = Stepper.of(solver), Stepper.of(solver_adjoint)
-        ours = forward or backward
-        if ours is None:
-            return own(*positional, **named)
         tolerances = given["rtol_adjoint"], given["atol_adjoint"]
-        for_call = AdjointStepper(
-            ours,
-            tolerances,
-            # The host's Function switches gradients off.
-            is_trained=forward is not None and torch.is_grad_enabled(),
-            is_interpolated=is_interpolated,
-        )
+        for_call = partial(AdjointStepper, tolerances, is_interpolated=is_interpolated)
         if forward is not None:
-            given["solver"] = for_call
+            given["solver"] = for_call(forward)
         if backward is not None and backward.is_whole and not is_interpolated:
             # Nothing of ours is left to do there, and the host's loop knows of seminorms.
             given["solver_adjoint"] = "dopri5"
+        elif backward is not None and solver_adjoint is solver:
+            given["solver_adjoint"] = given["solver"]
         elif backward is not None:
-            shares = forward is None or solver_adjoint is solver
-            given["solver_adjoint"] = for_call if shares else AdjointStepper(backward, tolerances)
+            given["solver_adjoint"] = for_call(backward)
         function = own(*call.args, **call.kwargs)
         if forward is None:
             return function
@@ -241,10 +216,10 @@ def _without_solvers(kind: type[Any]) -> dict[str, Any]:
 
 
 _WRAPPERS = {
-    "_fixed_odeint": _loop,
-    _ADAPTIVE_LOOP: _loop,
-    "_gather_odefunc_adjoint": _adjoint,
-    _INTERPOLATED_ADJOINT: _adjoint,
+    "_fixed_odeint": partial(_loop, is_adaptive=False),
+    "_adaptive_odeint": partial(_loop, is_adaptive=True),
+    "_gather_odefunc_adjoint": partial(_adjoint, is_interpolated=False),
+    "_gather_odefunc_interp_adjoint": partial(_adjoint, is_interpolated=True),
 }
 
 

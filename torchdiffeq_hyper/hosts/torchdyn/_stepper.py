@@ -13,12 +13,7 @@ from torch import Tensor
 from torchdiffeq_hyper._state import is_half
 from torchdiffeq_hyper.errors import HostWarning, OptionError, StateTypeError
 from torchdiffeq_hyper.hosts._host import warn_if_untrained, warn_once
-from torchdiffeq_hyper.hosts.torchdyn._field import (
-    ODEINT,
-    HostCall,
-    as_called,
-    drops_args,
-)
+from torchdiffeq_hyper.hosts.torchdyn._field import ODEINT, HostCall, as_called, drops_args
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.methods._method import Method, base_of
 from torchdiffeq_hyper.solvers._binding import Times, resolve
@@ -39,8 +34,7 @@ def part_classes() -> tuple[type[Any], ...]:
 class Stepper:
     """What torchdyn makes of ``solver="hypereuler"``, and what stands for a solver object.
 
-    torchdyn's loops hand it the whole problem; without them `step` solves one interval. Without a
-    ``part``, one is found for each call.
+    Without a ``part``, one is found for each call.
     """
 
     def __init__(self, method: Method, part: Any = None) -> None:
@@ -64,8 +58,7 @@ class Stepper:
         method = _registry.method_for(part)
         if method is None:
             raise OptionError(
-                problem=f"the solver is a {type(part).__name__}, which serves no registered "
-                "method.",
+                problem=f"solver is a {type(part).__name__}, which serves no registered method.",
                 expected="a HyperSolver, or a part of a registered method.",
                 fix="tdh.register_plugin(...) again",
             )
@@ -93,20 +86,10 @@ class Stepper:
         call = HostCall.of(f, torch.stack([t, t + dt]).reshape(2))
         return None, self._solve(call, self._part_for(call), x, args, None)[-1], None
 
-    def run(
-        self,
-        f: Any,
-        x: Tensor,
-        t_span: Tensor,
-        *,
-        save_at: Any = (),
-        args: Any = None,
-        tolerances: tuple[float, float] | None = None,
+    def run(  # noqa: PLR0917 - torchdyn's order
+        self, f: Any, x: Tensor, t_span: Tensor, save_at: Any, args: Any, tolerances: Any
     ) -> tuple[Tensor, Tensor]:
-        """Solve the whole problem, as torchdyn's loops do: field, state, times as they have them.
-
-        Returns ``t_span``, or the true times ``save_at`` of it, and the states there.
-        """
+        """Return ``t_span``, or the true times ``save_at`` of it, and the states there."""
         call = HostCall.of(f, t_span)
         part = self._part_for(call)
         saved = _saved_points(save_at, call.t) if len(save_at) else None
@@ -143,22 +126,13 @@ class AdjointStepper(Stepper):
 
     torchdyn keeps a solver object for both: what backward needs of forward is kept here, so
     that it needs no scope, no global and no particular thread.
-
-    ``is_trained`` says whether gradients are wanted, ``is_interpolated`` whether backward reads
-    the states off a spline through the forward's; ``tolerances`` are (rtol, atol) of the adjoint.
     """
 
-    def __init__(
-        self,
-        stepper: Stepper,
-        tolerances: tuple[float, float],
-        *,
-        is_trained: bool = False,
-        is_interpolated: bool = False,
-    ) -> None:
+    def __init__(self, tolerances: Any, stepper: Stepper, *, is_interpolated: bool) -> None:
         super().__init__(stepper.method, stepper.part)
-        self._rtol, self._atol = tolerances
-        self._is_trained = is_trained
+        self._rtol, self._atol = tolerances  # of the adjoint
+        self._is_trained = torch.is_grad_enabled()  # the host's Function switches gradients off
+        # Whether backward reads the states off a spline through the forward's.
         self._is_interpolated = is_interpolated
         # The base that backward solves run, uncorrected; None for torchdyn's dopri5.
         self._tableau = self.method.tableau
@@ -166,13 +140,13 @@ class AdjointStepper(Stepper):
         self._states: Tensor | None = None  # there, where the spline needs more than the solution
         self._whole: tuple[HostCall, Tensor] | None = None  # a solve without a grid, and its start
 
-    def run(self, f: Any, x: Tensor, t_span: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+    def run(self, f: Any, x: Tensor, t_span: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
         """Solve the problem, or the adjoint's."""
         call = HostCall.of(f, t_span)
         names = (getattr(call.func, name, None) for name in ("__module__", "__name__"))
         if tuple(names) == (SENSITIVITY, "adjoint_dynamics"):
             return t_span, self._solve_backward(call, x)
-        return super().run(f, x, t_span, **given)
+        return super().run(f, x, t_span, *given)
 
     def _solve(self, call: HostCall, part: Any, x: Tensor, args: Any, tolerances: Any) -> Any:
         """Solve; keep the states between two points, through which a spline would be a line."""
@@ -231,9 +205,8 @@ def checked_function(function: Any, part: Any) -> Any:
         save_at, args = (*rest, (), ())[:2]
         if args is not None and len(args):
             raise OptionError(
-                problem=f"args is {args!r}: torchdyn cannot hand it to the vector field under an "
-                "adjoint sensitivity.",
-                expected="no args, for any solver.",
+                problem=f"args is {args!r}: torchdyn cannot hand it to the vector field here.",
+                expected="no args under an adjoint sensitivity, for any solver.",
                 fix='sensitivity="autograd"   # or let the vector field hold them itself',
             )
         if save_at is not None and len(save_at):
@@ -268,9 +241,8 @@ def _saved_points(save_at: Any, t: Tensor) -> tuple[Tensor, Tensor]:
 _TEXTS = {
     "t_eval": "torchdyn returns the times of a reverse-time solve negated, for every solver. The "
     "solution is right, and belongs to t_span as you gave it: use that in place of t_eval.",
-    "reverse adjoint": "torchdyn's adjoint gradients of a reverse-time solve have the wrong value "
-    "and sign, for every solver. The solution is right. For gradients use "
-    'sensitivity="autograd", or torchdiffeq\'s odeint_adjoint.',
+    "reverse adjoint": "torchdyn's adjoint gradients of a reverse-time solve are wrong, for every "
+    'solver; the solution is right. Use sensitivity="autograd", or torchdiffeq\'s odeint_adjoint.',
     "save_at": "torchdyn ignores save_at under adjoint sensitivities, for every solver, and "
     'returns all of t_span. Use sensitivity="autograd", or pick points out of the solution.',
     "args": "torchdyn keeps args from the vector field where order > 1 or an integral loss is "

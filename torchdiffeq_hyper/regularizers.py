@@ -244,8 +244,8 @@ def add_penalties(
             penalty = _OF_FUNC[name](func)
         elif name in known:
             argument = "record=rec" if name in _OF_RECORD else "func=func"
-            problem, fix = f"there is no {argument}.", f"add_penalties(loss, weights, {argument})"
-            raise OptionError(problem, f'what the penalty "{name}" is made of.', fix)
+            problem, expected = f'"{name}" has nothing to work on.', f"the argument {argument}."
+            raise OptionError(problem, expected, f"add_penalties(loss, weights, {argument})")
         else:
             raise OptionError(
                 problem=f"no penalty is called {name!r}.",

@@ -27,10 +27,8 @@ __all__ = [
     "stiffness_penalty",
 ]
 
-Record = Recorder | Solve
-"""A scope's record, or one solve of it."""
-Weights = nn.Module | Iterable[Tensor]
-"""A module, or its parameters."""
+Record = Recorder | Solve  # a scope's record, or one solve of it
+Weights = nn.Module | Iterable[Tensor]  # a module, or its parameters
 
 
 def error_penalty(record: Record, part: int | None = None) -> Tensor:
@@ -114,9 +112,7 @@ def local_error_penalty(record: Record, part: int | None = None) -> Tensor:
     2023 (arXiv 2303.02262), with the error as in `Steps.error_of`, not scaled.
 
     Arguments are those of `error_penalty`; ``tdh.record(seed=...)`` makes the draw repeatable.
-
-    Raises:
-        NothingRecordedError: no solve was recorded whose method keeps a step, or it took none.
+    `NothingRecordedError` where no solve was recorded whose method keeps a step.
 
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
@@ -223,9 +219,7 @@ def add_penalties(
     ``weights`` go by the penalty's name: "error", "error_dt", "stiffness" and "local" of
     ``record`` (and its ``part``, see `error_penalty`), "l1" and "l2" of ``func``'s parameters.
 
-    Raises:
-        OptionError: a name is unknown, or what it needs is not given.
-        NothingRecordedError: the record holds nothing to make a penalty of.
+    `OptionError` for an unknown name, or one whose record or func is not given.
 
     Example:
         >>> import torch, torchdiffeq_hyper as tdh

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,12 +48,9 @@ class EnergyField(nn.Module):
 
     Args:
         func: ``func(t, y)``.
-        kinetic, jacobian: whether to carry K, and J.
+        kinetic, jacobian: whether to carry K, and J; `OptionError` for neither.
         part: the part of a tuple state that counts; None for all that have dimensions,
             which then share their leading one, the batch.
-
-    Raises:
-        OptionError: neither integral is asked for.
 
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
@@ -92,12 +88,8 @@ class EnergyField(nn.Module):
         """Return the state to solve from: the parts of ``y0``, then zeros for the integrals.
 
         The ``noise`` e is like the part(s) that count; by default drawn with ``generator``.
-
-        Raises:
-            OptionError: there is no such part.
-            StateShapeError: the parts that count have no common batch, or the noise
-                has another shape.
-            StateTypeError: not floating-point tensors.
+        `OptionError` if there is no such part, `StateTypeError` for integers, `StateShapeError`
+        if the parts that count have no common batch, or the noise has another shape.
         """
         StateLayout.of(y0)
         self._is_tuple, parts = isinstance(y0, tuple), parts_of(y0)
@@ -154,11 +146,10 @@ class EnergyField(nn.Module):
         n_parts = len(solution) - self.kinetic - self.jacobian
         # In reverse time dt is negative, and what was integrated is not.
         integrals = [integral.abs() for integral in solution[n_parts:]]
-        energies = Energies(
-            kinetic=integrals[0] if self.kinetic else None,
-            jacobian=integrals[-1] if self.jacobian else None,
-        )
-        return (solution[:n_parts] if self._is_tuple else solution[0]), energies
+        kinetic = integrals[0] if self.kinetic else None
+        jacobian = integrals[-1] if self.jacobian else None
+        y = solution[:n_parts] if self._is_tuple else solution[0]
+        return y, Energies(kinetic, jacobian)
 
     def restrict(self, index: Tensor) -> EnergyField:
         """Return the field of the samples at ``index``, with their noise."""
@@ -188,7 +179,7 @@ class EnergyField(nn.Module):
 look_through(EnergyField, "base_func")
 
 
-def _parts(k: Tensor | Sequence[Tensor]) -> Parts:
+def _parts(k: State | list[Tensor]) -> Parts:
     return (k,) if isinstance(k, Tensor) else tuple(k)
 
 

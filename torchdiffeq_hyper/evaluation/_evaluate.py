@@ -18,15 +18,8 @@ from torchdiffeq_hyper._fields._restore import as_found
 from torchdiffeq_hyper._rules import Real, Whole, checked_arguments
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import OptionError, OutsideFitWarning, StateTypeError, unknown_method
-from torchdiffeq_hyper.evaluation._measure import (
-    FAILED,
-    Counted,
-    Problem,
-    count_macs,
-    describe_machine,
-    errors,
-    unless_broken,
-)
+from torchdiffeq_hyper.evaluation import _measure
+from torchdiffeq_hyper.evaluation._measure import Problem, describe_machine, unless_broken
 from torchdiffeq_hyper.evaluation._table import EvaluationRow, EvaluationTable, distinct
 from torchdiffeq_hyper.fitting._batches import bound
 from torchdiffeq_hyper.methods import _registry
@@ -84,8 +77,7 @@ def evaluate(
     Raises:
         OptionError: an argument is impossible, or a grid method has no ``steps``.
         UnknownMethodError: no method has that name.
-        StateTypeError: ``y0``, a method or func's answer is of a wrong type.
-        StateShapeError: the batch is empty, or parts or func's answer have another shape.
+        StateTypeError, StateShapeError: ``y0``, a method or func's answer has wrong type or shape.
         NoisyFieldError: func answers differently twice at one point.
         NonFiniteError: the reference solution is not finite, or dopri5 cannot reach it.
         MissingHypernetError: a learned method was given by name and nothing is bound.
@@ -188,8 +180,8 @@ def _trials(
     limits = [tolerances] if isinstance(tolerances, int | float) else list(tolerances)
     numbers: list[Any] = [float(limit) for limit in limits]
     for number in numbers or [limits]:
-        fix = "tolerances=[1e-2, 1e-3]"
-        checked_arguments({"tolerances": Real(above=0.0)}, {"tolerances": number}, fix=fix)
+        given, fix = {"tolerances": number}, "tolerances=[1e-2, 1e-3]"
+        checked_arguments({"tolerances": Real(above=0.0)}, given, fix)
     trials: list[Trial] = []
     for method in methods:
         first = _first_trial(method)
@@ -246,12 +238,12 @@ def _row(
 ) -> EvaluationRow:
     """Return a trial's row, its time still open."""
     bar.set_description(trial.label)
-    counted = Counted(problem.func)
+    counted = _measure.Counted(problem.func)
     end = unless_broken(lambda: trial.solve(replace(problem, func=counted)))
-    off, along, macs, value = FAILED, math.inf, (math.nan, math.nan), None
+    off, along, macs, value = _measure.FAILED, math.inf, (math.nan, math.nan), None
     if end is not None:
-        off = errors(end[0], reference[1.0])
-        macs = count_macs(trial.solve, problem, has_hypernet=trial.is_learned)
+        off = _measure.errors(end[0], reference[1.0])
+        macs = _measure.count_macs(trial.solve, problem, has_hypernet=trial.is_learned)
         along = math.nan if trial.steps_between_points else _along(trial, problem, reference)
         if metric is not None and math.isfinite(off.worst_relative_l2):
             value = _number(metric(end[0]))
@@ -278,8 +270,8 @@ def _along(trial: Trial, problem: Problem, reference: dict[float, State]) -> flo
     states = unless_broken(lambda: trial.solve(problem, shares))
     if states is None:
         return math.inf
-    pairs = zip(states, shares, strict=True)
-    return sum(errors(y, reference[share]).relative_l2 for y, share in pairs) / len(shares)
+    pairs = zip(states, [reference[share] for share in shares], strict=True)
+    return sum(_measure.errors(*pair).relative_l2 for pair in pairs) / len(shares)
 
 
 def _timed(

@@ -25,12 +25,10 @@ class EvaluationRow:
 
     Attributes:
         method: the method's label.
-        steps: number of equal steps, None for methods that choose their own.
-        tolerance: rtol = atol of such a method, else None.
+        steps, tolerance: number of equal steps, or rtol = atol; the other is None.
         nfe: calls of func in one solve of the whole batch, all included.
-        macs_func: multiply-accumulates per sample of one solve, inside func: those of products
-            of matrices, convolutions and attention.
-        macs_g: the same inside the hypernet; 0 for methods that have none.
+        macs_func, macs_g: multiply-accumulates per sample of one solve, inside func and inside
+            the hypernet: those of products of matrices, convolutions and attention.
         ms: median wall time of one solve of the whole batch, in ms.
         mape: mean absolute percentage error of the final state, in percent.
         relative_l2: mean over samples of |y - y_ref| / |y_ref|, the norms over all parts
@@ -115,12 +113,8 @@ class EvaluationTable:
 
         One line a method, through its settings; learned methods in colour, the others in
         grey. All axes are logarithmic, so points with an error of 0, inf or nan are left out.
-        The suffix of ``path`` chooses the format (png, pdf, svg).
-
-        Raises:
-            MissingExtraError: matplotlib is not installed.
-            OptionError: the suffix names no format.
-            FileWriteError: the file cannot be written.
+        The suffix of ``path`` chooses the format (png, pdf, svg). `MissingExtraError` without
+        matplotlib, `OptionError` for another suffix, `FileWriteError` as in `to_csv`.
         """
         if Path(path).suffix.lower() not in _FORMATS:
             raise OptionError(

@@ -15,13 +15,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._state import StateLayout, batch_size, part_norms
-from torchdiffeq_hyper.recording._solve import (
-    GraphCheck,
-    SampledStep,
-    Solve,
-    Steps,
-    adaptive_among,
-)
+from torchdiffeq_hyper.recording._solve import GraphCheck, SampledStep, Solve, Steps, adaptive_among
 
 
 class Recorder:

@@ -74,10 +74,9 @@ def mark(x: Tensor) -> tuple[Tensor, Any]:
 
 def _is_alive(node: Any) -> bool:
     try:
-        _ = node.saved_tensors
+        return node.saved_tensors is not None
     except RuntimeError:
         return False
-    return True
 
 
 class _Mark(torch.autograd.Function):
@@ -106,7 +105,6 @@ class Steps:
         is_accepted: (n_steps,) bool.
         part_errors: for each part of the state that ``layout`` has, see `error_of`.
         part_slopes: for each part, numerators and denominators of `stiffness_of`.
-        graph_check: raises where the numbers cannot be differentiated.
     """
 
     t0: Tensor
@@ -134,10 +132,7 @@ class Steps:
             part: one part of a tuple state (a 0-d part counts as a batch of 1). None takes
                 all parts together, which must share their leading dimension; 0-d parts
                 belong to no sample and are left out (unless all are 0-d: one sample).
-
-        Raises:
-            OptionError: there is no such part.
-            StateShapeError: all parts are asked for and their batches differ.
+                `OptionError` for no part, `StateShapeError` for batches that differ.
         """
         return self.graph_check.protect(select(self.part_errors, self.layout, part))
 
@@ -145,10 +140,8 @@ class Steps:
         """Return (n_steps, batch) estimates of how much func stretches, in 1/time.
 
         |k_s - k_{s-1}| / |g_s - g_{s-1}| of the last two stages, which lie at the same
-        time: k their derivatives, g their states (0 where the states coincide).
-
-        Raises:
-            OptionError: it was not recorded, or the method has no such stages.
+        time: k their derivatives, g their states (0 where the states coincide). `OptionError`
+        where it was not recorded or the method has no such stages.
         """
         if self.part_slopes is None:
             raise OptionError(
@@ -166,8 +159,7 @@ class SampledStep(NamedTuple):
     """One accepted step, drawn at random, with what it takes to redo it.
 
     Attributes:
-        t0, dt: 0-d tensors, the true time at its start and its signed size.
-        y: the state at its start, detached.
+        t0, dt, y: its start, its signed size (0-d tensors) and the state there, detached.
         nodes: positions of the stages after the first within the step, (s - 1,).
         weights: how the derivatives so far make each of these stages' states.
         error_weights: how the derivatives make the embedded error, (s,).
@@ -184,10 +176,9 @@ class SampledStep(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Solve:
-    """One recorded solve.
+    """One recorded solve, by the string ``method``.
 
     Attributes:
-        method: the method string it was called with.
         nfe: calls of func.
         sample_nfe: (batch,) int64: how many of them each sample took part in.
         selection: (batch,) int64: the candidate that solved each sample; None but for dise.
@@ -232,12 +223,9 @@ class Solve:
 
 
 class Partial(NamedTuple):
-    """How far a solve came.
+    """How far a solve came: its record, and states (n, *shape) at the times (n,) reached.
 
-    Attributes:
-        t: (n,) the times reached: those asked for, then the end of the last accepted step.
-        y: the state at each of them, (n, *shape), or a tuple of such.
-        solve: the record up to there.
+    The last of these is the end of the last accepted step.
     """
 
     t: Tensor

@@ -48,7 +48,7 @@ class GraphCheck:
         """Raise if there never was a graph, or a backward pass has freed it."""
         if self.is_adjoint:
             raise AdjointGradientError(
-                problem="odeint_adjoint keeps no graph of its steps and their errors.",
+                problem="odeint_adjoint keeps no graph, so its steps' errors have no gradient.",
                 expected="a solve by odeint, or a regulariser that is differentiated on its own.",
                 fix="odeint(func, y0, t, ...)   # instead of odeint_adjoint\n"
                 "tdh.regularizers.local_error_penalty(rec)   # one random step, any adjoint\n"

@@ -42,22 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _methods() -> str:
-    head = ("method", "order", "calls per step", "follows grid", "learned", "owner")
-    rows = [
-        (m.name, m.order, m.calls_per_step, m.follows_grid, m.option is not None, m.owner)
-        for m in _registry.methods().values()
-    ]
-    shown = {True: "yes", False: "no"}
-    lines = [head, *(tuple(shown[c] if isinstance(c, bool) else str(c) for c in r) for r in rows)]
+    lines = [("method", "order", "calls per step", "follows grid", "learned", "owner")]
+    for m in _registry.methods().values():
+        flags = m.follows_grid, m.option is not None
+        follows, learned = ("yes" if flag else "no" for flag in flags)
+        lines.append((m.name, str(m.order), str(m.calls_per_step), follows, learned, m.owner))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def _describe(path: str) -> str:
-    """Return what a saved solver's file says, one fact a line; needs no net's class.
-
-    It goes through the checks of `HyperSolver.load`.
-    """
+    """Return what a saved solver's file says, one fact a line, after the checks of `load`."""
     owner, tensors, metadata = Solver.read(path)
     solver, _ = owner.rebuild(metadata, tensors, UNSEEN, path)
     facts = _facts(tensors, metadata, solver)

@@ -70,17 +70,15 @@ class _FieldAsFound(Callback):
     """Keeps func as a fit needs it, and gives it back: a module has no hook for exceptions."""
 
     def __init__(self, func: VectorField) -> None:
-        self._func = func
-        self._stack = ExitStack()
+        self._func, self._stack = func, ExitStack()
 
     def on_fit_start(self, *_: Any) -> None:
         self._stack.enter_context(left_as_found(self._func))
 
-    def on_fit_end(self, *_: Any) -> None:
+    def on_fit_end(self, *_: Any, **__: Any) -> None:
         self._stack.close()
 
-    def on_exception(self, *_: Any) -> None:
-        self._stack.close()
+    on_exception = on_fit_end
 
 
 @dataclass
@@ -96,50 +94,42 @@ class _History:
     seconds: float = 0.0
 
 
+# What the module adds to a checkpoint; earlier versions did not tell fields apart.
 _CHECKPOINT = Record(
     {"torchdiffeq_hyper": record_of(_History)},
     optional={"torchdiffeq_hyper_field": Maybe(Table(ANYTHING))},
 )
-"""What the module adds to a checkpoint; earlier versions did not tell fields apart."""
 
 
 class HyperSolverModule(LightningModule):
-    r"""`torchdiffeq_hyper.fit` as a LightningModule, trained on batches of starts.
+    r"""`torchdiffeq_hyper.fit` as a LightningModule, trained on batches; raises what `fit` does.
 
     A training step minimises what `fit` does, on the batch's own reference solution, with
     AdamW and half a cosine of annealing over the Trainer's steps (one for each phase). It
-    logs ``train_loss``, relative to the base's on ``y0`` (so 1 is no correction), and
-    ``validation`` and ``validation_base``: the held-out error as in
-    `FitReport.validation`, with and without the correction. All else is the Trainer's business.
+    logs ``train_loss``, relative to the base's on ``y0`` (so 1 is no correction), and the
+    `FitReport`'s ``validation`` and, without the correction, ``validation_base``.
 
     A batch whose reference is known costs an iteration of `fit`; a new one an adaptive
-    solve first. References are kept, up to 1 GiB, for batches that come again unchanged:
-    pass a `DataLoader` that does not shuffle.
+    solve first. References are kept, up to 1 GiB, for batches that come again: do not shuffle.
 
     func is no submodule: it is neither trained nor saved, moves with the module to other
     devices, and comes back from training as it was. A checkpoint holds the hypernet and the
-    history; to read it, pass the arguments again:
+    history; to read it, pass the arguments again (`OptionError` for another field):
     ``load_from_checkpoint(path, func=func, y0=y0, t_span=..., base=..., steps=...)``.
 
     Args:
         func, t_span, steps, alpha, objective, direction: as in `fit`.
-        y0: a batch of starts that the net is made for, and its scales and the noise floor are
-            measured on, here. Not trained on.
+        y0: a batch of starts to make the net for and measure scales and noise on; not trained on.
         base, hypernet: as in `fit`, but for "bns"; the net is trained in place.
         context: "batch" where a batch, ``y0`` too, is (state, *context), as in `fit`.
         config: ``lr``, ``weight_decay``, ``rtol``, ``atol``, ``method`` and ``seed`` (of a
             ready net) count; the Trainer decides the rest.
 
-    Raises:
-        HyperError: as in `fit`; and for the checkpoint of another field with the same ``y0``.
-
     Example:
         >>> import torch
         >>> from torchdiffeq_hyper.lightning import HyperSolverModule
-        >>> y0 = torch.linspace(-1, 1, 8).unsqueeze(1)
-        >>> func = lambda t, y: torch.sin(t) - y
-        >>> module = HyperSolverModule(func, y0, (0.0, 1.0), base="euler", steps=4)
-        >>> module.solver.method
+        >>> func, y0 = lambda t, y: torch.sin(t) - y, torch.linspace(-1, 1, 8).unsqueeze(1)
+        >>> HyperSolverModule(func, y0, (0.0, 1.0), base="euler", steps=4).solver.method
         'hypereuler'
     """
 
@@ -184,19 +174,17 @@ class HyperSolverModule(LightningModule):
     def _prepare(self, net: nn.Module | None) -> None:
         """Check the field, measure the noise floor, and make and calibrate the net."""
         problem, starts = self._problem, self._starts
-        references, self._signs = problem.check_field(starts, _batches.n_samples(starts))
+        self._references, self._signs = problem.check_field(starts, _batches.n_samples(starts))
+        references = replace(self._references)  # whose solves are not counted as a Trainer's
         probes = _batches.head(starts, PROBES)
         field = Field(problem.func, probes, ENDLESS, references.units)
         tableau = problem.tableau
         self._noise = measure_noise(field, probes.y0, tableau, problem.plan, references.tolerances)
-        batch = replace(references).solve(starts, ENDLESS)  # not counted as one of a Trainer's
-        self._references = references
-        if net is None:
-            net = ready(starts.y0, tableau, time_unit=problem.width)
-        with _objectives.measuring_time_in(net, problem.width, tableau.order):
-            _objectives.calibrate(net, batch)
-        self.hypernet = net
-        solver = problem.solver(net)
+        batch = references.solve(starts, ENDLESS)
+        self.hypernet = ready(starts.y0, tableau, time_unit=problem.width) if net is None else net
+        with _objectives.measuring_time_in(self.hypernet, problem.width, tableau.order):
+            _objectives.calibrate(self.hypernet, batch)
+        solver = problem.solver(self.hypernet)
         self._phases = _objectives.objectives_of(problem.objective, solver, problem.func)
         self._scales = [
             [_objectives.usable_scale(phase.base_loss(batch, r)) for r in range(len(batch.grids))]
@@ -227,13 +215,13 @@ class HyperSolverModule(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch on one grid, relative to the base's."""
-        number = self._phase_at(self.global_step)
+        phase = self._phase_at(self.global_step)
         measured = self._measure(("train", batch_idx), batch)
         grid = self.global_step % len(measured.grids)
         with torch.inference_mode(mode=False):
-            loss = self._phases[number].loss(measured, grid)
+            loss = self._phases[phase].loss(measured, grid)
         self._train.append(float(loss.detach()))
-        relative = loss / self._scales[number][grid]
+        relative = loss / self._scales[phase][grid]
         self.log("train_loss", relative, prog_bar=True, batch_size=_batches.n_samples(measured.y0))
         return relative
 
@@ -339,8 +327,7 @@ class HyperSolverModule(LightningModule):
             known = self._known.pop(key, None)
             if known is None or not _are_same(known.starts, starts):
                 known = self._references.solve(starts, ENDLESS)
-            others = sum(other.nbytes for other in self._known.values())
-            if others + known.nbytes <= MOST_BYTES:
+            if known.nbytes + sum(other.nbytes for other in self._known.values()) <= MOST_BYTES:
                 self._known[key] = known
             return known
 

@@ -27,19 +27,17 @@ __all__ = [
     "stiffness_penalty",
 ]
 
-Record = Recorder | Solve
-"""A scope's record, or one solve of it."""
-Weights = nn.Module | Iterable[Tensor]
-"""A module, or its parameters."""
+Record = Recorder | Solve  # a scope's record, or one solve of it
+Weights = nn.Module | Iterable[Tensor]  # a module, or its parameters
 
 
 def error_penalty(record: Record, part: int | None = None) -> Tensor:
     r"""Return the sum of the embedded errors of all accepted steps, a 0-d tensor.
 
-    R_err = sum_x sum_i err_{x,i} over samples x and accepted steps i: the regulariser of
-    "DISE: Dynamic Integrator Selection to Minimize Forward-pass Time in Neural ODEs", ICLR
-    2021 submission, eq. 2. The same as ``record.error_penalty(part)``; no calls of func
-    beyond the solve's.
+    R_err = sum_x sum_i err_{x,i} over samples x and accepted steps i, err being `Steps.error`:
+    the regulariser of "DISE: Dynamic Integrator Selection to Minimize Forward-pass Time in
+    Neural ODEs", ICLR 2021 submission, eq. 2. Differentiable with respect to y0 and func's
+    parameters. The same as ``record.error_penalty(part)``; no calls of func.
 
     Args:
         record: what `tdh.record` or `tdh.odeint_with_errors` gave.
@@ -52,10 +50,8 @@ def error_penalty(record: Record, part: int | None = None) -> Tensor:
 
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
-        >>> a = torch.tensor(-2.0, requires_grad=True)
-        >>> _, solve = tdh.odeint_with_errors(
-        ...     lambda t, y: a * y, torch.ones(1), torch.tensor([0.0, 1.0]), rtol=1e-3, atol=1e-3
-        ... )
+        >>> a, t = torch.tensor(-2.0, requires_grad=True), torch.tensor([0.0, 1.0])
+        >>> _, solve = tdh.odeint_with_errors(lambda t, y: a * y, torch.ones(1), t, rtol=1e-3)
         >>> tdh.regularizers.error_penalty(solve).backward()
         >>> bool(a.grad < 0)
         True
@@ -72,13 +68,12 @@ def error_dt_penalty(record: Record, part: int | None = None) -> Tensor:
     a sample's own and not scaled by the tolerances. The step sizes are constants to the
     gradient. Cost, arguments and errors are those of `error_penalty`.
     """
-
-    def of_solve(solve: Solve) -> Tensor:
+    terms = []
+    for solve in record.adaptive_solves():
         error, size = solve.steps.error_of(part), solve.steps.dt.abs()
         size = size if size.dim() == error.dim() else size.unsqueeze(-1)
-        return solve.sum_accepted(error * size.to(error.dtype))
-
-    return add(of_solve(solve) for solve in record.adaptive_solves())
+        terms.append(solve.sum_accepted(error * size.to(error.dtype)))
+    return add(terms)
 
 
 def stiffness_penalty(record: Record, part: int | None = None) -> Tensor:
@@ -88,9 +83,8 @@ def stiffness_penalty(record: Record, part: int | None = None) -> Tensor:
     derivatives and states of the last two stages, which lie at the same time: a lower bound
     of func's Lipschitz constant there (Shampine, Stiffness and nonstiff differential
     equation solvers II, 1977). The stiffness regulariser of Pal, Ma, Shah and Rackauckas,
-    Opening the Blackbox, ICML 2021 (arXiv 2105.03918). "dopri5" and "dopri8" have such
-    stages; the record has to be one of ``tdh.record(stiffness=True)``, else `OptionError` is
-    raised. For cost, arguments and other errors see `error_penalty`.
+    Opening the Blackbox, ICML 2021 (arXiv 2105.03918). `OptionError` but for "dopri5" and
+    "dopri8" and records of ``tdh.record(stiffness=True)``; else as `error_penalty`.
 
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
@@ -113,19 +107,12 @@ def local_error_penalty(record: Record, part: int | None = None) -> Tensor:
     (and summed over the solves of a scope): n_accepted R estimates `error_dt_penalty`
     without bias. The step is taken again from its recorded state, which is a constant to
     the gradient, as is dt: so it works with `odeint_adjoint` and under ``no_grad`` solves.
-    Costs as many calls of func as the method has stages (7 for dopri5).
+    Costs as many calls of func as the method has stages (7 for dopri5). The local regulariser
+    of Pal, Edelman and Rackauckas, Locally Regularized Neural Differential Equations, ICML
+    2023 (arXiv 2303.02262), with the error as in `Steps.error_of`, not scaled.
 
-    The local regulariser, with its time drawn from the solver's own steps, of Pal, Edelman
-    and Rackauckas, Locally Regularized Neural Differential Equations, ICML 2023
-    (arXiv 2303.02262). There the error is scaled by the tolerances; here it is
-    `Steps.error_of`.
-
-    Args:
-        record: as in `error_penalty`; ``tdh.record(seed=...)`` makes the draw repeatable.
-        part: the part of tuple states that counts; None for all.
-
-    Raises:
-        NothingRecordedError: no solve was recorded whose method keeps a step, or it took none.
+    Arguments are those of `error_penalty`; ``tdh.record(seed=...)`` makes the draw repeatable.
+    `NothingRecordedError` where no solve was recorded whose method keeps a step.
 
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
@@ -169,13 +156,8 @@ def l1(weights: Weights) -> Tensor:
     """Return the sum of the absolute values of all parameters, a 0-d tensor.
 
     Draws parameters to zero (Tibshirani, Regression shrinkage and selection via the lasso,
-    1996).
-
-    Args:
-        weights: a module (its parameters that require gradients), or tensors.
-
-    Raises:
-        OptionError: there are no parameters.
+    1996). Those are ``weights``' that require gradients, or the tensors themselves;
+    `OptionError` if there are none.
 
     Example:
         >>> import torch
@@ -183,7 +165,7 @@ def l1(weights: Weights) -> Tensor:
         >>> regularizers.l1([torch.tensor([3.0, -4.0])])
         tensor(7.)
     """
-    return add(weight.abs().sum() for weight in _tensors(weights))
+    return add(weight.abs().sum() for weight in _parameters(weights))
 
 
 def l2(weights: Weights) -> Tensor:
@@ -192,10 +174,10 @@ def l2(weights: Weights) -> Tensor:
     Its gradient is twice the parameters: weight decay (Krogh and Hertz, A simple weight
     decay can improve generalization, 1991). Arguments and errors are those of `l1`.
     """
-    return add(weight.abs().square().sum() for weight in _tensors(weights))
+    return add(weight.abs().square().sum() for weight in _parameters(weights))
 
 
-def _tensors(weights: Weights) -> list[Tensor]:
+def _parameters(weights: Weights) -> list[Tensor]:
     if isinstance(weights, nn.Module):
         weights = (parameter for parameter in weights.parameters() if parameter.requires_grad)
     tensors = list(weights)
@@ -218,12 +200,7 @@ _OF_FUNC: Mapping[str, Callable[[nn.Module], Tensor]] = {"l1": l1, "l2": l2}
 
 
 class LossTerms(NamedTuple):
-    """A loss and what it is made of.
-
-    Attributes:
-        total: 0-d tensor to call ``backward`` on.
-        penalties: each penalty by its name, 0-d, detached, not weighted.
-    """
+    """A loss to call ``backward`` on, and the penalties in it: 0-d, detached, not weighted."""
 
     total: Tensor
     penalties: dict[str, Tensor]
@@ -237,55 +214,38 @@ def add_penalties(
     func: nn.Module | None = None,
     part: int | None = None,
 ) -> LossTerms:
-    """Return the task's loss plus weighted penalties.
+    """Return the task's loss, 0-d, plus weighted penalties, which are sums over the batch.
 
-    Args:
-        loss: 0-d tensor, the task's own loss.
-        weights: by the penalty's name: "error", "error_dt", "stiffness" and "local" of
-            ``record``, "l1" and "l2" of ``func``. The penalties are sums over the batch.
-        record: what `tdh.record` or `tdh.odeint_with_errors` gave.
-        func: the module whose parameters count.
-        part: the part of tuple states that counts; None for all.
+    ``weights`` go by the penalty's name: "error", "error_dt", "stiffness" and "local" of
+    ``record`` (and its ``part``, see `error_penalty`), "l1" and "l2" of ``func``'s parameters.
 
-    Raises:
-        OptionError: a name is unknown, or what it needs is not given.
-        NothingRecordedError: the record holds nothing to make a penalty of.
+    `OptionError` for an unknown name, or one whose record or func is not given.
 
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
         >>> net, y0, t = torch.nn.Linear(2, 2), torch.ones(8, 2), torch.tensor([0.0, 1.0])
-        >>> y, solve = tdh.odeint_with_errors(lambda t, y: net(y), y0, t, rtol=1e-3, atol=1e-3)
-        >>> task = y[-1].square().mean()
-        >>> weights = {"error": 0.1, "l2": 1e-4}
+        >>> y, solve = tdh.odeint_with_errors(lambda t, y: net(y), y0, t)
+        >>> task, weights = y[-1].square().mean(), {"error": 0.1, "l2": 1e-4}
         >>> terms = tdh.regularizers.add_penalties(task, weights, record=solve, func=net)
         >>> terms.total.backward()
-        >>> sorted(terms.penalties)
-        ['error', 'l2']
     """
     penalties: dict[str, Tensor] = {}
+    known = [*_OF_RECORD, *_OF_FUNC]
     for name, weight in weights.items():
         if name in _OF_RECORD and record is not None:
             penalty = _OF_RECORD[name](record, part)
         elif name in _OF_FUNC and func is not None:
             penalty = _OF_FUNC[name](func)
+        elif name in known:
+            argument = "record=rec" if name in _OF_RECORD else "func=func"
+            problem, expected = f'"{name}" has nothing to work on.', f"the argument {argument}."
+            raise OptionError(problem, expected, f"add_penalties(loss, weights, {argument})")
         else:
-            raise _no_penalty(name)
+            raise OptionError(
+                problem=f"no penalty is called {name!r}.",
+                expected="one of " + ", ".join(f'"{penalty}"' for penalty in known) + ".",
+                fix=f'{{"{closest(name, known)}": 0.1}}',
+            )
         penalties[name] = penalty.detach()
         loss = loss + weight * penalty
     return LossTerms(loss, penalties)
-
-
-def _no_penalty(name: str) -> OptionError:
-    known = [*_OF_RECORD, *_OF_FUNC]
-    if name not in known:
-        return OptionError(
-            problem=f"no penalty is called {name!r}.",
-            expected="one of " + ", ".join(f'"{penalty}"' for penalty in known) + ".",
-            fix=f'{{"{closest(name, known)}": 0.1}}',
-        )
-    argument = "record=rec" if name in _OF_RECORD else "func=func"
-    return OptionError(
-        problem=f'the penalty "{name}" has nothing to work on.',
-        expected=f"the argument {argument}.",
-        fix=f"add_penalties(loss, weights, {argument})",
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,12 +23,7 @@ Parts = tuple[Tensor, ...]
 
 
 class Energies(NamedTuple):
-    """The integrals along a solution, for each sample.
-
-    Attributes:
-        kinetic: (len(t), batch), the integral of |f|^2 from t[0] on; None if not carried.
-        jacobian: (len(t), batch), the integral of |e^T df/dy|^2; None if not carried.
-    """
+    """The integrals of `EnergyField` from t[0] on, (len(t), batch); None if not carried."""
 
     kinetic: Tensor | None
     jacobian: Tensor | None
@@ -44,32 +38,25 @@ class EnergyField(nn.Module):
 
     the two terms of RNODE, which make trajectories straight (Finlay, Jacobsen, Nurbekyan
     and Oberman, How to train your neural ODE: the world of Jacobian and kinetic
-    regularization, ICML 2020, arXiv 2002.02798). e is Gaussian noise drawn once a solve:
-    J is an unbiased estimate of the integral of the squared Frobenius norm (samples must
-    not influence each other through func). The paper divides both by the number of
-    dimensions; here they are sums.
+    regularization, ICML 2020, arXiv 2002.02798; there divided by the number of dimensions).
+    e is Gaussian noise drawn once a solve: J is an unbiased estimate of the integral of the
+    squared Frobenius norm (samples must not influence each other through func).
 
     Works with any method, `odeint_adjoint` and tuple states; adaptive methods control the
     integrals' errors too. Both are 0 or above in reverse time as well. J adds one
-    vector-Jacobian product to each call of func. A solver attached to ``func`` serves this
-    field too.
+    vector-Jacobian product to each call of func. A solver attached to ``func`` serves too.
 
     Args:
         func: ``func(t, y)``.
-        kinetic: whether to carry K.
-        jacobian: whether to carry J.
+        kinetic, jacobian: whether to carry K, and J; `OptionError` for neither.
         part: the part of a tuple state that counts; None for all that have dimensions,
             which then share their leading one, the batch.
-
-    Raises:
-        OptionError: neither integral is asked for.
 
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
         >>> from torchdiffeq import odeint
         >>> field = tdh.regularizers.EnergyField(lambda t, y: 2 * torch.ones_like(y))
-        >>> y0 = torch.zeros(3, 5)
-        >>> solution = odeint(field, field.start(y0), torch.tensor([0.0, 1.0]))
+        >>> solution = odeint(field, field.start(torch.zeros(3, 5)), torch.tensor([0.0, 1.0]))
         >>> y, energies = field.finish(solution)
         >>> y.shape, energies.kinetic[-1]
         (torch.Size([2, 3, 5]), tensor([20., 20., 20.]))
@@ -90,10 +77,8 @@ class EnergyField(nn.Module):
                 expected="at least one of the two.",
                 fix="EnergyField(func, kinetic=True, jacobian=False)",
             )
-        self.base_func = func
-        self.kinetic = kinetic
-        self.jacobian = jacobian
-        self.part = part
+        self.base_func, self.part = func, part
+        self.kinetic, self.jacobian = kinetic, jacobian
         self._noise: Parts = ()
         self._is_tuple: bool | None = None
 
@@ -102,16 +87,9 @@ class EnergyField(nn.Module):
     ) -> Parts:
         """Return the state to solve from: the parts of ``y0``, then zeros for the integrals.
 
-        Args:
-            y0: tensor (batch, ...) or tuple of tensors.
-            noise: e, like the part(s) that count; drawn if not given.
-            generator: draws the noise; torch's own by default.
-
-        Raises:
-            OptionError: there is no such part.
-            StateShapeError: the parts that count have no common batch, or the noise
-                has another shape.
-            StateTypeError: not floating-point tensors.
+        The ``noise`` e is like the part(s) that count; by default drawn with ``generator``.
+        `OptionError` if there is no such part, `StateTypeError` for integers, `StateShapeError`
+        if the parts that count have no common batch, or the noise has another shape.
         """
         StateLayout.of(y0)
         self._is_tuple, parts = isinstance(y0, tuple), parts_of(y0)
@@ -128,11 +106,7 @@ class EnergyField(nn.Module):
         return (*parts, *[zeros] * (self.kinetic + self.jacobian))
 
     def forward(self, t: Tensor, state: Parts) -> Parts:
-        """Return the derivatives of the state and of the integrals.
-
-        Raises:
-            StateShapeError: the state is not one that `start` returned.
-        """
+        """Return the derivatives; `StateShapeError` for a state that `start` did not return."""
         parts = state[: len(state) - self.kinetic - self.jacobian]
         if self._is_tuple is None or not parts:
             raise StateShapeError(
@@ -172,20 +146,15 @@ class EnergyField(nn.Module):
         n_parts = len(solution) - self.kinetic - self.jacobian
         # In reverse time dt is negative, and what was integrated is not.
         integrals = [integral.abs() for integral in solution[n_parts:]]
-        energies = Energies(
-            kinetic=integrals[0] if self.kinetic else None,
-            jacobian=integrals[-1] if self.jacobian else None,
-        )
-        return (solution[:n_parts] if self._is_tuple else solution[0]), energies
+        kinetic = integrals[0] if self.kinetic else None
+        jacobian = integrals[-1] if self.jacobian else None
+        y = solution[:n_parts] if self._is_tuple else solution[0]
+        return y, Energies(kinetic, jacobian)
 
     def restrict(self, index: Tensor) -> EnergyField:
         """Return the field of the samples at ``index``, with their noise."""
-        restricted = EnergyField(
-            restrict(self.base_func, index),
-            kinetic=self.kinetic,
-            jacobian=self.jacobian,
-            part=self.part,
-        )
+        func, kinetic, jacobian = restrict(self.base_func, index), self.kinetic, self.jacobian
+        restricted = EnergyField(func, kinetic=kinetic, jacobian=jacobian, part=self.part)
         restricted._is_tuple = self._is_tuple
         restricted._noise = tuple(e[index.to(e.device)] for e in self._noise)
         return restricted
@@ -210,7 +179,7 @@ class EnergyField(nn.Module):
 look_through(EnergyField, "base_func")
 
 
-def _parts(k: Tensor | Sequence[Tensor]) -> Parts:
+def _parts(k: State | list[Tensor]) -> Parts:
     return (k,) if isinstance(k, Tensor) else tuple(k)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,15 +18,8 @@ from torchdiffeq_hyper._fields._restore import as_found
 from torchdiffeq_hyper._rules import Real, Whole, checked_arguments
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import OptionError, OutsideFitWarning, StateTypeError, unknown_method
-from torchdiffeq_hyper.evaluation._measure import (
-    FAILED,
-    Counted,
-    Problem,
-    count_macs,
-    describe_machine,
-    errors,
-    unless_broken,
-)
+from torchdiffeq_hyper.evaluation import _measure
+from torchdiffeq_hyper.evaluation._measure import Problem, describe_machine, unless_broken
 from torchdiffeq_hyper.evaluation._table import EvaluationRow, EvaluationTable, distinct
 from torchdiffeq_hyper.fitting._batches import bound
 from torchdiffeq_hyper.methods import _registry
@@ -51,19 +44,17 @@ def evaluate(
     progress: bool = True,
     context: Tensor | tuple[Tensor, ...] | None = None,
 ) -> EvaluationTable:
-    """Measure methods against each other on one problem, all in one run.
+    """Measure methods against each other on one problem; return a row a method and setting.
 
     Every method goes through torchdiffeq's `odeint` from ``t_span[0]`` to ``t_span[1]``,
     without gradients. Errors are those of the final state against a dopri5 solution at
-    tight tolerances. A method that follows a grid takes exactly n equal steps for each n
-    in ``steps``, an adaptive one is run at each of ``tolerances``. A row costs three solves
-    (for calls and errors, for MACs, for errors along the span), and for the clock a turn in
-    each of ``repeats`` rounds through all rows: one solve, or 20 ms of them.
+    tight tolerances; infinite for a method that breaks off or ends in inf or nan. A row
+    costs three solves (for calls and errors, for MACs, for errors along the span), and for the
+    clock a turn in each of ``repeats`` rounds through all rows: one solve, or 20 ms of them.
 
     ``func`` is used as it is: call ``func.eval()`` first if it has dropout or batch norm.
     Its mode, buffers and attributes, and the hypernets' buffers, come back as they were.
     Use of a solver outside its fitted range is not warned about: the table shows it.
-    A method that breaks off or ends in inf or nan gets a row with infinite errors.
 
     Args:
         func: called as ``func(t, y)``; or a torchdyn `NeuralODE`, whose field is taken.
@@ -71,7 +62,8 @@ def evaluate(
         t_span: start and end; the end may be the earlier one (reverse time).
         methods: names of methods, and fitted `Solver` objects. Learned methods given by
             name need a solver that is attached to func, in scope, or published.
-        steps: numbers of steps; None runs every fitted one at its own.
+        steps: numbers of equal steps of methods that follow a grid; None runs every fitted
+            one at its own.
         tolerances: rtol = atol of the adaptive methods.
         metric: ``metric(y_final) -> float``, e.g. an accuracy.
         metric_name: its heading.
@@ -80,18 +72,12 @@ def evaluate(
         atol: of the reference; default rtol times the states' size.
         repeats: timed rounds.
         progress: show a progress bar.
-        context: what else func is called with, as in `fit`: a tensor or a tuple of tensors
-            with the samples along dim 0. `Conditioned` as func means the same.
-
-    Returns:
-        A table with a row a method and setting.
+        context: as in `fit`. `Conditioned` as func means the same.
 
     Raises:
         OptionError: an argument is impossible, or a grid method has no ``steps``.
         UnknownMethodError: no method has that name.
-        StateTypeError: ``y0`` is not a state, a method is neither name nor solver, or
-            func's answer is not built like the state.
-        StateShapeError: the batch is empty, or parts or func's answer have another shape.
+        StateTypeError, StateShapeError: ``y0``, a method or func's answer has wrong type or shape.
         NoisyFieldError: func answers differently twice at one point.
         NonFiniteError: the reference solution is not finite, or dopri5 cannot reach it.
         MissingHypernetError: a learned method was given by name and nothing is bound.
@@ -111,10 +97,14 @@ def evaluate(
     checked_arguments({"repeats": Whole(1)}, {"repeats": repeats}, fix="repeats=5")
     total = 1 + len(trials) * (3 + repeats)
     with (
-        _left_as_found(func, trials),
+        ExitStack() as stack,
+        warnings.catch_warnings(),
         torch.no_grad(),
         tqdm(total=total, disable=not progress, unit="solve", desc="reference") as bar,
     ):
+        warnings.simplefilter("ignore", OutsideFitWarning)
+        for item in (func, *(trial.solver for trial in trials)):
+            stack.enter_context(as_found(item))
         rtol, atol = problem.tolerances(rtol, atol)
         shares = sorted({share for trial in trials for share in trial.shares()})
         reference = problem.reference(rtol, atol, shares)
@@ -128,17 +118,6 @@ def evaluate(
         f"Times: median of {repeats} interleaved runs, {describe_machine(problem.t.device)}."
     )
     return EvaluationTable(tuple(rows), metric_name, measured)
-
-
-@contextmanager
-def _left_as_found(func: object, trials: list[Trial]) -> Iterator[None]:
-    """Give func and the hypernets back as they were; do not warn of use outside a fit."""
-    with ExitStack() as stack:
-        for item in (func, *(trial.solver for trial in trials)):
-            stack.enter_context(as_found(item))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore", OutsideFitWarning)
-        yield
 
 
 OWN_POINTS = 8  # points along the span at which a method that chooses its own steps is looked at
@@ -186,10 +165,10 @@ def _trials(
     tolerances: float | Sequence[float],
 ) -> list[Trial]:
     """Return the trials in the order of ``methods``, after checking all three arguments."""
-    if isinstance(methods, str | Solver) or len(methods) == 0:
-        got = "a single method" if isinstance(methods, str | Solver) else "empty"
+    is_single = isinstance(methods, str | Solver)
+    if is_single or not len(methods):
         raise OptionError(
-            problem=f"methods is {got}.",
+            problem=f"methods is {'a single method' if is_single else 'empty'}.",
             expected="a list of method names and fitted solvers.",
             fix='methods=["euler", "dopri5", solver]',
         )
@@ -201,8 +180,8 @@ def _trials(
     limits = [tolerances] if isinstance(tolerances, int | float) else list(tolerances)
     numbers: list[Any] = [float(limit) for limit in limits]
     for number in numbers or [limits]:
-        fix = "tolerances=[1e-2, 1e-3]"
-        checked_arguments({"tolerances": Real(above=0.0)}, {"tolerances": number}, fix=fix)
+        given, fix = {"tolerances": number}, "tolerances=[1e-2, 1e-3]"
+        checked_arguments({"tolerances": Real(above=0.0)}, given, fix)
     trials: list[Trial] = []
     for method in methods:
         first = _first_trial(method)
@@ -249,8 +228,8 @@ def _first_trial(method: str | Solver) -> Trial:
         if method not in hosts:
             raise unknown_method(method, [*_registry.methods(), *hosts], 'methods=["{}"]')
         return Trial(method, method, hosts[method])
-    is_learned, is_plain = entry.option == "solver", entry.option is None
-    between = not (is_learned or is_plain)
+    between = entry.option not in ("solver", None)
+    is_learned = entry.option == "solver"
     return Trial(method, method, entry.follows_grid, is_learned, steps_between_points=between)
 
 
@@ -259,12 +238,12 @@ def _row(
 ) -> EvaluationRow:
     """Return a trial's row, its time still open."""
     bar.set_description(trial.label)
-    counted = Counted(problem.func)
+    counted = _measure.Counted(problem.func)
     end = unless_broken(lambda: trial.solve(replace(problem, func=counted)))
-    off, along, macs, value = FAILED, math.inf, (math.nan, math.nan), None
+    off, along, macs, value = _measure.FAILED, math.inf, (math.nan, math.nan), None
     if end is not None:
-        off = errors(end[0], reference[1.0])
-        macs = count_macs(trial.solve, problem, has_hypernet=trial.is_learned)
+        off = _measure.errors(end[0], reference[1.0])
+        macs = _measure.count_macs(trial.solve, problem, has_hypernet=trial.is_learned)
         along = math.nan if trial.steps_between_points else _along(trial, problem, reference)
         if metric is not None and math.isfinite(off.worst_relative_l2):
             value = _number(metric(end[0]))
@@ -291,8 +270,8 @@ def _along(trial: Trial, problem: Problem, reference: dict[float, State]) -> flo
     states = unless_broken(lambda: trial.solve(problem, shares))
     if states is None:
         return math.inf
-    pairs = zip(states, shares, strict=True)
-    return sum(errors(y, reference[share]).relative_l2 for y, share in pairs) / len(shares)
+    pairs = zip(states, [reference[share] for share in shares], strict=True)
+    return sum(_measure.errors(*pair).relative_l2 for pair in pairs) / len(shares)
 
 
 def _timed(

@@ -31,6 +31,7 @@ from torchdiffeq_hyper._state import (
     n_samples,
     parts_of,
     sample_norms,
+    shapes_of,
 )
 from torchdiffeq_hyper.errors import (
     NonFiniteError,
@@ -61,10 +62,9 @@ class Problem:
     def of(cls, func: VectorField, y0: State, t_span: tuple[float, float]) -> Problem:
         """Return the problem, after checking state and span."""
         RowLayout.of(y0)
-        parts = parts_of(y0)
-        if not all(part.numel() for part in parts):
+        if not all(part.numel() for part in parts_of(y0)):
             raise StateShapeError(
-                problem=f"y0 has no numbers: {', '.join(str(tuple(p.shape)) for p in parts)}.",
+                problem=f"y0 has no numbers: {', '.join(map(str, shapes_of(y0)[1]))}.",
                 expected="at least one sample along dim 0.",
                 fix="y0 = torch.randn(256, 2)",
             )
@@ -95,10 +95,9 @@ class Problem:
         if rtol is None:
             rtol = _TOLERANCES.get(self.dtype.to_real(), 1e-7)
         if atol is None:
-            join = StateLayout.of(self.y0).join
-            start, end = self.t.tolist()
+            join, span = StateLayout.of(self.y0).join, tuple(self.t.tolist())
             k = Counted(self.func)(self.t[0], self.y0)
-            atol = rtol * Units.of((start, end), join(self.y0), join(k)).state
+            atol = rtol * Units.of(span, join(self.y0), join(k)).state
         return rtol, atol
 
     def reference(self, rtol: float, atol: float, shares: Sequence[float]) -> dict[float, State]:
@@ -116,8 +115,7 @@ class Problem:
         if not all(bool(part.isfinite().all()) for state in states for part in parts_of(state)):
             raise NonFiniteError(
                 problem=f"dopri5 finds no reference solution at rtol {rtol:g}, atol {atol:g}.",
-                expected="a func that is finite along the solution, and tolerances that "
-                f"{dtype} can meet.",
+                expected=f"a func that stays finite, and tolerances that {dtype} can meet.",
                 fix="evaluate(..., rtol=1e-4, atol=1e-4)",
             )
         return dict(zip(shares, states, strict=True))
@@ -136,11 +134,10 @@ def unless_broken(solve: Callable[[], Solution]) -> Solution | None:
 
 
 class Counted:
-    """A vector field that counts its calls and, if asked to (it is slow), its FLOPs.
+    """A vector field of the samples at ``index`` that counts calls and, if asked to, FLOPs.
 
-    It is the field of the samples at ``index``, and counts for ``total`` if that is given. A
-    solver that steps half precision in float32 gives the state's ``dtype``: func is called in
-    it, and answers come back in the solver's, in memory of their own.
+    It counts for ``total`` if that is given. A solver that steps half precision in float32 gives
+    the state's ``dtype``: func is called in it, and answers come back in the solver's.
     """
 
     def __init__(
@@ -190,7 +187,7 @@ def count_macs(
 ) -> tuple[float, float]:
     """Return the multiply-accumulates (half the FLOPs) a sample of a solve, in func and outside."""
     counted = Counted(problem.func, counts_flops=True)
-    # The counter makes every operation slow, and adaptive solvers have many of their own.
+    # The counter is slow, and adaptive solvers have many operations of their own.
     with FlopCounter() if has_hypernet else nullcontext() as counter:
         solve(replace(problem, func=counted))
     outside = 0 if counter is None else counter.get_total_flops() - counted.flops

@@ -25,18 +25,14 @@ class EvaluationRow:
 
     Attributes:
         method: the method's label.
-        steps: number of equal steps, None for methods that choose their own.
-        tolerance: rtol = atol of such a method, else None.
-        nfe: calls of func in one solve of the whole batch, the choice of a first step
-            and rejected steps included.
-        macs_func: multiply-accumulates per sample of one solve, inside func: those of products
-            of matrices, convolutions and attention.
-        macs_g: the same inside the hypernet; 0 for methods that have none.
+        steps, tolerance: number of equal steps, or rtol = atol; the other is None.
+        nfe: calls of func in one solve of the whole batch, all included.
+        macs_func, macs_g: multiply-accumulates per sample of one solve, inside func and inside
+            the hypernet: those of products of matrices, convolutions and attention.
         ms: median wall time of one solve of the whole batch, in ms.
-        mape: mean absolute percentage error of the final state, in percent; |y_ref|
-            counts as at least 1e-3 of its root mean square.
+        mape: mean absolute percentage error of the final state, in percent.
         relative_l2: mean over samples of |y - y_ref| / |y_ref|, the norms over all parts
-            of a sample together; |y_ref| counts as at least 1e-3 of its root mean square.
+            of a sample together; here and above |y_ref| is at least 1e-3 of its root mean square.
         worst_relative_l2: the largest of these.
         metric: the task metric of the final state, None where none was asked for.
         is_learned: whether it is a fitted solver.
@@ -73,20 +69,7 @@ class EvaluationRow:
 
 @dataclass(frozen=True)
 class EvaluationTable:
-    """Rows of `evaluate`, and where they were measured.
-
-    Attributes:
-        rows: one row a method and setting, in the order asked for.
-        metric_name: heading of the task metric.
-        measured: the machine, the batch and the reference, in words.
-
-    Example:
-        >>> import torch, torchdiffeq_hyper as tdh
-        >>> table = tdh.evaluate(lambda t, y: -y, torch.ones(4, 2), (0.0, 1.0), ["euler"],
-        ...                      steps=[10], progress=False)
-        >>> table.rows[0].nfe, round(table.rows[0].relative_l2, 3)
-        (10, 0.052)
-    """
+    """The rows of `evaluate` in the order asked for; ``measured`` says where and against what."""
 
     rows: tuple[EvaluationRow, ...]
     metric_name: str
@@ -97,10 +80,9 @@ class EvaluationTable:
         return self.to_markdown()
 
     def to_markdown(self) -> str:
-        """Return a Markdown table in three significant digits, the machine below it.
+        """Return a Markdown table of `EvaluationRow`'s columns, the machine below it.
 
-        Its columns are those of `EvaluationRow`: NFE are calls of func, k, M and G stand for
-        thousands, millions and billions, and "worst" is the largest relative L2 error.
+        In three significant digits; k, M and G stand for thousands, millions and billions.
         """
         head = ["method", "steps", "NFE", "MACs func", "MACs g", "ms"]
         head += ["MAPE %", "rel. L2", "worst", "along", self.metric_name]
@@ -112,10 +94,7 @@ class EvaluationTable:
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the rows to a CSV file, in full precision; columns are `EvaluationRow`'s.
 
-        Cells of None and nan are empty.
-
-        Raises:
-            FileWriteError: the file cannot be written.
+        Cells of None and nan are empty. `FileWriteError` if the file cannot be written.
         """
         names = [each.name for each in fields(EvaluationRow)]
         heads = {name: name for name in names if name not in {"metric", "is_learned"}}
@@ -134,14 +113,8 @@ class EvaluationTable:
 
         One line a method, through its settings; learned methods in colour, the others in
         grey. All axes are logarithmic, so points with an error of 0, inf or nan are left out.
-
-        Args:
-            path: file to write; its suffix chooses the format (png, pdf, svg).
-
-        Raises:
-            MissingExtraError: matplotlib is not installed.
-            OptionError: the suffix names no format.
-            FileWriteError: the file cannot be written.
+        The suffix of ``path`` chooses the format (png, pdf, svg). `MissingExtraError` without
+        matplotlib, `OptionError` for another suffix, `FileWriteError` as in `to_csv`.
         """
         if Path(path).suffix.lower() not in _FORMATS:
             raise OptionError(

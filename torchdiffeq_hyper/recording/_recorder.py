@@ -15,22 +15,13 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._state import StateLayout, batch_size, part_norms
-from torchdiffeq_hyper.recording._solve import (
-    GraphCheck,
-    SampledStep,
-    Solve,
-    Steps,
-    adaptive_among,
-)
+from torchdiffeq_hyper.recording._solve import GraphCheck, SampledStep, Solve, Steps, adaptive_among
 
 
 class Recorder:
-    """The record of a scope.
+    """The record of a scope; ``solves`` are in the order in which they finished.
 
-    Attributes:
-        solves: the solves in the order in which they finished, but for backward ones.
-        stiffness: whether stiffness estimates are recorded.
-        random: draws the steps that `sampled_step` keeps.
+    Solves of backward passes are not in it. For the arguments see `tdh.record`.
     """
 
     def __init__(self, *, stiffness: bool = False, seed: int | None = None) -> None:
@@ -44,22 +35,10 @@ class Recorder:
         return adaptive_among(self.solves)
 
     def error_penalty(self, part: int | None = None) -> Tensor:
-        r"""Return the sum of the embedded errors of all accepted steps, a 0-d tensor.
+        """Return the sum of the embedded errors of all accepted steps, a 0-d tensor.
 
-        R_err = sum_x sum_i err_{x,i} over samples x and accepted steps i of all adaptive
-        solves of the scope, err_{x,i} being ``steps.error``: eq. 2 of DISE: Dynamic Integrator
-        Selection to Minimize Forward-pass Time in Neural ODEs, ICLR 2021 submission.
-        Differentiable with respect to y0 and func's parameters, if the solves were run by
-        `odeint`.
-
-        Args:
-            part: the part of tuple states that counts; None for all, see `Steps.error_of`.
-
-        Raises:
-            NothingRecordedError: no adaptive solve was recorded.
-            FreedGraphError: a backward pass has freed the graph (read the value alone
-                under ``torch.no_grad()``).
-            AdjointGradientError: in backward, after `odeint_adjoint`.
+        For its formula, ``part`` and errors see `regularizers.error_penalty`. Under
+        ``torch.no_grad()`` it can be read after a backward pass too.
         """
         return add(solve.error_penalty(part) for solve in self.adaptive_solves())
 
@@ -106,7 +85,7 @@ def running() -> Draft | None:
 
 @contextmanager
 def handed_over(part: object) -> Iterator[Draft | None]:
-    """Leave the running draft to the part that solves the whole problem inside the block."""
+    """Leave the running draft to a part that solves the whole problem, inside the block."""
     draft = running()
     with assigned(_handed, None if draft is None else (draft, part)):
         yield draft
@@ -115,8 +94,7 @@ def handed_over(part: object) -> Iterator[Draft | None]:
 def take_over(part: object) -> Draft | None:
     """Return the draft that a host left to this part, once; None if there is none.
 
-    For methods that know more of themselves than their calls of func. They ask before they call
-    func, which may run solves of its own by the same part.
+    Methods ask before they call func, which may run solves of its own by the same part.
     """
     handed = _handed.get()
     if handed is None or handed[1] is not part:
@@ -153,23 +131,17 @@ class Draft:
 
     def finish(self) -> Solve:
         """Return the solve as recorded so far."""
-        steps, sample_nfe = self.steps, self.sample_nfe
+        steps, calls = self.steps, self.sample_nfe
         if steps is None:
             steps = no_steps(self.layout, self.y0)
         elif self.is_adjoint:
             steps = replace(steps, graph_check=GraphCheck(is_adjoint=True))
-        if sample_nfe is None:
+        if calls is None:
             batch = batch_size(self.layout.split(self.y0))
-            sample_nfe = torch.full((batch,), self.nfe, device=self.y0.device)
+            calls = torch.full((batch,), self.nfe, device=self.y0.device)
+        wall_s, adaptive = _now(self.y0) - self._start, self.steps is not None
         return Solve(
-            method=self.method,
-            nfe=self.nfe,
-            sample_nfe=sample_nfe,
-            selection=self.selection,
-            wall_s=_now(self.y0) - self._start,
-            steps=steps,
-            is_adaptive=self.steps is not None,
-            sampled_step=self.sampled_step,
+            self.method, self.nfe, calls, self.selection, wall_s, steps, adaptive, self.sampled_step
         )
 
     def publish(self) -> None:

@@ -48,8 +48,7 @@ class GraphCheck:
         """Raise if there never was a graph, or a backward pass has freed it."""
         if self.is_adjoint:
             raise AdjointGradientError(
-                problem="odeint_adjoint keeps no graph of its steps: their errors have no "
-                "gradient.",
+                problem="odeint_adjoint keeps no graph, so its steps' errors have no gradient.",
                 expected="a solve by odeint, or a regulariser that is differentiated on its own.",
                 fix="odeint(func, y0, t, ...)   # instead of odeint_adjoint\n"
                 "tdh.regularizers.local_error_penalty(rec)   # one random step, any adjoint\n"
@@ -75,10 +74,9 @@ def mark(x: Tensor) -> tuple[Tensor, Any]:
 
 def _is_alive(node: Any) -> bool:
     try:
-        _ = node.saved_tensors
+        return node.saved_tensors is not None
     except RuntimeError:
         return False
-    return True
 
 
 class _Mark(torch.autograd.Function):
@@ -98,19 +96,15 @@ class _Mark(torch.autograd.Function):
 class Steps:
     """The attempted steps of one adaptive solve, in their order.
 
-    Times are those of the true problem: in reverse time ``dt`` is negative. Methods that
-    give every sample its own steps have (n_steps, batch) in all fields, NaN-padded.
+    Methods that give every sample its own steps have (n_steps, batch) in all fields, NaN-padded.
 
     Attributes:
         t0: (n_steps,) where each step starts; the solver's time dtype, no gradient.
-        dt: (n_steps,) its signed size; no gradient.
+        dt: (n_steps,) its size, negative in reverse time; no gradient.
         ratio: (n_steps,) the solver's error ratio, accepted up to 1; no gradient.
         is_accepted: (n_steps,) bool.
-        part_errors: for each part of the state (one for a tensor), see `error`.
-        layout: the state's parts.
-        part_slopes: norms of the differences of the last two stages' derivatives and of
-            their states, for each part; None where not recorded, see `stiffness_of`.
-        graph_check: raises where the numbers cannot be differentiated.
+        part_errors: for each part of the state that ``layout`` has, see `error_of`.
+        part_slopes: for each part, numerators and denominators of `stiffness_of`.
     """
 
     t0: Tensor
@@ -130,19 +124,15 @@ class Steps:
     def error_of(self, part: int | None = None) -> Tensor:
         """Return (n_steps, batch) L2 norms of the embedded errors over non-batch dimensions.
 
-        The errors are those of the solver before it scales them by its tolerances, in the
-        state's units. With the graph of the solve kept, those of accepted steps carry
-        gradient to y0 and func's parameters (``dt`` as a factor is detached); those of
-        rejected steps carry none.
+        The errors are in the state's units, not scaled by tolerances. With the graph of the
+        solve kept, those of accepted steps carry gradient to y0 and func's parameters (``dt``
+        as a factor is detached).
 
         Args:
             part: one part of a tuple state (a 0-d part counts as a batch of 1). None takes
                 all parts together, which must share their leading dimension; 0-d parts
                 belong to no sample and are left out (unless all are 0-d: one sample).
-
-        Raises:
-            OptionError: there is no such part.
-            StateShapeError: all parts are asked for and their batches differ.
+                `OptionError` for no part, `StateShapeError` for batches that differ.
         """
         return self.graph_check.protect(select(self.part_errors, self.layout, part))
 
@@ -150,16 +140,13 @@ class Steps:
         """Return (n_steps, batch) estimates of how much func stretches, in 1/time.
 
         |k_s - k_{s-1}| / |g_s - g_{s-1}| of the last two stages, which lie at the same
-        time: k their derivatives, g their states (0 where the states coincide).
-
-        Raises:
-            OptionError: it was not recorded, or the method has no such stages.
+        time: k their derivatives, g their states (0 where the states coincide). `OptionError`
+        where it was not recorded or the method has no such stages.
         """
         if self.part_slopes is None:
             raise OptionError(
                 problem="no stiffness was recorded.",
-                expected="a scope that asks for it, and a method whose last two stages end the "
-                "step.",
+                expected="a scope that asks for it; a method whose last two stages end the step.",
                 fix='with tdh.record(stiffness=True): odeint(..., method="dopri5")',
             )
         rise, run = (select(norms, self.layout, part) for norms in self.part_slopes)
@@ -172,10 +159,7 @@ class SampledStep(NamedTuple):
     """One accepted step, drawn at random, with what it takes to redo it.
 
     Attributes:
-        func: the user's vector field.
-        t0: 0-d tensor, the true time at the step's start.
-        dt: 0-d tensor, its signed size.
-        y: the state at its start, detached.
+        t0, dt, y: its start, its signed size (0-d tensors) and the state there, detached.
         nodes: positions of the stages after the first within the step, (s - 1,).
         weights: how the derivatives so far make each of these stages' states.
         error_weights: how the derivatives make the embedded error, (s,).
@@ -192,16 +176,14 @@ class SampledStep(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Solve:
-    """One recorded solve.
+    """One recorded solve, by the string ``method``.
 
     Attributes:
-        method: the method string it was called with.
         nfe: calls of func.
         sample_nfe: (batch,) int64: how many of them each sample took part in.
         selection: (batch,) int64: the candidate that solved each sample; None but for dise.
         wall_s: seconds it took, everything included.
-        steps: its attempted steps; none for methods without error estimates.
-        is_adaptive: whether the method has error estimates.
+        steps: its attempted steps; empty unless ``is_adaptive``: with error estimates.
         sampled_step: an accepted step drawn at random; None where there is none.
     """
 
@@ -229,12 +211,7 @@ class Solve:
         return adaptive_among([self])
 
     def error_penalty(self, part: int | None = None) -> Tensor:
-        """Return this solve's share of `Recorder.error_penalty`, a 0-d tensor.
-
-        Raises:
-            NothingRecordedError: the method has no error estimates.
-            FreedGraphError: a backward pass has freed the graph.
-        """
+        """Return this solve's share of `Recorder.error_penalty`, a 0-d tensor."""
         return self.sum_accepted(self.steps.error_of(part))
 
     def sum_accepted(self, values: Tensor) -> Tensor:
@@ -246,12 +223,9 @@ class Solve:
 
 
 class Partial(NamedTuple):
-    """How far a solve came.
+    """How far a solve came: its record, and states (n, *shape) at the times (n,) reached.
 
-    Attributes:
-        t: (n,) the times reached: those asked for, then the end of the last accepted step.
-        y: the state at each of them, (n, *shape), or a tuple of such.
-        solve: the record up to there.
+    The last of these is the end of the last accepted step.
     """
 
     t: Tensor
@@ -260,11 +234,7 @@ class Partial(NamedTuple):
 
 
 class MaxStepsError(HyperError, AssertionError):
-    """A recorded solve took its ``max_num_steps`` without arriving.
-
-    Attributes:
-        partial: how far it came.
-    """
+    """A recorded solve took its ``max_num_steps`` without arriving; see its ``partial``."""
 
     def __init__(self, message: str, partial: Partial) -> None:
         super().__init__(message)
@@ -276,9 +246,9 @@ def adaptive_among(solves: list[Solve]) -> list[Solve]:
     adaptive = [solve for solve in solves if solve.is_adaptive]
     if not adaptive:
         others = ", ".join(sorted({f'"{solve.method}"' for solve in solves}))
+        others = f"; without error estimates: {others}" if others else ""
         raise NothingRecordedError(
-            problem="no adaptive solve was recorded"
-            + (f"; without error estimates: {others}." if others else "."),
+            problem=f"no adaptive solve was recorded{others}.",
             expected='a solve with "dopri5" or another adaptive method.',
             fix='with tdh.record() as rec: odeint(func, y0, t, method="dopri5")',
         )

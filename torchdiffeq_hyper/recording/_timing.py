@@ -11,21 +11,18 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-TURN_SECONDS = 0.02
-"""A shorter run is repeated within its turn until this has passed."""
-
 
 def median_seconds(
     runs: Sequence[Callable[[], object]],
     device: torch.device,
     repeats: int,
     tick: Callable[[], object] = lambda: None,
-    turn_seconds: float = TURN_SECONDS,
+    turn_seconds: float = 0.02,
 ) -> list[float]:
     """Return each run's median wall time in seconds over ``repeats`` rounds.
 
-    A round has every run's turn, so that a machine that slows down slows them all. ``tick`` is
-    called after each turn, outside the measured time.
+    A round has every run's turn, so that a machine that slows down slows them all. A run shorter
+    than a turn is repeated in it; ``tick`` is called after each, outside the measured time.
     """
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats):

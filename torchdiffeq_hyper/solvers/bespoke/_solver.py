@@ -41,30 +41,24 @@ class BespokeSolver(Solver, kind=BNS):
 
     from x_0 = y_0 to the solution x_n at the end of the span T: a non-stationary solver of
     Shaul et al., "Bespoke Non-Stationary Solvers for Fast Sampling of Diffusion and Flow
-    Models", 2024, https://arxiv.org/abs/2403.01329. Each w has the sum of its time, so
-    constant derivatives are integrated exactly; times never decrease, and the last row adds
-    up to 1. With a hypernet g the end is x_n + T^2 g(T, t_0, x_n, k_0..k_{n-1}). A solve costs
-    n calls of func, whatever the span, and one of g.
+    Models", 2024, https://arxiv.org/abs/2403.01329. Constant derivatives are integrated exactly;
+    times never decrease, the last one is 1. With a hypernet g the end is
+    x_n + T^2 g(T, t_0, x_n, k_0..k_{n-1}). A solve costs n calls of func (``solver.steps``),
+    whatever the span, and one of g.
 
-    The span belongs to the method: it starts where it was fitted to start and ends at
-    most where it was fitted to end. Points between are read off by cubic Hermite from
-    fitted combinations of the n derivatives, at no further call. `fit` with base="bns"
-    makes one.
+    It starts where it was fitted to start and ends at most where it was fitted to end. Points
+    between are read off by cubic Hermite from fitted combinations of the n derivatives, at no
+    further call. `fit` with base="bns" makes one.
 
     Args:
         weights: (n, n) lower triangular, floating; see `BespokeSolver.classical`. Kept frozen;
-            ``solver.requires_grad_()`` thaws them. Whatever values an optimizer gives to
-            the parameter, ``solver.weights`` are those of a method.
+            ``solver.requires_grad_()`` thaws them.
         hypernet: a correction at the end of the span, None for none.
         knots: what is read off between the ends: values (n - 1, n) at the inner of n + 1
             equidistant times and slopes (n + 1, n) at all. None takes the ends of the steps
-            that the weights are made of (classical ones), else a cubic in time through
-            the derivatives.
+            of classical weights, else a cubic in time through the derivatives.
         domain: what the solver was fitted for; without it any span will do.
         report: what the fit measured.
-
-    Attributes:
-        steps: n, the calls of func over the span.
 
     Raises:
         StateTypeError: weights or knots are not floating-point tensors.
@@ -74,8 +68,7 @@ class BespokeSolver(Solver, kind=BNS):
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
         >>> solver = tdh.BespokeSolver.classical("rk4", 8)
-        >>> y = solver.solve(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]))
-        >>> y[-1]
+        >>> solver.solve(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]))[-1]
         tensor([0.3682])
     """
 
@@ -108,9 +101,8 @@ class BespokeSolver(Solver, kind=BNS):
     def classical(cls, method: str, calls: int) -> BespokeSolver:
         """Return the solver that is as many equal steps of a classical method as it has calls.
 
-        Where they do not come out even, a shorter method takes the calls that are left, and
-        each step is as long as the calls it has: 10 calls are two steps of rk4 over two fifths
-        of the span each and one of midpoint over the last fifth.
+        Each step is as long as the calls it has, and a shorter method takes those that are left:
+        10 calls are two steps of rk4 over two fifths of the span each and one of midpoint.
 
         Args:
             method: "euler", "midpoint", "heun", "heun3" or "rk4", torchdiffeq's variants.
@@ -128,10 +120,9 @@ class BespokeSolver(Solver, kind=BNS):
 
     @property
     def weights(self) -> Tensor:
-        """The weights in use, (n, n): always those of a method, whatever an optimizer did.
+        """The weights in use, (n, n): those of a method, whatever values an optimizer gave.
 
-        They are a differentiable function of the one parameter of that name, which they equal
-        where it is a method's: see `set_weights`, and ``solver.parameters()`` for an optimizer.
+        A differentiable function of the one parameter of that name in ``solver.parameters()``.
         """
         return self._in_use.of(self._parameter)
 
@@ -142,11 +133,7 @@ class BespokeSolver(Solver, kind=BNS):
 
     @torch.no_grad()
     def set_weights(self, weights: Tensor) -> None:
-        """Write weights (n, n) of any dtype and device into the parameter.
-
-        What is read off between the ends stays as it was: it belongs to the weights that
-        it was fitted with. So it does while the weights are trained.
-        """
+        """Write weights (n, n) of any dtype and device into the parameter; knots stay."""
         self._parameter.copy_(weights)
 
     @property
@@ -190,12 +177,6 @@ class BespokeSolver(Solver, kind=BNS):
         the span is fitted, and second derivatives by it alone are not those of the solution. A
         compiled or exported solve cannot raise: where ``t`` leaves the span, it gives nan.
         ``rtol`` and ``atol`` are ignored: there is no error estimate.
-
-        Example:
-            >>> import torch, torchdiffeq_hyper as tdh
-            >>> solver = tdh.BespokeSolver.classical("heun3", 6)
-            >>> solver.solve(lambda t, y: -y, torch.ones(2), torch.linspace(0, 1, 5)).shape
-            torch.Size([5, 2])
         """
         layout = StateLayout.of(y0)
         flat = layout.join(y0)

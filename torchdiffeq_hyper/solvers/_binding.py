@@ -102,11 +102,9 @@ def detach(func: VectorField, method: str | None = None) -> None:
             _write(owner.target, kept)
             return
     what = "a solver" if method is None else f'a solver for "{method}"'
-    raise OptionError(
-        problem=f"{what} is not attached to this func.",
-        expected="the very object that was given to attach (copies are not attached).",
-        fix="tdh.attach(func, solver) first",
-    )
+    problem = f"{what} is not attached to this func."
+    expected = "the very object that was given to attach (copies are not attached)."
+    raise OptionError(problem, expected, fix="tdh.attach(func, solver) first")
 
 
 @contextmanager
@@ -206,11 +204,8 @@ def check_fitted(solver: FittedT) -> FittedT:
     """Return ``solver``; refuse what is no fitted part, e.g. a bare hypernet."""
     if isinstance(getattr(solver, "method", None), str):
         return solver
-    raise StateTypeError(
-        problem=f"solver is a {type(solver).__name__}.",
-        expected="a fitted solver, e.g. a HyperSolver.",
-        fix='tdh.HyperSolver(base="euler", hypernet=g, steps=10)',
-    )
+    problem, fix = f"solver is a {type(solver).__name__}.", 'tdh.HyperSolver("euler", g, steps=10)'
+    raise StateTypeError(problem, "a fitted solver, e.g. a HyperSolver.", fix)
 
 
 def _domain_of(solver: Any) -> FitDomain | None:
@@ -229,9 +224,10 @@ def _none_serves(method: str, solvers: Sequence[Fitted], times: Times) -> Option
     spans = filter(None, map(_span_of, solvers))
     fitted = ", ".join(f"from {first:.6g} to {last:.6g}" for first, last in spans)
     asked = "goes forward" if times.direction > 0 else "goes in reverse"
-    if start is not None:
+    if start is not None and end is not None:
+        asked = f"goes from {start:.6g} to {end:.6g}"
+    elif start is not None:
         asked = f"starts at {start:.6g} and {asked}"
-        asked = asked if end is None else f"goes from {start:.6g} to {end:.6g}"
     return OptionError(
         problem=f'no solver for method "{method}" was fitted for these times: t {asked}; those '
         f"attached to func or in scope were fitted {fitted}.",

@@ -44,11 +44,11 @@ _MIDDLE = (
 
 
 class _Attempt(NamedTuple):
-    """A step that was tried: states at its end, error estimate, the derivatives of its stages."""
+    """A step that was tried."""
 
-    y1: Tensor
+    y1: Tensor  # the states at its end
     error: Tensor
-    stages: tuple[Tensor, ...]  # the last one lies at its end
+    stages: tuple[Tensor, ...]  # derivatives, the last one at its end
 
 
 def _attempt(
@@ -125,13 +125,12 @@ class Loop:
     def run(self, y0: Tensor) -> Tensor:
         """Return the solution from ``y0``, one row a sample: (times, batch, width)."""
         everyone = torch.arange(len(y0), device=y0.device)
-        self.nfe = torch.zeros_like(everyone)
+        self.nfe, tried = torch.zeros_like(everyone), torch.zeros_like(everyone)
         self._values, self._places = [y0], [everyone]
         t = self.times[0].expand(len(y0))
         f = self._evaluate(everyone, t, y0)
         dt = self._first_step(everyone, t, y0, f)
-        due, tried = torch.ones_like(everyone), torch.zeros_like(everyone)
-        active = _Active(everyone, y0, f, t, dt, due, tried, tried.bool())
+        active = _Active(everyone, y0, f, t, dt, tried + 1, tried, tried.bool())
         while len(active.samples):
             self._check(active)
             active = self._round(active)
@@ -193,7 +192,7 @@ class Loop:
             move, digits = dt * f.abs().amax(1), torch.finfo(self.func.dtype).eps
             is_still = ratio.isinf() & (move <= digits * y.abs().amax(1))
         if self.is_recorded:
-            self._note(index, (t.detach(), dt, ratio), accept, step.error)
+            self._note(active, ratio, accept, step.error)
         end = torch.where(accept, t + dt, t)
         passed = self._write(active, step, end, accept)
         tried = torch.where(passed > due, 0, tried + 1)
@@ -218,16 +217,13 @@ class Loop:
             self._places.append(due[rows] * len(self.nfe) + active.samples[rows])
             due = due + inside.long()
 
-    def _note(
-        self, index: Tensor, columns: tuple[Tensor, ...], is_accepted: Tensor, error: Tensor
-    ) -> None:
-        """Keep a round for the record; the columns are times, sizes and error ratios."""
-        t, dt, ratio = columns
+    def _note(self, active: _Active, ratio: Tensor, is_accepted: Tensor, error: Tensor) -> None:
+        """Keep a round for the record."""
         norms = part_norms(self.func.layout, error)
         errors = [torch.where(is_accepted, norm, norm.detach()) for norm in norms]
-        batch, sign = (len(self.nfe),), self.func.sign
+        batch, sign, index = (len(self.nfe),), self.func.sign, active.samples
         flags = is_accepted.new_zeros(batch).index_copy(0, index, is_accepted)
-        values = (sign * t, sign * dt, ratio, *errors)
+        values = (sign * active.t.detach(), sign * active.dt, ratio, *errors)
         padded = (x.new_full(batch, torch.nan).index_copy(0, index, x) for x in values)
         self.noted.append((flags, *padded))
 
@@ -276,11 +272,8 @@ class Loop:
                 fix="y0 = y0.double()   # or a span that ends before",
             )
         if not is_finite or not bool(torch.isfinite(one.y).all()):
-            raise NonFiniteError(
-                problem=f"func returned inf or nan for {where}.",
-                expected="finite derivatives along the solution.",
-                fix="torch.isfinite(func(t, y)).all()",
-            )
+            problem, fix = f"func returned inf or nan for {where}.", "torch.isfinite(func(t, y))"
+            raise NonFiniteError(problem, "finite derivatives along the solution.", fix)
         smallest, most = self.control.min_step, self.control.max_num_steps
         if float(one.dt) == 0 < smallest:
             problem = f"{where} leaves the finite range in a step of min_step = {smallest:g}."

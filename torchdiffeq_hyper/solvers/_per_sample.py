@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -201,14 +201,11 @@ def _in_rows(layout: RowLayout, name: str, given: Tolerance, rows: Tensor) -> Te
 def _raise_non_finite(solution: Tensor, rows: Tensor, t: Tensor) -> NoReturn:
     """Name where a solution (times, batch, width), ``rows`` as integrated, is not finite first."""
     time, sample = (~torch.isfinite(solution).all(dim=2)).nonzero()[0].tolist()
-    where = f"sample {sample} at t = {float(t[time]):.6g}"
-    if bool(torch.isfinite(rows[time, sample]).all()):
-        most = torch.finfo(solution.dtype).max
-        problem = f"{where} overflows the state's dtype, {solution.dtype} (at most {most:.4g})."
-        fix = "y0 = y0.float()"
-    else:
-        problem = f"{where} left the finite range of {rows.dtype}."
-        fix = "y0 = y0.double()   # or a span that ends before the solution blows up"
+    is_overflow = bool(torch.isfinite(rows[time, sample]).all())
+    how = "overflows the state's dtype," if is_overflow else "left the finite range of"
+    dtype = solution.dtype if is_overflow else rows.dtype
+    problem = f"sample {sample} at t = {float(t[time]):.6g} {how} {dtype}."
+    fix = f"y0 = y0.{'float' if is_overflow else 'double'}()   # or a span that ends before"
     raise NonFiniteError(problem=problem, expected="a solution that stays finite.", fix=fix)
 
 
@@ -252,7 +249,6 @@ class SampleField:
         return k
 
     def _one(self, index: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Return the derivative of one sample; func gets a batch axis of 1."""
         return self._all(index.unsqueeze(0), t, y.unsqueeze(0)).squeeze(0)
 
     def _all(self, index: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -261,10 +257,9 @@ class SampleField:
         check_kind(k, state)
         (_, got), (_, expected) = shapes_of(k), shapes_of(state)
         if got != expected:  # would broadcast
-            times = "t of shape (batch,)" if self.mode == "vector" else "a batch of 1"
             raise StateShapeError(
                 problem=f"func returned shape {', '.join(map(str, got))} for a state of shape "
-                f'{", ".join(map(str, expected))} (options["time"] = "{self.mode}": {times}).',
+                f'{", ".join(map(str, expected))} (options["time"] is "{self.mode}").',
                 expected="a derivative of the state's own shape; a field that holds something of "
                 "every sample (noise, controls) must say which part of it belongs to which sample.",
                 fix=HOW_TO_RESTRICT,
@@ -278,9 +273,8 @@ class _AtVectorTimes:
 
     func: VectorField
 
-    def __call__(self, t: Tensor, y: State) -> State:
-        k: State = self.func(t.expand(len(parts_of(y)[0])), y)
-        return k
+    def __call__(self, t: Tensor, y: State) -> Any:
+        return self.func(t.expand(len(parts_of(y)[0])), y)
 
     def restrict(self, index: Tensor) -> _AtVectorTimes:
         return _AtVectorTimes(restrict(self.func, index))

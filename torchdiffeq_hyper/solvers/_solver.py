@@ -28,9 +28,7 @@ from torchdiffeq_hyper.solvers._stepping import Correction
 
 Weights: TypeAlias = tuple[nn.Module, Mapping[str, Tensor], bool]
 """A net, the weights to load into it, and whether it is the caller's instance."""
-
 _class_of: dict[str, type[Solver]] = {}
-
 _CUSTOM = Record({}, optional={"class": Text(1000), "inputs": NAMES_OF_INPUTS})
 NET = Tagged({**ARCHITECTURES, "custom": _CUSTOM})
 """What files may say of a net."""
@@ -63,10 +61,8 @@ class Solver(nn.Module, ABC):
     follows_grid: ClassVar[bool] = True
     """Whether a call may ask for another number of steps."""
     _loads_all: ClassVar[bool] = True
-    _file_rules: ClassVar[Record]
-    """What the settings in its files may be."""
-    _net_prefix: ClassVar[str] = ""
-    """What the names of the net's tensors begin with in its files."""
+    _file_rules: ClassVar[Record]  # what the settings in its files may be
+    _net_prefix: ClassVar[str] = ""  # what the names of the net's tensors begin with there
 
     def __init__(
         self,
@@ -221,18 +217,13 @@ class Solver(nn.Module, ABC):
         else:
             _files.checked(Record({}), weights, what, "hypernet")
             if hypernet is not None and hypernet is not UNSEEN:
-                raise BaseMismatchError(
-                    problem=f"{path!r} holds a solver without a hypernet.",
-                    expected="no instance to load one into.",
-                    fix=f"tdh.HyperSolver.load({path!r})",
-                )
+                problem = f"{path!r} holds a solver without a hypernet."
+                fix = f"tdh.HyperSolver.load({path!r})"
+                raise BaseMismatchError(problem, "no instance to load one into.", fix)
         with _files.damage_reported(path):
-            solver = cls(
-                hypernet=net,
-                domain=_files.from_plain(FitDomain | None, found["domain"]),
-                report=_files.from_plain(FitReport | None, found["report"]),
-                **arguments,
-            )
+            domain = _files.from_plain(FitDomain | None, found["domain"])
+            report = _files.from_plain(FitReport | None, found["report"])
+            solver = cls(hypernet=net, domain=domain, report=report, **arguments)
         return solver, None if net is None else (net, weights, hypernet is not None)
 
     @classmethod

@@ -24,14 +24,10 @@ from torchdiffeq_hyper.solvers.bespoke._weights import hermite, is_differentiate
 from torchdiffeq_hyper.tableaus import StageCall
 
 Span: TypeAlias = tuple[float, float]
-"""Start and end."""
-
 Schedule: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor]]
 """The 0-d time of call i and its i + 1 weights, times the span, for each call."""
-
 _Sum = Callable[[Tensor, list[Tensor]], Tensor]
 """Return the next state for a row of weights and the derivatives; may move the last of these."""
-
 CHUNK = 2**18
 """Numbers summed at a time: as many bytes as lie in a core's cache."""
 
@@ -61,11 +57,9 @@ def is_whole_span(t: Tensor, span: Span | None, calls: int) -> bool:
         )
     forward = 1 if end > start else -1
     if any(forward * (after - before) < 0 for before, after in pairwise(points)):
-        raise OptionError(
-            problem="t turns back on its way.",
-            expected=f"times that only {'grow' if forward > 0 else 'fall'}.",
-            fix=f"t = t.sort(descending={forward < 0}).values",
-        )
+        expected = f"times that only {'grow' if forward > 0 else 'fall'}."
+        fix = f"t = t.sort(descending={forward < 0}).values"
+        raise OptionError(problem="t turns back on its way.", expected=expected, fix=fix)
     return len(t) == 2 and abs(points[1] - end) <= slack and not is_differentiated(t)
 
 
@@ -116,13 +110,9 @@ class ScheduleCache:
         """Return the schedule for the span, made anew if anything it is made of has changed."""
         key = (y.dtype, y.device, span, weights.dtype, weights.device, weights._version)  # noqa: SLF001
         cached = self._cached
+        is_same = cached is not None and cached[0] == key and cached[1] is weights
         # Writing through ``.data`` leaves the version. Looking at another device would wait for it.
-        if (
-            cached is not None
-            and cached[0] == key
-            and cached[1] is weights
-            and (weights.device.type != "cpu" or torch.equal(cached[2], weights))
-        ):
+        if cached and is_same and (weights.device.type != "cpu" or torch.equal(cached[2], weights)):
             return cached[3]
         calls = schedule(weights.to(y.device), *span, y.dtype)
         self._cached = (key, weights, weights.detach().clone(), calls)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,8 +28,7 @@ from torchdiffeq_hyper.solvers.bespoke import _rollout, _weights
 from torchdiffeq_hyper.tableaus import StageCall
 
 BNS = "bns"
-ORDER = 1
-"""What weights that add up to the time passed guarantee, whatever they are."""
+ORDER = 1  # what weights that add up to the time passed guarantee, whatever they are
 
 
 class BespokeSolver(Solver, kind=BNS):
@@ -180,8 +179,7 @@ class BespokeSolver(Solver, kind=BNS):
         """
         layout = StateLayout.of(y0)
         flat = layout.join(y0)
-        dtype = flat.dtype
-        t, given = check_times(t, flat), t
+        t, given, dtype = check_times(t, flat), t, flat.dtype
         ends_at_end = _rollout.is_whole_span(given, self.span, self.steps)
         if flat.numel() == 0 or len(t) == 1:
             return layout.split(flat.unsqueeze(0).expand(len(t), *flat.shape).clone())
@@ -195,15 +193,14 @@ class BespokeSolver(Solver, kind=BNS):
         added = None
         if self.hypernet is not None:
             correction = self._correction(ORDER, func, y0, layout, flat)
-            added = _added_at_end(correction, x, stages, (start, end))
+            added = _added_at_end(correction, x, tuple(stages), start, end)
         if ends_at_end:
             y = (x if added is None else x + added).unsqueeze(0)
         else:
             knots = self.get_buffer("knot_values"), self.get_buffer("knot_slopes")
             matrices = [matrix.to(flat.device) for matrix in (self.weights, *knots)]
-            y = _rollout.dense_output(
-                t, self.span, given.dtype, matrices, (flat, stages), added=added
-            )
+            known = flat, stages
+            y = _rollout.dense_output(t, self.span, given.dtype, matrices, known, added=added)
         if not is_finite(y[-1]):
             _rollout.raise_non_finite(call, calls, first, dtype)
         return layout.split(cast_back(torch.cat([first.unsqueeze(0), y]), dtype))
@@ -234,7 +231,7 @@ class BespokeSolver(Solver, kind=BNS):
         return self._schedules.of(weights, self.span, y)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Load as any module does; weights may come from the middle of a training."""
+        """Load as any module; weights may come from the middle of a training."""
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if prefix + "weights" in state_dict and not _weights.is_method(self._parameter.detach()):
             self._in_use.is_fixed = False
@@ -246,12 +243,9 @@ class BespokeSolver(Solver, kind=BNS):
 
 
 def _differentiable_start(call: StageCall, t: Tensor, start: float, y: Tensor) -> Tensor:
-    r"""Return the state at the fitted start s, as a function of the time ``t[0]`` of ``y``.
+    """Return the state at the fitted start s: y - (t_0 - s) f(s, y), for the derivative by t_0.
 
-    .. math:: y - (t_0 - s) f(s, y)
-
-    The weights stay those of the span: :math:`t_0 - s` is 0 to rounding, its derivative is 1.
-    Costs one call of func.
+    The weights stay those of the span: t_0 - s is 0 to rounding.
     """
     t_dtype = time_dtype(y.dtype)
     time = torch.full((), start, dtype=t.dtype, device=t.device)
@@ -259,14 +253,13 @@ def _differentiable_start(call: StageCall, t: Tensor, start: float, y: Tensor) -
 
 
 def _added_at_end(
-    correction: Correction, x: Tensor, stages: Sequence[Tensor], span: tuple[Any, Any]
+    correction: Correction, x: Tensor, stages: tuple[Tensor, ...], start: Any, end: Any
 ) -> Tensor:
     """Return what a hypernet adds to the flat state at the end of the span."""
-    start, end = span
     # The difference before the cast: far from zero the ends are rounded to a part of the span.
     t_dtype = time_dtype(x.dtype)
     t0, dt = (torch.as_tensor(s, dtype=t_dtype, device=x.device) for s in (start, end - start))
-    out = correction.evaluate(t0, dt, x, tuple(stages))
+    out = correction.evaluate(t0, dt, x, stages)
     if x.device.type == "cpu":
         correction.look_at(dt, x)
     return correction.add(torch.zeros_like(x), out, correction.factors(dt, x.dtype))

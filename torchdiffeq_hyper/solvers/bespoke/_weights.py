@@ -72,20 +72,14 @@ def check_weights(weights: Tensor) -> Tensor:
     if weights.is_meta:
         return weights
     if bool(weights.triu(1).any()):
-        raise OptionError(
-            problem="weights has entries above its diagonal.",
-            expected="zeros there: a state is made of the derivatives known before it.",
-            fix=fix,
-        )
+        expected = "zeros there: a state is made of the derivatives known before it."
+        problem = "weights has entries above its diagonal."
+        raise OptionError(problem, expected, fix)
     times = torch.cat([stage_times(weights), weights[-1:].sum(1)])
     is_rising = bool((times.diff() >= -SLACK).all())
     if not is_rising or abs(float(times[-1]) - 1) > SLACK:
-        raise OptionError(
-            problem=f"the rows of weights add up to {[round(t, 6) for t in times[1:].tolist()]}.",
-            expected="times that never decrease, from 0 on, the last one 1: each sum is the share "
-            "of the span passed.",
-            fix=fix,
-        )
+        problem = f"the rows of weights add up to {[round(t, 6) for t in times[1:].tolist()]}."
+        raise OptionError(problem, "times that never decrease, from 0 on, the last one 1.", fix)
     return weights
 
 
@@ -175,7 +169,7 @@ class WeightCache:
 
     def __getstate__(self) -> dict[str, object]:
         """Copy and pickle as one that keeps nothing yet."""
-        return {"is_fixed": self.is_fixed, "_cached": None}
+        return {"is_fixed": self.is_fixed}
 
 
 # The rows of the stages after the first, then the row of the step's end.

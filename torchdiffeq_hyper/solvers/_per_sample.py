@@ -148,11 +148,9 @@ class PerSampleDopri5:
         sign = -1 if bool((steps < 0).any()) else 1
         if not are_finite or not bool((sign * steps > 0).all()):
             how = "goes back and forth" if are_finite else "holds inf or nan"
-            raise OptionError(
-                problem=f"t {how}: {t.tolist()[:8]}.",
-                expected="finite times that strictly increase, or strictly decrease.",
-                fix="t = t.unique()" if are_finite else "t = t[torch.isfinite(t)]",
-            )
+            problem, expected = f"t {how}: {t.tolist()[:8]}.", "strictly monotonic finite times."
+            fix = "t = t.unique()" if are_finite else "t = t[torch.isfinite(t)]"
+            raise OptionError(problem, expected, fix)
         # Sums of many small steps need more digits than the state has.
         times = sign * t.to(torch.float64)
         if rows.numel() == 0 or len(t) == 1:

@@ -132,7 +132,7 @@ class BespokeSolver(Solver, kind=BNS):
 
     @torch.no_grad()
     def set_weights(self, weights: Tensor) -> None:
-        """Write weights (n, n) of any dtype and device into the parameter; knots stay."""
+        """Write weights (n, n) of any dtype and device into the parameter; no knot changes."""
         self._parameter.copy_(weights)
 
     @property

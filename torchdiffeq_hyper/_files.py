@@ -29,8 +29,7 @@ _KEY = "torchdiffeq_hyper"
 
 def tensors_under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors whose names begin with a prefix, named without it."""
-    named = tensors.items()
-    return {name.removeprefix(prefix): value for name, value in named if name.startswith(prefix)}
+    return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
 
 
 def write(
@@ -68,19 +67,14 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what `write` wrote: tensors, on the CPU, and metadata.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        FileFormatError: truncated, of another kind, or of a newer format.
-    """
+    """Return what `write` wrote: tensors, on the CPU, and metadata."""
     metadata = read_metadata(path)
     if metadata["kind"] != kind:
-        raise FileFormatError(
-            problem=f"{os.fspath(path)!r} holds a {metadata['kind']!r}.",
-            expected=f"a file of kind {kind!r}.",
-            fix="the loader that belongs to the file's kind",
+        problem, fix = (
+            f"holds a {metadata['kind']!r}.",
+            "the loader that belongs to the file's kind",
         )
+        raise _refusal(path, problem, f"a file of kind {kind!r}.", fix)
     tensors: dict[str, Tensor] = {}
     with _open(path) as file, refused(repr(os.fspath(path))):
         for name in file.keys():  # noqa: SIM118
@@ -95,15 +89,13 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the description in a file of any kind; raises what `read` raises."""
+    """Return the description in a file of any kind."""
     with _open(path) as file:
         text = (file.metadata() or {}).get(_KEY)
     if text is None:
-        raise FileFormatError(
-            problem=f"{os.fspath(path)!r} is a safetensors file of another program.",
-            expected="a file that `save` of this package wrote.",
-            fix="solver.save(path)   # weights alone: safetensors.torch.load_file(path)",
-        )
+        expected = "a file that `save` of this package wrote."
+        fix = "solver.save(path)   # weights alone: safetensors.torch.load_file(path)"
+        raise _refusal(path, "is a safetensors file of another program.", expected, fix)
     with damage_reported(path):
         try:
             metadata = json.loads(text)
@@ -113,12 +105,16 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         Table(ANYTHING).check(metadata, "")
         header = Record(HEADER).check({name: metadata.get(name) for name in HEADER}, "")
     if header["format_version"] > FORMAT_VERSION:
-        raise FileFormatError(
-            problem=f"{os.fspath(path)!r} has format {header['format_version']}.",
-            expected=f"a format up to {FORMAT_VERSION}, which is what this version knows.",
-            fix="pip install -U torchdiffeq_hyper",
-        )
+        problem = f"has format {header['format_version']}."
+        expected = f"a format up to {FORMAT_VERSION}, which is what this version knows."
+        raise _refusal(path, problem, expected, "pip install -U torchdiffeq_hyper")
     return dict(metadata)
+
+
+def _refusal(
+    path: str | os.PathLike[str], problem: str, expected: str, fix: str
+) -> FileFormatError:
+    return FileFormatError(f"{os.fspath(path)!r} {problem}", expected, fix)
 
 
 @contextmanager
@@ -143,10 +139,7 @@ def checked(rule: Rule, value: object, what: str, at: str = "") -> Any:
 
 
 def from_plain(hint: Any, value: Any) -> Any:
-    """Return what an annotation says, from a value read from JSON: dataclasses and tuples.
-
-    Fields that an older version did not write keep their defaults.
-    """
+    """Return what an annotation says, e.g. dataclasses and tuples, from a value read from JSON."""
     origin, arguments = get_origin(hint), get_args(hint)
     if is_dataclass(hint):
         hints = get_type_hints(hint)
@@ -176,11 +169,7 @@ def damage_reported(path: str | os.PathLike[str]) -> Iterator[None]:
 @contextmanager
 def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
     if Path(path).is_dir():
-        raise FileFormatError(
-            problem=f"{os.fspath(path)!r} is a folder.",
-            expected="a file that `save` wrote.",
-            fix="name the file",
-        )
+        raise _refusal(path, "is a folder.", "a file that `save` wrote.", "name the file")
     try:
         with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
             yield file
@@ -190,8 +179,5 @@ def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
         # Eight bytes of length, then JSON: all that tells a cut-off file from a foreign one.
         is_cut = len(head) < 9 or head[8:] == b"{"
         state = f"truncated or damaged: {error}" if is_cut else "not a safetensors file."
-        raise FileFormatError(
-            problem=f"{os.fspath(path)!r} is {state}",
-            expected="a complete file that `save` wrote.",
-            fix="copy or save it again",
-        ) from error
+        expected = "a complete file that `save` wrote."
+        raise _refusal(path, f"is {state}", expected, "copy or save it again") from error

@@ -1,9 +1,4 @@
-"""Rules for what was read from files: numbers, strings, tensors, lists and records of them.
-
-A rule has ``expected``, for people, and ``check(value, name)``, which returns the value or raises
-`Mismatch` with the name of the field that is wrong. `record_of` reads the rules of a dataclass off
-its annotations.
-"""
+"""Rules for what was read from files: numbers, strings, tensors, lists and records of them."""
 
 from __future__ import annotations
 
@@ -25,8 +20,7 @@ FIX = "copy the file again, or fit and save again"
 UPGRADE = "pip install -U torchdiffeq_hyper   # if a later version wrote the file"
 
 MOST = 2**62
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""What a net can compute in."""
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a net can compute in
 
 
 class Mismatch(HyperError, ValueError):  # noqa: N818 - never leaves the package
@@ -178,8 +172,7 @@ class TensorOf(Value):
 
 
 FLAG = Value(lambda value: isinstance(value, bool), "True or False")
-ANYTHING = Value(lambda _: True, "a value")
-"""What is somebody else's to check."""
+ANYTHING = Value(lambda _: True, "a value")  # what is somebody else's to check
 
 
 # Rules made of rules
@@ -325,16 +318,14 @@ _PLAIN: dict[Any, Rule] = {
 def _rule_of(hint: Any) -> Rule:
     if hint in _PLAIN:
         return _PLAIN[hint]
-    if dataclasses.is_dataclass(hint):
-        assert isinstance(hint, type)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return record_of(hint)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        (rule,) = (_rule_of(kind) for kind in arguments if kind is not types.NoneType)
-        return Maybe(rule)
+    if origin is types.UnionType:  # of a kind and None
+        return Maybe(_rule_of(arguments[0]))
     if origin is list or (origin is tuple and arguments[-1] is Ellipsis):
         return Items(_rule_of(arguments[0]))
     if origin is tuple:
-        return Row(*(_rule_of(kind) for kind in arguments))
+        return Row(*map(_rule_of, arguments))
     assert origin is dict, f"no rule for {hint}"
     return Table(_rule_of(arguments[1]))

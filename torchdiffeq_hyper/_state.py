@@ -79,10 +79,7 @@ def cast(y: State, dtype: torch.dtype) -> State:
 
 
 def shapes_of(y: object) -> tuple[bool, list[tuple[int, ...]]]:
-    """Return whether ``y`` is a tuple, and the shapes in it: equal for alike states.
-
-    Of anything that func may have returned: what is no tensor has the shape (-1,).
-    """
+    """Return whether ``y`` is a tuple, and the shapes in it; what is no tensor has (-1,)."""
     parts = y if isinstance(y, tuple) else (y,)
     return isinstance(y, tuple), [tuple(getattr(part, "shape", (-1,))) for part in parts]
 
@@ -104,43 +101,33 @@ def how_to_batch(y0: State) -> str:
     """Return the fix for a state without samples along dim 0."""
     if isinstance(y0, Tensor):
         return "y0 = y0.unsqueeze(0)   # for a single sample"
-    return (
-        "y0 = tuple(part.unsqueeze(0) for part in y0)   # for a single sample\n"
-        "part.expand(n_samples, *part.shape)            # for a part that all samples share"
-    )
+    single = "y0 = tuple(part.unsqueeze(0) for part in y0)   # for a single sample"
+    return f"{single}\npart.expand(n_samples, *part.shape)   # for a part that all samples share"
 
 
 def check_samples_first(y0: State, fix: str) -> None:
     """Refuse states without the same number of samples along dim 0 in all parts."""
     shapes = [tuple(part.shape) for part in parts_of(y0)]
     if len({shape[:1] for shape in shapes}) > 1 or not shapes[0]:
-        raise StateShapeError(
-            problem=f"y0 has shape{'s' * (len(shapes) > 1)} {', '.join(map(str, shapes))}.",
-            expected="the samples along dim 0, as many in every part.",
-            fix=fix,
-        )
+        problem = f"y0 has shape{'s' * (len(shapes) > 1)} {', '.join(map(str, shapes))}."
+        raise StateShapeError(problem, "the samples along dim 0, as many in every part.", fix)
 
 
 def check_part(part: object, n_parts: int) -> None:
     """Refuse what is no index of one of so many parts, 0 for a state of one tensor."""
     if type(part) is not int or not 0 <= part < n_parts:
-        raise OptionError(
-            problem=f"part is {part!r}.",
-            expected=f"None, or an index of one of the state's {n_parts} parts."
-            if n_parts
-            else "None: the state is one tensor.",
-            fix="part=0" if n_parts else "part=None",
-        )
+        index = f", or an index of one of the state's {n_parts} parts."
+        expected = "None" + (index if n_parts else ": the state is one tensor.")
+        fix = "part=0" if n_parts else "part=None"
+        raise OptionError(problem=f"part is {part!r}.", expected=expected, fix=fix)
 
 
 def check_dtype(dtype: torch.dtype, *, is_tuple: bool = False) -> None:
     """Refuse states of integers, the dtype being a state's or that of a part of a tuple."""
     if not (dtype.is_floating_point or dtype.is_complex):
-        raise StateTypeError(
-            problem=f"y0 has dtype {dtype}: derivatives would be rounded to integers.",
-            expected="a floating-point (or complex) state.",
-            fix="y0 = tuple(part.float() for part in y0)" if is_tuple else "y0 = y0.float()",
-        )
+        problem = f"y0 has dtype {dtype}: derivatives would be rounded to integers."
+        fix = "y0 = tuple(part.float() for part in y0)" if is_tuple else "y0 = y0.float()"
+        raise StateTypeError(problem, "a floating-point (or complex) state.", fix)
 
 
 def is_half(dtype: torch.dtype) -> bool:
@@ -168,8 +155,7 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 class StateLayout:
     """How a state lies in one tensor: as it is, or parts behind each other, as in the host."""
 
-    shapes: tuple[tuple[int, ...], ...] | None
-    """The parts' shapes for a tuple state, None for one tensor."""
+    shapes: tuple[tuple[int, ...], ...] | None  # a tuple's; None for one tensor
 
     @classmethod
     def of(cls, y: State) -> StateLayout:
@@ -178,11 +164,9 @@ class StateLayout:
             check_dtype(y.dtype)
             return cls(None)
         if not isinstance(y, tuple) or not y or not all(isinstance(part, Tensor) for part in y):
-            raise StateTypeError(
-                problem=f"y0 is a {type(y).__name__}.",
-                expected="a tensor, or a tuple of tensors.",
-                fix="y0 = torch.as_tensor(y0)" if not isinstance(y, list) else "y0 = tuple(y0)",
-            )
+            problem = f"y0 is a {type(y).__name__}."
+            fix = "y0 = tuple(y0)" if isinstance(y, list) else "y0 = torch.as_tensor(y0)"
+            raise StateTypeError(problem, "a tensor, or a tuple of tensors.", fix)
         for part in y:
             check_dtype(part.dtype, is_tuple=True)
         return cls(tuple(tuple(part.shape) for part in y))
@@ -191,18 +175,14 @@ class StateLayout:
         """Return the state lying in ``flat``; leading dimensions stay in front."""
         if self.shapes is None:
             return flat
-        parts, start = [], 0
-        for shape in self.shapes:
-            end = start + prod(shape)
-            parts.append(flat[..., start:end].reshape((*flat.shape[:-1], *shape)))
-            start = end
-        return tuple(parts)
+        # Not `Tensor.split`: func may write into a slice, but not into one of several views.
+        slices = (flat[..., slice(*self.bounds(i))] for i in range(len(self.shapes)))
+        front = flat.shape[:-1]
+        return tuple(p.reshape((*front, *s)) for p, s in zip(slices, self.shapes, strict=True))
 
     def join(self, y: State) -> Tensor:
         """Return the state as one tensor."""
-        if isinstance(y, Tensor):
-            return y
-        return torch.cat([part.reshape(-1) for part in y])
+        return y if isinstance(y, Tensor) else torch.cat([part.reshape(-1) for part in y])
 
     def bounds(self, part: int) -> tuple[int, int]:
         """Return where a part of a tuple state starts and ends in the flat tensor."""
@@ -215,8 +195,7 @@ class StateLayout:
 class RowLayout:
     """How the samples of a state lie in a matrix of shape (samples, numbers of a sample)."""
 
-    shapes: tuple[tuple[int, ...], ...]
-    """Each part's shape without its batch dimension."""
+    shapes: tuple[tuple[int, ...], ...]  # without the batch dimension
     is_tuple: bool
 
     @classmethod
@@ -253,7 +232,7 @@ class RowLayout:
 
 
 def sample_norms(states: State, unit: float = 1.0) -> Tensor:
-    """Return the 2-norms of states (n, batch, ...), all parts taken together, as (n, batch).
+    """Return the 2-norms (n, batch) of states (n, batch, ...), all parts taken together.
 
     Divided by ``unit`` first, since the squares of large numbers would overflow.
     """
@@ -263,10 +242,7 @@ def sample_norms(states: State, unit: float = 1.0) -> Tensor:
 
 
 def sample_sizes(states: State, unit: float = 1.0) -> Tensor:
-    """Return the norms that relative errors are divided by, (n, batch).
-
-    Where one is near zero, a tenth of the root mean square over all stands in for it.
-    """
+    """Return the norms that relative errors are divided by: at least a tenth of their rms."""
     norms = sample_norms(states, unit)
     return norms.clamp_min(0.1 * norms.square().mean().sqrt()).clamp_min(1e-30)
 
@@ -291,11 +267,10 @@ def select(norms: Sequence[Tensor], layout: StateLayout, part: int | None) -> Te
         return norms[0]
     with_batch = [n for n, shape in zip(norms, layout.shapes, strict=True) if shape] or list(norms)
     if len({n.shape for n in with_batch}) > 1:
-        raise StateShapeError(
-            problem=f"the state's parts have shapes {list(layout.shapes)}: they share no batch.",
-            expected="parts with one leading batch dimension, or the choice of one part.",
-            fix="rec.error_penalty(part=0)   # or solve.steps.error_of(0)",
-        )
+        problem = f"the state's parts have shapes {list(layout.shapes)}: they share no batch."
+        expected = "parts with one leading batch dimension, or the choice of one part."
+        fix = "rec.error_penalty(part=0)   # or solve.steps.error_of(0)"
+        raise StateShapeError(problem, expected, fix)
     joint: Tensor = torch.linalg.vector_norm(torch.stack(with_batch, -1), dim=-1)
     return joint
 
@@ -308,24 +283,19 @@ def is_traced(tensor: Tensor) -> bool:
 
 
 def values_of(tensor: Tensor) -> list[float] | None:
-    """Return a tensor's numbers, at one device sync; None where there are none to look at.
-
-    That is while compiling or capturing a graph, under vmap, and of fake and meta tensors.
-    """
+    """Return a tensor's numbers, at one device sync; None where there are none to look at."""
     if is_traced(tensor):
         return None
     try:
         return [float(value) for value in tensor.detach().reshape(-1).tolist()]
-    except RuntimeError:  # also of the symbols that tracing puts in place of numbers
+    except RuntimeError:  # under vmap, of fake and meta tensors, of symbols in tracing
         return None
 
 
 def is_finite(y: State) -> bool:
     """Return False only if ``y`` is known to hold inf or nan (one device sync a part)."""
     for part in parts_of(y):
-        if torch.compiler.is_compiling():
-            return True
-        if part.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_traced(part):
             return True
         try:
             # A finite sum proves every term finite, at half the cost of looking at each.

@@ -12,7 +12,7 @@ from typing import Any
 class HyperError(Exception):
     """Base of every error raised by this package, each also of the builtin class one would expect.
 
-    Attributes:
+    Args:
         problem: what was wrong with the value got, a sentence; or the whole text.
         expected: what was expected.
         fix: lines to paste.
@@ -65,11 +65,7 @@ class CoupledSamplesError(HyperError, ValueError):
 
 
 class UnfinishedSolveError(HyperError, AssertionError):
-    """A solve could not reach the last point of t.
-
-    Attributes:
-        solution: what it reached, like the solution asked for; nan beyond.
-    """
+    """A solve could not reach the last point of t; ``solution`` has what it did, nan beyond."""
 
     def __init__(self, text: str, solution: Any) -> None:
         super().__init__(text)
@@ -137,12 +133,10 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-_BREAKDOWNS = ("underflow in dt", "non-finite values in state", "max_num_steps exceeded")
-
-
 def is_breakdown(error: AssertionError) -> bool:
     """Return whether torchdiffeq says so that a method cannot go on; others are func's own."""
-    return str(error).startswith(_BREAKDOWNS)
+    known = ("underflow in dt", "non-finite values in state", "max_num_steps exceeded")
+    return str(error).startswith(known)
 
 
 def explain(problem: str, expected: str, fix: str) -> str:
@@ -161,17 +155,15 @@ def check_callable(name: str, value: object, fix: str, expected: str = "a callab
     """Refuse what cannot be called, by `StateTypeError`."""
     if not callable(value):
         problem = f"{name} is a {type(value).__name__}."
-        raise StateTypeError(problem=problem, expected=expected, fix=fix)
+        raise StateTypeError(problem, expected, fix)
 
 
 def unknown_method(name: object, known: Iterable[str], fix: str) -> UnknownMethodError:
     """Return the error for an unknown method; in ``fix`` "{}" stands for the nearest known name."""
     names = list(known)
     listed = "one of " + ", ".join(f'"{other}"' for other in names) + "."
-    nearest = closest(name, names or ["hypereuler"])
-    return UnknownMethodError(
-        problem=f"no method is called {name!r}.", expected=listed, fix=fix.format(nearest)
-    )
+    fix = fix.format(closest(name, names or ["hypereuler"]))
+    return UnknownMethodError(f"no method is called {name!r}.", listed, fix)
 
 
 def unwritable(path: str | os.PathLike[str], error: OSError) -> FileWriteError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -329,8 +330,8 @@ def test_every_way_to_sum_gives_the_sums_of_the_reference(
     monkeypatch.setattr(_rollout, "CHUNK", 3)
     y = torch.randn(4, 3, 2, dtype=torch.float64).transpose(1, 2)
     row, stages = torch.randn(n, dtype=torch.float64), [torch.randn_like(y) for _ in range(n)]
-    expected = _rollout._Chain(y)(row, stages)
-    for add in (_rollout._Chunks(y), _rollout._Matrix(y, n)):
+    expected = _rollout._add_one_by_one(y, row, stages)
+    for add in (partial(_rollout._add_in_chunks, y), _rollout._Matrix(y, n)):
         for known in range(1, n):  # as a roll-out does, one derivative more each time
             add(row[:known], stages[:known])
         torch.testing.assert_close(add(row, list(stages)), expected, rtol=1e-13, atol=1e-13)

@@ -1,9 +1,8 @@
 """How a call finds its fitted part: given as an option, attached to func, in scope, published.
 
-Attached solvers are kept on the object, as an entry of its ``__dict__``, so that they end with
-it. A table would have to hold the solvers, and with them every field that its own solver holds
-(its net may call the field): no weak dictionary sees that nothing else is left of the two. The
-entry belongs to one object: a copy may carry it, and is not attached.
+Attached solvers are an entry of the object's ``__dict__``, so that they end with it: a weak
+dictionary would keep every field that its own solver holds. A copy of the object may carry the
+entry, and is not attached.
 """
 
 from __future__ import annotations
@@ -32,9 +31,7 @@ class Fitted(Protocol):
     """A fitted part: knows the method string it serves."""
 
     @property
-    def method(self) -> str:
-        """The method string, e.g. "hypereuler"."""
-        ...
+    def method(self) -> str: ...
 
 
 FittedT = TypeVar("FittedT", bound=Fitted)
@@ -45,53 +42,43 @@ _scoped: contextvars.ContextVar[tuple[Fitted, ...]] = contextvars.ContextVar("sc
 def attach(func: VectorField, solver: FittedT) -> FittedT:
     """Bind a fitted solver to a vector field; ``odeint(func, ..., method=...)`` finds it.
 
-    func's parameters, state_dict, mode and calls know nothing of the solver, which is kept
-    in a private entry of ``func.__dict__``; copies and unpickled funcs are not attached.
-    A func that its own solver holds is freed with it.
+    func's parameters, state_dict, mode and calls know nothing of the solver, which is freed
+    with func; copies and unpickled funcs are not attached.
 
     One solver for each method string, direction and span; a new one replaces the old. A
     call takes the one that was fitted for the direction and the span of its ``t``, else
     one fitted for the direction, else the latest; of "bns", one whose span starts where
     ``t`` does and holds all of it.
 
-    A bound method is its instance and its function: ``attach(model.density, s)`` serves
-    that method alone. ``model.forward`` and ``model.__call__`` stand for ``model``,
-    torchdyn's `NeuralODE` for the field that it solves. What is attached to a func also
-    serves `Conditioned`, `DataParallel`, `DistributedDataParallel` and `torch.compile` of
-    it, and a `functools.partial` without arguments; no other wrapper.
+    ``attach(model.density, s)`` serves that method of the instance alone; ``model.forward``
+    and ``model.__call__`` stand for ``model``, torchdyn's `NeuralODE` for the field that it
+    solves. Also served are `Conditioned`, `DataParallel`, `DistributedDataParallel` and
+    `torch.compile` of func, and a `functools.partial` without arguments; no other wrapper.
 
     Args:
         func: any callable, hashable or not. Kept alive only if it allows no weak
             reference, or has no ``__dict__`` and is held by the solver.
-        solver: a fitted solver, e.g. a `HyperSolver`.
-
-    Returns:
-        ``solver``, for chaining.
+        solver: a fitted solver, e.g. a `HyperSolver`; returned, for chaining.
 
     Raises:
         StateTypeError: ``func`` is not callable, or ``solver`` is not a fitted solver.
 
     Example:
-        >>> import torch, torchdiffeq_hyper as tdh
-        >>> from torchdiffeq import odeint
-        >>> def func(t, y):
-        ...     return -y
+        >>> import torch, torchdiffeq, torchdiffeq_hyper as tdh
+        >>> func = lambda t, y: -y
         >>> _ = tdh.attach(func, tdh.HyperSolver("euler", lambda step: step.y / 2, steps=10))
-        >>> odeint(func, torch.ones(1), torch.tensor([0.0, 1.0]), method="hypereuler")[-1]
-        tensor([0.3685])
-        >>> tdh.detach(func)
+        >>> torchdiffeq.odeint(func, torch.ones(1), torch.tensor([0.0, 1.0]), method="hypereuler")
+        tensor([[1.0000],
+                [0.3685]])
     """
     check_callable("func", func, "func=model", "a callable func(t, y).")
     owner, domain = owner_of(func), _domain_of(check_fitted(solver))
     told_by = () if domain is None else (frozenset(domain.directions), tuple(sorted(domain.span)))
-    added = _Attachment(owner.function, (solver.method, *told_by), solver)
+    function, key = owner.function, (solver.method, *told_by)
     with _lock:
-        kept = [
-            item
-            for item in _read(owner.target)
-            if item.function is not added.function or item.key != added.key
-        ]
-        _write(owner.target, [*kept, added])
+        items = _read(owner.target)
+        kept = [item for item in items if item.function is not function or item.key != key]
+        _write(owner.target, [*kept, _Attachment(function, key, solver)])
     return solver
 
 
@@ -113,13 +100,11 @@ def detach(func: VectorField, method: str | None = None) -> None:
         kept = [item for item in before if not item.belongs_to(owner, method)]
         if len(kept) < len(before):
             _write(owner.target, kept)
-    if len(kept) == len(before):
-        what = "a solver" if method is None else f'a solver for "{method}"'
-        raise OptionError(
-            problem=f"{what} is not attached to this func.",
-            expected="the very object that was given to attach (copies are not attached).",
-            fix="tdh.attach(func, solver) first",
-        )
+            return
+    what = "a solver" if method is None else f'a solver for "{method}"'
+    problem = f"{what} is not attached to this func."
+    expected = "the very object that was given to attach (copies are not attached)."
+    raise OptionError(problem, expected, fix="tdh.attach(func, solver) first")
 
 
 @contextmanager
@@ -134,13 +119,10 @@ def using(solver: FittedT) -> Iterator[FittedT]:
         StateTypeError: ``solver`` is not a fitted solver.
 
     Example:
-        >>> import torch, torchdiffeq_hyper as tdh
-        >>> from torchdiffeq import odeint
+        >>> import torch, torchdiffeq, torchdiffeq_hyper as tdh
         >>> t = torch.tensor([0.0, 1.0])
         >>> with tdh.using(tdh.HyperSolver("euler", lambda step: step.y / 2, steps=10)):
-        ...     y = odeint(lambda t, y: -y, torch.ones(1), t, method="hypereuler")
-        >>> y[-1]
-        tensor([0.3685])
+        ...     y = torchdiffeq.odeint(lambda t, y: -y, torch.ones(1), t, method="hypereuler")
     """
     check_fitted(solver)
     with assigned(_scoped, (*_scoped.get(), solver)):
@@ -164,8 +146,8 @@ class Times:
         points = values_of(self.t)
         if not points:
             return None, None
-        start, end = self.direction * points[0], self.direction * points[-1]
-        return start, end if len(points) > 1 else None
+        end = self.direction * points[-1] if len(points) > 1 else None
+        return self.direction * points[0], end
 
 
 def resolve(
@@ -215,18 +197,15 @@ def find_bound(func: VectorField, method: str, times: Times) -> Fitted | None:
                     fix=f'odeint(func, y0, t, method="{method}", options={{"solver": solver}})',
                 )
             return found[-1]
-    raise _none_serves(method, solvers, times, start, end)
+    raise _none_serves(method, solvers, times)
 
 
 def check_fitted(solver: FittedT) -> FittedT:
     """Return ``solver``; refuse what is no fitted part, e.g. a bare hypernet."""
     if isinstance(getattr(solver, "method", None), str):
         return solver
-    raise StateTypeError(
-        problem=f"solver is a {type(solver).__name__}.",
-        expected="a fitted solver, e.g. a HyperSolver.",
-        fix='tdh.HyperSolver(base="euler", hypernet=g, steps=10)',
-    )
+    problem, fix = f"solver is a {type(solver).__name__}.", 'tdh.HyperSolver("euler", g, steps=10)'
+    raise StateTypeError(problem, "a fitted solver, e.g. a HyperSolver.", fix)
 
 
 def _domain_of(solver: Any) -> FitDomain | None:
@@ -240,15 +219,15 @@ def _span_of(solver: Any) -> tuple[float, float] | None:
     return solver.span if isinstance(solver, Solver) else None
 
 
-def _none_serves(
-    method: str, solvers: Sequence[Fitted], times: Times, start: float | None, end: float | None
-) -> OptionError:
+def _none_serves(method: str, solvers: Sequence[Fitted], times: Times) -> OptionError:
+    start, end = times.ends()
     spans = filter(None, map(_span_of, solvers))
     fitted = ", ".join(f"from {first:.6g} to {last:.6g}" for first, last in spans)
     asked = "goes forward" if times.direction > 0 else "goes in reverse"
-    if start is not None:
+    if start is not None and end is not None:
+        asked = f"goes from {start:.6g} to {end:.6g}"
+    elif start is not None:
         asked = f"starts at {start:.6g} and {asked}"
-        asked = asked if end is None else f"goes from {start:.6g} to {end:.6g}"
     return OptionError(
         problem=f'no solver for method "{method}" was fitted for these times: t {asked}; those '
         f"attached to func or in scope were fitted {fitted}.",
@@ -266,18 +245,15 @@ class _Attachment(NamedTuple):
     solver: Any
 
     def belongs_to(self, owner: Owner, method: str | None) -> bool:
-        """Return whether it serves an object's calls of a method; None: of any."""
         return self.function is owner.function and method in (None, self.key[0])
 
 
+@dataclass(eq=False)
 class _Entry:
     """What is attached to one object. Pickles and deep copies hold None in its place."""
 
-    __slots__ = ("attachments", "target")
-
-    def __init__(self, target: object, attachments: list[_Attachment]) -> None:
-        self.target = weakref.ref(target)
-        self.attachments = attachments
+    target: weakref.ref[Any]
+    attachments: list[_Attachment]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # nothing of this package's: a pickle may be read without it
@@ -308,11 +284,16 @@ def _write(target: object, items: list[_Attachment]) -> None:
     if own is not None and _is_free(own, target):
         if items:
             # Past `__setattr__`, which a class may have taken over.
-            own[_ENTRY] = _Entry(target, items)
+            own[_ENTRY] = _Entry(weakref.ref(target), items)
         else:
             own.pop(_ENTRY, None)
     elif items:
-        _elsewhere[id(target)] = (_reference(target), items)
+        key = id(target)
+        try:
+            keeps_id: object = weakref.ref(target, lambda _: _elsewhere.pop(key, None))
+        except TypeError:  # no weak references: hold the object, so that its id stays its own
+            keeps_id = target
+        _elsewhere[key] = (keeps_id, items)
     else:
         _elsewhere.pop(id(target), None)
 
@@ -333,12 +314,3 @@ def _is_free(own: dict[str, Any], target: object) -> bool:
     other = entry.target() if isinstance(entry, _Entry) else None
     # Shallow copies of a `functools.partial` share one dict.
     return other is None or other is target or _dict_of(other) is not own
-
-
-def _reference(target: object) -> object:
-    """Return what keeps an id valid for as long as its object lives."""
-    key = id(target)
-    try:
-        return weakref.ref(target, lambda _: _elsewhere.pop(key, None))
-    except TypeError:  # no weak references: hold the object, so that its id stays its own
-        return target

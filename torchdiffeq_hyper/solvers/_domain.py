@@ -16,14 +16,10 @@ from torchdiffeq_hyper.errors import StateShapeError, StateTypeError
 class Match(IntEnum):
     """How well a fit suits the times of a solve; the better, the larger."""
 
-    NONE = 0
-    """The solver cannot serve them."""
-    OUTSIDE = 1
-    """The solver serves them, and was fitted for the other direction."""
-    DIRECTION = 2
-    """The direction was fitted."""
-    SPAN = 3
-    """Direction and span were fitted."""
+    NONE = 0  # the solver cannot serve them
+    OUTSIDE = 1  # it serves them, and was fitted for the other direction
+    DIRECTION = 2  # the direction was fitted
+    SPAN = 3  # direction and span were fitted
 
 
 @dataclass(frozen=True)
@@ -33,13 +29,11 @@ class FitDomain:
     Outside of it a solver warns once, and goes on; a "bns" solver with a domain refuses.
 
     Attributes:
-        span: (start, end) in the time unit of the problem, as passed to `fit`.
-        dt_min: smallest fitted step size |dt|.
-        dt_max: largest fitted step size |dt|.
+        span: (start, end) as passed to `fit`.
+        dt_min: smallest fitted step size |dt|, ``dt_max`` the largest.
         directions: signs of dt that were fitted: 1 (time grows), -1 (time falls).
-        shapes: shape of each part of the state without its batch dimension.
-        is_tuple: whether the state was a tuple of tensors.
-        dtype: the state's dtype, e.g. "float32".
+        shapes: shape of each part of the state without its batch dimension; ``is_tuple`` says
+            whether it was a tuple, ``dtype`` names its dtype, e.g. "float32".
 
     Example:
         >>> from torchdiffeq_hyper import FitDomain
@@ -65,16 +59,7 @@ class FitDomain:
     def match(self, direction: int, start: float | None = None, end: float | None = None) -> Match:
         """Return how well the fit suits a solve: `Match` is larger the better.
 
-        Args:
-            direction: 1 where time grows, -1 where it falls.
-            start: the solve's first time, None if unknown.
-            end: its last time, None if unknown.
-
-        Example:
-            >>> from torchdiffeq_hyper import FitDomain
-            >>> domain = FitDomain((0.0, 1.0), 0.1, 0.1, (1,), ((2,),), False, "float32")
-            >>> domain.match(1, 0.0, 1.0).name, domain.match(1, 0.0, 2.0).name
-            ('SPAN', 'DIRECTION')
+        ``direction`` is 1 where time grows, -1 where it falls; None stands for unknown times.
         """
         if direction not in self.directions:
             return Match.OUTSIDE
@@ -104,19 +89,13 @@ class FitDomain:
                 f"dt = {size:.4g} is outside what this solver was fitted for: {fitted}, |dt| from "
                 f"{self.dt_min:.4g} to {self.dt_max:.4g}. The solve goes on; "
             )
-            advice = (
-                "measure it with tdh.evaluate, or fit with direction='both' or steps=(low, high)."
-            )
-            if kind == "dt" and readable is not None and (n := self._n_steps(sizes)):
-                kind, advice = "points", self._how_to_read_off(n, sizes, readable)
+            advice = "tdh.evaluate measures it; or fit with direction='both' or steps=(low, high)."
+            if kind == "dt" and readable is not None:
+                n = round(abs(sum(sizes)) / self.dt_min)  # fitted steps over the whole way
+                if n > 0 and self.covers(abs(sum(sizes)) / n * self.directions[0]):
+                    kind, advice = "points", self._how_to_read_off(n, sizes, readable)
             texts.setdefault(kind, text + advice)
         return texts
-
-    def _n_steps(self, sizes: list[float]) -> int:
-        """Return the number of fitted steps over the way that the sizes make up, 0 if none."""
-        way = abs(sum(sizes))
-        n = round(way / self.dt_min)
-        return n if n > 0 and self.covers(way / n * self.directions[0]) else 0
 
     def _how_to_read_off(self, n: int, sizes: list[float], readable: str) -> str:
         # A little too large: the host would put a tiny step at the end of one too small.
@@ -129,11 +108,7 @@ class FitDomain:
         )
 
     def corrected_part(self, y0: State) -> int | None:
-        """Return which part of a tuple state a tensor-fitted solver corrects.
-
-        None means that the hypernet gets the state as it is. Refuses a state of another kind, and
-        one of which no part, or more than one, has the fitted trailing shape.
-        """
+        """Return which part of a tuple a tensor-fitted solver corrects, by shape; None: all."""
         is_tensor = isinstance(y0, Tensor)
         if self.is_tuple and (is_tensor or len(y0) != len(self.shapes)):
             got = "one tensor" if is_tensor else f"a tuple of {len(y0)} tensors"
@@ -144,9 +119,9 @@ class FitDomain:
             )
         if self.is_tuple or is_tensor:
             return None
-        matching = [i for i, part in enumerate(y0) if tuple(part.shape[1:]) == self.shapes[0]]
+        shapes = [tuple(part.shape) for part in y0]
+        matching = [i for i, shape in enumerate(shapes) if shape[1:] == self.shapes[0]]
         if len(matching) != 1:
-            shapes = [tuple(part.shape) for part in y0]
             raise StateShapeError(
                 problem=f"y0 is a tuple with shapes {shapes}; {len(matching)} of its parts have "
                 f"the trailing shape {self.shapes[0]} that the solver was fitted on.",
@@ -156,11 +131,7 @@ class FitDomain:
         return matching[0]
 
 
-_SPAN = Such(
-    Row(Real(), Real()),
-    lambda span: span[0] != span[1] and math.isfinite(span[1] - span[0]),
-    "that differ",
-)
+_SPAN = Such(Row(Real(), Real()), lambda span: 0 < abs(span[1] - span[0]) < math.inf, "that differ")
 _DIRECTIONS = Such(
     Items(Choice(1, -1), least=1, most=2), lambda signs: len({*signs}) == len(signs), "once each"
 )

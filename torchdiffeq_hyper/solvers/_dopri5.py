@@ -44,11 +44,11 @@ _MIDDLE = (
 
 
 class _Attempt(NamedTuple):
-    """A step that was tried: states at its end, error estimate, the derivatives of its stages."""
+    """A step that was tried."""
 
-    y1: Tensor
+    y1: Tensor  # the states at its end
     error: Tensor
-    stages: tuple[Tensor, ...]  # the last one lies at its end
+    stages: tuple[Tensor, ...]  # derivatives, the last one at its end
 
 
 def _attempt(
@@ -70,10 +70,9 @@ def _attempt(
 
 
 def _interpolate(step: _Attempt, y: Tensor, dt: Tensor, x: Tensor, rows: Tensor) -> Tensor:
-    """Return the states of some rows inside their steps, of order 4.
+    """Return the states of some rows at shares ``x`` of their steps, of order 4.
 
-    The quartic with the step's values and derivatives at both ends and its value in the
-    middle. ``x`` says for each of the rows how far into its step, from 0 to 1.
+    The quartic with the step's values and derivatives at both ends and its value in the middle.
     """
     h, x = dt[rows].to(x.dtype).unsqueeze(1), x.unsqueeze(1)
     stages = [k[rows] for k in step.stages]
@@ -105,24 +104,19 @@ class _Active(NamedTuple):
     tried: Tensor  # steps since the last output time
     is_still: Tensor  # the last step left the finite range, although it hardly moved the state
 
-    def keep(self, which: Tensor) -> _Active:
-        """Return the samples at some positions."""
+    def at(self, which: Tensor) -> _Active:
         return _Active(*(values[which] for values in self))
 
 
 @dataclass
 class Loop:
-    """One solve at increasing float64 times, the first one the start's.
-
-    Tolerances, relative and absolute, are 0-d or one row a sample. ``nfe`` (batch,) counts the
-    evaluations of func for each sample, ``calls`` its calls.
-    """
+    """One solve; ``nfe`` (batch,) counts the evaluations of func for each sample."""
 
     func: SampleField
     control: PerSampleDopri5
-    tolerances: tuple[Tensor, Tensor]
-    times: Tensor
-    is_recorded: bool = False
+    tolerances: tuple[Tensor, Tensor]  # relative and absolute, 0-d or one row a sample
+    times: Tensor  # float64 and increasing, the first one the start's
+    is_recorded: bool
     calls: int = 0
     rounds: int = 0
     noted: list[tuple[Tensor, ...]] = field(default_factory=list)
@@ -131,13 +125,12 @@ class Loop:
     def run(self, y0: Tensor) -> Tensor:
         """Return the solution from ``y0``, one row a sample: (times, batch, width)."""
         everyone = torch.arange(len(y0), device=y0.device)
-        self.nfe = torch.zeros_like(everyone)
+        self.nfe, tried = torch.zeros_like(everyone), torch.zeros_like(everyone)
         self._values, self._places = [y0], [everyone]
         t = self.times[0].expand(len(y0))
         f = self._evaluate(everyone, t, y0)
         dt = self._first_step(everyone, t, y0, f)
-        due, tried = torch.ones_like(everyone), torch.zeros_like(everyone)
-        active = _Active(everyone, y0, f, t, dt, due, tried, tried.bool())
+        active = _Active(everyone, y0, f, t, dt, tried + 1, tried, tried.bool())
         while len(active.samples):
             self._check(active)
             active = self._round(active)
@@ -154,11 +147,7 @@ class Loop:
 
     @torch.no_grad()
     def _first_step(self, index: Tensor, t: Tensor, y: Tensor, f: Tensor) -> Tensor:
-        """Return the first step size of each sample, at one call of the field.
-
-        The choice is that of Hairer, Norsett and Wanner, Solving Ordinary Differential
-        Equations I, section II.4.
-        """
+        """Return first step sizes as in Hairer, Norsett, Wanner, Solving ODEs I, section II.4."""
         if self.control.first_step is not None:
             return self._clamp(torch.full_like(t, self.control.first_step))
         scale, norm = self._scale(index, y.abs()), self.func.layout.norm
@@ -167,10 +156,9 @@ class Loop:
         h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), tiny, 0.01 * d0 / d1)
         f1 = self._evaluate(index, (t + h0).to(d0.dtype), y + h0.unsqueeze(1).to(f.dtype) * f)
         d2 = norm((f1 - f) / scale) / h0
-        flat = (d1 <= 1e-15) & (d2 <= 1e-15)
-        h1 = torch.where(
-            flat, torch.maximum(tiny, h0 * 1e-3), (0.01 / torch.maximum(d1, d2)) ** (1 / ORDER)
-        )
+        most = torch.maximum(d1, d2)
+        curved = (0.01 / most) ** (1 / ORDER)
+        h1 = torch.where(most <= 1e-15, torch.maximum(tiny, h0 * 1e-3), curved)
         return self._clamp(torch.minimum(100 * h0, h1).to(t.dtype))
 
     @torch.no_grad()
@@ -204,7 +192,7 @@ class Loop:
             move, digits = dt * f.abs().amax(1), torch.finfo(self.func.dtype).eps
             is_still = ratio.isinf() & (move <= digits * y.abs().amax(1))
         if self.is_recorded:
-            self._note(index, (t.detach(), dt, ratio), accept, step.error)
+            self._note(active, ratio, accept, step.error)
         end = torch.where(accept, t + dt, t)
         passed = self._write(active, step, end, accept)
         tried = torch.where(passed > due, 0, tried + 1)
@@ -213,7 +201,7 @@ class Loop:
         self.rounds += 1
         after = _Active(index, y, f, end, self._next_step(dt, ratio), passed, tried, is_still)
         left = (passed < len(self.times)).nonzero().squeeze(1)
-        return after if len(left) == len(index) else after.keep(left)
+        return after if len(left) == len(index) else after.at(left)
 
     def _write(self, active: _Active, step: _Attempt, end: Tensor, accept: Tensor) -> Tensor:
         """Keep the states at the times that were passed; return the next times due."""
@@ -229,16 +217,13 @@ class Loop:
             self._places.append(due[rows] * len(self.nfe) + active.samples[rows])
             due = due + inside.long()
 
-    def _note(
-        self, index: Tensor, columns: tuple[Tensor, ...], is_accepted: Tensor, error: Tensor
-    ) -> None:
-        """Keep a round for the record: times, sizes, error ratios and errors of some samples."""
-        t, dt, ratio = columns
+    def _note(self, active: _Active, ratio: Tensor, is_accepted: Tensor, error: Tensor) -> None:
+        """Keep a round for the record."""
         norms = part_norms(self.func.layout, error)
         errors = [torch.where(is_accepted, norm, norm.detach()) for norm in norms]
-        batch, sign = (len(self.nfe),), self.func.sign
+        batch, sign, index = (len(self.nfe),), self.func.sign, active.samples
         flags = is_accepted.new_zeros(batch).index_copy(0, index, is_accepted)
-        values = (sign * t, sign * dt, ratio, *errors)
+        values = (sign * active.t.detach(), sign * active.dt, ratio, *errors)
         padded = (x.new_full(batch, torch.nan).index_copy(0, index, x) for x in values)
         self.noted.append((flags, *padded))
 
@@ -247,14 +232,9 @@ class Loop:
         if not self.noted:
             return None
         is_accepted, t0, dt, ratio, *errors = map(torch.stack, zip(*self.noted, strict=True))
+        check = recording.GraphCheck(tuple(self.marks))
         return recording.Steps(
-            t0=t0,
-            dt=dt,
-            ratio=ratio,
-            is_accepted=is_accepted,
-            part_errors=tuple(errors),
-            layout=StateLayout.of(y0),
-            graph_check=recording.GraphCheck(tuple(self.marks)),
+            t0, dt, ratio, is_accepted, tuple(errors), StateLayout.of(y0), graph_check=check
         )
 
     def _solution(self) -> Tensor:
@@ -269,24 +249,21 @@ class Loop:
         stuck = ~(active.t + active.dt > active.t) | active.is_still
         if self.rounds >= self.control.max_num_steps:
             stuck = stuck | (active.tried >= self.control.max_num_steps)
-        for at in stuck.nonzero():
-            one = active.keep(at)
-            if not bool(one.is_still) or self._is_at_the_end(one):
+        for sample in stuck.nonzero():
+            one = active.at(sample)
+            # Ever smaller steps would approach for ever where func, or the state's dtype, ends a
+            # few roundings ahead of a state; such an end in time is met by steps.
+            ahead = 4 * torch.finfo(self.func.dtype).eps * one.y.abs() * one.f.sgn()
+            if not bool(one.is_still) or not self._is_finite_at(one, one.y + ahead):
                 self._raise_stuck(one)
 
-    def _is_at_the_end(self, one: _Active) -> bool:
-        """Return whether func, or the state's dtype, ends a few roundings ahead of a state.
-
-        Ever smaller steps would approach such an end for ever; one in time is met by steps.
-        """
-        ahead = 4 * torch.finfo(self.func.dtype).eps * one.y.abs() * one.f.sgn()
-        with torch.no_grad():
-            return not bool(torch.isfinite(self._evaluate(one.samples, one.t, one.y + ahead)).all())
+    @torch.no_grad()
+    def _is_finite_at(self, one: _Active, y: Tensor) -> bool:
+        return bool(torch.isfinite(self._evaluate(one.samples, one.t, y)).all())
 
     def _raise_stuck(self, one: _Active) -> NoReturn:
         where = f"sample {int(one.samples)} at t = {self.func.sign * float(one.t):.6g}"
-        with torch.no_grad():
-            is_finite = bool(torch.isfinite(self._evaluate(one.samples, one.t, one.y)).all())
+        is_finite = self._is_finite_at(one, one.y)
         if bool(one.is_still) and is_finite:
             raise NonFiniteError(
                 problem=f"the solution of {where} has reached {float(one.y.abs().amax()):.6g}, and "
@@ -295,11 +272,8 @@ class Loop:
                 fix="y0 = y0.double()   # or a span that ends before",
             )
         if not is_finite or not bool(torch.isfinite(one.y).all()):
-            raise NonFiniteError(
-                problem=f"func returned inf or nan for {where}.",
-                expected="finite derivatives along the solution.",
-                fix="torch.isfinite(func(t, y)).all()",
-            )
+            problem, fix = f"func returned inf or nan for {where}.", "torch.isfinite(func(t, y))"
+            raise NonFiniteError(problem, "finite derivatives along the solution.", fix)
         smallest, most = self.control.min_step, self.control.max_num_steps
         if float(one.dt) == 0 < smallest:
             problem = f"{where} leaves the finite range in a step of min_step = {smallest:g}."
@@ -310,9 +284,6 @@ class Loop:
         else:
             problem = f"the step size of {where} underflows: {float(one.dt):.3g}."
             fix = 'rtol=1e-3, atol=1e-3   # or options={"min_step": 1e-6}'
-        expected = (
-            "a problem that dopri5 can follow at these tolerances (is it stiff, or does it blow "
-            "up?); the error's `solution` holds what was reached."
-        )
+        expected = "a problem that dopri5 can follow at these tolerances (is it stiff?)."
         reached = self.func.layout.split(self._solution().to(self.func.dtype))
         raise UnfinishedSolveError(explain(problem, expected, fix), reached)

@@ -29,25 +29,23 @@ def export_solve(
 ) -> None:
     """Write ``(y0, t) -> solve(func, y0, t)`` to ``path`` by `torch.export`; see `Solver.export`.
 
-    ``modules`` are func, then those with the weights that ``solve`` uses; ``example`` is
-    (y0, t), solved once.
+    ``modules`` are func, then those with the weights that ``solve`` uses.
     """
     y0, t = example
-    func = modules[0]
-    with attributes_as_found(func):  # counts of calls, or what tracing left there
+    module = _Solve(solve, modules)
+    shapes: Any = None
+    with attributes_as_found(modules[0]):  # counts of calls, or what tracing left there
         with torch.no_grad():
-            solve(func, y0, t)  # type: ignore[arg-type]  # what is wrong without export says so
-        shapes: Any = None
+            module(y0, t)  # what is wrong without export says so
         if dynamic_batch:
             y0, batch_dims = _example(y0)
             shapes = (batch_dims, {})
-        module = _Solve(solve, modules)
         try:
             content = _saved(module, (y0, t), shapes)
         except HyperError:
             raise
         except Exception as error:  # torch gives its reasons under a dozen types
-            traced = _saved_with_derivatives(module, (y0, t), shapes)
+            traced = _saved_with_derivatives(module, y0, t, shapes)
             if traced is None:
                 raise _explained(error, dynamic_batch=dynamic_batch) from error
             content = traced
@@ -61,15 +59,12 @@ def _saved(module: nn.Module, example: tuple[State, Tensor], shapes: Any) -> byt
     return file.getvalue()
 
 
-def _saved_with_derivatives(
-    module: nn.Module, example: tuple[State, Tensor], shapes: Any
-) -> bytes | None:
+def _saved_with_derivatives(module: nn.Module, y0: State, t: Tensor, shapes: Any) -> bytes | None:
     """Return the program of a func that differentiates, None if it still is none.
 
     `torch.export` follows no backward pass (``torch.autograd.grad``, ``torch.func.vjp``), as
     log-densities need. What it is given here has been traced to plain operations before.
     """
-    y0, t = example
     if shapes is not None:
         y0 = _of_odd_size(y0, shapes[0])
     try:
@@ -126,23 +121,18 @@ def _explained(error: Exception, *, dynamic_batch: bool) -> ExportError:
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     problem = f"the solve cannot be exported: {type(error).__name__}: {reason}"
     if dynamic_batch and "Constraints violated" in reason:
-        return ExportError(
-            problem=f"{problem}\n  func or the hypernet works for one batch size only.",
-            expected="operations that take any batch size.",
-            fix="y.shape[0] in place of a number or len(y), or dynamic_batch=False",
+        problem += "\n  func or the hypernet works for one batch size only."
+        expected = "operations that take any batch size."
+        fix = "y.shape[0] in place of a number or len(y), or dynamic_batch=False"
+    elif dynamic_batch and "symbolic sizes" in reason:
+        problem += "\n  torch traces forward derivatives (torch.func.jvp) for one batch size only."
+        expected = "derivatives by torch.func.vjp or torch.autograd.grad, which export for any."
+        fix = "torch.func.vjp(f, x)[1](v) in place of torch.func.jvp, or dynamic_batch=False"
+    else:
+        expected = (
+            "a func and a hypernet of tensor operations: no if on values, no float(t), no numpy, "
+            "no counters. Derivatives within func: by torch.autograd.grad or torch.func.vjp."
         )
-    if dynamic_batch and "symbolic sizes" in reason:
-        return ExportError(
-            problem=f"{problem}\n  func or the hypernet differentiates forward (torch.func.jvp), "
-            "which torch traces for one batch size only.",
-            expected="derivatives by torch.func.vjp or torch.autograd.grad, which export for any.",
-            fix="torch.func.vjp(f, x)[1](v) in place of torch.func.jvp, or dynamic_batch=False",
-        )
-    return ExportError(
-        problem=problem,
-        expected="a func and a hypernet of tensor operations: no if on values, no float(t), no "
-        "numpy, no counters in Python. Derivatives within func: by torch.autograd.grad or "
-        "torch.func.vjp.",
-        fix="torch.where(condition, a, b) in place of if; t in place of float(t)\n"
-        "calls counted outside: tdh.record() in place of self.nfe += 1",
-    )
+        fix = "torch.where(condition, a, b) in place of if; t in place of float(t)\n"
+        fix += "calls counted outside: tdh.record() in place of self.nfe += 1"
+    return ExportError(problem, expected, fix)

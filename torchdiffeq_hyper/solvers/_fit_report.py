@@ -17,36 +17,21 @@ from torchdiffeq_hyper._rules import Maybe, Real, Row, Table, Whole, record_of
 
 @dataclass(frozen=True)
 class LossPoint:
-    """One entry of a fit's history.
-
-    Attributes:
-        iteration: number of iterations done.
-        phase: "residual" or "trajectory".
-        train: training loss of that phase at this iteration.
-        validation: held-out error (see `FitReport.validation`).
-    """
+    """One entry of a fit's history: the losses after so many iterations."""
 
     iteration: int
-    phase: str
+    phase: str  # "residual" or "trajectory"
     train: float
-    validation: float
+    validation: float  # the held-out error, as `FitReport.validation`
 
 
 @dataclass(frozen=True)
 class ErrorSummary:
-    """Relative errors of some samples: |y - y_ref|_2 / |y_ref|_2 of each.
-
-    Attributes:
-        mean: their mean.
-        median: their median.
-        p95: their 95th percentile.
-        worst: the largest.
-        samples: how many they are.
-    """
+    """Relative errors of some samples: |y - y_ref|_2 / |y_ref|_2 of each."""
 
     mean: float
     median: float
-    p95: float
+    p95: float  # 95th percentile
     worst: float
     samples: int
 
@@ -54,14 +39,9 @@ class ErrorSummary:
     def of(cls, errors: Tensor) -> ErrorSummary:
         """Return the summary of errors (n,); infinite ones count."""
         ordered = errors.detach().double().cpu().sort().values
-        count = len(ordered)
-        return cls(
-            mean=float(ordered.mean()),
-            median=float(ordered[(count - 1) // 2]),
-            p95=float(ordered[min(count - 1, math.ceil(0.95 * count) - 1)]),
-            worst=float(ordered[-1]),
-            samples=count,
-        )
+        values, n = ordered.tolist(), len(ordered)
+        p95 = values[math.ceil(0.95 * n) - 1]
+        return cls(float(ordered.mean()), values[(n - 1) // 2], p95, values[-1], n)
 
     def __str__(self) -> str:
         """Return the numbers for people."""
@@ -73,23 +53,14 @@ class ErrorSummary:
 
 @dataclass(frozen=True)
 class ClassicalAlternative:
-    """The best classical solver in the fitted one's time, or with as many calls of func.
+    """The best classical solver in the fitted one's time, or with as many calls of func."""
 
-    Attributes:
-        solver: the method and its steps.
-        errors: its errors at the end of the span on held-out samples.
-        own_errors: the fitted solver's on the same samples.
-        best_p95: the smallest 95th percentile that any of the classical solvers has.
-        seconds: wall time of a prediction of these samples with it, measured once.
-        own_seconds: the same with the fitted solver.
-    """
-
-    solver: str
-    errors: ErrorSummary
-    own_errors: ErrorSummary
-    best_p95: float
-    seconds: float
-    own_seconds: float
+    solver: str  # the method and its steps
+    errors: ErrorSummary  # at the end of the span, on held-out samples
+    own_errors: ErrorSummary  # the fitted solver's on the same samples
+    best_p95: float  # the smallest 95th percentile that any of the classical solvers has
+    seconds: float  # wall time of one prediction of these samples
+    own_seconds: float  # the same with the fitted solver
 
 
 @dataclass(frozen=True)
@@ -99,23 +70,15 @@ class BreakEven:
     A prediction is one solve over the fitted span of a batch of held-out samples, without
     gradients. The alternative is the fastest of torchdiffeq's euler, midpoint, heun2, heun3,
     rk4 and dopri5 and of Adams-Bashforth 2 and 3, at the fewest steps or loosest tolerance
-    found with no larger an error.
-
-    Attributes:
-        predictions: seconds of the fit over seconds saved a prediction; None if nothing is.
-        seconds: median wall time of a prediction with the fitted solver.
-        alternative: the classical solver and its setting.
-        alternative_seconds: median wall time of a prediction with it, in interleaved runs.
-        samples: samples in the batch.
-        error: the fitted solver's mean relative error at the end.
+    found with no larger an error. Wall times are medians of interleaved runs.
     """
 
-    predictions: float | None
-    seconds: float
-    alternative: str
+    predictions: float | None  # seconds of the fit over seconds saved a prediction, if any are
+    seconds: float  # wall time of a prediction with the fitted solver
+    alternative: str  # the classical solver and its setting
     alternative_seconds: float
-    samples: int
-    error: float
+    samples: int  # in the batch
+    error: float  # the fitted solver's mean relative error at the end
 
     def __str__(self) -> str:
         """Return a sentence for people."""
@@ -135,8 +98,8 @@ class FitReport:
     Errors are relative: those of each sample are divided by the size of its solution (or by
     a tenth of the root mean square of all sizes, where that is larger). R is the residual
     and g its fit, as in equation 5 of Poli et al., "Hypersolvers: Toward Fast
-    Continuous-Depth Models", NeurIPS 2020, https://arxiv.org/abs/2007.09601. ``str(report)``
-    puts the figures into a few lines for people; files hold the report.
+    Continuous-Depth Models", NeurIPS 2020, https://arxiv.org/abs/2007.09601.
+    ``print(report)`` shows the figures in a few lines.
 
     Attributes:
         losses: the history, one `LossPoint` a validation.
@@ -149,18 +112,14 @@ class FitReport:
         base_validation: the same for the base method alone; for "bns" the best classical
             method with as many calls.
         noise_floor: mean noise in |R|_2, measured with two tolerances.
-        iterations: iterations done, all phases.
-        seconds: wall time of the fit, reference solutions included.
-        reference_seconds: wall time of the reference solutions alone.
-        reference_nfe: calls of func for the reference solutions.
+        iterations: iterations of all phases; ``seed`` is the seed used.
+        seconds: wall time of the fit, ``reference_seconds`` of them and ``reference_nfe``
+            calls of func for the reference solutions.
         stopped: why its last phase ended: "iterations", "max_seconds", "patience", or
             "trainer" where a Lightning Trainer decided.
-        seed: the seed used.
         notes: what a user should know: no gain, no time, the net that was chosen.
         break_even: when the fit has paid for itself; None where ``no_break_even`` says why.
-        no_break_even: why there is no ``break_even``.
-        errors: held-out errors at the end of the span.
-        base_errors: the same of the base method alone.
+        errors: held-out errors at the end of the span; ``base_errors`` of the base alone.
         along: held-out errors along the span, the mean over its times for each sample.
         worst_time: the time at which the mean held-out error is largest, and that error.
         rival: the best classical solver at equal time, None if that was not measured.
@@ -200,19 +159,16 @@ class FitReport:
             ]
         if self.along is not None and self.worst_time is not None:
             time, error = self.worst_time
-            lines.append(
-                f"along the span {self.along.mean:.3g}, at most {error:.3g} at t = {time:.4g}"
-            )
+            along = f"along the span {self.along.mean:.3g}, at most {error:.3g} at t = {time:.4g}"
+            lines.append(along)
         if self.rival is not None:
             own, best = self.rival.own_errors, self.rival.errors
             lines.append(
                 f"the best classical solver at equal time, {self.rival.solver}, has {best}: "
                 f"{_ratio(best.mean, own.mean)}"
             )
-        lines.append(
-            f"delta: median {self.delta['0.5']:.4g} of |R| {self.base_delta['0.5']:.4g}, "
-            f"max {self.delta['max']:.4g}"
-        )
+        delta, base = self.delta, self.base_delta["0.5"]
+        lines.append(f"delta: median {delta['0.5']:.4g} of |R| {base:.4g}, max {delta['max']:.4g}")
         lines.append(
             f"{self.iterations} iterations in {self.seconds:.1f} s "
             f"({self.reference_seconds:.1f} s for references, {self.reference_nfe} calls of "
@@ -251,6 +207,9 @@ def _ratio(base: float, own: float) -> str:
 
 _SECONDS = Real(low=0.0)
 _MEASURED = Real(low=0.0, is_finite=False)
+_BREAK_EVEN = record_of(
+    BreakEven, predictions=Maybe(_SECONDS), seconds=_SECONDS, alternative_seconds=_SECONDS
+)
 REPORT = record_of(
     FitReport,
     delta=Table(_MEASURED, required=("0.5", "max")),
@@ -259,10 +218,6 @@ REPORT = record_of(
     reference_seconds=_SECONDS,
     worst_time=Maybe(Row(Real(), _MEASURED)),
     seed=Whole(-(2**63), 2**64),
-    break_even=Maybe(
-        record_of(
-            BreakEven, predictions=Maybe(_SECONDS), seconds=_SECONDS, alternative_seconds=_SECONDS
-        )
-    ),
+    break_even=Maybe(_BREAK_EVEN),
 )
 """What files may say of a report."""

@@ -20,16 +20,10 @@ STEPS = Whole(1, 1_000_000)
 def check_steps(steps: Steps) -> Steps:
     """Return ``steps``: None, an int of at least 1, or a (low, high) range of such."""
     values = steps if isinstance(steps, tuple) else (steps, steps)
-    if steps is not None and (
-        len(values) != 2
-        or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in values)
-        or values[0] > values[1]  # type: ignore[operator]
-    ):
-        raise OptionError(
-            problem=f"steps is {steps!r}.",
-            expected="an int of at least 1, or a range (low, high) of such.",
-            fix="steps=10   # or steps=(4, 16)",
-        )
+    are_counts = all(isinstance(n, int) and type(n) is not bool and n >= 1 for n in values)
+    if steps is not None and not (len(values) == 2 and are_counts and values[0] <= values[1]):  # type: ignore[operator]
+        problem, fix = f"steps is {steps!r}.", "steps=10   # or steps=(4, 16)"
+        raise OptionError(problem, "an int of at least 1, or a range (low, high) of such.", fix)
     return steps
 
 
@@ -54,11 +48,9 @@ def step_sizes(grid: Tensor, *, are_equal: bool) -> Tensor:
 
 def points_between(grid: Tensor, t: Tensor) -> Tensor:
     """Return the ends of ``t`` and, between them, the points of a grid, as ``t`` goes."""
-    grid = grid.to(t)
-    low, high = t.aminmax()
-    inside = grid[(grid > low) & (grid < high)]
-    descends = bool(t[-1] < t[0])
-    return torch.cat([t[:1], inside.sort(descending=descends).values, t[-1:]])
+    grid, (low, high) = grid.to(t), t.aminmax()
+    inside = grid[(grid > low) & (grid < high)].sort(descending=bool(t[-1] < t[0])).values
+    return torch.cat([t[:1], inside, t[-1:]])
 
 
 def check_times(t: Tensor, y: Tensor) -> Tensor:
@@ -66,17 +58,14 @@ def check_times(t: Tensor, y: Tensor) -> Tensor:
 
     Half precision comes back as float32: steps between its points have other sizes there.
     """
-    fix = "t = torch.tensor([0.0, 1.0])"
+    expected, fix = (
+        "a 1-D floating-point tensor with a time or more.",
+        "t = torch.tensor([0.0, 1.0])",
+    )
     if not isinstance(t, Tensor) or not t.is_floating_point():
-        raise StateTypeError(
-            problem=f"t is {t.dtype if isinstance(t, Tensor) else type(t).__name__}.",
-            expected="a 1-D floating-point tensor of times.",
-            fix=fix,
-        )
+        problem = f"t is {t.dtype if isinstance(t, Tensor) else type(t).__name__}."
+        raise StateTypeError(problem, expected, fix)
     if t.dim() != 1 or len(t) == 0:
-        raise StateShapeError(
-            problem=f"t has shape {tuple(t.shape)}.",
-            expected="one dimension and at least one point.",
-            fix=fix,
-        )
+        problem = f"t has shape {tuple(t.shape)}."
+        raise StateShapeError(problem, expected, fix)
     return t.to(y.device, torch.promote_types(t.dtype, torch.float32))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -53,35 +53,27 @@ class PerSampleDopri5:
 
     Order 5, six evaluations of func a step and sample, two at the start. Each sample takes
     the steps it would take alone, to rounding; the samples that still step are evaluated
-    together. Step sizes are constants to the gradient.
+    together. Step sizes are constants to the gradient. The options are the step controls of
+    torchdiffeq's dopri5, by its names and defaults, and ``time``: how func meets samples at
+    different times.
 
-    The other options are the step controls of torchdiffeq's dopri5, by its names and defaults.
-
-    Attributes:
-        safety: factor on the step size that the error estimate allows.
-        ifactor: most by which a step may grow.
-        dfactor: least by which a rejected step may shrink.
-        first_step: size of the first step; None chooses one for each sample.
-        min_step: steps are never smaller, and accepted at this size while they are finite.
-        max_step: steps are never larger.
-        max_num_steps: most steps a sample may try between two points of t.
-        time: how func meets samples at different times. "vmap" (default): through
-            `torch.func.vmap`, with a batch of 1 and a 0-d t for each sample; cannot take
-            funcs that branch on values, draw random numbers, update buffers, or call
-            autograd or numpy. "vector": t of shape (batch,) in one call; cannot take funcs
-            that expect a 0-d t. "loop": one call a sample; takes any func, and is slow.
+    - "vmap" (default): through `torch.func.vmap`, with a batch of 1 and a 0-d t for each
+      sample; cannot take funcs that branch on values, draw random numbers, update buffers,
+      or call autograd or numpy.
+    - "vector": t of shape (batch,) in one call; cannot take funcs that expect a 0-d t.
+    - "loop": one call a sample; takes any func, and is slow.
 
     Raises:
         OptionError: a value is impossible; the text names it.
     """
 
-    safety: float = 0.9
-    ifactor: float = 10.0
-    dfactor: float = 0.2
-    first_step: float | None = None
-    min_step: float = 0.0
+    safety: float = 0.9  # factor on the step size that the error estimate allows
+    ifactor: float = 10.0  # most by which a step may grow
+    dfactor: float = 0.2  # least by which a rejected step may shrink
+    first_step: float | None = None  # None chooses one for each sample
+    min_step: float = 0.0  # steps of this size are accepted while they are finite
     max_step: float = math.inf
-    max_num_steps: int = 2**31 - 1
+    max_num_steps: int = 2**31 - 1  # that a sample may try between two points of t
     time: str = "vmap"
 
     def __post_init__(self) -> None:
@@ -91,7 +83,7 @@ class PerSampleDopri5:
         for field in fields(self)[:-1]:
             value = getattr(self, field.name)
             if not (_is_number(value) or value is field.default):
-                self._refuse(field.name, "a number (real)", 1.0)
+                self._refuse(field.name, "(real)", 1.0)
         first = 1.0 if self.first_step is None else self.first_step
         is_most = self.max_step > 0 and self.max_step >= self.min_step
         for name, is_possible, expected, example in (
@@ -104,14 +96,11 @@ class PerSampleDopri5:
             ("max_num_steps", self.max_num_steps >= 1, "at least 1", 1000),
         ):
             if not is_possible:
-                self._refuse(name, f"a number {expected}", example)
+                self._refuse(name, expected, example)
 
     def _refuse(self, name: str, expected: str, example: object) -> NoReturn:
-        raise OptionError(
-            problem=f"{name} is {getattr(self, name)!r}.",
-            expected=f"{expected}.",
-            fix=f'options={{"{name}": {example}}}',
-        )
+        problem, fix = f"{name} is {getattr(self, name)!r}.", f'options={{"{name}": {example}}}'
+        raise OptionError(problem=problem, expected=f"a number {expected}.", fix=fix)
 
     def solve(
         self,
@@ -125,7 +114,7 @@ class PerSampleDopri5:
         """Solve dy/dt = func(t, y) from ``y0`` without a host.
 
         Args:
-            func: see `time`. A field that holds something of every sample needs a method
+            func: see ``time``. A field that holds something of every sample needs a method
                 ``restrict``, see `Conditioned`.
             y0: tensor or tuple of tensors, the samples along dim 0. Half precision is
                 integrated in float32 and cast for each call.
@@ -143,8 +132,7 @@ class PerSampleDopri5:
             OptionError: func cannot be called as `time` says, or t goes back and forth.
             CoupledSamplesError: samples depend on each other (e.g. a single state (D,)).
             NonFiniteError: func returned inf or nan, or the solution left the finite range.
-            UnfinishedSolveError: too many steps, or too small ones; has the ``solution``
-                so far.
+            UnfinishedSolveError: too many steps, or too small; has the ``solution`` so far.
         """
         return self.run(func, y0, t, rtol=rtol, atol=atol)[0]
 
@@ -160,11 +148,9 @@ class PerSampleDopri5:
         sign = -1 if bool((steps < 0).any()) else 1
         if not are_finite or not bool((sign * steps > 0).all()):
             how = "goes back and forth" if are_finite else "holds inf or nan"
-            raise OptionError(
-                problem=f"t {how}: {t.tolist()[:8]}.",
-                expected="finite times that strictly increase, or strictly decrease.",
-                fix="t = t.unique()" if are_finite else "t = t[torch.isfinite(t)]",
-            )
+            problem, expected = f"t {how}: {t.tolist()[:8]}.", "strictly monotonic finite times."
+            fix = "t = t.unique()" if are_finite else "t = t[torch.isfinite(t)]"
+            raise OptionError(problem, expected, fix)
         # Sums of many small steps need more digits than the state has.
         times = sign * t.to(torch.float64)
         if rows.numel() == 0 or len(t) == 1:
@@ -200,32 +186,24 @@ def _in_rows(layout: RowLayout, name: str, given: Tolerance, rows: Tensor) -> Te
     shapes = [(len(rows), *shape) for shape in layout.shapes]
     try:
         # As the host does: a number in a tuple is rounded to the default dtype first.
-        parts = [
-            torch.as_tensor(tolerance).to(rows.device, torch.float64).expand(shape)
-            for tolerance, shape in zip(tolerances, shapes, strict=True)
-        ]
-    except (RuntimeError, ValueError) as problem:
+        wide = [torch.as_tensor(given).to(rows.device, torch.float64) for given in tolerances]
+        parts = [part.expand(shape) for part, shape in zip(wide, shapes, strict=True)]
+    except (RuntimeError, ValueError) as error:
         is_listed = not isinstance(given, Tensor) and not layout.is_tuple
-        raise (StateTypeError if is_listed else StateShapeError)(
-            problem=f"{name} is {shown(given)}.",
-            expected=f"a number, a tensor that broadcasts to y0's {shapes[0]}, or for tuple states "
-            "one of these a part.",
-            fix=f"{name}=1e-3",
-        ) from problem
+        expected = f"a number, a tensor that broadcasts to y0's {shapes[0]}, or a tuple of these."
+        problem, fix = f"{name} is {shown(given)}.", f"{name}=1e-3"
+        raise (StateTypeError if is_listed else StateShapeError)(problem, expected, fix) from error
     return layout.join(tuple(parts))
 
 
 def _raise_non_finite(solution: Tensor, rows: Tensor, t: Tensor) -> NoReturn:
     """Name where a solution (times, batch, width), ``rows`` as integrated, is not finite first."""
     time, sample = (~torch.isfinite(solution).all(dim=2)).nonzero()[0].tolist()
-    where = f"sample {sample} at t = {float(t[time]):.6g}"
-    if bool(torch.isfinite(rows[time, sample]).all()):
-        most = torch.finfo(solution.dtype).max
-        problem = f"{where} overflows the state's dtype, {solution.dtype} (at most {most:.4g})."
-        fix = "y0 = y0.float()"
-    else:
-        problem = f"{where} left the finite range of {rows.dtype}."
-        fix = "y0 = y0.double()   # or a span that ends before the solution blows up"
+    is_overflow = bool(torch.isfinite(rows[time, sample]).all())
+    how = "overflows the state's dtype," if is_overflow else "left the finite range of"
+    dtype = solution.dtype if is_overflow else rows.dtype
+    problem = f"sample {sample} at t = {float(t[time]):.6g} {how} {dtype}."
+    fix = f"y0 = y0.{'float' if is_overflow else 'double'}()   # or a span that ends before"
     raise NonFiniteError(problem=problem, expected="a solution that stays finite.", fix=fix)
 
 
@@ -269,7 +247,6 @@ class SampleField:
         return k
 
     def _one(self, index: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Return the derivative of one sample; func gets a batch axis of 1."""
         return self._all(index.unsqueeze(0), t, y.unsqueeze(0)).squeeze(0)
 
     def _all(self, index: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -278,11 +255,9 @@ class SampleField:
         check_kind(k, state)
         (_, got), (_, expected) = shapes_of(k), shapes_of(state)
         if got != expected:  # would broadcast
-            times = "t of shape (batch,)" if self.mode == "vector" else "a batch of 1"
             raise StateShapeError(
                 problem=f"func returned shape {', '.join(map(str, got))} for a state of shape "
-                f'{", ".join(map(str, expected))} (options["time"] is "{self.mode}": func gets '
-                f"{times}).",
+                f'{", ".join(map(str, expected))} (options["time"] is "{self.mode}").',
                 expected="a derivative of the state's own shape; a field that holds something of "
                 "every sample (noise, controls) must say which part of it belongs to which sample.",
                 fix=HOW_TO_RESTRICT,
@@ -296,9 +271,8 @@ class _AtVectorTimes:
 
     func: VectorField
 
-    def __call__(self, t: Tensor, y: State) -> State:
-        k: State = self.func(t.expand(len(parts_of(y)[0])), y)
-        return k
+    def __call__(self, t: Tensor, y: State) -> Any:
+        return self.func(t.expand(len(parts_of(y)[0])), y)
 
     def restrict(self, index: Tensor) -> _AtVectorTimes:
         return _AtVectorTimes(restrict(self.func, index))
@@ -336,8 +310,7 @@ def _check_times_alone(field: SampleField, t: Tensor, y: Tensor) -> None:
         raise OptionError(
             problem='options["time"] is "vector", and func answers otherwise for two samples at '
             "two times than for each of them alone.",
-            expected="a func that takes t of shape (batch,), and samples that do not depend on "
-            "others.",
+            expected="a func that takes t of shape (batch,), and independent samples.",
             fix="t = t.reshape(-1, *[1] * (y.dim() - 1))   # in func, before t meets y\n"
             'options={"time": "vmap"}   # or "loop": t is 0-d',
         )

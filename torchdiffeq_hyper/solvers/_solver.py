@@ -19,13 +19,7 @@ from torchdiffeq_hyper._rules import Maybe, Record, Rule, Tagged, Text, under
 from torchdiffeq_hyper._state import Hypernet, State, StateLayout, VectorField
 from torchdiffeq_hyper.errors import BaseMismatchError, OutsideFitWarning
 from torchdiffeq_hyper.hypernets._concat import NAMES_OF_INPUTS
-from torchdiffeq_hyper.hypernets._files import (
-    ARCHITECTURES,
-    UNSEEN,
-    load_weights,
-    match,
-    pack,
-)
+from torchdiffeq_hyper.hypernets._files import ARCHITECTURES, UNSEEN, load_weights, match, pack
 from torchdiffeq_hyper.solvers._domain import DOMAIN, FitDomain, Match
 from torchdiffeq_hyper.solvers._export import export_solve
 from torchdiffeq_hyper.solvers._fit_report import REPORT, FitReport
@@ -34,9 +28,7 @@ from torchdiffeq_hyper.solvers._stepping import Correction
 
 Weights: TypeAlias = tuple[nn.Module, Mapping[str, Tensor], bool]
 """A net, the weights to load into it, and whether it is the caller's instance."""
-
 _class_of: dict[str, type[Solver]] = {}
-
 _CUSTOM = Record({}, optional={"class": Text(1000), "inputs": NAMES_OF_INPUTS})
 NET = Tagged({**ARCHITECTURES, "custom": _CUSTOM})
 """What files may say of a net."""
@@ -54,31 +46,23 @@ class Solver(nn.Module, ABC):
 
     It is an ``nn.Module``: its weights move with ``.to(...)`` and train with any optimizer.
     ``odeint(func, y0, t, method=solver.method)`` uses it once it is attached to func
-    (`attach`), in scope (`using`), or given as ``options={"solver": solver}``. It cannot be
-    instantiated itself: `fit` and `Solver.load` return one of its subclasses.
+    (`attach`), in scope (`using`), or given as ``options={"solver": solver}``. `fit` and
+    `Solver.load` return one of its subclasses.
 
     Args:
         hypernet: the learned correction g, None for none.
         steps: how finely it solves; see the subclasses.
         domain: what it was fitted for, None if it was not fitted.
         report: what the fit measured.
-
-    Example:
-        >>> import torch, torchdiffeq_hyper as tdh
-        >>> solver = tdh.BespokeSolver.classical("rk4", 8)
-        >>> isinstance(solver, tdh.Solver), solver.method
-        (True, 'bns')
     """
 
     kind: ClassVar[str] = "solver"
     """What files of this class call themselves."""
     follows_grid: ClassVar[bool] = True
-    """Whether it steps along a time grid, so that a call may ask for another number of steps."""
+    """Whether a call may ask for another number of steps."""
     _loads_all: ClassVar[bool] = True
-    _file_rules: ClassVar[Record]
-    """What the settings in its files may be."""
-    _net_prefix: ClassVar[str] = ""
-    """What the names of the net's tensors begin with in its files."""
+    _file_rules: ClassVar[Record]  # what the settings in its files may be
+    _net_prefix: ClassVar[str] = ""  # what the names of the net's tensors begin with there
 
     def __init__(
         self,
@@ -88,10 +72,8 @@ class Solver(nn.Module, ABC):
         report: FitReport | None,
     ) -> None:
         super().__init__()
-        self.hypernet = hypernet
-        self.steps = steps
-        self.domain = domain
-        self.report = report
+        self.hypernet, self.steps = hypernet, steps
+        self.domain, self.report = domain, report
         self._warned: set[str] = set()
 
     def __init_subclass__(
@@ -133,9 +115,9 @@ class Solver(nn.Module, ABC):
     def solve(self, func: VectorField, y0: State, t: Tensor) -> State:
         """Solve dy/dt = func(t, y) from ``y0``, without a host.
 
-        Gives the numbers of ``odeint(func, y0, t, method=self.method)``. It never branches on
-        values, so that ``torch.compile(solver.solve, fullgraph=True)`` makes one graph of it
-        (a counter in func, ``self.nfe += 1``, has torch compile anew each time).
+        Gives the numbers of ``odeint(func, y0, t, method=self.method)``, and never branches on
+        values: ``torch.compile(solver.solve, fullgraph=True)`` makes one graph of it (a counter
+        in func, ``self.nfe += 1``, has torch compile anew each time).
 
         Args:
             func: called as ``func(t, y)`` with a 0-d ``t``; returns a state like ``y``.
@@ -221,7 +203,7 @@ class Solver(nn.Module, ABC):
         """Return a solver from what `describe` gave, and weights that its net still lacks.
 
         ``hypernet`` is the caller's instance, if any; ``at`` is the place of the settings in the
-        file, for messages. Raises what `load` raises.
+        file, for messages.
         """
         path = os.fspath(path)
         what = _files.described_in(path)
@@ -235,18 +217,13 @@ class Solver(nn.Module, ABC):
         else:
             _files.checked(Record({}), weights, what, "hypernet")
             if hypernet is not None and hypernet is not UNSEEN:
-                raise BaseMismatchError(
-                    problem=f"{path!r} holds a solver without a hypernet.",
-                    expected="no instance to load one into.",
-                    fix=f"tdh.HyperSolver.load({path!r})",
-                )
+                problem = f"{path!r} holds a solver without a hypernet."
+                fix = f"tdh.HyperSolver.load({path!r})"
+                raise BaseMismatchError(problem, "no instance to load one into.", fix)
         with _files.damage_reported(path):
-            solver = cls(
-                hypernet=net,
-                domain=_files.from_plain(FitDomain | None, found["domain"]),
-                report=_files.from_plain(FitReport | None, found["report"]),
-                **arguments,
-            )
+            domain = _files.from_plain(FitDomain | None, found["domain"])
+            report = _files.from_plain(FitReport | None, found["report"])
+            solver = cls(hypernet=net, domain=domain, report=report, **arguments)
         return solver, None if net is None else (net, weights, hypernet is not None)
 
     @classmethod
@@ -260,9 +237,6 @@ class Solver(nn.Module, ABC):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the solver to one safetensors file; an old one stays until it is complete.
 
-        Args:
-            path: the file; its folder must exist.
-
         Raises:
             StateTypeError: the hypernet is a plain function, or holds more than tensors.
             FileWriteError: the file cannot be written; nothing half-written is left.
@@ -274,10 +248,9 @@ class Solver(nn.Module, ABC):
     def load(cls, path: str | os.PathLike[str], hypernet: nn.Module | None = None) -> Solver:
         """Read a solver that `save` wrote; runs no code from the file.
 
-        ``Solver.load`` and ``HyperSolver.load`` read files of every kind (a "bns" one gives a
-        `BespokeSolver`), other classes those of their own. The solver comes frozen
-        (``solver.requires_grad_()`` thaws it), in evaluation mode, in its original dtype and,
-        unless an instance is given, on the CPU.
+        ``Solver.load`` and ``HyperSolver.load`` read files of every kind, other classes those
+        of their own. The solver comes frozen (``solver.requires_grad_()`` thaws it), in
+        evaluation mode, in its original dtype and, unless an instance is given, on the CPU.
 
         Args:
             path: the file.
@@ -292,11 +265,10 @@ class Solver(nn.Module, ABC):
 
         Example:
             >>> import tempfile, torchdiffeq_hyper as tdh
-            >>> solver = tdh.HyperSolver("euler", tdh.hypernets.MLP(2), steps=10)
             >>> with tempfile.TemporaryDirectory() as folder:
-            ...     solver.save(f"{folder}/solver.safetensors")
-            ...     tdh.Solver.load(f"{folder}/solver.safetensors").method
-            'hypereuler'
+            ...     tdh.BespokeSolver.classical("rk4", 8).save(f"{folder}/rk4.safetensors")
+            ...     tdh.Solver.load(f"{folder}/rk4.safetensors").method
+            'bns'
         """
         owner, tensors, settings = cls.read(path)
         solver, weights = owner.rebuild(settings, tensors, hypernet, path)
@@ -333,13 +305,9 @@ class Solver(nn.Module, ABC):
 
         Example:
             >>> import tempfile, torch, torchdiffeq_hyper as tdh
-            >>> solver = tdh.HyperSolver("euler", lambda step: step.y / 2, steps=2)
-            >>> t = torch.tensor([0.0, 1.0])
+            >>> solver, y0 = tdh.BespokeSolver.classical("rk4", 4), torch.ones(3, 1)
             >>> with tempfile.TemporaryDirectory() as folder:
-            ...     solver.export(f"{folder}/decay.pt2", lambda t, y: -y, torch.ones(3, 1), t)
-            ...     solve = torch.export.load(f"{folder}/decay.pt2").module()
-            >>> solve(torch.ones(8, 1), t).shape
-            torch.Size([2, 8, 1])
+            ...     solver.export(f"{folder}/decay.pt2", lambda t, y: -y, y0, torch.arange(2.0))
         """
         export_solve(path, self.solve, (func, self), (y0, t), dynamic_batch=dynamic_batch)
 

@@ -3,10 +3,4 @@
 from torchdiffeq_hyper.solvers.bespoke._solver import ORDER, BespokeSolver
 from torchdiffeq_hyper.solvers.bespoke._weights import classical, compositions, stage_times
 
-__all__ = [
-    "ORDER",
-    "BespokeSolver",
-    "classical",
-    "compositions",
-    "stage_times",
-]
+__all__ = ["ORDER", "BespokeSolver", "classical", "compositions", "stage_times"]

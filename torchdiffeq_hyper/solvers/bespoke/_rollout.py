@@ -1,14 +1,15 @@
 """A bespoke solve: its times, the n calls of func, the sums between, and what is read off.
 
-The sums of n derivatives are memory traffic. `_Chain` adds them one by one: it is the
-reference, differentiable in everything, and compiles. `_Chunks`, for large states, does with
-the least traffic; `_Matrix`, for small ones, with the fewest operations.
+The sums of n derivatives are memory traffic. `_add_one_by_one` is the reference, differentiable
+in everything, and compiles. `_add_in_chunks`, for large states, does with the least traffic;
+`_Matrix`, for small ones, with the fewest operations.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -23,14 +24,10 @@ from torchdiffeq_hyper.solvers.bespoke._weights import hermite, is_differentiate
 from torchdiffeq_hyper.tableaus import StageCall
 
 Span: TypeAlias = tuple[float, float]
-"""Start and end."""
-
 Schedule: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor]]
 """The 0-d time of call i and its i + 1 weights, times the span, for each call."""
-
 _Sum = Callable[[Tensor, list[Tensor]], Tensor]
 """Return the next state for a row of weights and the derivatives; may move the last of these."""
-
 CHUNK = 2**18
 """Numbers summed at a time: as many bytes as lie in a core's cache."""
 
@@ -50,25 +47,19 @@ def is_whole_span(t: Tensor, span: Span | None, calls: int) -> bool:
     is_inside = all(min(span) - slack <= point <= max(span) + slack for point in points)
     if abs(points[0] - start) > slack or not is_inside:
         first, last = (repr(float(f"{time:.6g}")) for time in span)
-        fix = f"t = torch.tensor([{first}, {last}])\n"
-        if is_inside:
-            fix += (
-                f"or put the span's start in front: t = torch.cat([t.new_tensor([{first}]), t])\n"
-            )
+        with_start = f"torch.cat([t.new_tensor([{first}]), t])"
+        fix = f"t = {with_start if is_inside else f'torch.tensor([{first}, {last}])'}\n"
         raise OptionError(
             problem=f"t goes from {points[0]:.6g} to {points[-1]:.6g}; the solver was fitted from "
             f"{start:.6g} to {end:.6g}.",
-            expected=f"times that start at {start:.6g} and stay in that span: all weights and "
-            'times of method "bns" belong to it.',
+            expected=f"times that start at {start:.6g} and stay in that span.",
             fix=fix + _another_fit(points, span, slack, calls),
         )
     forward = 1 if end > start else -1
     if any(forward * (after - before) < 0 for before, after in pairwise(points)):
-        raise OptionError(
-            problem="t turns back on its way.",
-            expected=f"times that only {'grow' if forward > 0 else 'fall'}.",
-            fix=f"t = t.sort(descending={forward < 0}).values",
-        )
+        expected = f"times that only {'grow' if forward > 0 else 'fall'}."
+        fix = f"t = t.sort(descending={forward < 0}).values"
+        raise OptionError(problem="t turns back on its way.", expected=expected, fix=fix)
     return len(t) == 2 and abs(points[1] - end) <= slack and not is_differentiated(t)
 
 
@@ -112,21 +103,16 @@ def schedule(weights: Tensor, start: Any, end: Any, dtype: torch.dtype) -> Sched
 class ScheduleCache:
     """The last solve's schedule: a dozen small operations that a small state would notice."""
 
-    def __init__(self) -> None:
-        # Key, weights, their copy, schedule: one tuple, so that threads see all or none.
-        self._cached: tuple[tuple[Any, ...], Tensor, Tensor, Schedule] | None = None
+    # Key, weights, their copy, schedule: one tuple, so that threads see all or none.
+    _cached: tuple[tuple[Any, ...], Tensor, Tensor, Schedule] | None = None
 
     def of(self, weights: Tensor, span: tuple[float, float], y: Tensor) -> Schedule:
         """Return the schedule for the span, made anew if anything it is made of has changed."""
         key = (y.dtype, y.device, span, weights.dtype, weights.device, weights._version)  # noqa: SLF001
         cached = self._cached
+        is_same = cached is not None and cached[0] == key and cached[1] is weights
         # Writing through ``.data`` leaves the version. Looking at another device would wait for it.
-        if (
-            cached is not None
-            and cached[0] == key
-            and cached[1] is weights
-            and (weights.device.type != "cpu" or torch.equal(cached[2], weights))
-        ):
+        if cached and is_same and (weights.device.type != "cpu" or torch.equal(cached[2], weights)):
             return cached[3]
         calls = schedule(weights.to(y.device), *span, y.dtype)
         self._cached = (key, weights, weights.detach().clone(), calls)
@@ -151,11 +137,12 @@ def roll_out(call: StageCall, calls: Schedule, y: Tensor) -> tuple[Tensor, list[
 
 
 def _sum_for(calls: Schedule, y: Tensor) -> _Sum:
-    if torch.compiler.is_compiling() or is_differentiated(calls[1][-1]):
-        return _Chain(y)
-    if y.device.type == "cpu" and y.numel() > CHUNK:
-        return _Chunks(y)
-    return _Matrix(y, len(calls[1])) if is_plain() else _Chain(y)
+    if not (torch.compiler.is_compiling() or is_differentiated(calls[1][-1])):
+        if y.device.type == "cpu" and y.numel() > CHUNK:
+            return partial(_add_in_chunks, y)
+        if is_plain():
+            return _Matrix(y, len(calls[1]))
+    return partial(_add_one_by_one, y)
 
 
 def _roll_out(
@@ -169,24 +156,17 @@ def _roll_out(
         try:
             x = add(row, stages)
         except RuntimeError:  # under vmap no batch of derivatives fits into given memory
-            if i or isinstance(add, _Chain):
+            if i:
                 raise
-            add = _Chain(y)
+            add = partial(_add_one_by_one, y)
             x = add(row, stages)
     return x, stages
 
 
-class _Chain:
-    """Adds up the derivatives one by one: the reference."""
-
-    def __init__(self, y: Tensor) -> None:
-        self._y = y
-
-    def __call__(self, row: Tensor, stages: list[Tensor]) -> Tensor:
-        x = self._y
-        for weight, k in zip(row.unbind(), stages, strict=True):
-            x = torch.addcmul(x, weight, k)
-        return x
+def _add_one_by_one(y: Tensor, row: Tensor, stages: list[Tensor]) -> Tensor:
+    for weight, k in zip(row.unbind(), stages, strict=True):
+        y = torch.addcmul(y, weight, k)
+    return y
 
 
 class _Matrix:
@@ -205,24 +185,19 @@ class _Matrix:
         return self._memory.view(torch.addmv(self._start, self._matrix[:n].t(), row))
 
 
-class _Chunks:
-    """Adds up a part of the state that fits into the cache at a time, copying no derivative."""
-
-    def __init__(self, y: Tensor) -> None:
-        self._y = y
-        self._memory = _Memory(y)
-        self._add = _LinearSum.forward if is_plain() else _LinearSum.apply
-
-    def __call__(self, row: Tensor, stages: list[Tensor]) -> Tensor:
-        x: Tensor = self._add(self._memory, row.tolist(), self._y, *stages)
-        return x
+def _add_in_chunks(y: Tensor, row: Tensor, stages: list[Tensor]) -> Tensor:
+    """Add up a part of the state that fits into the cache at a time, copying no derivative."""
+    add = _LinearSum.forward if is_plain() else _LinearSum.apply
+    x: Tensor = add(row.tolist(), y, *stages)
+    return x
 
 
 class _LinearSum(torch.autograd.Function):
     """y plus the weighted derivatives; linear, so that nothing needs to be kept."""
 
     @staticmethod
-    def forward(memory: _Memory, weights: list[float], y: Tensor, *stages: Tensor) -> Tensor:
+    def forward(weights: list[float], y: Tensor, *stages: Tensor) -> Tensor:
+        memory = _Memory(y)
         start, *chunks = (memory.flat(tensor).split(CHUNK) for tensor in (y, *stages))
         flat = y.new_empty(y.numel())
         for part, out in enumerate(flat.split(CHUNK)):
@@ -233,15 +208,15 @@ class _LinearSum(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.weights = inputs[1]
+        ctx.weights = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, gradient, *(gradient * weight for weight in ctx.weights)
+        return None, gradient, *(gradient * weight for weight in ctx.weights)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        terms = zip((1.0, *ctx.weights), tangents[2:], strict=True)
+        terms = zip((1.0, *ctx.weights), tangents[1:], strict=True)
         known = [weight * tangent for weight, tangent in terms if tangent is not None]
         return torch.stack(known).sum(0)
 
@@ -276,9 +251,8 @@ def _hermite_weights(position: Tensor, weights: Tensor, values: Tensor, slopes: 
     scaled = position.to(weights.dtype) * n
     left = scaled.detach().floor().clamp(0, n - 1).long()
     x = (scaled - left)[:, None]
-    of_values, of_slopes = hermite(
-        x, (knots[left], knots[left + 1]), (slopes[left], slopes[left + 1])
-    )
+    ends = (knots[left], knots[left + 1]), (slopes[left], slopes[left + 1])
+    of_values, of_slopes = hermite(x, *ends)
     return of_values + of_slopes / n
 
 
@@ -295,8 +269,8 @@ def dense_output(
 
     nan where ``t`` starts elsewhere or leaves the span: a compiled or exported solve cannot raise.
     ``given_dtype`` is that of the user's times; ``matrices`` are the weights and the knots' values
-    and slopes, ``derivatives`` the flat start and the n derivatives, ``added`` the correction at
-    the end, which grows with the square of the share of the span.
+    and slopes, ``derivatives`` the flat start and the n derivatives; ``added``, the correction at
+    the end, grows with the square of the share of the span.
     """
     (start, end), (y, stages) = span or (t[0], t[-1]), derivatives
     rounding, slack = _rounding_of(span, t.dtype), slack_of(span, given_dtype)
@@ -319,10 +293,10 @@ def dense_output(
 def raise_non_finite(call: StageCall, calls: Schedule, y0: Tensor, dtype: torch.dtype) -> None:
     """Replay a solve that ended in inf or nan, and name the call where that began, and why."""
     check_start(y0)
-    x, stages, add = y0, [], _Chain(y0)
+    x, stages = y0, []
     for i, (t, row) in enumerate(zip(*calls, strict=True)):
         stages.append(own(call(t, x)))
-        x = add(row, stages)
+        x = _add_one_by_one(y0, row, stages)
         if not is_finite(stages[-1]) or not is_finite(x):
             raise NonFiniteError(
                 problem=f"the solve left the finite range at call {i} of func, t = {float(t):.6g}.",

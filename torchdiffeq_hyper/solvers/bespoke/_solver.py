@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,8 +28,7 @@ from torchdiffeq_hyper.solvers.bespoke import _rollout, _weights
 from torchdiffeq_hyper.tableaus import StageCall
 
 BNS = "bns"
-ORDER = 1
-"""What weights that add up to the time passed guarantee, whatever they are."""
+ORDER = 1  # what weights that add up to the time passed guarantee, whatever they are
 
 
 class BespokeSolver(Solver, kind=BNS):
@@ -41,30 +40,24 @@ class BespokeSolver(Solver, kind=BNS):
 
     from x_0 = y_0 to the solution x_n at the end of the span T: a non-stationary solver of
     Shaul et al., "Bespoke Non-Stationary Solvers for Fast Sampling of Diffusion and Flow
-    Models", 2024, https://arxiv.org/abs/2403.01329. Each w has the sum of its time, so
-    constant derivatives are integrated exactly; times never decrease, and the last row adds
-    up to 1. With a hypernet g the end is x_n + T^2 g(T, t_0, x_n, k_0..k_{n-1}). A solve costs
-    n calls of func, whatever the span, and one of g.
+    Models", 2024, https://arxiv.org/abs/2403.01329. Constant derivatives are integrated exactly;
+    times never decrease, the last one is 1. With a hypernet g the end is
+    x_n + T^2 g(T, t_0, x_n, k_0..k_{n-1}). A solve costs n calls of func (``solver.steps``),
+    whatever the span, and one of g.
 
-    The span belongs to the method: it starts where it was fitted to start and ends at
-    most where it was fitted to end. Points between are read off by cubic Hermite from
-    fitted combinations of the n derivatives, at no further call. `fit` with base="bns"
-    makes one.
+    It starts where it was fitted to start and ends at most where it was fitted to end. Points
+    between are read off by cubic Hermite from fitted combinations of the n derivatives, at no
+    further call. `fit` with base="bns" makes one.
 
     Args:
         weights: (n, n) lower triangular, floating; see `BespokeSolver.classical`. Kept frozen;
-            ``solver.requires_grad_()`` thaws them. Whatever values an optimizer gives to
-            the parameter, ``solver.weights`` are those of a method.
+            ``solver.requires_grad_()`` thaws them.
         hypernet: a correction at the end of the span, None for none.
         knots: what is read off between the ends: values (n - 1, n) at the inner of n + 1
             equidistant times and slopes (n + 1, n) at all. None takes the ends of the steps
-            that the weights are made of (classical ones), else a cubic in time through
-            the derivatives.
+            of classical weights, else a cubic in time through the derivatives.
         domain: what the solver was fitted for; without it any span will do.
         report: what the fit measured.
-
-    Attributes:
-        steps: n, the calls of func over the span.
 
     Raises:
         StateTypeError: weights or knots are not floating-point tensors.
@@ -74,8 +67,7 @@ class BespokeSolver(Solver, kind=BNS):
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
         >>> solver = tdh.BespokeSolver.classical("rk4", 8)
-        >>> y = solver.solve(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]))
-        >>> y[-1]
+        >>> solver.solve(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]))[-1]
         tensor([0.3682])
     """
 
@@ -108,9 +100,8 @@ class BespokeSolver(Solver, kind=BNS):
     def classical(cls, method: str, calls: int) -> BespokeSolver:
         """Return the solver that is as many equal steps of a classical method as it has calls.
 
-        Where they do not come out even, a shorter method takes the calls that are left, and
-        each step is as long as the calls it has: 10 calls are two steps of rk4 over two fifths
-        of the span each and one of midpoint over the last fifth.
+        Each step is as long as the calls it has, and a shorter method takes those that are left:
+        10 calls are two steps of rk4 over two fifths of the span each and one of midpoint.
 
         Args:
             method: "euler", "midpoint", "heun", "heun3" or "rk4", torchdiffeq's variants.
@@ -128,10 +119,9 @@ class BespokeSolver(Solver, kind=BNS):
 
     @property
     def weights(self) -> Tensor:
-        """The weights in use, (n, n): always those of a method, whatever an optimizer did.
+        """The weights in use, (n, n): those of a method, whatever values an optimizer gave.
 
-        They are a differentiable function of the one parameter of that name, which they equal
-        where it is a method's: see `set_weights`, and ``solver.parameters()`` for an optimizer.
+        A differentiable function of the one parameter of that name in ``solver.parameters()``.
         """
         return self._in_use.of(self._parameter)
 
@@ -142,11 +132,7 @@ class BespokeSolver(Solver, kind=BNS):
 
     @torch.no_grad()
     def set_weights(self, weights: Tensor) -> None:
-        """Write weights (n, n) of any dtype and device into the parameter.
-
-        What is read off between the ends stays as it was: it belongs to the weights that
-        it was fitted with. So it does while the weights are trained.
-        """
+        """Write weights (n, n) of any dtype and device into the parameter; no knot changes."""
         self._parameter.copy_(weights)
 
     @property
@@ -190,17 +176,10 @@ class BespokeSolver(Solver, kind=BNS):
         the span is fitted, and second derivatives by it alone are not those of the solution. A
         compiled or exported solve cannot raise: where ``t`` leaves the span, it gives nan.
         ``rtol`` and ``atol`` are ignored: there is no error estimate.
-
-        Example:
-            >>> import torch, torchdiffeq_hyper as tdh
-            >>> solver = tdh.BespokeSolver.classical("heun3", 6)
-            >>> solver.solve(lambda t, y: -y, torch.ones(2), torch.linspace(0, 1, 5)).shape
-            torch.Size([5, 2])
         """
         layout = StateLayout.of(y0)
         flat = layout.join(y0)
-        dtype = flat.dtype
-        t, given = check_times(t, flat), t
+        t, given, dtype = check_times(t, flat), t, flat.dtype
         ends_at_end = _rollout.is_whole_span(given, self.span, self.steps)
         if flat.numel() == 0 or len(t) == 1:
             return layout.split(flat.unsqueeze(0).expand(len(t), *flat.shape).clone())
@@ -214,15 +193,14 @@ class BespokeSolver(Solver, kind=BNS):
         added = None
         if self.hypernet is not None:
             correction = self._correction(ORDER, func, y0, layout, flat)
-            added = _added_at_end(correction, x, stages, (start, end))
+            added = _added_at_end(correction, x, tuple(stages), start, end)
         if ends_at_end:
             y = (x if added is None else x + added).unsqueeze(0)
         else:
             knots = self.get_buffer("knot_values"), self.get_buffer("knot_slopes")
             matrices = [matrix.to(flat.device) for matrix in (self.weights, *knots)]
-            y = _rollout.dense_output(
-                t, self.span, given.dtype, matrices, (flat, stages), added=added
-            )
+            known = flat, stages
+            y = _rollout.dense_output(t, self.span, given.dtype, matrices, known, added=added)
         if not is_finite(y[-1]):
             _rollout.raise_non_finite(call, calls, first, dtype)
         return layout.split(cast_back(torch.cat([first.unsqueeze(0), y]), dtype))
@@ -253,7 +231,7 @@ class BespokeSolver(Solver, kind=BNS):
         return self._schedules.of(weights, self.span, y)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Load as any module does; weights may come from the middle of a training."""
+        """Load as any module; weights may come from the middle of a training."""
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if prefix + "weights" in state_dict and not _weights.is_method(self._parameter.detach()):
             self._in_use.is_fixed = False
@@ -265,12 +243,9 @@ class BespokeSolver(Solver, kind=BNS):
 
 
 def _differentiable_start(call: StageCall, t: Tensor, start: float, y: Tensor) -> Tensor:
-    r"""Return the state at the fitted start s, as a function of the time ``t[0]`` of ``y``.
+    """Return the state at the fitted start s: y - (t_0 - s) f(s, y), for the derivative by t_0.
 
-    .. math:: y - (t_0 - s) f(s, y)
-
-    The weights stay those of the span: :math:`t_0 - s` is 0 to rounding, its derivative is 1.
-    Costs one call of func.
+    The weights stay those of the span: t_0 - s is 0 to rounding.
     """
     t_dtype = time_dtype(y.dtype)
     time = torch.full((), start, dtype=t.dtype, device=t.device)
@@ -278,14 +253,13 @@ def _differentiable_start(call: StageCall, t: Tensor, start: float, y: Tensor) -
 
 
 def _added_at_end(
-    correction: Correction, x: Tensor, stages: Sequence[Tensor], span: tuple[Any, Any]
+    correction: Correction, x: Tensor, stages: tuple[Tensor, ...], start: Any, end: Any
 ) -> Tensor:
     """Return what a hypernet adds to the flat state at the end of the span."""
-    start, end = span
     # The difference before the cast: far from zero the ends are rounded to a part of the span.
     t_dtype = time_dtype(x.dtype)
     t0, dt = (torch.as_tensor(s, dtype=t_dtype, device=x.device) for s in (start, end - start))
-    out = correction.evaluate(t0, dt, x, tuple(stages))
+    out = correction.evaluate(t0, dt, x, stages)
     if x.device.type == "cpu":
         correction.look_at(dt, x)
     return correction.add(torch.zeros_like(x), out, correction.factors(dt, x.dtype))

@@ -1,13 +1,12 @@
 r"""The coefficients of a bespoke solver: weights of the n derivatives, and knots between the ends.
 
 A method's weights w are lower triangular; its times :math:`c_i = \sum_j w_{ij}` never
-decrease, from 0 on, and the last one is 1. `consistent` maps any matrix to such weights, and
-those of a method to themselves. It is what is used, and differentiated, while the
-parameter may change; a frozen one that passes `violation` is used as it is.
+decrease, from 0 on, and the last one is 1. `consistent` maps any matrix to such weights: it is
+used, and differentiated, while the parameter may change.
 
-The states that the stages are taken at need not lie on the solution, only the last one. But the
-solution at any time is close to a combination of the derivatives. So the n + 1 knots of a cubic
-Hermite, at equal distances, have values and slopes
+The states that the stages are taken at need not lie on the solution. But the solution at any
+time is close to a combination of the derivatives: the n + 1 equidistant knots of a cubic Hermite
+have values and slopes
 
 .. math:: y(s_i) \approx y_0 + T \sum_j v_{ij} k_j, \qquad y'(s_i) \approx \sum_j d_{ij} k_j
 """
@@ -25,6 +24,7 @@ from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeErro
 
 Knots: TypeAlias = tuple[Tensor, Tensor]
 """Values (n - 1, n) at the inner knots, and slopes (n + 1, n) at all."""
+_Pair: TypeAlias = tuple[Tensor, Tensor]
 
 SLACK = 1e-6
 """By which sums of weights may miss: those of float32 do."""
@@ -52,20 +52,16 @@ def check_matrix(name: str, matrix: Tensor, fix: str, shape: tuple[int, int] | N
     """Refuse what is no finite floating-point matrix of a shape; None: square."""
     if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
         got = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
-        raise StateTypeError(
-            problem=f"{name} is {got}.", expected="a floating-point tensor.", fix=fix
-        )
+        problem = f"{name} is {got}."
+        raise StateTypeError(problem, "a floating-point tensor.", fix)
     is_square = matrix.dim() == 2 and matrix.shape[0] == matrix.shape[1] > 0
     if not is_square if shape is None else matrix.shape != shape:
-        raise StateShapeError(
-            problem=f"{name} has shape {tuple(matrix.shape)}.",
-            expected="(n, n), n at least 1." if shape is None else f"{shape}, one column a weight.",
-            fix=fix,
-        )
+        problem = f"{name} has shape {tuple(matrix.shape)}."
+        expected = "(n, n), n at least 1." if shape is None else f"{shape}, one column a weight."
+        raise StateShapeError(problem, expected, fix)
     if not is_finite(matrix):
-        raise OptionError(
-            problem=f"{name} has entries that are not finite.", expected="finite numbers.", fix=fix
-        )
+        problem = f"{name} has entries that are not finite."
+        raise OptionError(problem, "finite numbers.", fix)
 
 
 def check_weights(weights: Tensor) -> Tensor:
@@ -76,41 +72,29 @@ def check_weights(weights: Tensor) -> Tensor:
     if weights.is_meta:
         return weights
     if bool(weights.triu(1).any()):
-        raise OptionError(
-            problem="weights has entries above its diagonal.",
-            expected="zeros there: a state is made of the derivatives known before it.",
-            fix=fix,
-        )
+        expected = "zeros there: a state is made of the derivatives known before it."
+        problem = "weights has entries above its diagonal."
+        raise OptionError(problem, expected, fix)
     times = torch.cat([stage_times(weights), weights[-1:].sum(1)])
     is_rising = bool((times.diff() >= -SLACK).all())
     if not is_rising or abs(float(times[-1]) - 1) > SLACK:
-        raise OptionError(
-            problem=f"the rows of weights add up to {[round(t, 6) for t in times[1:].tolist()]}.",
-            expected="times that never decrease, from 0 on, the last one 1: each sum is the share "
-            "of the span passed.",
-            fix=fix,
-        )
+        problem = f"the rows of weights add up to {[round(t, 6) for t in times[1:].tolist()]}."
+        raise OptionError(problem, "times that never decrease, from 0 on, the last one 1.", fix)
     return weights
 
 
-def violation(weights: Tensor) -> Tensor:
-    """Return by how much a matrix misses what a method's weights satisfy, 0-d."""
+def _is_consistent(weights: Tensor) -> Tensor:
+    """Return whether a matrix is a method's weights but for the rounding of its sums, 0-d."""
     sums = weights.sum(1)
     missed = (weights.triu(1), _passed(sums).clamp(max=0), sums[-1:] - 1)
-    return torch.stack([part.abs().amax() for part in missed]).amax()
-
-
-def _is_small(violation: Tensor, weights: Tensor) -> Tensor:
-    """Return whether sums of so many weights of that dtype may miss by as much, 0-d."""
+    violation = torch.stack([part.abs().amax() for part in missed]).amax()
     return violation <= max(SLACK, len(weights) * torch.finfo(weights.dtype).eps)
 
 
 def is_method(weights: Tensor) -> bool:
     """Return whether a matrix holds a method's weights; True where values cannot be seen."""
-    if weights.is_meta:
-        return True
     try:
-        return bool(_is_small(violation(weights), weights))
+        return weights.is_meta or bool(_is_consistent(weights))
     except RuntimeError:  # fake tensors
         return True
 
@@ -144,7 +128,7 @@ def selected(weights: Tensor) -> Tensor:
 
     Decided without looking at values: for compiled solves.
     """
-    return torch.where(_is_small(violation(weights), weights), weights, consistent(weights))
+    return torch.where(_is_consistent(weights), weights, consistent(weights))
 
 
 class WeightCache:
@@ -154,10 +138,9 @@ class WeightCache:
     which cannot see versions, may then use it as it is.
     """
 
-    def __init__(self, *, is_fixed: bool = True) -> None:
-        self.is_fixed = is_fixed
-        # Parameter, its version and the weights in use: in one tuple, as threads see all or none.
-        self._cached: tuple[Tensor, int, Tensor] | None = None
+    is_fixed = True
+    # Parameter, its version and the weights in use: in one tuple, as threads see all or none.
+    _cached: tuple[Tensor, int, Tensor] | None = None
 
     def of(self, parameter: Tensor) -> Tensor:
         """Return the weights in use: the parameter itself where it is a method's."""
@@ -186,7 +169,7 @@ class WeightCache:
 
     def __getstate__(self) -> dict[str, object]:
         """Copy and pickle as one that keeps nothing yet."""
-        return {"is_fixed": self.is_fixed, "_cached": None}
+        return {"is_fixed": self.is_fixed}
 
 
 # The rows of the stages after the first, then the row of the step's end.
@@ -201,16 +184,7 @@ _BY_CALLS = {1: "euler", 2: "midpoint", 3: "heun3"}
 
 
 def classical(method: str, calls: int) -> Tensor:
-    """Return the weights (calls, calls), float64, of `BespokeSolver.classical`.
-
-    Example:
-        >>> from torchdiffeq_hyper.solvers.bespoke import classical
-        >>> classical("midpoint", 4)
-        tensor([[0.2500, 0.0000, 0.0000, 0.0000],
-                [0.0000, 0.5000, 0.0000, 0.0000],
-                [0.0000, 0.5000, 0.2500, 0.0000],
-                [0.0000, 0.5000, 0.0000, 0.5000]], dtype=torch.float64)
-    """
+    """Return the weights (calls, calls), float64, of `BespokeSolver.classical`."""
     if method not in _ROWS or len(_ROWS[method]) > calls:
         raise OptionError(
             problem=f"{method!r} in {calls} calls of func is none of the classical methods.",
@@ -221,15 +195,13 @@ def classical(method: str, calls: int) -> Tensor:
     if left := calls % len(_ROWS[method]):
         steps.append(_ROWS[_BY_CALLS[left]])
     weights = torch.zeros(calls, calls, dtype=torch.float64)
-    done, first = weights[0].clone(), 0
+    first = 0
     for rows in steps:
         size = len(rows) / calls
-        for i, row in enumerate(rows):
-            own = slice(first, first + len(row))
-            weights[first + i] = done
-            weights[first + i, own] = size * torch.tensor(row, dtype=torch.float64)
+        for i, row in enumerate(rows, first):
+            weights[i, :first] = weights[first - 1, :first]  # the steps before
+            weights[i, first : i + 1] = size * torch.tensor(row, dtype=torch.float64)
         first += len(rows)
-        done = weights[first - 1]
     return weights
 
 
@@ -241,8 +213,7 @@ def compositions(calls: int) -> dict[str, Tensor]:
 
 def _polynomial_knots(weights: Tensor) -> Knots:
     """Return the knots of a low polynomial in time through the derivatives."""
-    n = len(weights)
-    times = stage_times(weights)
+    n, times = len(weights), stage_times(weights)
     degree = min(DEGREE, len(times.unique()) - 1)
     powers = torch.arange(degree + 1, dtype=times.dtype, device=times.device)
     solve = torch.linalg.pinv(times[:, None] ** powers)
@@ -262,15 +233,10 @@ def step_starts(weights: Tensor) -> list[int]:
 
     Call m does if all later rows begin as row m - 1 does. Steps that take no time are left out.
     """
-    n = len(weights)
-    # Leading weights that a row has in common with the one before it, then the least of all
-    # later rows.
-    common = (weights[1:] == weights[:-1]).long().cumprod(1).sum(1)
-    least = common.flip(0).cummin(0).values.flip(0).tolist() if n > 1 else []
-    times = stage_times(weights).tolist()
-    starts = [0]
-    for m in range(1, n):
-        if least[m - 1] >= m and times[starts[-1]] + NEAR < times[m] < 1 - NEAR:
+    times, starts = stage_times(weights).tolist(), [0]
+    for m in range(1, len(weights)):
+        is_start = bool((weights[m:, :m] == weights[m - 1, :m]).all())
+        if is_start and times[starts[-1]] + NEAR < times[m] < 1 - NEAR:
             starts.append(m)
     return starts
 
@@ -279,8 +245,7 @@ def _composed_knots(weights: Tensor, starts: list[int]) -> Knots:
     """Return knots on the cubic Hermite through the ends of steps, which begin at ``starts``.
 
     So what is read off has the order of the steps, up to 4. The derivative at the start of a
-    step is its first stage. At the end of the span there is none: it is that of the
-    polynomial through the states and derivatives of the last two steps and the last state.
+    step is its first stage, at the end of the span that of `_slope_at_end`.
     """
     n = len(weights)
     first = torch.tensor(starts, device=weights.device)
@@ -299,9 +264,7 @@ def _composed_knots(weights: Tensor, starts: list[int]) -> Knots:
     return (of_values + size * of_slopes)[1:-1].clone(), slope - x * (2 - 3 * x) * f1
 
 
-def hermite(
-    x: Tensor, values: tuple[Tensor, Tensor], slopes: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
+def hermite(x: Tensor, values: _Pair, slopes: _Pair) -> tuple[Tensor, Tensor]:
     """Return the two terms of the cubic with these values and slopes at 0 and 1.
 
     In this form all but the last value are exactly 0 at x = 1.

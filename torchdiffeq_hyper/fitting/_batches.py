@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._fields._answers import check_call
-from torchdiffeq_hyper._fields._wrappers import Conditioned, ModelField, vector_field
+from torchdiffeq_hyper._fields._wrappers import Conditioned, ModelField, model_field
 from torchdiffeq_hyper._state import (
     State,
     StateLayout,
@@ -253,14 +253,15 @@ def split_context(func: VectorField, context: object) -> tuple[VectorField, Cont
             )
         context, func = func.inputs, func.func
     checked = _checked_context(context)
-    field = vector_field(func)
-    if checked and isinstance(field, ModelField):
+    model = model_field(func)
+    if checked and model is not None:
         raise OptionError(
             problem=f"context is given, and func is a {type(func).__name__}: torchdyn calls its "
             "field with t and y alone.",
             expected="the field itself, called as func(t, y, *context).",
             fix="tdh.fit(net, y0, t_span, ..., context=labels)",
         )
+    field = model or func
     # How many tensors a batch brings is only known once there is one.
     return (field if checked == "batch" else check_call(field, len(checked))), checked
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -28,18 +28,14 @@ from torchdiffeq_hyper._state import (
 )
 from torchdiffeq_hyper.errors import CoupledSamplesError, HyperError, StateShapeError, first_line
 
-SLACK = 1e-5
-"""Relative difference that other kernels for another batch size, or the tolerance of a solver
-inside func, explain in float32 and float64."""
+SLACK = 1e-5  # relative difference that other kernels, or a solver inside func, explain
 COARSE = 0.05  # the same where func computes in fewer digits than the state has (TF32, autocast)
 SECOND_TIME = 0.3819
-"""Where in the span a second comparison is made: what couples samples may vanish at the start, and
-much is zero at round numbers."""
+"""Where in the span couplings that vanish at the start, or at round numbers, are looked for."""
 MOST = 16  # samples to look at: func has one rule for batches of all sizes
 
 Alone: TypeAlias = Callable[[Tensor, State, Tensor], State]
-"""``alone(t, y, index)``: the derivatives of the samples at positions ``index``, whose state is
-``y``, without the other samples."""
+"""``alone(t, y, index)``: the derivatives of the samples at ``index``, whose state is ``y``."""
 
 _probing: contextvars.ContextVar[bool] = contextvars.ContextVar("probing", default=False)
 
@@ -47,13 +43,6 @@ _probing: contextvars.ContextVar[bool] = contextvars.ContextVar("probing", defau
 def is_probing() -> bool:
     """Return whether func is called for a comparison only, which counts of calls leave out."""
     return _probing.get()
-
-
-@contextmanager
-def _probe() -> Iterator[None]:
-    """Call func inside the block for a comparison: uncounted, what it solves unrecorded."""
-    with recording.assigned(_probing, value=True), recording.paused():
-        yield
 
 
 class Coupling(NamedTuple):
@@ -111,7 +100,7 @@ def find_coupling(
     restricted = _by_restricting(func, y0)
     groups = _groups_among(positions, groups or ())
     y = take(y0, positions)
-    with _probe():
+    with recording.assigned(_probing, value=True), recording.paused():
         some = func if batch <= MOST else restrict(func, positions)
         for step, t in enumerate(times):
             together = _Together.of(some, t, y)

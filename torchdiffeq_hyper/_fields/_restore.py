@@ -119,8 +119,7 @@ def frozen_or_restored(hypernet: nn.Module) -> Iterator[None]:
     except BaseException:
         restore()
         raise
-    for parameter in hypernet.parameters():
-        parameter.grad = None
+    hypernet.zero_grad()
     hypernet.eval().requires_grad_(requires_grad=False)
 
 

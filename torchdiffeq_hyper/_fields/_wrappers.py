@@ -179,11 +179,10 @@ class Conditioned(nn.Module):
     """A vector field with inputs of its own for each sample: labels, controls, noise.
 
     Solvers that work on part of a batch (``"dise"``, ``"dopri5_per_sample"``) and `fit` take the
-    same part of the inputs; hypernets that ask for them see them as ``step.context``. Costs
-    nothing beside func.
+    same part of the inputs; hypernets that ask for them see them as ``step.context``.
 
     Args:
-        func: called as ``func(t, y, *inputs)``.
+        func: called as ``func(t, y, *inputs)``, at no further cost.
         inputs: tensors of any dtype with the samples along dim 0, as many in each. They are
             no part of the state_dict, and gradients flow into them.
 
@@ -239,8 +238,7 @@ def context_of(func: VectorField) -> tuple[Tensor, ...]:
     return next((item.inputs for item in found if isinstance(item, Conditioned)), ())
 
 
-SHAPE_CLASHES = (RuntimeError, ValueError, IndexError, TypeError)
-"""What torch raises where shapes do not go together, e.g. in a func of the whole batch only."""
+SHAPE_CLASHES = (RuntimeError, ValueError, IndexError, TypeError)  # as torch raises them
 
 HOW_TO_RESTRICT = (
     "tdh.Conditioned(func, noise)   # calls func(t, y, noise), with the rows of its samples\n"
@@ -250,18 +248,13 @@ HOW_TO_RESTRICT = (
 
 def restrict(func: VectorField, index: Tensor) -> VectorField:
     """Return the field of the samples at ``index``; ``func`` itself if it has no ``restrict``."""
-    method = _method_of(func)
-    if method is None:
+    if not can_restrict(func):
         return func
-    part: VectorField = method(index)
+    owner: Any = getattr(func, "__self__", func)
+    part: VectorField = owner.restrict(index)
     return getattr(part, func.__name__) if isinstance(func, MethodType) else part
 
 
 def can_restrict(func: VectorField) -> bool:
     """Return whether ``func`` has the method ``restrict``, or is bound to what has it."""
-    return _method_of(func) is not None
-
-
-def _method_of(func: Any) -> Callable[[Tensor], Any] | None:
-    method = getattr(getattr(func, "__self__", func), "restrict", None)
-    return method if callable(method) else None
+    return callable(getattr(getattr(func, "__self__", func), "restrict", None))

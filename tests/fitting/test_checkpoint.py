@@ -17,6 +17,7 @@ import torchdiffeq_hyper as tdh
 from mutations import mutated
 from stubs import damped_wave, spiral
 from torchdiffeq_hyper.errors import FileFormatError, HyperError, NonFiniteError, OptionError
+from torchdiffeq_hyper.fitting._batches import Starts
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._checkpoint import Store
 from torchdiffeq_hyper.fitting._field import Field, check_field, check_repeatable, size_of
@@ -40,7 +41,7 @@ def fit(func: Any = damped_wave, y0: Tensor = Y0, **given: Any) -> tdh.HyperSolv
 
 
 def signs(func: Any, y0: Tensor = Y0, span: tuple[float, float] = (0.0, 1.0)) -> dict[str, Any]:
-    field = Field(func, y0, Budget(float("inf")))
+    field = Field(func, Starts(y0), Budget(float("inf")))
     return signs_of_field((y0, *check_field(field, span, y0)))
 
 

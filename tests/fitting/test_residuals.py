@@ -58,7 +58,7 @@ def measured(  # noqa: PLR0917
 ) -> list[Samples]:
     """Return the residuals of a base along a tight solution, in true units."""
     plan, units = Plan.of(span, steps, direction), Units(span[0], abs(span[1] - span[0]), 0.7)
-    field, tableau = Field(func, y0, Budget(1e9), units), find_tableau(base)
+    field, tableau = Field(func, Starts(y0), Budget(1e9), units), find_tableau(base)
     tolerances = Tolerances.of(FitConfig(), y0.dtype, units)
     solution = solve_reference(field, y0, plan.times, tolerances)
     found = [measure_residuals(field, tableau, grid, solution) for grid in plan.grids]
@@ -150,7 +150,7 @@ def test_stages_are_the_derivatives_at_the_stage_times() -> None:
 def test_measuring_costs_the_stages_only() -> None:
     func = Counted(lagging)
     plan = Plan.of((0.0, 1.0), 6, "forward")
-    field = Field(func, Y0, Budget(1e9))
+    field = Field(func, Starts(Y0), Budget(1e9))
     solution = spiral_solution(plan.times, Y0)
     measure_residuals(field, find_tableau("rk4"), plan.grids[0], solution)
     assert func.calls == 6 * 4
@@ -160,7 +160,7 @@ def test_measuring_costs_the_stages_only() -> None:
 def test_references_step_on_the_points_instead_of_interpolating() -> None:
     plan = Plan.of((0.0, 1.0), 7, "forward")
     func = Counted(spiral)
-    field = Field(func, Y0, Budget(1e9))
+    field = Field(func, Starts(Y0), Budget(1e9))
     solve_reference(field, Y0, plan.times, Tolerances("dopri5", 1e-4, 1e-4))
     visited = torch.tensor(func.times, dtype=torch.float64)
     for t in plan.times[:-1]:
@@ -169,7 +169,7 @@ def test_references_step_on_the_points_instead_of_interpolating() -> None:
 
 def test_references_are_as_accurate_as_asked() -> None:
     plan = Plan.of((0.0, 2.0), (3, 9), "forward")
-    field = Field(spiral, Y0, Budget(1e9))
+    field = Field(spiral, Starts(Y0), Budget(1e9))
     tolerances = Tolerances.of(FitConfig(), torch.float64, field.units)
     solution = solve_reference(field, Y0, plan.times, tolerances)
     torch.testing.assert_close(solution, spiral_solution(plan.times, Y0), rtol=1e-7, atol=1e-8)
@@ -220,7 +220,7 @@ def test_residuals_do_not_depend_on_units(time: float, size: float, dtype: torch
 def measured_in(units: Units, func: Any, y0: Tensor) -> list[Samples]:
     """Return the residuals of rk4 with two steps over one unit of time, as they are."""
     plan = Plan.of((0.0, units.time), 2, "forward")
-    field = Field(func, y0, Budget(1e9), units)
+    field = Field(func, Starts(y0), Budget(1e9), units)
     tolerances = Tolerances.of(FitConfig(), torch.float64, units)
     solution = solve_reference(field, y0, plan.times, tolerances)
     return [measure_residuals(field, find_tableau("rk4"), r, solution) for r in plan.grids]

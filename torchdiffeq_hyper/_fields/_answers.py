@@ -23,10 +23,8 @@ def check_call(func: VectorField, n_context: int = 0) -> VectorField:
     try:
         signature.bind("t", "y", *["context"] * n_context)
     except TypeError as error:
-        called = "func(t, y)"
-        if n_context:
-            tensors = f"{n_context} tensor{'s' * (n_context > 1)}"
-            called = f"func(t, y, *context) with {tensors} of context"
+        tensors = f" with {n_context} tensor{'s' * (n_context > 1)} of context"
+        called = f"func(t, y, *context){tensors}" if n_context else "func(t, y)"
         raise StateTypeError(
             problem=f"func takes {signature} and cannot be called as {called}: {error}.",
             expected="a vector field func(t, y), or a torchdyn NeuralODE; what else it takes of "
@@ -39,9 +37,8 @@ def check_call(func: VectorField, n_context: int = 0) -> VectorField:
 
 def check_hypernet_device(hypernet: Hypernet, y: Tensor) -> None:
     """Refuse a net that lies on another device than the state."""
-    parameters = hypernet.parameters() if isinstance(hypernet, nn.Module) else iter(())
-    parameter = next(parameters, None)
-    if parameter is not None and parameter.device != y.device:
+    parameter = next(hypernet.parameters(), y) if isinstance(hypernet, nn.Module) else y
+    if parameter.device != y.device:
         raise StateTypeError(
             problem=f"the hypernet is on {parameter.device}, y0 is on {y.device}.",
             expected="both on one device.",
@@ -71,25 +68,18 @@ def check_answer(k: object, state: State) -> None:
 
 def check_kind(k: object, state: State) -> None:
     """Refuse what func returned if it is no tensor, or for a tuple state no tuple of as many."""
-    if isinstance(state, Tensor):
-        if not isinstance(k, Tensor):
-            raise StateTypeError(
-                problem=f"func returned a {type(k).__name__}.",
-                expected="a tensor of the state's shape.",
-                fix="return dy   # e.g. torch.stack(components, dim=1), torch.full_like(y, value)\n"
-                "or y0 = (...), if the state has parts",
-            )
-        return
+    is_tuple, wanted = isinstance(state, tuple), len(parts_of(state))
     parts = k if isinstance(k, tuple | list) else ()
-    if len(parts) == len(state) and all(isinstance(part, Tensor) for part in parts):
+    answers = parts if is_tuple else (k,)
+    if len(answers) == wanted and all(isinstance(answer, Tensor) for answer in answers):
         return
     kinds = " of " + ", ".join(type(part).__name__ for part in parts) if parts else ""
-    raise StateTypeError(
-        problem=f"func returned a {type(k).__name__}{kinds} for a state that is a tuple of "
-        f"{len(state)} tensors.",
-        expected="a tuple of as many tensors, one derivative for each part.",
-        fix="return " + ", ".join(f"derivative_{i}" for i in range(len(state))),
-    )
+    expected, fix = "a tensor of the state's shape.", "torch.stack(components, dim=1)"
+    if is_tuple:
+        expected = f"a tuple of {wanted} tensors, one derivative for each part of the state."
+        fix = ", ".join(f"derivative_{i}" for i in range(wanted))
+    problem = f"func returned a {type(k).__name__}{kinds}."
+    raise StateTypeError(problem=problem, expected=expected, fix=f"return {fix}")
 
 
 def check_correction(out: State, y: State, time_dtype: torch.dtype) -> None:
@@ -105,7 +95,7 @@ def check_correction(out: State, y: State, time_dtype: torch.dtype) -> None:
     is_alike = isinstance(out, tuple) == isinstance(y, tuple) and len(given) == len(parts)
     if not is_alike or not all(isinstance(part, Tensor) for part in given):
         got = f"a tuple of {len(out)}" if isinstance(out, tuple) else f"a {type(out).__name__}"
-        expected = "a tensor" if isinstance(y, Tensor) else f"a tuple of {len(y)} tensors"
+        expected = f"a tuple of {len(y)} tensors" if isinstance(y, tuple) else "a tensor"
         raise StateTypeError(
             problem=f"the hypernet returned {got}.",
             expected=f"{expected}, like the state.",
@@ -133,16 +123,10 @@ def _check_part(out: Tensor, y: Tensor, time_dtype: torch.dtype, where: str) -> 
         )
 
 
-# func may answer in one buffer (``out=``). A method of several stages keeps a derivative over
-# later calls; if these write into the same memory, all stages are the last one.
-
-
 def share_memory(stages: Sequence[Tensor]) -> bool:
-    """Return whether two derivatives lie in the same memory, as far as can be told.
-
-    What autograd records and never changes in place needs no look: ``out=`` is refused there.
-    """
+    """Return whether derivatives lie in the same memory, where func answers in one buffer."""
     last = stages[-1]
+    # What autograd records and never changes in place needs no look: ``out=`` is refused there.
     if torch.compiler.is_compiling() or (last.requires_grad and last._version == 0):  # noqa: SLF001
         return False
     try:

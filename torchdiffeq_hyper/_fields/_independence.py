@@ -1,14 +1,10 @@
-"""The comparison of func on a batch with func on samples alone, and its refusal.
-
-A state (D,) is one vector to torchdiffeq and D samples to a solver that takes samples apart:
-where func couples them, solutions of samples alone are not the batch's.
-"""
+"""The comparison of func on a batch with func on samples alone, and its refusal."""
 
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -16,11 +12,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper import recording
-from torchdiffeq_hyper._fields._wrappers import (
-    HOW_TO_RESTRICT,
-    SHAPE_CLASHES,
-    restrict,
-)
+from torchdiffeq_hyper._fields._wrappers import HOW_TO_RESTRICT, SHAPE_CLASHES, restrict
 from torchdiffeq_hyper._state import (
     State,
     VectorField,
@@ -36,18 +28,14 @@ from torchdiffeq_hyper._state import (
 )
 from torchdiffeq_hyper.errors import CoupledSamplesError, HyperError, StateShapeError, first_line
 
-SLACK = 1e-5
-"""Relative difference that other kernels for another batch size, or the tolerance of a solver
-inside func, explain in float32 and float64."""
+SLACK = 1e-5  # relative difference that other kernels, or a solver inside func, explain
 COARSE = 0.05  # the same where func computes in fewer digits than the state has (TF32, autocast)
 SECOND_TIME = 0.3819
-"""Where in the span a second comparison is made: what couples samples may vanish at the start, and
-much is zero at round numbers."""
+"""Where in the span couplings that vanish at the start, or at round numbers, are looked for."""
 MOST = 16  # samples to look at: func has one rule for batches of all sizes
 
 Alone: TypeAlias = Callable[[Tensor, State, Tensor], State]
-"""``alone(t, y, index)``: the derivatives of the samples at positions ``index``, whose state is
-``y``, without the other samples."""
+"""``alone(t, y, index)``: the derivatives of the samples at ``index``, whose state is ``y``."""
 
 _probing: contextvars.ContextVar[bool] = contextvars.ContextVar("probing", default=False)
 
@@ -55,13 +43,6 @@ _probing: contextvars.ContextVar[bool] = contextvars.ContextVar("probing", defau
 def is_probing() -> bool:
     """Return whether func is called for a comparison only, which counts of calls leave out."""
     return _probing.get()
-
-
-@contextmanager
-def _probe() -> Iterator[None]:
-    """Call func inside the block for a comparison: uncounted, what it solves unrecorded."""
-    with recording.assigned(_probing, value=True), recording.paused():
-        yield
 
 
 class Coupling(NamedTuple):
@@ -87,8 +68,7 @@ def check_independence(
         return
     raise CoupledSamplesError(
         problem=f"sample {found.sample} of y0 has another derivative in the batch than alone (at "
-        f"t = {found.time:.6g}): func makes the samples along dim 0 depend on each other, and "
-        "they are solved apart here.",
+        f"t = {found.time:.6g}): func makes samples along dim 0 depend on each other.",
         expected="a func of each sample by itself.",
         fix=_ways_out(y0, is_vector=True),
     )
@@ -102,15 +82,12 @@ def find_coupling(
     groups: Sequence[Tensor] | None = None,
     alone: Alone | None = None,
 ) -> Coupling | None:
-    """Return a sample whose derivative depends on the others, or None.
+    """Return a sample whose derivative depends on the others; None also without a comparison.
 
     Looks at 16 samples of a larger batch, at ``y0`` at the first of the times and a little along
     func's answer at the others: func is called once on all of these and once on each group of
     them (positions in the batch; two halves by default), by ``alone`` if given; where the answers
-    differ a few times more, which tell a coupling from rounding and from noise.
-
-    None too where there is nothing to compare: a single sample, a func that does not take the
-    batch as it is (a solve says so better), values that cannot be looked at. A func that takes
+    differ a few times more, which tell a coupling from rounding and from noise. A func that takes
     the whole batch only is refused.
     """
     batch = n_samples(y0)
@@ -123,7 +100,7 @@ def find_coupling(
     restricted = _by_restricting(func, y0)
     groups = _groups_among(positions, groups or ())
     y = take(y0, positions)
-    with _probe():
+    with recording.assigned(_probing, value=True), recording.paused():
         some = func if batch <= MOST else restrict(func, positions)
         for step, t in enumerate(times):
             together = _Together.of(some, t, y)
@@ -154,33 +131,26 @@ def _by_restricting(func: VectorField, y0: State) -> Alone:
     """Return calls of func on some of the samples of ``y0``."""
 
     def alone(t: Tensor, y: State, index: Tensor) -> State:
+        failed = None
         try:
             k: State = restrict(func, index)(t, y)
+            if shapes_of(k) == shapes_of(y):
+                return _copied(k)
+            what = f"returned shapes {shapes_of(k)[1]} for {shapes_of(y)[1]}"
         except HyperError:
             raise
         except SHAPE_CLASHES as error:
-            what = f"fails ({first_line(error)})"
-            raise _cannot_take_part(what, y0) from error
-        if shapes_of(k) != shapes_of(y):
-            what = f"returned shapes {shapes_of(k)[1]} for {shapes_of(y)[1]}"
-            raise _cannot_take_part(what, y0)
-        return _copied(k)
+            what, failed = f"fails ({first_line(error)})", error
+        # A vector (D,) may be a single sample, whose numbers func needs together.
+        is_vector = all(part.dim() == 1 for part in parts_of(y0))
+        raise (CoupledSamplesError if is_vector else StateShapeError)(
+            problem=f"func {what}, part of a batch of {len(parts_of(y0)[0])}.",
+            expected="a derivative of the state's own shape for any part of the batch; a func that "
+            "holds something of every sample (noise, controls) must say whose each row is.",
+            fix=_ways_out(y0, is_vector=is_vector),
+        ) from failed
 
     return alone
-
-
-def _cannot_take_part(what: str, y0: State) -> StateShapeError | CoupledSamplesError:
-    """Return the error about a func that does ``what`` with part of the batch ``y0``."""
-    parts = parts_of(y0)
-    # A vector (D,) may be a single sample, whose numbers func needs together.
-    is_vector = all(part.dim() == 1 for part in parts)
-    return (CoupledSamplesError if is_vector else StateShapeError)(
-        problem=f"func {what}, part of a batch of {len(parts[0])}.",
-        expected="a derivative of the state's own shape for any part of the batch; a func that "
-        "holds something of every sample (noise, controls, conditioning) must say which part of "
-        "it belongs to which sample.",
-        fix=_ways_out(y0, is_vector=is_vector),
-    )
 
 
 def _ways_out(y0: State, *, is_vector: bool) -> str:
@@ -262,16 +232,16 @@ class _Together:
         return explained
 
     def _change_by_others(self, index: Tensor) -> Tensor:
-        """Return how far samples' derivatives move when half of the others become other ones.
-
-        Those are copies of samples at half their size: where func can be called, and unlike
-        what was.
-        """
+        """Return how far samples' derivatives move when half of the others become other ones."""
         change = torch.zeros_like(_largest(self.answer))
         one, two = _halves(torch.arange(len(change), device=index.device))
         for stay, leave in ((one, two), (two, one)):
+            # Copies at half their size: where func can be called, and unlike what was.
             others = take(self.y, stay[torch.arange(len(leave), device=index.device) % len(stay)])
-            change[stay] = self._change(_replaced(self.y, leave, others), stay)
+            changed = map_parts(
+                lambda part, other, at=leave: part.index_copy(0, at, 0.5 * other), self.y, others
+            )
+            change[stay] = self._change(changed, stay)
         return change[index]
 
     def _change(self, y: State, index: Tensor) -> Tensor:
@@ -327,8 +297,3 @@ def _nudged(y: State, digits: int) -> State:
         return part * (1 + digits * torch.finfo(part.dtype).eps * signs.to(part.dtype))
 
     return map_parts(nudge, y)
-
-
-def _replaced(y: State, index: Tensor, others: State) -> State:
-    """Return the state with the samples at some positions replaced by half of other ones."""
-    return map_parts(lambda part, other: part.index_copy(0, index, 0.5 * other), y, others)

@@ -26,13 +26,9 @@ def left_as_found(func: object) -> Iterator[None]:
 
 @contextmanager
 def as_found(func: object) -> Iterator[None]:
-    """Give back what calls of func change: its modules, attributes, a host's model.
-
-    What a closure or an object that is no module hides is not found.
-    """
+    """Give back what calls of func change: its modules, attributes, a host's model."""
     model = model_field(func.func if isinstance(func, Conditioned) else func)
-    with ExitStack() as stack:
-        stack.enter_context(attributes_as_found(func))
+    with attributes_as_found(func), ExitStack() as stack:
         for module in modules_in(func):
             stack.callback(_restoring(module))
         if model is not None:
@@ -42,11 +38,8 @@ def as_found(func: object) -> Iterator[None]:
 
 @contextmanager
 def attributes_as_found(func: object) -> Iterator[None]:
-    """Undo what calls of func assign to attributes, e.g. ``self.nfe += 1``.
-
-    All assignments are undone together, so that a cached value and the size that it was made
-    for stay a pair. What is changed in place stays changed.
-    """
+    """Undo what calls of func assign to attributes; what is changed in place stays changed."""
+    # All of them, so that a cached value and the size that it was made for stay a pair.
     called = (c.modules() if isinstance(c, nn.Module) else (c,) for c in _called_in(func))
     owners = filter(_keeps_attributes, chain.from_iterable(called))
     before = [(owner, dict(vars(owner))) for owner in owners]
@@ -62,9 +55,9 @@ def attributes_as_found(func: object) -> Iterator[None]:
 
 def _keeps_attributes(called: object) -> bool:
     # torch's own modules count nothing, and some complete themselves at their first call.
-    if isinstance(called, type | ModuleType) or type(called).__module__.startswith("torch."):
-        return False
-    return isinstance(getattr(called, "__dict__", None), dict)
+    is_torch = type(called).__module__.startswith("torch.")
+    has_own = isinstance(getattr(called, "__dict__", None), dict)
+    return has_own and not is_torch and not isinstance(called, type | ModuleType)
 
 
 def _called_in(func: object) -> Iterator[object]:
@@ -94,7 +87,7 @@ def _restoring(module: nn.Module, *, values: bool = False) -> Callable[[], None]
         for p in module.parameters()
     ]
     buffers = [
-        (part, name, buffer, None if buffer is None else buffer.detach().clone())
+        (part, name, buffer, buffer.detach().clone())
         for part in module.modules()
         for name, buffer in part.named_buffers(recurse=False)
     ]
@@ -111,7 +104,7 @@ def _restoring(module: nn.Module, *, values: bool = False) -> Callable[[], None]
         for part, name, buffer, value in buffers:
             # A module may have bound a new tensor to the name, or written into the old one.
             part._buffers[name] = buffer  # noqa: SLF001
-            if value is not None and not torch.equal(buffer, value):
+            if not torch.equal(buffer, value):
                 buffer.copy_(value)
 
     return restore
@@ -126,8 +119,7 @@ def frozen_or_restored(hypernet: nn.Module) -> Iterator[None]:
     except BaseException:
         restore()
         raise
-    for parameter in hypernet.parameters():
-        parameter.grad = None
+    hypernet.zero_grad()
     hypernet.eval().requires_grad_(requires_grad=False)
 
 

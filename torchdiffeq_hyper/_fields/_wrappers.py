@@ -1,8 +1,7 @@
 """What wraps a vector field: `Conditioned`, wrappers that change nothing, a host's model.
 
-Wrappers are known by their type, which is registered here. An attribute's name alone says
-nothing: a user's module may call what it holds as ``module`` or ``func`` and return something
-else. A host adds how its models are told and what their field is; others know no host.
+Wrappers are known by their type, which is registered here: a user's module may call what it
+holds as ``module`` or ``func`` and return something else.
 """
 
 from __future__ import annotations
@@ -21,10 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torchdiffeq_hyper._state import State, VectorField
-from torchdiffeq_hyper.errors import (
-    StateShapeError,
-    StateTypeError,
-)
+from torchdiffeq_hyper.errors import StateShapeError, StateTypeError
 
 
 class ModelField(ABC):
@@ -67,11 +63,6 @@ def model_field(func: object) -> ModelField | None:
     return next((field for field_in in _hosts if (field := field_in(func)) is not None), None)
 
 
-def vector_field(func: VectorField) -> VectorField:
-    """Return func, or the field inside it where func is a host's model."""
-    return model_field(func) or func
-
-
 def check_shareable(func: VectorField, n_processes: int) -> None:
     """Refuse to share a host's model among processes if each would draw its own noise."""
     if isinstance(func, ModelField):
@@ -83,10 +74,7 @@ _looks: list[Callable[[object], object | None]] = []
 
 
 def look_through(wrapper: type, *attributes: str) -> None:
-    """Let look-ups go through objects of a class to their ``attributes``, the first one first.
-
-    A subclass that overrides ``__call__`` or ``forward`` is no such wrapper.
-    """
+    """Let look-ups go from objects of a class, if called as its own are, to ``attributes``."""
     _attributes[wrapper] = attributes
 
 
@@ -103,14 +91,12 @@ class Owner(NamedTuple):
 
 
 def owner_of(func: object) -> Owner:
-    """Return what ``func`` is to attachments.
-
-    ``forward`` and ``__call__`` stand for the instance, and a model of a host for its field.
-    """
+    """Return what ``func`` is to attachments; a model of a host stands for its field."""
     if isinstance(func, MethodType):
-        target, function = func.__self__, func.__func__
-        if not any(_is_method(target, name, function) for name in ("forward", "__call__")):
-            return Owner(target, function)
+        target = func.__self__
+        # `super().forward` has the name, and is another method.
+        if all(func != getattr(target, name, None) for name in ("forward", "__call__")):
+            return Owner(target, func.__func__)
         func = target
     elif isinstance(func, MethodWrapperType) and func.__name__ == "__call__":
         func = func.__self__  # of a function or a partial, made anew at every access
@@ -143,12 +129,6 @@ def registered_in(func: object) -> Iterator[object]:
         current = pending.pop(0)
         yield current
         pending.extend(item for item in _registered(current) if item is not None)
-
-
-def _is_method(target: object, name: str, function: object) -> bool:
-    # `super().forward` has the name, and is another function.
-    found = getattr(target, name, None)
-    return isinstance(found, MethodType) and found.__func__ is function
 
 
 def _registered(wrapper: Any) -> Sequence[object | None]:
@@ -198,12 +178,11 @@ look_through_by(_of_compiled)
 class Conditioned(nn.Module):
     """A vector field with inputs of its own for each sample: labels, controls, noise.
 
-    Calls ``func(t, y, *inputs)``. Solvers that work on part of a batch (``"dise"``,
-    ``"dopri5_per_sample"``) and `fit` take the same part of the inputs; hypernets that ask
-    for them see them as ``step.context``. Costs nothing beside func.
+    Solvers that work on part of a batch (``"dise"``, ``"dopri5_per_sample"``) and `fit` take the
+    same part of the inputs; hypernets that ask for them see them as ``step.context``.
 
     Args:
-        func: called as ``func(t, y, *inputs)``.
+        func: called as ``func(t, y, *inputs)``, at no further cost.
         inputs: tensors of any dtype with the samples along dim 0, as many in each. They are
             no part of the state_dict, and gradients flow into them.
 
@@ -238,10 +217,9 @@ class Conditioned(nn.Module):
         self.func = func
         self.inputs = inputs
 
-    def forward(self, t: Tensor, y: State) -> State:
+    def forward(self, t: Tensor, y: State) -> Any:
         """Return ``func(t, y, *inputs)``."""
-        out: State = self.func(t, y, *self.inputs)
-        return out
+        return self.func(t, y, *self.inputs)
 
     def restrict(self, index: Tensor) -> Conditioned:
         """Return the field of the samples at ``index``; func and its weights are shared."""
@@ -260,8 +238,7 @@ def context_of(func: VectorField) -> tuple[Tensor, ...]:
     return next((item.inputs for item in found if isinstance(item, Conditioned)), ())
 
 
-SHAPE_CLASHES = (RuntimeError, ValueError, IndexError, TypeError)
-"""What torch raises where shapes do not go together, e.g. in a func of the whole batch only."""
+SHAPE_CLASHES = (RuntimeError, ValueError, IndexError, TypeError)  # as torch raises them
 
 HOW_TO_RESTRICT = (
     "tdh.Conditioned(func, noise)   # calls func(t, y, noise), with the rows of its samples\n"
@@ -271,19 +248,13 @@ HOW_TO_RESTRICT = (
 
 def restrict(func: VectorField, index: Tensor) -> VectorField:
     """Return the field of the samples at ``index``; ``func`` itself if it has no ``restrict``."""
-    method = _method_of(func)
-    if method is None:
+    if not can_restrict(func):
         return func
-    part: VectorField = method(index)
+    owner: Any = getattr(func, "__self__", func)
+    part: VectorField = owner.restrict(index)
     return getattr(part, func.__name__) if isinstance(func, MethodType) else part
 
 
 def can_restrict(func: VectorField) -> bool:
     """Return whether ``func`` has the method ``restrict``, or is bound to what has it."""
-    return _method_of(func) is not None
-
-
-def _method_of(func: Any) -> Callable[[Tensor], Any] | None:
-    owner = func.__self__ if isinstance(func, MethodType) else func
-    method = getattr(owner, "restrict", None)
-    return method if callable(method) else None
+    return callable(getattr(getattr(func, "__self__", func), "restrict", None))

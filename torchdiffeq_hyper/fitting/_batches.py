@@ -1,7 +1,4 @@
-"""y0 and context as held-out samples and a sequence of training batches.
-
-The context of a sample is what func is called with for it beside time and state.
-"""
+"""y0 and context as held-out samples and a sequence of training batches."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._fields._answers import check_call
-from torchdiffeq_hyper._fields._wrappers import Conditioned, ModelField, vector_field
+from torchdiffeq_hyper._fields._wrappers import Conditioned, ModelField, model_field
 from torchdiffeq_hyper._state import (
     State,
     StateLayout,
@@ -33,8 +30,7 @@ from torchdiffeq_hyper.fitting._config import FitConfig
 Context: TypeAlias = tuple[Tensor, ...] | Literal["batch"]
 """Tensors with the samples along dim 0; or "batch", where each batch brings its own."""
 
-MOST_HELD_OUT = 2
-"""Batches that are held out at most: a validation must cost little beside training."""
+MOST_HELD_OUT = 2  # batches that are held out at most: a validation must cost little
 
 
 @dataclass(frozen=True)
@@ -68,34 +64,24 @@ def bind(func: VectorField, starts: Starts) -> VectorField:
 
 
 class Batches:
-    """Training batches by number, and the held-out samples.
+    """Training batches by number, which start over behind the last, and the held-out samples.
 
     Batches of an iterable are pulled when first asked for and never again: one-shot
-    generators work. Numbers beyond the last batch start over. ``context`` is that of all
-    samples of one state, or "batch" where ``y0`` is an iterable of batches (state, *context).
-
-    Attributes:
-        held_out: the samples that are not trained on.
-        count: samples in ``y0``, or in its first batch.
-        most: batches after which to start over, however many there are.
+    generators work.
     """
 
     def __init__(
         self, y0: State | Iterable[object], config: FitConfig, context: Context = ()
     ) -> None:
-        self.most = self._in_batch = sys.maxsize
-        if isinstance(y0, Tensor | tuple):
-            if context == "batch":
-                raise one_batch()
-            later: Iterator[Starts] = iter(())
-            starts = _checked_starts(y0, context)
-        else:
-            later = _checked_batches(y0, context)
-            starts = next(later)
-        self.count = n_samples(starts)
+        self.most = sys.maxsize  # batches after which to start over, however many there are
+        self._in_batch = sys.maxsize
+        is_one = isinstance(y0, Tensor | tuple)
+        later = iter([_checked_starts(y0, context)]) if is_one else _checked_batches(y0, context)
+        starts = next(later)
+        self.count = n_samples(starts)  # in y0, or in its first batch
         most = MOST_HELD_OUT * config.batch_size
         rest, held = split(self.count, config.validation, most, config.seed)
-        size = config.batch_size if isinstance(y0, Tensor | tuple) else len(rest)
+        size = config.batch_size if is_one else len(rest)
         chunks = rest.tensor_split(math.ceil(len(rest) / size))
         self._source = chain((select(starts, index) for index in chunks), later)
         self._pulled = [next(self._source)]
@@ -129,8 +115,7 @@ def split(count: int, share: float, most: int, seed: int) -> tuple[Tensor, Tenso
     """Return positions among ``count`` samples: those to train on, and a share to hold out."""
     if count < 2:
         raise OptionError(
-            problem=f"y0 has {count} sample{'s' * (count != 1)}: none would be left to measure the "
-            "fit on.",
+            problem=f"y0 has {count} sample{'s' * (count != 1)}: none is left to measure a fit on.",
             expected="at least two samples along dim 0, better hundreds.",
             fix="y0 = torch.randn(256, 2)   # starts like those that will be met",
         )
@@ -160,12 +145,8 @@ def _checked_batches(y0: object, context: Context) -> Iterator[Starts]:
 
 
 def checked_batch(batch: Any, *, has_context: bool = False) -> Starts:
-    """Return a batch, detached, after checking that it is one.
-
-    It is a state, or (state, *context); a list stands for its elements.
-    """
-    state: Any = batch
-    context: Sequence[Tensor] = ()
+    """Return a state or (state, *context), checked and detached; a list stands for its elements."""
+    state, context = batch, []
     if has_context:
         items = batch if isinstance(batch, tuple | list) else (batch,)
         kinds = [type(item).__name__ for item in items]
@@ -181,8 +162,7 @@ def checked_batch(batch: Any, *, has_context: bool = False) -> Starts:
         tensors = [part for part in state if isinstance(part, Tensor)]
         if len(state) > 1 and not all(p.is_floating_point() or p.is_complex() for p in tensors):
             raise StateTypeError(
-                problem=f"a batch is a list of {len(state)} tensors, one of them of integers "
-                "(labels?).",
+                problem=f"a batch is a list of {len(state)} tensors, one of integers (labels?).",
                 expected="a list of the state's parts only, or word that the rest is context.",
                 fix='tdh.fit(func, loader, ..., context="batch")   # func(t, y, labels)\n'
                 "y0 = (batch[0] for batch in loader)          # if func needs no labels",
@@ -191,7 +171,8 @@ def checked_batch(batch: Any, *, has_context: bool = False) -> Starts:
     return _checked_starts(state, tuple(map(_owned, context)))
 
 
-def _checked_starts(state: State, context: tuple[Tensor, ...]) -> Starts:
+def _checked_starts(state: Any, context: Context) -> Starts:
+    rows = _checked_rows(context, state)
     StateLayout.of(state)  # refuses what is not a state
     parts = parts_of(state)
     if any(part.is_complex() for part in parts):
@@ -206,8 +187,7 @@ def _checked_starts(state: State, context: tuple[Tensor, ...]) -> Starts:
         raise OptionError(
             problem="y0 is empty.", expected="at least two samples.", fix="y0 = torch.randn(256, 2)"
         )
-    check_rows(context, state)
-    return Starts(map_parts(_owned, state), context)
+    return Starts(map_parts(_owned, state), rows)
 
 
 def _owned(part: Tensor) -> Tensor:
@@ -216,8 +196,8 @@ def _owned(part: Tensor) -> Tensor:
     return part.clone() if part.is_inference() else part.detach()
 
 
-def check_like(batch: Starts, first: Starts) -> Starts:
-    """Return a batch after checking that it is built as the first one."""
+def check_like(batch: Starts, first: Starts) -> None:
+    """Refuse a batch that is not built as the first one."""
     found, wanted = (_built(starts) for starts in (batch, first))
     if found != wanted:
         raise StateShapeError(
@@ -225,7 +205,6 @@ def check_like(batch: Starts, first: Starts) -> Starts:
             expected=f"{wanted}, as the first batch.",
             fix="batches that differ in their number of samples only",
         )
-    return batch
 
 
 def _built(starts: Starts) -> str:
@@ -233,8 +212,8 @@ def _built(starts: Starts) -> str:
     shapes = [tuple(part.shape[1:]) for part in parts_of(starts.y0)]
     kind = "a tuple of" if isinstance(starts.y0, tuple) else "the"
     context = context_signature(starts.context)
-    found = f"{kind} trailing shapes {shapes}"
-    return f"{found} and the context {context}, with dtypes" if context else found
+    more = f" and the context {context}, with dtypes" if context else ""
+    return f"{kind} trailing shapes {shapes}{more}"
 
 
 def context_signature(context: tuple[Tensor, ...]) -> list[list[Any]] | None:
@@ -253,14 +232,14 @@ def split_context(func: VectorField, context: object) -> tuple[VectorField, Cont
             )
         context, func = func.inputs, func.func
     checked = _checked_context(context)
-    field = vector_field(func)
-    if checked and isinstance(field, ModelField):
+    model = model_field(func)
+    if checked and model is not None:
         raise OptionError(
-            problem=f"context is given, and func is a {type(func).__name__}: torchdyn calls its "
-            "field with t and y alone.",
+            problem="context is given, and torchdyn calls its field with t and y alone.",
             expected="the field itself, called as func(t, y, *context).",
             fix="tdh.fit(net, y0, t_span, ..., context=labels)",
         )
+    field = model or func
     # How many tensors a batch brings is only known once there is one.
     return (field if checked == "batch" else check_call(field, len(checked))), checked
 
@@ -268,11 +247,9 @@ def split_context(func: VectorField, context: object) -> tuple[VectorField, Cont
 def bound(func: VectorField, y0: State, context: object) -> VectorField:
     """Return the field of the samples that start at ``y0``, with their context checked."""
     field, found = split_context(func, context)
-    if found == "batch":
-        raise one_batch()
-    check_rows(found, y0)
+    starts = Starts(y0, _checked_rows(found, y0))
     # What is attached to a Conditioned is found through that very object.
-    return func if isinstance(func, Conditioned) else bind(field, Starts(y0, found))
+    return func if isinstance(func, Conditioned) else bind(field, starts)
 
 
 def _checked_context(context: object) -> Context:
@@ -283,8 +260,7 @@ def _checked_context(context: object) -> Context:
             return "batch"
         raise OptionError(
             problem=f"context is {context!r}.",
-            expected='a tensor or a tuple of tensors; "batch" where each batch of y0 brings its '
-            "own.",
+            expected='a tensor or a tuple of tensors; "batch" where batches bring their own.',
             fix='context="batch"',
         )
     parts: Sequence[Any] = context if isinstance(context, tuple | list) else (context,)
@@ -298,36 +274,33 @@ def _checked_context(context: object) -> Context:
     return tuple(map(_owned, parts))
 
 
-def check_rows(context: tuple[Tensor, ...], y0: State) -> None:
-    """Refuse a context of other samples than those of a state."""
+def _checked_rows(context: Context, y0: State) -> tuple[Tensor, ...]:
+    """Return the context of one state, after checking that it is of as many samples."""
+    if isinstance(context, str):
+        raise OptionError(
+            problem='context is "batch", and y0 is one state (a tensor or a tuple: a tuple state).',
+            expected="an iterable of batches, each a state and its context; or the context itself.",
+            fix="context=labels\nor y0=[(y0, labels)]   # or a DataLoader that yields such",
+        )
     if not context:
-        return
+        return context
     StateLayout.of(y0)  # refuses what is not a state
     first = parts_of(y0)[0]
     if any(part.shape[:1] != first.shape[:1] for part in context):
         shapes = ", ".join(str(tuple(part.shape)) for part in context)
+        count = len(first) if first.dim() else "no"
         raise StateShapeError(
-            problem=f"the context has shape{'s' * (len(context) > 1)} {shapes}, and y0 has "
-            f"{len(first) if first.dim() else 'no'} samples.",
+            problem=f"the context is of shape {shapes}, and y0 has {count} samples.",
             expected="the samples of y0 along dim 0, in the same order.",
             fix="context=labels   # of shape (batch, ...)",
         )
-
-
-def one_batch() -> OptionError:
-    """Return the error for "batch" where ``y0`` is one state."""
-    return OptionError(
-        problem='context is "batch", and y0 is one state (a tensor, or a tuple: a tuple state).',
-        expected="an iterable of batches, each a state and its context; or the context itself.",
-        fix="context=labels\nor y0=[(y0, labels)]   # or a DataLoader that yields such",
-    )
+    return context
 
 
 def many_batches() -> OptionError:
     """Return the error for one context where ``y0`` is many batches."""
     return OptionError(
-        problem="y0 is an iterable of batches, and the context is one for all samples: which rows "
-        "belong to which batch cannot be told.",
+        problem="y0 is an iterable of batches, and the context does not say which rows are whose.",
         expected='context="batch" with batches (state, *context), and func without them.',
         fix='tdh.fit(func, loader, t_span, ..., context="batch")',
     )

@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,22 +69,17 @@ class Budget:
 
     def start_phase(self, wanted: int, share: float) -> Pace:
         """Return the pace of a phase that begins now and takes a share of the time left."""
-        return Pace(self, self.seconds + share * self.to_train, wanted)
-
-    @property
-    def to_train(self) -> float:
-        """Seconds left for iterations."""
-        left = max(0.0, self.max_seconds - self.seconds)
-        return left - min(self.reserved, MOST_RESERVED * left)
+        now = self.seconds
+        left = max(0.0, self.max_seconds - now)
+        return Pace(self, now + share * (left - min(self.reserved, MOST_RESERVED * left)), wanted)
 
 
 @dataclass
 class Pace:
     """How many of the wanted iterations of a phase end before its deadline.
 
-    The number is estimated anew ever more rarely, so that the annealing of the learning
-    rate comes to its end even where the machine's speed changes. As long as all that are
-    wanted end in time, it does not change, and the fit is repeatable.
+    Estimated ever more rarely, so that the learning rate is annealed to the end whatever the
+    machine's speed; a fit whose iterations all end in time is repeatable.
     """
 
     _budget: Budget
@@ -112,16 +108,13 @@ ENDLESS = Budget(math.inf)
 
 PROBES = 8  # samples that calls are timed, and the noise is measured, on
 FEWEST = 16  # samples that are kept before digits are given up
-PLENTY = 4000
-"""Calls of func for all references: where so many end in time, nothing is measured or cut."""
+PLENTY = 4000  # calls of func for all references: where so many end in time, nothing is cut
 FREE = 1.2  # cost of a call relative to that of one without samples, up to which samples are free
 LOOSEST = 1e-3  # relative tolerance of the probe, beyond which nothing is loosened
 PROBE_SHARE = 0.1  # share of all time that the probe may take
-HELD_OUT_SHARE = 0.35
-"""Share of the references' time for the held-out samples; the rest is for a first batch."""
+HELD_OUT_SHARE = 0.35  # share of that time for the held-out samples; the rest is for a batch
 NOISE_SOLVES = 2.6  # solutions of the probes, in calls of one, that the noise is measured with
-ORDERS = {"dopri8": 8, "bosh3": 3, "fehlberg2": 2, "adaptive_heun": 2}
-"""Orders of the host's methods, where not 5: how calls grow with digits."""
+ORDERS = {"dopri8": 8, "bosh3": 3, "fehlberg2": 2, "adaptive_heun": 2}  # where not 5
 
 
 @dataclass(frozen=True)
@@ -140,6 +133,14 @@ class ReferencePlan:
         """Rebuild from what `dataclasses.asdict` returned."""
         return cls(**{**data, "tolerances": Tolerances(**data["tolerances"])})
 
+    def hurried(self) -> ReferencePlan:
+        """Return the plan for where the first solutions took too long."""
+        rtol, few = max(LOOSEST, self.tolerances.rtol), FEWEST // 2
+        counts = min(self.held_out, few), min(self.batch, few)
+        note = f"the first solutions took too long: a tolerance of {rtol:.0e} and few samples"
+        looser = self.tolerances.loosened(rtol)
+        return ReferencePlan(looser, *counts, has_noise=False, is_looser=True, note=note)
+
 
 @dataclass(frozen=True)
 class CallCost:
@@ -153,11 +154,11 @@ class CallCost:
         """Time a call on all samples, and one on a few of them."""
         count = n_samples(starts)
         few = min(PROBES, count)
-        seconds = [_seconds(func, head(starts, n), span) for n in (few, count)]
+        short, long = (_seconds(func, head(starts, n), span) for n in (few, count))
         if count == few:
-            return cls(seconds[0], 0.0)
-        per_sample = max(0.0, (seconds[1] - seconds[0]) / (count - few))
-        return cls(max(0.0, seconds[0] - few * per_sample), per_sample)
+            return cls(short, 0.0)
+        per_sample = max(0.0, (long - short) / (count - few))
+        return cls(max(0.0, short - few * per_sample), per_sample)
 
     def of(self, samples: int) -> float:
         """Return the seconds of a call on some samples."""
@@ -189,9 +190,8 @@ def plan_references(
 ) -> ReferencePlan:
     """Return what can be solved in the time that references may take.
 
-    Where the tolerances wanted take longer, a call and a loose solution of a few samples are
-    timed; then first the number of samples is cut, of which a training batch has ``in_batch``,
-    then the tolerances.
+    Where that is short, a loose solution of a few samples is timed; first the number of samples
+    is cut, of which a training batch has ``in_batch``, then the tolerances.
     """
     wanted, times, count = references.tolerances, references.plan.times, n_samples(held_out)
     cost = CallCost.measure(references.func, held_out, (float(times[0]), float(times[-1])))
@@ -201,18 +201,16 @@ def plan_references(
     loose = max(LOOSEST, wanted.rtol)
     calls = _calls(references, held_out, wanted.loosened(loose), budget)
     allowed = max(0.0, REFERENCES * budget.max_seconds - budget.elapsed)
-    rtol, has_noise = wanted.rtol, True
+    rtol = wanted.rtol
     while True:
         needed = calls * (loose / rtol) ** (1 / ORDERS.get(wanted.method, 5))
         noise = NOISE_SOLVES * needed * cost.of(min(PROBES, count))
         least = needed * (cost.of(min(FEWEST, count)) + cost.of(min(FEWEST, in_batch)))
-        if noise + least <= allowed:
-            break
-        if rtol >= loose:
-            has_noise, noise = False, 0.0
+        has_noise = noise + least <= allowed
+        if has_noise or rtol >= loose:
             break
         rtol = min(loose, 10 * rtol)
-    each = (allowed - noise) / max(needed, 1)
+    each = (allowed - noise * has_noise) / max(needed, 1)
     kept = max(min(2, count), cost.samples_in(HELD_OUT_SHARE * each, count))
     trained = max(min(2, in_batch), cost.samples_in((1 - HELD_OUT_SHARE) * each, in_batch))
     is_looser = rtol > wanted.rtol
@@ -232,10 +230,9 @@ def _calls(references: References, starts: Starts, loose: Tolerances, budget: Bu
     """Return the calls of a loose solution of a few samples, as far as it came."""
     until = budget.until(budget.elapsed + PROBE_SHARE * budget.max_seconds)
     field = Field(references.func, head(starts, PROBES), until, references.units)
-    try:
-        solve_reference(field, field.flat, references.plan.times, loose)
-    except OutOfTimeError:
-        return 2 * field.calls
-    except HyperError:  # it is reported where the solution is needed
-        return field.calls
+    with suppress(HyperError):  # it is reported where the solution is needed
+        try:
+            solve_reference(field, field.flat, references.plan.times, loose)
+        except OutOfTimeError:
+            return 2 * field.calls
     return field.calls

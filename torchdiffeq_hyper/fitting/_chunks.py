@@ -216,7 +216,7 @@ def cut(
     n_chunks = 1 if rows is None else math.ceil(share / rows)
     units, times, scale = batch.units, batch.grids[0].times, batch.end_sizes()
     # 0 and plus or minus 1: large times in float32 need not be.
-    first, last = (round(units.time_of(float(times[i]))) for i in (0, -1))
+    first, last = map(round, units.times(times[[0, -1]].cpu().double()).tolist())
     chunks = []
     for index in torch.arange(count).tensor_split(min(n_chunks, count)):
         part = batch.some(index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,10 +28,9 @@ MOST_BYTES = 2**30  # memory that the reference solutions kept may take
 
 @dataclass(frozen=True)
 class Samples:
-    """The steps of one grid along a reference solution, ready for fitting.
+    """The steps of one grid along a reference solution: flat states in a solver's dtype.
 
-    All are in the dtype in which a solver steps the state; states are flat. All but the
-    residuals are in true units: they are what a hypernet is given.
+    All but the residuals are in true units: they are what a hypernet is given.
     """
 
     times: Tensor  # (n + 1,)
@@ -41,29 +40,25 @@ class Samples:
     residual: Tensor  # (n, ...) the R_n, in units of `Units.residual`; (0, ...) without a base
 
 
-def states_along(field: Field, grid: TimeGrid, solution: Tensor) -> Samples:
-    """Return the states of a reference solution on a grid, without residuals.
-
-    The solution is (m, ...), in the field's units; ``grid.points`` are those on the grid.
-    """
-    narrow = stepped_dtype(field.dtype)
-    y = (solution[grid.points.to(solution.device)] * field.units.state).to(narrow)
-    # The step sizes must be those that a solve in the state's dtype takes.
-    times = grid.times.to(y.device, narrow)
-    return Samples(times, times.diff(), y, stages=(), residual=y[:0])
-
-
 @torch.no_grad()
-def measure_residuals(field: Field, tableau: Tableau, grid: TimeGrid, solution: Tensor) -> Samples:
-    r"""Return the states of a reference solution on a grid, with a base's residuals.
+def measure_residuals(
+    field: Field, tableau: Tableau | None, grid: TimeGrid, solution: Tensor
+) -> Samples:
+    r"""Return a reference solution (m, ...) on a grid, with residuals where there is a base.
 
     .. math:: R_n = (y(t_{n+1}) - y(t_n) - dt\,\psi(t_n, y(t_n))) / dt^{p+1}
 
-    Costs s calls of func a step. The differences are formed in the solution's own dtype
-    (float64 where the device has it): they are differences of nearly equal numbers.
+    These cost s calls of func a step.
     """
     narrow, units = stepped_dtype(field.dtype), field.units
     y = solution[grid.points.to(solution.device)]
+    states = (y * units.state).to(narrow)
+    # The step sizes must be those that a solve in the state's dtype takes.
+    times = grid.times.to(y.device, narrow)
+    samples = Samples(times, times.diff(), states, stages=(), residual=states[:0])
+    if tableau is None:
+        return samples
+    # In the solution's own dtype: these are differences of nearly equal numbers.
     times = units.times(grid.times).to(y)
     residuals, stages = [], []
     for n, dt in enumerate(times.diff().unbind()):
@@ -71,7 +66,7 @@ def measure_residuals(field: Field, tableau: Tableau, grid: TimeGrid, solution: 
         residuals.append(((y[n + 1] - y[n] - dy) / dt ** (tableau.order + 1)).to(narrow))
         stages.append(tuple((stage * (units.state / units.time)).to(narrow) for stage in k))
     return replace(
-        states_along(field, grid, solution),
+        samples,
         stages=tuple(torch.stack(stage) for stage in zip(*stages, strict=True)),
         residual=torch.stack(residuals),
     )
@@ -79,17 +74,13 @@ def measure_residuals(field: Field, tableau: Tableau, grid: TimeGrid, solution: 
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of starts with the reference solution along every grid.
-
-    Norms and residuals are in ``units``; ``weight`` is the share of the samples of the whole
-    batch, of which this may be a part.
-    """
+    """A batch of starts with the reference solution along every grid."""
 
     starts: Starts
     dtype: torch.dtype
     grids: tuple[Samples, ...]
-    units: Units
-    weight: float = 1.0
+    units: Units  # of norms and residuals
+    weight: float = 1.0  # share of the samples of the whole batch, of which this may be a part
 
     @property
     def y0(self) -> State:
@@ -137,46 +128,38 @@ class Batch:
 
     def some(self, index: Tensor, weight: float = 1.0) -> Batch:
         """Return the samples at the positions ``index`` of the batch."""
-        rows = partial(self._rows, index=index)
+
+        def rows(flat: Tensor) -> Tensor:
+            state = take(self.layout.split(flat), index, dim=1)
+            if isinstance(state, Tensor):
+                return state
+            return torch.cat([part.flatten(1) for part in state], dim=1)
+
         grids = tuple(
             Samples(s.times, s.dt, rows(s.y), tuple(map(rows, s.stages)), rows(s.residual))
             for s in self.grids
         )
         return replace(self, starts=select(self.starts, index), grids=grids, weight=weight)
 
-    def _rows(self, flat: Tensor, index: Tensor) -> Tensor:
-        """Return some of the samples of flat states (m, ...)."""
-        state = take(self.layout.split(flat), index, dim=1)
-        if isinstance(state, Tensor):
-            return state
-        return torch.cat([part.flatten(1) for part in state], dim=1)
-
 
 @dataclass
 class References:
-    """Solves batches of starts and measures a base's residuals along the solutions.
-
-    Without a tableau there is the solution alone, at no further call of func. The calls of func
-    and the wall time of all batches are counted.
-    """
+    """Solves batches of starts; with a tableau, measures its residuals along the solutions."""
 
     func: VectorField
     plan: Plan
     tolerances: Tolerances
     units: Units
     tableau: Tableau | None = None
-    calls: int = 0
-    seconds: float = 0.0
+    calls: int = 0  # of func, for all batches
+    seconds: float = 0.0  # wall time
 
     def solve(self, starts: Starts, budget: Timer) -> Batch:
         """Return a batch with its reference solution; `OutOfTimeError` where the time ends."""
         began = time.perf_counter()
         field = Field(self.func, starts, budget, self.units)
         y = solve_reference(field, field.flat, self.plan.times, self.tolerances)
-        if self.tableau is None:
-            grids = [states_along(field, grid, y) for grid in self.plan.grids]
-        else:
-            grids = [measure_residuals(field, self.tableau, r, y) for r in self.plan.grids]
+        grids = [measure_residuals(field, self.tableau, grid, y) for grid in self.plan.grids]
         self.calls += field.calls
         self.seconds += time.perf_counter() - began
         return Batch(starts, field.dtype, tuple(grids), self.units)
@@ -228,10 +211,7 @@ class Data:
         return sum(round(n_samples(batch.y0) / batch.weight) for batch in batches)
 
     def _measure_from(self, position: int) -> None:
-        """Measure a training batch; more processes measure the ones after it, one each.
-
-        So every reference is that of the whole batch, to the last bit, whoever solved it.
-        """
+        """Measure a training batch; more processes measure the ones after it, a whole one each."""
         following = [self._batches.position(position + n) for n in range(self._group.size)]
         new = [p for p in dict.fromkeys(following) if p not in self._measured]
         mine, references = new[self._group.rank :][:1], self.references

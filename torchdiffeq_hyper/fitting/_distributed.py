@@ -29,8 +29,7 @@ class ProcessGroup:
 
     All do the same, each on its share of a batch; rank 0 decides by what it measures. Before
     every collective call an ``all_reduce`` tells the others whether this process failed, which
-    call it means, and rank 0's clock. So nobody waits for a process that broke off, processes
-    that took different paths find out, and all read the same clock.
+    call it means, and rank 0's clock: nobody waits for a process that broke off.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
@@ -48,9 +47,8 @@ class ProcessGroup:
             return cls(dist.get_rank(), dist.get_world_size())
         if dist.is_torchelastic_launched() and os.environ.get("WORLD_SIZE", "1") != "1":
             warnings.warn(
-                "torchrun launched this process, but there is no process group: it fits alone, "
-                "as the others do. For one fit by all of them, call "
-                "torch.distributed.init_process_group() first.",
+                "torchrun launched this process, but there is no process group: it fits alone. "
+                "For one fit by all, call torch.distributed.init_process_group() first.",
                 HyperWarning,
                 stacklevel=4,
             )
@@ -70,19 +68,17 @@ class ProcessGroup:
     def together(self) -> Iterator[None]:
         """Begin with the others; an error in one process is raised in all, with its text."""
         try:
-            if self.size > 1:
-                self._meet("begin")
+            self._meet("begin")
             yield
         except BaseException as error:
-            if self.size > 1 and self._is_heard:
+            if self._is_heard:
                 with suppress(RuntimeError):  # the others are gone: this error says more
                     self._meet("end", error)
             raise
 
     def finish(self) -> None:
         """Wait until nothing can go wrong in any process any more."""
-        if self.size > 1:
-            self._meet("end")
+        self._meet("end")
 
     def share(self, count: int) -> tuple[slice, float]:
         """Return this process's part of ``count`` samples, and its weight in their mean.
@@ -98,11 +94,9 @@ class ProcessGroup:
         return slice(low, high), (high - low) / count
 
     def average(self, loss: Tensor, parameters: Sequence[nn.Parameter], weight: float) -> Tensor:
-        """Return the weighted sum of all processes' losses; do the same to the gradients.
+        """Return the weighted sum of all processes' losses, and so add up the gradients.
 
-        With the weights of `share` and losses that are means over samples, both are those
-        of the whole batch. One ``all_reduce`` after ``backward``, in float64 where the device
-        has it; a parameter that has no ``.grad`` in any process gets none.
+        In float64 where the device has it; a parameter without ``.grad`` in all gets none.
         """
         loss = loss.detach()
         if self.size == 1:
@@ -150,11 +144,13 @@ class ProcessGroup:
 
     def _meet(self, collective: str, error: BaseException | None = None) -> None:
         """Tell the others what comes next, or what went wrong here."""
+        if self.size == 1:
+            return
         kind = float(_COLLECTIVES.index(collective))
         clock = time.perf_counter() if self.is_first else 0.0
         device = _collective_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        status = torch.tensor([error is not None, kind, kind**2, clock], dtype=wide_dtype(device))
-        status = status.to(device)
+        values = [error is not None, kind, kind**2, clock]
+        status = torch.tensor(values, dtype=wide_dtype(device), device=device)
         self._collect(dist.all_reduce, status)
         failed, sum_of_kinds, sum_of_squares, self.now = status.tolist()
         if failed:
@@ -167,10 +163,8 @@ class ProcessGroup:
             self._is_heard = False
             raise RankError(
                 problem=f"the {self.size} processes of this fit went different ways.",
-                expected="the same call in every process, with the same y0: fit shares it out "
-                "itself.",
-                fix="torch.manual_seed(0)   # before y0 or its DataLoader is made; no "
-                "DistributedSampler",
+                expected="the same call in every process, with the same y0, which fit shares out.",
+                fix="torch.manual_seed(0)   # before y0 or its DataLoader; no DistributedSampler",
             )
 
     def _gather(self, value: T, device: torch.device | str) -> list[T]:
@@ -203,11 +197,8 @@ def _collective_device(wanted: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if only_nccl else torch.device("cpu")
 
 
-# torch's collectives of objects keep tensors on the device of the process they come from;
-# packed, they arrive where they are wanted.
-
-
 def _pack(value: object) -> bytes:
+    # torch's collectives of objects would keep tensors on the device that they come from.
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()

@@ -1,16 +1,11 @@
 """One fit from data to solver, whatever is fitted: check, solve references, train, report.
 
-A `Target` says what is trained, from which start, and what becomes of it. To add a learned
-solver with a fit of its own:
-
-1. write the solver, a leaf of `solvers._solver.Solver`, and what its files hold;
-2. register its method in the package's ``__init__``;
-3. write its target in a file beside this one, and name it in `_fit.TARGETS`.
+A learned solver with a fit of its own takes a leaf of `solvers._solver.Solver`, its method in the
+package's ``__init__``, and a `Target` in a file beside this one, named in `_fit.TARGETS`.
 """
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import closing, nullcontext, suppress
@@ -25,18 +20,11 @@ from torchdiffeq_hyper._fields._restore import frozen_or_restored, left_as_found
 from torchdiffeq_hyper._state import State, VectorField
 from torchdiffeq_hyper.errors import NoiseFloorError
 from torchdiffeq_hyper.fitting._batches import Batches, head, n_samples
-from torchdiffeq_hyper.fitting._budget import (
-    FEWEST,
-    LOOSEST,
-    PROBES,
-    Budget,
-    ReferencePlan,
-    plan_references,
-)
+from torchdiffeq_hyper.fitting._budget import PROBES, Budget, ReferencePlan, plan_references
 from torchdiffeq_hyper.fitting._checkpoint import FitState, PhaseState, Store, snapshot
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._data import MOST_BYTES, Data, References
-from torchdiffeq_hyper.fitting._errors import Comparison, end_errors
+from torchdiffeq_hyper.fitting._errors import Comparison, timed_errors
 from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError
 from torchdiffeq_hyper.fitting._objectives import measuring_time_in
 from torchdiffeq_hyper.fitting._phases import Loop, Phase
@@ -48,8 +36,7 @@ from torchdiffeq_hyper.solvers._fit_report import FitReport
 from torchdiffeq_hyper.solvers._solver import Solver
 
 SOLVES_OF_REPORT = 20  # solves of the held-out samples that a report takes, about
-LATEST = (0.5, 0.6)
-"""Shares of the time left after which a first and a second attempt at the data are given up."""
+LATEST = (0.5, 0.6)  # shares of the time left that two attempts at the data may take
 NOISE_LATEST = 0.25  # share of all time after which the measurement of the noise is given up
 
 
@@ -98,18 +85,11 @@ class Target(ABC):
 
     @abstractmethod
     def signature(self) -> dict[str, Any]:
-        """Return what tells this fit from those of other solvers: plain values.
-
-        Names, shapes and dtypes of what is trained stand under "weights" or "hypernet": a
-        checkpoint is held against them.
-        """
+        """Return what tells this fit from others; under "weights" or "hypernet" what is trained."""
 
     @abstractmethod
     def measure_noise(self, field: Field, y0: State, tolerances: Tolerances) -> float:
-        """Return the noise in what is fitted to, on a few samples.
-
-        Raises `NoiseFloorError` where what is fitted to does not stand above it.
-        """
+        """Return the noise in what is fitted to, on a few samples, if that stands above it."""
 
     @abstractmethod
     def prepare(self, data: Data, choice: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -153,10 +133,7 @@ class _NotUsed(Exception):  # noqa: N818 - not an error
 
 
 def run(target: Target, func: VectorField, y0: State | Iterable[object], *, shown: bool) -> Solver:
-    """Fit, or go on with an interrupted fit, or return a finished one.
-
-    ``func`` is the field as the user gave it, ``shown`` whether to show a progress bar.
-    """
+    """Fit ``func`` as the user gave it; go on with an interrupted fit; return a finished one."""
     problem, config = target.problem, target.problem.config
     with (
         torch.inference_mode(mode=False),
@@ -184,8 +161,7 @@ def run(target: Target, func: VectorField, y0: State | Iterable[object], *, show
             if net is not None and solver.hypernet is not net:
                 raise _NotUsed
         solver.report = report
-        for parameter in solver.parameters():
-            parameter.grad = None
+        solver.zero_grad()
         return solver.eval().requires_grad_(requires_grad=False)
 
 
@@ -232,7 +208,9 @@ class _Fit:
             state = self._group.from_first(lambda: new)
             store.write(state)
         self.batches.most = state.most_batches
-        self.budget.reserved = SOLVES_OF_REPORT * self._group.from_first(lambda: self._time(data))
+        self.budget.reserved = SOLVES_OF_REPORT * self._group.from_first(
+            lambda: timed_errors(target.comparison().run, problem.func, data.held_out)[1]
+        )
         phases = target.phases()
         Loop(phases, target.module, self._group, state, self.budget, self.progress, store).run()
         target.module.eval()
@@ -251,12 +229,7 @@ class _Fit:
     def _solve_references(
         self, references: References, state: FitState | None
     ) -> tuple[Data, ReferencePlan, float | None]:
-        """Return data with its first solutions, how they were solved, and the noise in them.
-
-        Where a plan made just now takes longer than foreseen, loose solutions of a few samples
-        are tried; a fit that goes on has to meet its data again. `OutOfTimeError` where there
-        was no time for these either.
-        """
+        """Return data with its first solutions, how they were solved, and the noise in them."""
         batches, budget, noise = self.batches, self.budget, None
         if state is None:
             in_batch = n_samples(batches[0])
@@ -264,8 +237,8 @@ class _Fit:
                 lambda: plan_references(references, batches.held_out, in_batch, budget)
             )
             noise = self._noise(plan, references)
-            attempts = [*zip((plan, _hurried(plan)), LATEST, strict=True)]
-        else:
+            attempts = [*zip((plan, plan.hurried()), LATEST, strict=True)]
+        else:  # it has to meet its data again
             attempts = [(ReferencePlan.from_dict(state.references), 1.0)]
         for attempt, share in attempts:
             batches.keep(attempt.held_out, attempt.batch)
@@ -313,24 +286,3 @@ class _Fit:
             references=asdict(plan),
             choice=choice,
         )
-
-    @torch.no_grad()
-    def _time(self, data: Data) -> float:
-        """Return the seconds of a solve of the held-out samples."""
-        began = time.perf_counter()
-        end_errors(self.target.comparison().run, self._problem.func, data.held_out)
-        return time.perf_counter() - began
-
-
-def _hurried(plan: ReferencePlan) -> ReferencePlan:
-    """Return the plan for where the first solutions took too long."""
-    rtol = max(LOOSEST, plan.tolerances.rtol)
-    return ReferencePlan(
-        plan.tolerances.loosened(rtol),
-        held_out=min(plan.held_out, FEWEST // 2),
-        batch=min(plan.batch, FEWEST // 2),
-        has_noise=False,
-        is_looser=True,
-        note=f"reference solutions: a tolerance of {rtol:.0e} and few samples, less than planned: "
-        "the first solutions took too long",
-    )

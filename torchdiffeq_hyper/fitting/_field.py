@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import math
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,14 +12,7 @@ from torch import Tensor
 
 from torchdiffeq_hyper._fields._answers import check_answer, check_call
 from torchdiffeq_hyper._fields._wrappers import HOW_TO_RESTRICT, SHAPE_CLASHES, ModelField
-from torchdiffeq_hyper._state import (
-    RowLayout,
-    State,
-    StateLayout,
-    VectorField,
-    is_finite,
-    wide_dtype,
-)
+from torchdiffeq_hyper._state import RowLayout, StateLayout, VectorField, is_finite, wide_dtype
 from torchdiffeq_hyper.errors import (
     CoupledSamplesError,
     NoisyFieldError,
@@ -44,18 +36,12 @@ def size_of(value: Tensor) -> float:
     return largest * float((wide / largest).square().mean().sqrt())
 
 
-DRIVEN = 1e-2
-"""Share of the way that the first derivative would go over the span, below which starts count as
-zero: the size of their solutions comes from func."""
+DRIVEN = 1e-2  # starts count as zero below this share of the way that f0 would go over the span
 
 
 @dataclass(frozen=True)
 class Units:
-    """What dimensionless time and states are multiplied by.
-
-    In these, tolerances, noise and losses are numbers of order one whatever units func is
-    written in, and no power of a step size leaves the range of float32.
-    """
+    """What dimensionless time and states are multiplied by, so that no power of dt overflows."""
 
     start: float = 0.0  # the time at dimensionless time 0
     time: float = 1.0  # length of the span, above 0
@@ -70,10 +56,6 @@ class Units:
 
     def times(self, t: Tensor) -> Tensor:
         """Return true times as dimensionless ones, of the same sign."""
-        return (t - self.start) / self.time
-
-    def time_of(self, t: float) -> float:
-        """Return one true time as a dimensionless one."""
         return (t - self.start) / self.time
 
     def residual(self, order: int) -> float:
@@ -98,24 +80,20 @@ class Timer(Protocol):
 class Field:
     """A vector field on flat states of any precision, called in the data's own dtype.
 
-    It is called with times and states in ``units``, and calls func in true ones, with the layout
-    and dtype of ``starts``. ``flat`` is their state, flat, in true units.
+    It takes times and states in ``units``; func gets true ones, with the layout and dtype of
+    ``starts``. ``flat`` is their state, flat, in true units.
     """
 
     def __init__(
-        self,
-        func: VectorField,
-        starts: Starts | State,
-        budget: Timer,
-        units: Units | None = None,
+        self, func: VectorField, starts: Starts, budget: Timer, units: Units | None = None
     ) -> None:
-        self.starts = starts if isinstance(starts, Starts) else Starts(starts)
         self.func = func
+        self.starts = starts
         self.budget = budget
         self.units = units or Units()
-        self._bound = bind(func, self.starts)
-        self._layout = StateLayout.of(self.starts.y0)
-        self.flat = self._layout.join(self.starts.y0)
+        self._bound = bind(func, starts)
+        self._layout = StateLayout.of(starts.y0)
+        self.flat = self._layout.join(starts.y0)
         self.dtype = self.flat.dtype
         self._context = contextvars.copy_context()
         self.calls = 0
@@ -144,8 +122,7 @@ SHARES = (0.0, 0.1, 0.5, 1.0, 0.0, 0.77)
 def check_field(field: Field, span: tuple[float, float], y0: Tensor) -> tuple[Tensor, ...]:
     """Refuse a field that has no solution to fit; return its values at some points.
 
-    At the start and a little later they have to be finite; others, at the middle and end of the
-    span and at perturbed states, tell the field from others.
+    Those at the start and a little later have to be finite; the others tell fields apart.
     """
     check_start(y0)
     start = torch.tensor(span[0], dtype=wide_dtype(y0.device), device=y0.device)
@@ -191,24 +168,26 @@ def check_repeatable(first: Tensor, second: Tensor, dtype: torch.dtype, t: float
             problem=f"func answers differently twice at t = {t:.6g} and one y, by {change:.2g} "
             "of its size: it draws fresh noise, or changes, at each call.",
             expected="the same answer at each call.",
-            fix="func.eval()   # if it is dropout; else draw the noise once, before the solve:\n"
-            + HOW_TO_RESTRICT,
+            fix=f"func.eval()   # for dropout; else draw the noise once:\n{HOW_TO_RESTRICT}",
         )
 
 
 SOME = 8  # samples that func is called on to see whether their order matters
 CHANGE = 1e-2  # relative change of the derivatives that is not rounding
 NOISE = 1e-2  # change at a second call, as a share of the change in another order, that is noise
+HOLDS = "holds something of every sample (labels, controls, noise)"
 
 
 @torch.no_grad()
 def check_samples(field: Field, count: int, span: tuple[float, float]) -> None:
-    """Refuse a field that holds something of each of ``count`` samples without saying so.
-
-    A sample's derivative must not depend on its place in a batch of eight. Where func fails on
-    eight, one more call tells whether it takes ``count`` samples, and these only.
-    """
+    """Refuse a field whose derivatives depend on a sample's place, or on there being ``count``."""
     check_call(field.func, len(field.starts.context))
+    known = "".join(f"known{i}, " for i in range(len(field.starts.context)))
+    fix = (
+        f"tdh.fit(tdh.Conditioned(func, {known}labels), ...)   # func(t, y, {known}labels)\n"
+        'or, for batches (state, labels): tdh.fit(func, loader, t_span, ..., context="batch")\n'
+        "or, if dim 0 is one system's (a grid, a graph): y0 = y0.unsqueeze(0), with a func for it"
+    )
     # Any number but theirs: a func that holds something of each fails on no other.
     some = torch.arange(SOME if count != SOME else SOME - 1)
     turn = (3 * some + 1) % len(some)  # no symmetry of a line or a ring of points
@@ -223,27 +202,23 @@ def check_samples(field: Field, count: int, span: tuple[float, float]) -> None:
             return
         again = torch.linalg.vector_norm(_derivatives(field, some, t) - k)
     except SHAPE_CLASHES as error:
-        takes_all = False
-        with suppress(*SHAPE_CLASHES):
+        try:
             _derivatives(field, torch.arange(count), t)
-            takes_all = True
-        if not takes_all:
-            raise
+        except SHAPE_CLASHES:
+            raise error from None
         raise StateShapeError(
             problem=f"func takes all {count} samples and fails on {len(some)} "
-            f"({first_line(error)}): it holds something of every sample (labels, controls, noise) "
-            "and does not say which row is whose.",
+            f"({first_line(error)}): it {HOLDS}.",
             expected="a func of any of the samples, called with the rows that are theirs.",
-            fix=_how_to_condition(field),
+            fix=fix,
         ) from error
     # One that answers otherwise at each call is refused by `check_field`.
     if not bool(again > NOISE * change):
         raise CoupledSamplesError(
-            problem=f"func gives the same samples other derivatives at t = {t:.6g} where their "
-            "order is another: it holds something of every sample (labels, controls, noise), or "
-            "dim 0 of y0 is not that of samples.",
+            problem=f"func gives the same samples other derivatives at t = {t:.6g} in another "
+            f"order: it {HOLDS}, or dim 0 of y0 is not that of samples.",
             expected="a derivative of each sample that does not depend on its place in the batch.",
-            fix=_how_to_condition(field),
+            fix=fix,
         )
 
 
@@ -253,13 +228,3 @@ def _derivatives(field: Field, order: Tensor, t: float) -> Tensor:
     part = Field(field.func, starts, field.budget)
     y = part.flat.to(wide_dtype(part.flat.device))
     return RowLayout.of(starts.y0).join(StateLayout.of(starts.y0).split(part(y.new_tensor(t), y)))
-
-
-def _how_to_condition(field: Field) -> str:
-    known = "".join(f"known{i}, " for i in range(len(field.starts.context)))
-    return (
-        f"tdh.fit(tdh.Conditioned(func, {known}labels), y0, t_span, ...)"
-        f"   # calls func(t, y, {known}labels)\n"
-        'or, for batches (state, labels): tdh.fit(func, loader, t_span, ..., context="batch")\n'
-        "or, if dim 0 is one system's (a grid, a graph): y0 = y0.unsqueeze(0), with a func for it"
-    )

@@ -14,17 +14,7 @@ from tqdm import tqdm
 
 from torchdiffeq_hyper._fields._restore import random_state, set_random_state
 from torchdiffeq_hyper._files import refused
-from torchdiffeq_hyper._rules import (
-    FLOATS,
-    Items,
-    Maybe,
-    Record,
-    Row,
-    Rule,
-    Such,
-    TensorOf,
-    Whole,
-)
+from torchdiffeq_hyper._rules import FLOATS, Maybe, Record, Row, Rule, Such, TensorOf, Whole
 from torchdiffeq_hyper.errors import FitDivergedError, NonFiniteError
 from torchdiffeq_hyper.fitting._budget import FIRST_PHASE, LAST_PHASE, Budget, Pace
 from torchdiffeq_hyper.fitting._checkpoint import FitState, PhaseState, Store, snapshot
@@ -36,8 +26,7 @@ from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.solvers._fit_report import LossPoint
 
 VALIDATIONS = 40  # validations in a phase
-COOLDOWN = 0.25
-"""What a phase that has stopped gaining adds to end annealed, as a share of its iterations."""
+COOLDOWN = 0.25  # share of its iterations that a phase without gains adds to end annealed
 STEEPEST = 1.0  # norm at which gradients are clipped, for losses relative to the base's
 LOWEST_RATE = 0.01  # what the learning rate is annealed to, as a share of its start
 
@@ -57,11 +46,7 @@ class Phase(ABC):
 
     @abstractmethod
     def iterate(self, number: int, done: int) -> float:
-        """Do an iteration and return its training loss.
-
-        ``number`` iterations of the fit and ``done`` of the phase came before it. Raises
-        `OutOfTimeError` where a reference solution did not end in time, in any process.
-        """
+        """Do an iteration after ``number`` of the fit, ``done`` of the phase; return its loss."""
 
     @abstractmethod
     def error(self) -> float:
@@ -104,9 +89,7 @@ def annealed(share: float, lowest: float = LOWEST_RATE) -> float:
     return lowest + (1 - lowest) * (1 + math.cos(math.pi * share)) / 2
 
 
-_MOMENT = TensorOf(FLOATS, is_finite=True)
 _STEP = Such(TensorOf(FLOATS, ()), lambda step: float(step) >= 1, "of at least 1")
-_MOMENTS = Record({"step": _STEP, "exp_avg": _MOMENT, "exp_avg_sq": _MOMENT})
 
 
 @dataclass
@@ -114,15 +97,11 @@ class AdamWState(PhaseState):
     """How far a phase of AdamW is."""
 
     kind: ClassVar[str] = "adamw"
-    rules: ClassVar[Mapping[str, Rule]] = {
-        "moments": Items(Maybe(_MOMENTS)),
-        "cooldown_end": Maybe(Whole(1)),
-    }
+    rules: ClassVar[Mapping[str, Rule]] = {"cooldown_end": Maybe(Whole(1))}
 
     # The optimizer's state for each parameter, None for those without a gradient.
     moments: list[dict[str, Tensor] | None] = field(default_factory=list)
-    # Iterations after which the phase ends, once it has stopped gaining.
-    cooldown_end: int | None = None
+    cooldown_end: int | None = None  # iterations after which a phase without gains ends
 
 
 @dataclass(eq=False)
@@ -146,9 +125,8 @@ class AdamWPhase(Phase):
     def begin(self, saved: PhaseState | None, budget: Budget) -> bool:
         """Make the optimizer: new, or as it was when the fit was interrupted."""
         config, is_changed = self._config, False
-        self._optimizer = optim.AdamW(
-            self._parameters, lr=config.lr, weight_decay=config.weight_decay
-        )
+        decay = config.weight_decay
+        self._optimizer = optim.AdamW(self._parameters, config.lr, weight_decay=decay)
         if saved is None:
             self.training = AdamWState(self.wanted)
             is_changed = self._objective.calibrate(self.data.first)
@@ -159,14 +137,13 @@ class AdamWPhase(Phase):
             if self.is_last:  # a fit that its clock had cut short may have more time now
                 saved.planned = min(self.wanted, saved.cooldown_end or self.wanted)
         self.pace = budget.start_phase(self.wanted, LAST_PHASE if self.is_last else FIRST_PHASE)
-        held_out = self.data.held_out
-        self._scales = self._group.from_first(
-            lambda: [
-                usable_scale(self._objective.base_loss(held_out, grid))
-                for grid in range(len(held_out.grids))
-            ]
-        )
+        self._scales = self._group.from_first(self._measure_scales)
         return is_changed
+
+    def _measure_scales(self) -> list[float]:
+        """Return the base's loss on each grid."""
+        held_out, loss = self.data.held_out, self._objective.base_loss
+        return [usable_scale(loss(held_out, grid)) for grid in range(len(held_out.grids))]
 
     def iterate(self, number: int, done: int) -> float:
         """Do one step of AdamW along the gradient on a batch and a grid."""
@@ -181,27 +158,23 @@ class AdamWPhase(Phase):
         try:
             loss = self._objective.loss(batch, grid)
         except NonFiniteError as error:
-            what = "the roll-out"
-            raise self._diverged(what, number, batch, grid) from error
+            raise self._diverged(number, batch, grid, "roll-out") from error
         # Relative to the base's error, so that rates, clipping and the balance between
         # grids do not depend on the problem's units.
         (loss / self._scales[grid]).backward(inputs=self._parameters)
         loss = self._group.average(loss, self._parameters, batch.weight)
         norm = clip_grad_norm_(self._parameters, STEEPEST)
-        for name, value in (("the loss", loss), ("the gradient", norm)):
+        for name, value in (("loss", loss), ("gradient", norm)):
             if not math.isfinite(float(value.detach())):
-                raise self._diverged(name, number, batch, grid)
+                raise self._diverged(number, batch, grid, name)
         self._optimizer.step()
         return float(loss.detach())
 
-    def _diverged(self, what: str, number: int, batch: Batch, grid: int) -> FitDivergedError:
-        problem = f"{what} turned non-finite at iteration {number} ({self.name} phase)"
-        expected = "finite losses and gradients."
-        fix = f"FitConfig(lr={self._config.lr / 10:g})"
+    def _diverged(self, number: int, batch: Batch, grid: int, what: str) -> FitDivergedError:
+        problem = f"the {what} turned non-finite at iteration {number} ({self.name} phase)"
+        expected, fix = "finite losses and gradients.", f"FitConfig(lr={self._config.lr / 10:g})"
         if not math.isfinite(self._objective.base_loss(batch, grid)):
-            problem += (
-                "; so does the base alone on these samples: it is unstable at these step sizes"
-            )
+            problem += "; so does the base alone on these samples: it is unstable at these steps"
             expected = "a base that stays finite on all samples."
             fix = 'more steps, or no roll-outs: objective="residual"'
         return FitDivergedError(problem=f"{problem}.", expected=expected, fix=fix)
@@ -222,11 +195,8 @@ class AdamWPhase(Phase):
         return planned if end is None else min(planned, end)
 
     def validated(self, done: int) -> None:
-        """Let a phase whose error has stopped falling anneal and end soon.
-
-        Not at once: while the rate is high the error only jumps about its level, and falls
-        once more when the rate does.
-        """
+        """Let a phase whose error has stopped falling anneal and end soon."""
+        # Not at once: the error falls once more when the rate does.
         training = self.training
         if training.cooldown_end is None and training.since_best >= self._config.patience:
             training.cooldown_end = done + math.ceil(COOLDOWN * done)
@@ -251,7 +221,7 @@ def _restore(
 ) -> None:
     """Give an optimizer the moments that were saved; its settings stay those of this fit."""
     with refused("the checkpoint"):
-        alike = [TensorOf(FLOATS, tuple(p.shape)) for p in parameters]
+        alike = [TensorOf(FLOATS, tuple(p.shape), is_finite=True) for p in parameters]
         rules = (Record({"step": _STEP, "exp_avg": rule, "exp_avg_sq": rule}) for rule in alike)
         Row(*map(Maybe, rules)).check(moments, "state.training.moments")
     state = {number: own for number, own in enumerate(moments) if own is not None}
@@ -260,10 +230,7 @@ def _restore(
 
 @dataclass
 class Loop:
-    """Runs the phases of a fit on from a state, and leaves the module in the best one.
-
-    The state is updated in place, and stored at each validation.
-    """
+    """Runs the phases of a fit on from a state, which it updates, to the module's best."""
 
     phases: Sequence[Phase]
     module: nn.Module

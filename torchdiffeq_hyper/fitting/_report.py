@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -43,22 +44,21 @@ ASTRAY = 3.0  # distance from the base's end, relative to its size, that no erro
 def starts_further_out(compared: Comparison, func: VectorField, batch: Batch) -> str:
     """Return what to say of starts further out than those fitted on; "" where all is well.
 
-    Held-out samples may miss what a tail of others does. No reference is needed to see a
-    blow-up: the classical method that the solver started as stands in for it, where it is finite.
+    Held-out samples may miss what a tail of others does. Where the base is finite, it shows a
+    blow-up as well as a reference would.
     """
     far, times = map_parts(_further_out, batch.start(0)), batch.grids[0].times[[0, -1]]
     runs, unit = (compared.run, compared.base), batch.units.state
-    own, base = ([p[-1:] for p in solved(run, func, batch, far, times)] for run in runs)
-    is_finite = torch.isfinite(sample_norms(tuple(base), unit)[0])
-    own, base = ([part[:, is_finite] for part in ends] for ends in (own, base))
+    own, base = (tuple(p[-1:] for p in solved(run, func, batch, far, times)) for run in runs)
+    is_finite = torch.isfinite(sample_norms(base, unit)[0])
+    own, base = (tuple(part[:, is_finite] for part in ends) for ends in (own, base))
     off = sample_norms(tuple(map(torch.sub, own, base)), unit)[0]
-    astray = int((~(off / sample_sizes(tuple(base), unit)[0] < ASTRAY)).sum())
+    astray = int((~(off / sample_sizes(base, unit)[0] < ASTRAY)).sum())
     if not astray:
         return ""
     return (
-        f"starts unlike those fitted on may go wrong: {astray} of {len(off)} starts {FURTHER:g} "
-        f"times as far from their mean end far from where {compared.name} ends; fit on starts that "
-        "cover all that you will meet"
+        f"starts unlike those fitted on may go wrong: {astray} of {len(off)}, {FURTHER:g} times as "
+        f"far from their mean, end far from {compared.name}'s end; fit on all that you will meet"
     )
 
 
@@ -103,32 +103,24 @@ def reported(
     errors = measured("the error", lambda: at_end(run, func, held_out))
     base_errors = measured("the base", lambda: at_end(compared.base, func, held_out))
     along, worst_time = measured("the span", lambda: _along(run, func, held_out)) or (None, None)
-    classical = measured(
-        "classical solvers", lambda: best_classical(run, func, held_out, calls=calls)
-    )
+    search = partial(best_classical, run, func, held_out, calls=calls)
+    classical = measured("classical solvers", search)
     pays: BreakEven | str = f"{state.iteration} iterations are a trial, not a fit to be earned back"
     if state.iteration >= compared.fewest:
-        search = partial(measure_break_even, run, func, held_out, calls=calls, budget=budget)
-        pays = measured("the break-even", search) or "its measurement failed"
+        race = partial(measure_break_even, run, func, held_out, calls=calls, budget=budget)
+        pays = measured("the break-even", race) or "its measurement failed"
     delta, base_delta = measured("delta", deltas) or (dict(NOTHING), dict(NOTHING))
     further = (
         *_notes(errors, base_errors, classical, compared.name),
         measured("the size of channels", lambda: unlike_channels(held_out)),
         measured("starts further out", lambda: starts_further_out(compared, func, data.first)),
     )
-    return FitReport(
-        losses=tuple(state.history),
+    return replace(
+        _unmeasured(problem, state, budget),
         delta=delta,
         base_delta=base_delta,
-        validation=state.best_error,
-        base_validation=state.base_error,
-        noise_floor=state.noise,
-        iterations=state.iteration,
-        seconds=budget.seconds,
         reference_seconds=data.references.seconds,
         reference_nfe=data.references.calls,
-        stopped=state.stopped,
-        seed=problem.config.seed,
         notes=(*notes, *(note for note in further if note), *failures),
         break_even=pays if isinstance(pays, BreakEven) else None,
         no_break_even="" if isinstance(pays, BreakEven) else pays,
@@ -148,34 +140,40 @@ def without_references(
         f"max_seconds = {problem.config.max_seconds:g} was over before reference solutions were "
         f"known: this is {name}; pass a larger max_seconds"
     )
+    if state is None:
+        state = FitState({}, {}, math.nan, math.nan, math.nan, most_batches=0, references={})
+    report = _unmeasured(problem, state, budget)
+    why = "there was no time to fit"
+    return replace(report, stopped="max_seconds", notes=(note,), no_break_even=why)
+
+
+def _unmeasured(problem: Problem, state: FitState, budget: Budget) -> FitReport:
+    """Return what a state says alone: all the time went into references."""
     return FitReport(
-        losses=() if state is None else tuple(state.history),
+        losses=tuple(state.history),
         delta=dict(NOTHING),
         base_delta=dict(NOTHING),
-        validation=math.nan if state is None else state.best_error,
-        base_validation=math.nan if state is None else state.base_error,
-        noise_floor=math.nan if state is None else state.noise,
-        iterations=0 if state is None else state.iteration,
+        validation=state.best_error,
+        base_validation=state.base_error,
+        noise_floor=state.noise,
+        iterations=state.iteration,
         seconds=budget.seconds,
         reference_seconds=budget.seconds,
         reference_nfe=0,
-        stopped="max_seconds",
+        stopped=state.stopped,
         seed=problem.config.seed,
-        notes=(note,),
-        no_break_even="there was no time to fit",
     )
 
 
 def unlike_channels(batch: Batch) -> str:
     """Return what to say where some channels of the solution are far smaller than others."""
     joined = join_channels(batch.layout.split(batch.grids[0].y[-1])).transpose(0, 1)
-    sizes = [size_of(channel) for channel in joined]
-    sizes = [size for size in sizes if size > 0]
+    sizes = [size for channel in joined if (size := size_of(channel)) > 0]
     if not sizes or max(sizes) < UNLIKE * min(sizes):
         return ""
     return (
-        f"channels of the state have sizes from {min(sizes):.2g} to {max(sizes):.2g}: errors of "
-        "the small ones hardly count; write func in units in which those that matter are alike"
+        f"channels have sizes from {min(sizes):.2g} to {max(sizes):.2g}: errors of the small ones "
+        "hardly count; write func in units in which those that matter are alike"
     )
 
 
@@ -183,9 +181,8 @@ def _along(run: Run, func: VectorField, batch: Batch) -> tuple[ErrorSummary, tup
     """Return the errors along the finest grid, and when their mean is largest, with that mean."""
     finest = max(range(len(batch.grids)), key=lambda r: len(batch.grids[r].dt))
     errors = errors_along(run, func, batch, finest)
-    means = errors.mean(1)
-    worst = int(means.argmax())
-    worst_time = float(batch.grids[finest].times[1 + worst]), float(means[worst])
+    worst, step = errors.mean(1).max(0)
+    worst_time = float(batch.grids[finest].times[1 + step]), float(worst)
     return ErrorSummary.of(errors.mean(0)), worst_time
 
 
@@ -195,7 +192,6 @@ def _notes(
     classical: ClassicalAlternative | None,
     name: str,
 ) -> Iterator[str]:
-    """Yield what the errors mean for a user."""
     if errors is None:
         return
     if not errors.mean < UNUSABLE:
@@ -205,8 +201,8 @@ def _notes(
         )
     if errors.worst > HEAVY_TAIL * errors.median:
         yield (
-            f"the errors have a heavy tail: the worst of {errors.samples} samples is off by "
-            f"{errors.worst:.2g}, the median by {errors.median:.2g}; other starts may be worse"
+            f"the errors have a heavy tail: the worst of {errors.samples} is {errors.worst:.2g}, "
+            f"the median {errors.median:.2g}; other starts may be worse"
         )
     if errors.samples < FEW:
         yield (
@@ -215,18 +211,15 @@ def _notes(
         )
     if base_errors is not None and not errors.mean * CLEAR < base_errors.mean:
         yield f"no clear gain over {name}, which it started as"
-    if classical is not None:
-        yield from _compared(classical)
-
-
-def _compared(best: ClassicalAlternative) -> Iterator[str]:
-    errors = best.own_errors
-    if not errors.mean <= best.errors.mean:
-        yield f"a classical solver wins: {best.solver} is more accurate in the same time"
-    elif not errors.mean * CLEAR < best.errors.mean:
-        yield f"no clear gain over {best.solver}, which takes the same time"
-    elif not errors.p95 * CLEAR < best.best_p95:
+    if classical is None:
+        return
+    own, best = classical.own_errors, classical.errors
+    if not own.mean <= best.mean:
+        yield f"a classical solver wins: {classical.solver} is more accurate in the same time"
+    elif not own.mean * CLEAR < best.mean:
+        yield f"no clear gain over {classical.solver}, which takes the same time"
+    elif not own.p95 * CLEAR < classical.best_p95:
         yield (
-            f"no clear gain in the 95th percentile ({errors.p95:.3g}): a classical solver has "
-            f"{best.best_p95:.3g} in the same time"
+            f"no clear gain in the 95th percentile ({own.p95:.3g}): a classical solver has "
+            f"{classical.best_p95:.3g} in the same time"
         )

@@ -41,7 +41,7 @@ class FixedStep(NamedTuple):
     each: int  # calls of func in a step
     start: int  # calls of func that the first step takes beside
     order: int
-    run: Callable[..., State]  # (func, y0, t, steps) -> solution at the two points of t
+    run: Callable[..., State]  # a `Run` that takes ``steps``
 
     def with_steps(self, name: str, steps: int) -> Solve:
         label = f"{name} with {steps} step{'s' * (steps > 1)}"
@@ -138,16 +138,14 @@ class _Task:
 
     def timed(self, run: Run) -> tuple[ErrorSummary, float]:
         """Return the errors at the end and the wall time of a solve."""
-        errors, seconds = self.timed_once(run)
-        if seconds < QUICK:  # what is set up once counts in the first
-            seconds = min(seconds, self.timed_once(run)[1])
+        seconds = math.inf
+        for _ in range(2):
+            began = time.perf_counter()
+            errors = end_errors(run, self.func, self.batch).cpu()  # waits for the device
+            seconds = min(seconds, time.perf_counter() - began)
+            if seconds >= QUICK:  # else what is set up once counts
+                break
         return ErrorSummary.of(errors), seconds
-
-    def timed_once(self, run: Run) -> tuple[Tensor, float]:
-        """Return the errors at the end, (batch,), and the wall time of the solve."""
-        began = time.perf_counter()
-        errors = end_errors(run, self.func, self.batch).cpu()  # waits for the device
-        return errors, time.perf_counter() - began
 
 
 @torch.no_grad()
@@ -163,7 +161,7 @@ def measure(
         return "no time was left to measure it"
     task = _Task(func, batch, time.perf_counter() + allowed)
     try:
-        _, seconds = task.timed_once(run)
+        _, seconds = task.timed(run)
         # All samples, if there is time for the search on them.
         probe = task if SEARCH * seconds < allowed else task.some(MOST_SAMPLES)
         target = probe.error(run)
@@ -243,8 +241,7 @@ def best_classical(
 ) -> ClassicalAlternative | None:
     """Return the classical solver with the smallest mean error in a fitted one's time, if any.
 
-    Each has as many steps as end in that time, or as the fitted one's calls of func allow, if
-    that is more: times of single runs are only roughly known.
+    As times are only roughly known, each has as many calls of func as the fitted one at least.
     """
     if is_half(batch.dtype):  # the host cannot solve these as ours do
         return None

@@ -15,6 +15,7 @@ from torchdiffeq_hyper.fitting._data import Batch, Data
 from torchdiffeq_hyper.solvers._fit_report import ErrorSummary
 
 QUANTILES = ("0.5", "0.9", "0.99", "max")
+NOTHING = dict.fromkeys(QUANTILES, math.nan)  # quantiles of what was not measured
 
 Run = Callable[[VectorField, State, Tensor], State]  # (func, y0, t) -> solution at all of t
 

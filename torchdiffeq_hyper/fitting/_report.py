@@ -18,23 +18,11 @@ from torchdiffeq_hyper.fitting._break_even import measure as measure_break_even
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._checkpoint import FitState
 from torchdiffeq_hyper.fitting._data import Batch, Data
-from torchdiffeq_hyper.fitting._errors import (
-    QUANTILES,
-    Comparison,
-    Run,
-    at_end,
-    errors_along,
-    solved,
-)
+from torchdiffeq_hyper.fitting._errors import NOTHING, Comparison, Run, at_end, errors_along, solved
 from torchdiffeq_hyper.fitting._field import size_of
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.hypernets import join_channels
-from torchdiffeq_hyper.solvers._fit_report import (
-    BreakEven,
-    ClassicalAlternative,
-    ErrorSummary,
-    FitReport,
-)
+from torchdiffeq_hyper.solvers._fit_report import ClassicalAlternative, ErrorSummary, FitReport
 
 FURTHER = 1.3  # how many times as far from their mean as the starts fitted on
 ASTRAY = 3.0  # distance from the base's end, relative to its size, that no error of a base explains
@@ -42,11 +30,8 @@ ASTRAY = 3.0  # distance from the base's end, relative to its size, that no erro
 
 @torch.no_grad()
 def starts_further_out(compared: Comparison, func: VectorField, batch: Batch) -> str:
-    """Return what to say of starts further out than those fitted on; "" where all is well.
-
-    Held-out samples may miss what a tail of others does. Where the base is finite, it shows a
-    blow-up as well as a reference would.
-    """
+    """Return what to say of starts further out than those fitted on; "" where all is well."""
+    # Held-out samples may miss what a tail of others does; the base shows a blow-up, too.
     far, times = map_parts(_further_out, batch.start(0)), batch.grids[0].times[[0, -1]]
     runs, unit = (compared.run, compared.base), batch.units.state
     own, base = (tuple(p[-1:] for p in solved(run, func, batch, far, times)) for run in runs)
@@ -72,8 +57,6 @@ HEAVY_TAIL = 20.0  # ratio of the worst to the median error from which on the wo
 FEW = 20  # held-out samples below which their 95th percentile is their worst
 UNLIKE = 1e3  # ratio of the sizes of channels from which on the smaller ones do not count in a norm
 CLEAR = 1.25  # ratio of errors below which a gain on some held-out samples may be none on others
-
-NOTHING = dict.fromkeys(QUANTILES, math.nan)  # quantiles of what was not measured
 
 T = TypeVar("T")
 
@@ -105,10 +88,11 @@ def reported(
     along, worst_time = measured("the span", lambda: _along(run, func, held_out)) or (None, None)
     search = partial(best_classical, run, func, held_out, calls=calls)
     classical = measured("classical solvers", search)
-    pays: BreakEven | str = f"{state.iteration} iterations are a trial, not a fit to be earned back"
+    race = partial(measure_break_even, run, func, held_out, calls=calls, budget=budget)
     if state.iteration >= compared.fewest:
-        race = partial(measure_break_even, run, func, held_out, calls=calls, budget=budget)
         pays = measured("the break-even", race) or "its measurement failed"
+    else:
+        pays = f"{state.iteration} iterations are a trial, not a fit to be earned back"
     delta, base_delta = measured("delta", deltas) or (dict(NOTHING), dict(NOTHING))
     further = (
         *_notes(errors, base_errors, classical, compared.name),
@@ -122,8 +106,8 @@ def reported(
         reference_seconds=data.references.seconds,
         reference_nfe=data.references.calls,
         notes=(*notes, *(note for note in further if note), *failures),
-        break_even=pays if isinstance(pays, BreakEven) else None,
-        no_break_even="" if isinstance(pays, BreakEven) else pays,
+        break_even=None if isinstance(pays, str) else pays,
+        no_break_even=pays if isinstance(pays, str) else "",
         errors=errors,
         base_errors=base_errors,
         along=along,

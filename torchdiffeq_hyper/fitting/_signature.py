@@ -28,11 +28,6 @@ def fingerprint(points: Sequence[Tensor], dtype: torch.dtype) -> list[Fingerprin
     """Return what tells values, computed in ``dtype``, from others; None for what is not finite.
 
     Sizes, and projections relative to them, so that they overflow for no unit.
-
-    >>> import torch
-    >>> (one,) = fingerprint([torch.ones(100)], torch.float32)
-    >>> one["size"], len(one["projections"])
-    (1.0, 4)
     """
     real = (torch.view_as_real(p.resolve_conj()) if p.is_complex() else p for p in points)
     values = [point.detach().cpu().double().flatten() for point in real]

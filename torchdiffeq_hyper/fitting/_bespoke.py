@@ -39,7 +39,6 @@ from torchdiffeq_hyper.fitting._phases import AdamWPhase, AdamWState, Phase
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._reference import Tolerances, solve_reference
 from torchdiffeq_hyper.fitting._signature import signs_of_net
-from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers.bespoke import ORDER, BespokeSolver, compositions
 
 WEIGHTS_FIRST = 0.5  # share of the time that the weights get where a correction follows
@@ -79,12 +78,14 @@ class BespokeTarget(Target):
         return replace(config, batch_size=max(config.batch_size, samples_needed(parts, self._n)))
 
     def open(self, y0: State) -> None:
-        self._y0 = y0
+        self._device, width = parts_of(y0)[0].device, self.problem.width
+        # The span is one step.
+        self._domain = replace(self.problem.domain(y0), dt_min=width, dt_max=width)
         self.module = self._classical("euler")
         self.module.hypernet = self.net
 
     def _classical(self, method: str) -> BespokeSolver:
-        return BespokeSolver.classical(method, self._n).to(parts_of(self._y0)[0].device)
+        return BespokeSolver.classical(method, self._n).to(self._device)
 
     def signature(self) -> dict[str, Any]:
         return {"base": self.method, "steps": self._n, "weights": signs_of_net(self.module)}
@@ -95,9 +96,8 @@ class BespokeTarget(Target):
         flat = layout.join(y0)
         tight = tolerances.tightened(10.0 if tolerances.rtol >= 1e-12 else 0.1)
         first, second = (solve_reference(field, flat, times, t)[-1:] for t in (tolerances, tight))
-        size, noise = (
-            float(sample_norms(layout.split(state)).mean()) for state in (first, first - second)
-        )
+        norms = (sample_norms(layout.split(state)) for state in (first, first - second))
+        size, noise = (float(norm.mean()) for norm in norms)
         # Half a unit in the last place of the state, and half of one of the state in true units.
         return noise / (size or 1.0) + torch.finfo(stepped_dtype(flat.dtype)).eps
 
@@ -142,13 +142,8 @@ class BespokeTarget(Target):
 
     def _as_used(self, solver: BespokeSolver) -> BespokeSolver:
         knots = solver.get_buffer("knot_values"), solver.get_buffer("knot_slopes")
-        domain = self._domain(self._y0)
-        return BespokeSolver(solver.weights, hypernet=solver.hypernet, knots=knots, domain=domain)
-
-    def _domain(self, y0: State) -> FitDomain:
-        """Return what the solver is fitted for: the span as one step."""
-        width = self.problem.width
-        return replace(self.problem.domain(y0), dt_min=width, dt_max=width)
+        net, domain = solver.hypernet, self._domain
+        return BespokeSolver(solver.weights, hypernet=net, knots=knots, domain=domain)
 
     def finish(self, state: FitState) -> Iterator[str]:
         """Be the best of the fit, the weights alone and the start; fit the knots."""
@@ -165,14 +160,13 @@ class BespokeTarget(Target):
 
     def _fallback(self, state: FitState) -> str:
         """Return what is better than what was fitted: "weights", "start", or "" for nothing."""
-        solvers = {"": self.module}
-        if self.net is not None:
-            solvers["weights"] = BespokeSolver(self.module.weights)
-        for fallback, solver in solvers.items():
-            compared = self.comparison(solver)
-            if state.iteration == 0 or not is_worse(compared, self.problem.func, self._data):
-                return fallback
-        return "start"
+        func, data = self.problem.func, self._data
+        if state.iteration == 0 or not is_worse(self.comparison(), func, data):
+            return ""
+        if self.net is None:
+            return "start"
+        alone = self.comparison(BespokeSolver(self.module.weights))
+        return "start" if is_worse(alone, func, data) else "weights"
 
     @torch.no_grad()
     def _fit_knots(self) -> None:
@@ -204,7 +198,7 @@ class BespokeTarget(Target):
         return f"{self._start} in {self._n} calls of func"
 
     def solver(self, y0: State) -> BespokeSolver:
-        self.module.domain = self._domain(y0)
+        self.module.domain = self._domain
         return self.module
 
 

@@ -76,9 +76,7 @@ class FitState:
     history: list[LossPoint] = field(default_factory=list)
     seconds: float = 0.0
     stopped: str = ""  # why the last phase ended
-    # What is returned in place of what was fitted: "" for nothing, "weights" for a bespoke
-    # solver without its correction, "start" for the base or classical start.
-    fallback: str = ""
+    fallback: str = ""  # what replaces what was fitted: the "start", or the "weights" alone
     report: dict[str, Any] | None = None  # of a finished fit
 
 
@@ -87,14 +85,13 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
-_ABOVE_0 = Real(above=0.0)
 # Rules of fields of a `FitState`; the others' come from their annotations.
 _RULES: dict[str, Rule] = {
     "most_batches": Whole(1),
     "references": record_of(
         ReferencePlan,
         is_complete=True,
-        tolerances=record_of(Tolerances, rtol=_ABOVE_0, atol=_ABOVE_0),
+        tolerances=record_of(Tolerances, rtol=Real(above=0.0), atol=Real(above=0.0)),
         held_out=Whole(1),
         batch=Whole(1),
     ),
@@ -156,8 +153,7 @@ class Store:
             values = record_of(FitState, is_complete=True, **rules).check(content["state"], "state")
             _check_state(values, self.signature, self.phases)
         values["history"] = [LossPoint(**point) for point in values["history"]]
-        if values["training"] is not None:
-            own = dict(values["training"])
+        if (own := values["training"]) is not None:
             values["training"] = kinds[own.pop("kind")](**own)
         return FitState(**values)
 
@@ -187,5 +183,5 @@ def _check_state(
         try:
             torch.Generator().set_state(generator)
         except (RuntimeError, TypeError) as error:
-            name, expected = "state.random[0]", "a generator's state"
-            raise mismatch(name, generator, expected) from error
+            name, wanted = "state.random[0]", "a generator's state"
+            raise mismatch(name, generator, wanted) from error

@@ -23,18 +23,13 @@ MOST_BYTES = 2**29  # memory that the sensitivities of a chunk may take
 RIDGE = 1e-8  # pull of knots towards small weights, relative to the derivatives' mean square
 
 
-def n_weights(n: int) -> int:
-    """Return the number of weights of a solver with n calls."""
-    return n * (n + 1) // 2
-
-
 @dataclass(frozen=True)
 class RollOut:
     """A roll-out over a whole span, with the field on flat states."""
 
     call: Callable[[Tensor, Tensor], Tensor]
     layout: StateLayout
-    start: float  # 0, or where the span ends at 0 1 or -1
+    start: float  # 0; or 1 or -1, where the span ends at 0
     width: float  # end minus start, 1 or -1
     y0: Tensor
 
@@ -215,8 +210,8 @@ class TrainingChunks:
 
 
 def samples_needed(y0: State, n: int) -> int:
-    """Return how many samples a step should look at."""
-    return max(FEWEST, math.ceil(RESIDUALS_PER_WEIGHT * n_weights(n) / _per_sample(y0)))
+    """Return how many samples a step should look at, for a solver with n calls."""
+    return max(FEWEST, math.ceil(RESIDUALS_PER_WEIGHT * n * (n + 1) / 2 / _per_sample(y0)))
 
 
 def rows_of(y0: State, n: int) -> int:
@@ -234,10 +229,9 @@ def _per_sample(y0: State) -> float:
 def fit_knots(
     chunks: Sequence[Chunk], weights: Tensor, added: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return knots: weights in the values (n - 1, n) and in the slopes (n + 1, n), in float64.
+    """Return the knots' values (n - 1, n) and slopes (n + 1, n) in float64, by least squares.
 
-    Least squares over all chunks, with sums that keep constant derivatives exact: i/n for the
-    i-th value, 1 for slopes.
+    Their sums keep constant derivatives exact: i/n for the i-th value, 1 for slopes.
     """
     products = zip(*(chunk.knot_products(weights, added) for chunk in chunks), strict=True)
     gram, values, slopes = (torch.stack(each).sum(0) for each in products)

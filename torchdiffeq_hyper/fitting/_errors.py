@@ -16,6 +16,7 @@ from torchdiffeq_hyper.solvers._fit_report import ErrorSummary
 
 QUANTILES = ("0.5", "0.9", "0.99", "max")
 NOTHING = dict.fromkeys(QUANTILES, math.nan)  # quantiles of what was not measured
+BROKEN = (ArithmeticError, AssertionError)  # what solvers and func raise where a solve blows up
 
 Run = Callable[[VectorField, State, Tensor], State]  # (func, y0, t) -> solution at all of t
 
@@ -28,9 +29,6 @@ class Comparison(NamedTuple):
     name: str  # of the classical method, for people
     calls: int  # calls of func in a solve between two points
     fewest: int  # iterations below which a fit is a trial that nobody has to earn back
-
-
-BROKEN = (ArithmeticError, AssertionError)  # what solvers and func raise where a solve blows up
 
 
 @torch.no_grad()

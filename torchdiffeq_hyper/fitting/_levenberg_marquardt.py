@@ -23,7 +23,7 @@ from torchdiffeq_hyper._rules import Maybe, Real, Row, Rule, TensorOf, Whole
 from torchdiffeq_hyper.errors import FitDivergedError
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._checkpoint import PhaseState
-from torchdiffeq_hyper.fitting._chunks import Chunk, TrainingChunks, n_weights
+from torchdiffeq_hyper.fitting._chunks import Chunk, TrainingChunks
 from torchdiffeq_hyper.fitting._phases import Phase
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.solvers.bespoke import BespokeSolver, compositions
@@ -42,8 +42,7 @@ MOST_GROWTH = 8  # times as many samples as in the beginning, at most
 LAST_PATIENCE = 10  # iterations without a gain, with all these samples, that end the descent
 SLOWER = 1.5  # times as long as the one before that the descent from a further start may take
 
-_SQUARE = TensorOf((torch.float64,), (None, None))
-_VECTOR = TensorOf((torch.float64,), (None,))
+_FLOAT64 = (torch.float64,)
 
 
 @dataclass
@@ -54,7 +53,7 @@ class LevenbergMarquardtState(PhaseState):
     rules: ClassVar[Mapping[str, Rule]] = {
         "damping": Real(above=0.0),
         "count": Whole(1),
-        "memory": Maybe(Row(_SQUARE, _VECTOR)),
+        "memory": Maybe(Row(TensorOf(_FLOAT64, (None, None)), TensorOf(_FLOAT64, (None,)))),
     }
 
     start: int = 0  # number of the start that the weights come from
@@ -62,7 +61,7 @@ class LevenbergMarquardtState(PhaseState):
     count: int = 1  # chunks in an iteration
     position: int = 0  # number of the next chunk
     recent: list[int] = field(default_factory=list)  # numbers of the last iterations' chunks
-    memory: tuple[Tensor, Tensor] | None = None  # equations of iterations before
+    memory: tuple[Tensor, Tensor] | None = None  # earlier equations, where the weights are now
 
 
 @dataclass(eq=False)
@@ -92,7 +91,7 @@ class LevenbergMarquardt(Phase):
         self._descend_from(0)
         if saved is not None:
             assert isinstance(saved, LevenbergMarquardtState)
-            self.training, size = saved, n_weights(self._n)
+            self.training, size = saved, len(packed(self.solver.weights))
             with refused("the checkpoint"):
                 rule = Maybe(Row(TensorOf(shape=(size, size)), TensorOf(shape=(size,))))
                 rule.check(saved.memory, "state.training.memory")
@@ -126,7 +125,6 @@ class LevenbergMarquardt(Phase):
                     training.damping = max(training.damping / 4, LEAST_DAMPING)
                 break
             training.damping *= 4
-        # Of these samples, where the weights are now.
         training.memory = (FORGETTING * curvature, FORGETTING * (gradient + curvature @ moved))
         return loss
 

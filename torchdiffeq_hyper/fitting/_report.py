@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,12 +26,19 @@ from torchdiffeq_hyper.solvers._fit_report import ClassicalAlternative, ErrorSum
 
 FURTHER = 1.3  # how many times as far from their mean as the starts fitted on
 ASTRAY = 3.0  # distance from the base's end, relative to its size, that no error of a base explains
+UNUSABLE = 0.3  # mean relative error from which on a result says little of the solution
+HEAVY_TAIL = 20.0  # ratio of the worst to the median error from which on the worst decides
+FEW = 20  # held-out samples below which their 95th percentile is their worst
+UNLIKE = 1e3  # ratio of the sizes of channels from which on the smaller ones do not count in a norm
+CLEAR = 1.25  # ratio of errors below which a gain on some held-out samples may be none on others
+
+T = TypeVar("T")
 
 
 @torch.no_grad()
 def starts_further_out(compared: Comparison, func: VectorField, batch: Batch) -> str:
     """Return what to say of starts further out than those fitted on; "" where all is well."""
-    # Held-out samples may miss what a tail of others does; the base shows a blow-up, too.
+    # Held-out samples may miss what a tail of others does. The base stands in for a reference.
     far, times = map_parts(_further_out, batch.start(0)), batch.grids[0].times[[0, -1]]
     runs, unit = (compared.run, compared.base), batch.units.state
     own, base = (tuple(p[-1:] for p in solved(run, func, batch, far, times)) for run in runs)
@@ -52,15 +59,6 @@ def _further_out(part: Tensor) -> Tensor:
     return mean + FURTHER * (part - mean)
 
 
-UNUSABLE = 0.3  # mean relative error from which on a result says little of the solution
-HEAVY_TAIL = 20.0  # ratio of the worst to the median error from which on the worst decides
-FEW = 20  # held-out samples below which their 95th percentile is their worst
-UNLIKE = 1e3  # ratio of the sizes of channels from which on the smaller ones do not count in a norm
-CLEAR = 1.25  # ratio of errors below which a gain on some held-out samples may be none on others
-
-T = TypeVar("T")
-
-
 def reported(
     problem: Problem,
     compared: Comparison,
@@ -74,30 +72,30 @@ def reported(
     """Return the report of a fit that ends; ``notes`` of its own stand first."""
     held_out, func, failures = data.held_out, problem.func, list[str]()
 
-    def measured(what: str, measure: Callable[[], T]) -> T | None:
+    def measured(what: str, measure: Callable[..., T], *given: Any, **more: Any) -> T | None:
         try:
-            return measure()
+            return measure(*given, **more)
         except Exception as error:  # noqa: BLE001 - func may raise anything; the fit is not lost
             reason = f"{type(error).__name__}: {first_line(error)}"
             failures.append(f"{what} could not be measured: {reason}")
             return None
 
     run, calls = compared.run, compared.calls
-    errors = measured("the error", lambda: at_end(run, func, held_out))
-    base_errors = measured("the base", lambda: at_end(compared.base, func, held_out))
-    along, worst_time = measured("the span", lambda: _along(run, func, held_out)) or (None, None)
-    search = partial(best_classical, run, func, held_out, calls=calls)
-    classical = measured("classical solvers", search)
-    race = partial(measure_break_even, run, func, held_out, calls=calls, budget=budget)
+    given = run, func, held_out
+    errors = measured("the error", at_end, *given)
+    base_errors = measured("the base", at_end, compared.base, func, held_out)
+    along, worst_time = measured("the span", _along, *given) or (None, None)
+    classical = measured("classical solvers", best_classical, *given, calls=calls)
     if state.iteration >= compared.fewest:
-        pays = measured("the break-even", race) or "its measurement failed"
+        race = partial(measure_break_even, calls=calls, budget=budget)
+        pays = measured("the break-even", race, *given) or "its measurement failed"
     else:
         pays = f"{state.iteration} iterations are a trial, not a fit to be earned back"
     delta, base_delta = measured("delta", deltas) or (dict(NOTHING), dict(NOTHING))
     further = (
         *_notes(errors, base_errors, classical, compared.name),
-        measured("the size of channels", lambda: unlike_channels(held_out)),
-        measured("starts further out", lambda: starts_further_out(compared, func, data.first)),
+        measured("the size of channels", unlike_channels, held_out),
+        measured("starts further out", starts_further_out, compared, func, data.first),
     )
     return replace(
         _unmeasured(problem, state, budget),

@@ -13,6 +13,10 @@ from torchdiffeq_hyper._rules import shown
 from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.fitting._field import SEED, SHARES, size_of
 
+FUNC = "func(t, y)"
+# Entries of a signature that are fingerprints, and how each of their points is called.
+POINTS_OF = {"y0": [""], FUNC: [f", {share:.0%} of t_span passed" for share in SHARES]}
+
 N_DIRECTIONS = 4
 SLACK = 1e-4  # relative difference of one field: sums depend on the number of threads
 HALF_SLACK = 4  # roundings that a field in half precision may differ by
@@ -66,11 +70,6 @@ def _alike(one: Any, other: Fingerprint | None, largest: float) -> bool:
         return all(abs(a * size - b * own) <= slack for a, b in pairs)
     except (KeyError, TypeError, ValueError):
         return False
-
-
-FUNC = "func(t, y)"
-# Entries of a signature that are fingerprints, and how each of their points is called.
-POINTS_OF = {"y0": [""], FUNC: [f", {share:.0%} of t_span passed" for share in SHARES]}
 
 
 def signs_of_field(probes: Sequence[Tensor]) -> dict[str, Any]:

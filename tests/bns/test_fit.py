@@ -21,7 +21,7 @@ from torchdiffeq_hyper.fitting import _break_even, _data
 from torchdiffeq_hyper.fitting._checkpoint import Store
 from torchdiffeq_hyper.fitting._chunks import RollOut
 from torchdiffeq_hyper.fitting._levenberg_marquardt import (
-    NormalEquations,
+    damped_step,
     gap_rows,
     packed,
     unpacked,
@@ -368,7 +368,7 @@ def test_steps_stop_at_the_bounds_of_the_times() -> None:
     for _ in range(20):
         root = torch.randn(9, 6, generator=generator, dtype=torch.float64)
         gradient = 10 * torch.randn(6, generator=generator, dtype=torch.float64)
-        new = NormalEquations(root.t() @ root, gradient).step(vector, n, 1e-3)
+        new = damped_step(root.t() @ root, gradient, vector, 1e-3)
         assert new is not None
         gaps = gap_rows(n) @ new
         assert float(gaps.min()) > -1e-8

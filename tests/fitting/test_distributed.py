@@ -121,7 +121,7 @@ def test_processes_with_other_starts_are_refused(results: list[dict[str, Any]]) 
     for result in results:
         assert result["other_starts"]["error"] == "OptionError"
         assert "process 1 of this fit makes another call" in result["other_starts"]["text"]
-        assert "fit shares it out" in result["other_starts"]["text"]
+        assert "fit shares y0 out" in result["other_starts"]["text"]
 
 
 def test_iterables_of_other_lengths_are_refused(results: list[dict[str, Any]]) -> None:

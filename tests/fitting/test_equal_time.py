@@ -11,7 +11,7 @@ from torch import Tensor
 
 import torchdiffeq_hyper as tdh
 from stubs import MLPField, damped_wave
-from torchdiffeq_hyper.fitting import _break_even, _errors
+from torchdiffeq_hyper.fitting import _break_even
 from torchdiffeq_hyper.fitting import _report as report_module
 from torchdiffeq_hyper.fitting._batches import Batches
 from torchdiffeq_hyper.fitting._break_even import FIXED
@@ -33,7 +33,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr(_errors, "time", self)
+        monkeypatch.setattr(_break_even, "time", self)
         monkeypatch.setattr(_break_even, "MOST_SECONDS", 1e9)
 
     def perf_counter(self) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import torchdiffeq_hyper as tdh
 from stubs import damped_wave
-from torchdiffeq_hyper.fitting import _break_even, _budget, _data, _errors
+from torchdiffeq_hyper.fitting import _break_even, _budget, _data
 from torchdiffeq_hyper.fitting._batches import Starts
 from torchdiffeq_hyper.fitting._budget import CallCost
 from torchdiffeq_hyper.hypernets import MLP
@@ -41,7 +41,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (_break_even, _budget, _data, _errors):
+    for module in (_break_even, _budget, _data):
         monkeypatch.setattr(module, "time", clock)
     return clock
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -12,17 +11,15 @@ from torch import Tensor, nn
 
 from torchdiffeq_hyper._fields._independence import find_coupling
 from torchdiffeq_hyper._state import State, StateLayout, parts_of, sample_norms, stepped_dtype
-from torchdiffeq_hyper.errors import FitDivergedError, NoiseFloorError, OptionError
+from torchdiffeq_hyper.errors import NoiseFloorError, OptionError
 from torchdiffeq_hyper.fitting._auto import AUTO, check_auto
 from torchdiffeq_hyper.fitting._batches import n_samples
 from torchdiffeq_hyper.fitting._budget import ENDLESS, LAST_PHASE, ReferencePlan
 from torchdiffeq_hyper.fitting._checkpoint import FitState, snapshot
 from torchdiffeq_hyper.fitting._chunks import (
-    Chunk,
     TrainingChunks,
     cut,
     fit_knots,
-    n_weights,
     rows_of,
     samples_needed,
 )
@@ -34,6 +31,7 @@ from torchdiffeq_hyper.fitting._field import Field
 from torchdiffeq_hyper.fitting._levenberg_marquardt import (
     LevenbergMarquardt,
     LevenbergMarquardtState,
+    best_starts,
     mean_error,
 )
 from torchdiffeq_hyper.fitting._objectives import EndObjective
@@ -41,7 +39,6 @@ from torchdiffeq_hyper.fitting._phases import AdamWPhase, AdamWState, Phase
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.fitting._reference import Tolerances, solve_reference
 from torchdiffeq_hyper.fitting._signature import signs_of_net
-from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers.bespoke import ORDER, BespokeSolver, compositions
 
 WEIGHTS_FIRST = 0.5  # share of the time that the weights get where a correction follows
@@ -69,7 +66,6 @@ class BespokeTarget(Target):
     def of(
         cls, func: Any, t_span: object, *, base: str, alpha: Any, hypernet: Any, **rest: Any
     ) -> BespokeTarget:
-        """Return the target of the arguments of `fit`, checked."""
         _refuse(base, alpha, hypernet, rest)
         return cls(Problem.of(func, t_span, **rest), hypernet)
 
@@ -82,16 +78,16 @@ class BespokeTarget(Target):
         return replace(config, batch_size=max(config.batch_size, samples_needed(parts, self._n)))
 
     def open(self, y0: State) -> None:
-        """Make a solver whose weights are still Euler's."""
-        self._y0 = y0
+        self._device, width = parts_of(y0)[0].device, self.problem.width
+        # The span is one step.
+        self._domain = replace(self.problem.domain(y0), dt_min=width, dt_max=width)
         self.module = self._classical("euler")
         self.module.hypernet = self.net
 
     def _classical(self, method: str) -> BespokeSolver:
-        return BespokeSolver.classical(method, self._n).to(parts_of(self._y0)[0].device)
+        return BespokeSolver.classical(method, self._n).to(self._device)
 
     def signature(self) -> dict[str, Any]:
-        """Return the number of calls, and the solver's shapes."""
         return {"base": self.method, "steps": self._n, "weights": signs_of_net(self.module)}
 
     def measure_noise(self, field: Field, y0: State, tolerances: Tolerances) -> float:
@@ -100,9 +96,8 @@ class BespokeTarget(Target):
         flat = layout.join(y0)
         tight = tolerances.tightened(10.0 if tolerances.rtol >= 1e-12 else 0.1)
         first, second = (solve_reference(field, flat, times, t)[-1:] for t in (tolerances, tight))
-        size, noise = (
-            float(sample_norms(layout.split(state)).mean()) for state in (first, first - second)
-        )
+        norms = (sample_norms(layout.split(state)) for state in (first, first - second))
+        size, noise = (float(norm.mean()) for norm in norms)
         # Half a unit in the last place of the state, and half of one of the state in true units.
         return noise / (size or 1.0) + torch.finfo(stepped_dtype(flat.dtype)).eps
 
@@ -137,8 +132,7 @@ class BespokeTarget(Target):
         first = LevenbergMarquardt(module, self._starts, chunks, self._held_out, problem, share)
         if self.net is None:
             return [first]
-        pair = (EndObjective(module, problem.func),) * 2
-        wanted = problem.config.iterations
+        pair, wanted = (EndObjective(module, problem.func),) * 2, problem.config.iterations
         return [first, AdamWPhase(pair, module, data, problem, wanted, is_last=True)]
 
     def comparison(self, solver: BespokeSolver | None = None) -> Comparison:
@@ -147,24 +141,18 @@ class BespokeTarget(Target):
         return Comparison(own.solve, start.solve, self._start, self._n, FEWEST_TO_PAY)
 
     def _as_used(self, solver: BespokeSolver) -> BespokeSolver:
-        """Return a copy that knows the span."""
         knots = solver.get_buffer("knot_values"), solver.get_buffer("knot_slopes")
-        domain = self._domain(self._y0)
-        return BespokeSolver(solver.weights, hypernet=solver.hypernet, knots=knots, domain=domain)
-
-    def _domain(self, y0: State) -> FitDomain:
-        """Return what the solver is fitted for: the span as one step."""
-        width = self.problem.width
-        return replace(self.problem.domain(y0), dt_min=width, dt_max=width)
+        net, domain = solver.hypernet, self._domain
+        return BespokeSolver(solver.weights, hypernet=net, knots=knots, domain=domain)
 
     def finish(self, state: FitState) -> Iterator[str]:
         """Be the best of the fit, the weights alone and the start; fit the knots."""
         solver = self.module
         state.fallback = self.problem.group.from_first(lambda: self._fallback(state))
+        if state.fallback == "start":
+            solver.set_weights(compositions(self._n)[self._start])
         if state.fallback:
             solver.hypernet = None
-            if state.fallback == "start":
-                solver.set_weights(self._classical(self._start).weights)
             state.best_error = mean_error(self._held_out, solver.weights)
         self._fit_knots()
         state.best = {**state.best, **snapshot(solver)}
@@ -172,21 +160,20 @@ class BespokeTarget(Target):
 
     def _fallback(self, state: FitState) -> str:
         """Return what is better than what was fitted: "weights", "start", or "" for nothing."""
-        solvers = {"": self.module}
-        if self.net is not None:
-            solvers["weights"] = BespokeSolver(self.module.weights)
-        for fallback, solver in solvers.items():
-            compared = self.comparison(solver)
-            if state.iteration == 0 or not is_worse(compared, self.problem.func, self._data):
-                return fallback
-        return "start"
+        func, data = self.problem.func, self._data
+        if state.iteration == 0 or not is_worse(self.comparison(), func, data):
+            return ""
+        if self.net is None:
+            return "start"
+        alone = self.comparison(BespokeSolver(self.module.weights))
+        return "start" if is_worse(alone, func, data) else "weights"
 
     @torch.no_grad()
     def _fit_knots(self) -> None:
         """Fit what is said between the ends, on the first training batch."""
-        solver, func, batch = self.module, self.problem.func, self._data.first
         if self._n == 1:
             return
+        solver, func, batch = self.module, self.problem.func, self._data.first
         added = EndObjective(solver, func).added(batch)
         chunks = cut(batch, func, ENDLESS, self._rows if added is None else None)
         values, slopes = fit_knots(chunks, solver.weights, added)
@@ -202,19 +189,16 @@ class BespokeTarget(Target):
         return own, start
 
     def restore(self, state: FitState) -> None:
-        """Take the weights of an earlier run."""
         if state.fallback:
             self.module.hypernet = None
         self.module.load_state_dict(state.best, strict=not state.fallback)
 
     def leave_unfitted(self) -> str:
-        """Be a classical method, without the correction."""
         self.module = self._classical(self._start)
         return f"{self._start} in {self._n} calls of func"
 
     def solver(self, y0: State) -> BespokeSolver:
-        """Return the solver."""
-        self.module.domain = self._domain(y0)
+        self.module.domain = self._domain
         return self.module
 
 
@@ -222,42 +206,23 @@ def _refuse(base: str, alpha: float | None, hypernet: object, given: dict[str, A
     """Refuse arguments that a bespoke solver has no use for."""
     steps, objective, direction = given["steps"], given["objective"], given["direction"]
     if isinstance(steps, tuple) or steps is None:
-        got, expected, fix = f"steps is {steps!r},", "one number of calls of func.", "steps=8"
+        got, expected, fix = f"steps is {steps!r}", "one number of calls of func.", "steps=8"
     elif alpha is not None:
-        got, expected = f"alpha is {alpha!r},", 'alpha with base="alpha" only.'
-        fix = f'base="alpha", alpha={alpha!r}'
+        got, fix = f"alpha is {alpha!r}", f'base="alpha", alpha={alpha!r}'
+        expected = 'alpha with base="alpha" only.'
     elif direction == "both":
-        got, expected = 'direction is "both",', "one: its weights and times serve one way."
+        got, expected = 'direction is "both"', "one: its weights and times serve one way."
         fix = 'direction="forward"   # and another fit with direction="reverse"'
     elif objective == "residual":
-        got, expected = 'objective is "residual",', "errors at the end: there are no steps."
+        got, expected = 'objective is "residual"', "errors at the end: there are no steps."
         fix = 'objective="trajectory"   # or leave it out'
     elif isinstance(hypernet, str):
         check_auto(hypernet)
         got, fix = f'hypernet is "{AUTO}"', "hypernet=None"
-        learned = f'base "{base}" learns its coefficients, a net on top is extra'
-        expected = f"None ({learned}) or a module."
+        expected = "None (the base learns its coefficients, a net on top is extra) or a module."
     else:
         return
-    raise OptionError(problem=f'{got} and base is "{base}".', expected=expected, fix=fix)
-
-
-def best_starts(held_out: Sequence[Chunk], like: Tensor) -> list[str]:
-    """Return the classical methods that stay finite, the smallest held-out error first."""
-    n = len(like)
-    classical = {name: weights.to(like) for name, weights in compositions(n).items()}
-    errors = {name: mean_error(held_out, weights) for name, weights in classical.items()}
-    finite = [name for name in sorted(errors, key=errors.__getitem__) if errors[name] < math.inf]
-    if not finite:
-        total = sum(len(chunk.scale) for chunk in held_out)
-        blown_up = [sum(c.blown_up(weights) for c in held_out) for weights in classical.values()]
-        raise FitDivergedError(
-            problem=f"no classical method stays finite with {n} calls of func on the held-out "
-            f"samples: at best {min(blown_up)} of {total} blow up. There is nothing to start from.",
-            expected="a method that stays finite on all of them.",
-            fix=f"a shorter span, starts without those, or more calls: steps={2 * n}",
-        )
-    return finite
+    raise OptionError(problem=f'{got}, and base is "{base}".', expected=expected, fix=fix)
 
 
 def _notes(state: FitState, data: Data, start: str, n: int) -> Iterator[str]:
@@ -274,24 +239,23 @@ def _notes(state: FitState, data: Data, start: str, n: int) -> Iterator[str]:
     needed = samples_needed(data.held_out.y0, n)
     if data.n_starts < needed:
         yield (
-            f"{data.n_starts} samples for {n_weights(n)} weights: starts unlike them may go "
-            f"wrong, and the held-out error ({n_samples(data.held_out.y0)} samples) need not show "
-            f"it; pass {needed} or more"
+            f"{data.n_starts} samples for {n * (n + 1) // 2} weights: starts unlike them may go "
+            f"wrong unseen by {n_samples(data.held_out.y0)} held-out ones; pass {needed} or more"
         )
 
 
 def _refuse_exact(name: str, n: int, error: float, noise: float, dtype: torch.dtype) -> NoReturn:
     """Refuse to fit where a classical method is exact to rounding, or the reference too loose."""
-    what, tighter = f"{name} with {n} calls of func", "FitConfig(rtol=..., atol=...)"
+    what = f"{name} with {n} calls of func"
     figures = f"its mean relative error is {error:.3g}, the noise in it {noise:.3g} ({dtype})"
+    fix = "config=tdh.FitConfig(rtol=..., atol=...)   # 100 times smaller, or left out"
     if noise > LOOSE * torch.finfo(dtype).eps:
         problem = f"the reference solution is too loose to fit {what} to: {figures}."
-        fix = f"config=tdh.{tighter}   # 100 times smaller, or left out"
     else:
         problem = f"{what} is already exact to this dtype, as far as can be told: {figures}."
         fix = (
             f"{name} as it is\nor fewer calls: steps={max(1, n // 2)}\n"
             "or, if the digits matter: func.double() and y0.double()\n"
-            f"or, if the reference is the loose part: {tighter}, 100 times smaller"
+            f"or a tighter reference: {fix}"
         )
     raise NoiseFloorError(problem=problem, expected="noise below half of the error.", fix=fix)

@@ -20,7 +20,7 @@ from torchdiffeq_hyper._state import State, StateLayout, VectorField, is_half
 from torchdiffeq_hyper.fitting._batches import n_samples
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._data import Batch
-from torchdiffeq_hyper.fitting._errors import BROKEN, Run, end_errors, timed_errors
+from torchdiffeq_hyper.fitting._errors import BROKEN, Run, end_errors
 from torchdiffeq_hyper.recording import median_seconds
 from torchdiffeq_hyper.solvers._fit_report import BreakEven, ClassicalAlternative, ErrorSummary
 from torchdiffeq_hyper.solvers._grid import equal_steps
@@ -29,10 +29,10 @@ from torchdiffeq_hyper.tableaus import MIDPOINT
 
 
 class Solve(NamedTuple):
-    """A solver at one setting: ``run(func, y0, t)`` solves between the two points of t."""
+    """A solver at one setting."""
 
     label: str
-    run: Callable[[VectorField, State, Tensor], State]
+    run: Run  # on two points of t
 
 
 class FixedStep(NamedTuple):
@@ -41,10 +41,9 @@ class FixedStep(NamedTuple):
     each: int  # calls of func in a step
     start: int  # calls of func that the first step takes beside
     order: int
-    run: Callable[..., State]  # (func, y0, t, steps) -> solution at the two points of t
+    run: Callable[..., State]  # a `Run` that takes ``steps``
 
     def with_steps(self, name: str, steps: int) -> Solve:
-        """Return the method with so many steps."""
         label = f"{name} with {steps} step{'s' * (steps > 1)}"
         return Solve(label, partial(self.run, steps=steps))
 
@@ -67,7 +66,7 @@ def _fixed(func: VectorField, y0: State, t: Tensor, steps: int, *, method: str) 
 
 
 # Weights of the derivatives at the last steps, newest first, times the step size.
-_ADAMS_BASHFORTH = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12)}
+_ADAMS_BASHFORTH = {2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12)}
 
 
 def _adams_bashforth(func: VectorField, y0: State, t: Tensor, steps: int, *, order: int) -> State:
@@ -77,14 +76,14 @@ def _adams_bashforth(func: VectorField, y0: State, t: Tensor, steps: int, *, ord
     call, history = stage_call(func, layout, y.dtype), list[Tensor]()
     for t0, t1 in pairwise(equal_steps(t.to(y.device), steps).unbind()):
         dt = t1 - t0
-        if not history:
-            dy, (f0, _) = MIDPOINT.increment(call, t0, dt, t1, y)
-            history = [f0]
-        else:
+        if history:
             history = [call(t0, y), *history][:order]
             weights = _ADAMS_BASHFORTH[len(history)]
             terms = [w * f for w, f in zip(weights, history, strict=True)]
             dy = dt * torch.stack(terms).sum(0)
+        else:
+            dy, (f0, _) = MIDPOINT.increment(call, t0, dt, t1, y)
+            history = [f0]
         y = y + dy.to(y.dtype)
     return layout.split(torch.stack([start, y]))
 
@@ -139,9 +138,13 @@ class _Task:
 
     def timed(self, run: Run) -> tuple[ErrorSummary, float]:
         """Return the errors at the end and the wall time of a solve."""
-        errors, seconds = timed_errors(run, self.func, self.batch)
-        if seconds < QUICK:  # what is set up once counts in the first
-            seconds = min(seconds, timed_errors(run, self.func, self.batch)[1])
+        seconds = math.inf
+        for _ in range(2):
+            began = time.perf_counter()
+            errors = end_errors(run, self.func, self.batch).cpu()  # waits for the device
+            seconds = min(seconds, time.perf_counter() - began)
+            if seconds >= QUICK:  # else what is set up once counts
+                break
         return ErrorSummary.of(errors), seconds
 
 
@@ -158,7 +161,7 @@ def measure(
         return "no time was left to measure it"
     task = _Task(func, batch, time.perf_counter() + allowed)
     try:
-        _, seconds = timed_errors(run, func, batch)
+        _, seconds = task.timed(run)
         # All samples, if there is time for the search on them.
         probe = task if SEARCH * seconds < allowed else task.some(MOST_SAMPLES)
         target = probe.error(run)
@@ -171,17 +174,13 @@ def measure(
 
 def _as_accurate(task: _Task, target: float, calls: int) -> list[Solve]:
     """Return the classical solvers that reach an error with little work."""
-    predicted = {}
+    predicted, most = {}, MOST_WORK * calls
     for name, method in FIXED.items():
         n = max(1, calls // method.each)
         growth = _growth(task.error(method.with_steps(name, n).run), target, method.order)
         predicted[name] = max(1.0, n * growth) * method.each
-    least = min(predicted.values())
-    found = [
-        _fewest_steps(task, name, work, target, most=MOST_WORK * calls)
-        for name, work in predicted.items()
-        if work <= CLOSE * least
-    ]
+    close = {name: w for name, w in predicted.items() if w <= CLOSE * min(predicted.values())}
+    found = [_fewest_steps(task, name, work, target, most) for name, work in close.items()]
     adaptive = (dopri5(tolerance, task.batch.units.state) for tolerance in TOLERANCES)
     reached = (solve for solve in adaptive if task.error(solve.run) <= target)
     return [solve for solve in (*found, next(reached, None)) if solve is not None]
@@ -232,14 +231,8 @@ def _race(run: Run, classical: list[Solve], task: _Task, fit_seconds: float) -> 
     runs = [partial(each, *arguments) for each in (run, *(solve.run for solve in left))]
     own, *others = median_seconds(runs, times.device, ROUNDS, turn_seconds=TURN_SECONDS)
     seconds, fastest = min(zip(others, left, strict=True), key=lambda pair: pair[0])
-    return BreakEven(
-        predictions=fit_seconds / (seconds - own) if seconds > own else None,
-        seconds=own,
-        alternative=fastest.label,
-        alternative_seconds=seconds,
-        samples=len(task),
-        error=error,
-    )
+    predictions = fit_seconds / (seconds - own) if seconds > own else None
+    return BreakEven(predictions, own, fastest.label, seconds, len(task), error)
 
 
 @torch.no_grad()
@@ -248,8 +241,7 @@ def best_classical(
 ) -> ClassicalAlternative | None:
     """Return the classical solver with the smallest mean error in a fitted one's time, if any.
 
-    Each has as many steps as end in that time, or as the fitted one's calls of func allow, if
-    that is more: times of single runs are only roughly known.
+    As times are only roughly known, each has as many calls of func as the fitted one at least.
     """
     if is_half(batch.dtype):  # the host cannot solve these as ours do
         return None
@@ -261,14 +253,8 @@ def best_classical(
         own_errors, own_seconds = task.timed(run)
     found = [_in_time(name, task, calls, own_seconds) for name in FIXED]
     label, errors, seconds = min(found, key=lambda each: each[1].mean)
-    return ClassicalAlternative(
-        solver=label,
-        errors=errors,
-        own_errors=own_errors,
-        best_p95=min(errors.p95 for _, errors, _ in found),
-        seconds=seconds,
-        own_seconds=own_seconds,
-    )
+    p95 = min(each.p95 for _, each, _ in found)
+    return ClassicalAlternative(label, errors, own_errors, p95, seconds, own_seconds)
 
 
 def _in_time(
@@ -277,12 +263,10 @@ def _in_time(
     """Return label, errors and seconds of a method in the fitted solver's calls and time."""
     method = FIXED[name]
     steps = max(1, calls // method.each)
-    label, run = method.with_steps(name, steps)
-    errors, seconds = task.timed(run)
-    work = steps * method.each + method.start
-    in_time = work * own_seconds / max(seconds, 1e-9)
-    more = int((in_time - method.start) / method.each)
-    if more > steps:
-        label, run = method.with_steps(name, more)
-        errors, seconds = task.timed(run)
-    return label, errors, seconds
+    solve = method.with_steps(name, steps)
+    errors, seconds = task.timed(solve.run)
+    in_time = (steps * method.each + method.start) * own_seconds / max(seconds, 1e-9)
+    if (more := int((in_time - method.start) / method.each)) > steps:
+        solve = method.with_steps(name, more)
+        errors, seconds = task.timed(solve.run)
+    return solve.label, errors, seconds

@@ -76,9 +76,7 @@ class FitState:
     history: list[LossPoint] = field(default_factory=list)
     seconds: float = 0.0
     stopped: str = ""  # why the last phase ended
-    # What is returned in place of what was fitted: "" for nothing, "weights" for a bespoke
-    # solver without its correction, "start" for the base or classical start.
-    fallback: str = ""
+    fallback: str = ""  # what replaces what was fitted: the "start", or the "weights" alone
     report: dict[str, Any] | None = None  # of a finished fit
 
 
@@ -87,13 +85,13 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
-_ABOVE_0 = Real(above=0.0)
+# Rules of fields of a `FitState`; the others' come from their annotations.
 _RULES: dict[str, Rule] = {
     "most_batches": Whole(1),
     "references": record_of(
         ReferencePlan,
         is_complete=True,
-        tolerances=record_of(Tolerances, rtol=_ABOVE_0, atol=_ABOVE_0),
+        tolerances=record_of(Tolerances, rtol=Real(above=0.0), atol=Real(above=0.0)),
         held_out=Whole(1),
         batch=Whole(1),
     ),
@@ -103,35 +101,19 @@ _RULES: dict[str, Rule] = {
     "fallback": Choice("", "weights", "start"),
     "report": Maybe(REPORT),
 }
-"""Rules of fields of a `FitState`; the others' come from their annotations."""
-
-
 _FILE = Record({"format": Choice(FORMAT), "signature": Table(ANYTHING), "state": ANYTHING})
 
 
-def _state_rule(phases: Sequence[type[PhaseState]]) -> Record:
-    """Return what the state of a fit with these phases may be."""
-    kinds = {kind.kind: record_of(kind, is_complete=True, **kind.rules) for kind in phases}
-    rules = {**_RULES, "phase": Whole(0, len(phases)), "training": Maybe(Tagged(kinds))}
-    return record_of(FitState, is_complete=True, **rules)
-
-
+@dataclass
 class Store:
-    """Where a fit's state is kept: a file, or nowhere.
+    """Where a fit's state is kept: a file, or nowhere."""
 
-    The signature, plain values, tells this fit from others; ``phases`` are the kinds of state
-    of its phases.
-    """
+    path: str | os.PathLike[str] | None
+    signature: Mapping[str, Any]  # plain values that tell this fit from others
+    phases: Sequence[type[PhaseState]]  # the kinds of state of its phases
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str] | None,
-        signature: Mapping[str, Any],
-        phases: Sequence[type[PhaseState]],
-    ) -> None:
-        self._path = None if path is None else Path(path)
-        self._signature = dict(signature)
-        self._phases = phases
+    def __post_init__(self) -> None:
+        self._path = None if self.path is None else Path(self.path)
         if self._path is not None and not self._path.parent.is_dir():
             raise unwritable(self._path, FileNotFoundError(ENOENT, "there is no such folder"))
 
@@ -142,7 +124,7 @@ class Store:
         values = vars(state) | {"history": [asdict(point) for point in state.history]}
         if state.training is not None:
             values["training"] = {"kind": state.training.kind, **vars(state.training)}
-        content = {"format": FORMAT, "signature": self._signature, "state": values}
+        content = {"format": FORMAT, "signature": dict(self.signature), "state": values}
         buffer = io.BytesIO()
         torch.save(content, buffer)
         write_bytes(self._path, buffer.getvalue())
@@ -160,18 +142,18 @@ class Store:
                 problem = f"{type(error).__name__}: {first_line(error)}"
                 raise Mismatch(problem, _EXPECTED, remedy) from error
             if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
-                raise mismatch(
-                    name="its format", value=content["format"], expected=_EXPECTED, fix=remedy
-                )
+                got = content["format"]
+                raise mismatch(name="its format", value=got, expected=_EXPECTED, fix=remedy)
             content = _FILE.check(content, "")
-        check_same_fit(content["signature"], self._signature, str(self._path), remedy)
+        check_same_fit(content["signature"], self.signature, str(self._path), remedy)
+        kinds = {kind.kind: kind for kind in self.phases}
+        of = {name: record_of(kind, is_complete=True, **kind.rules) for name, kind in kinds.items()}
+        rules = {**_RULES, "phase": Whole(0, len(self.phases)), "training": Maybe(Tagged(of))}
         with refused(what):
-            values = _state_rule(self._phases).check(content["state"], "state")
-            _check_state(values, self._signature, self._phases)
+            values = record_of(FitState, is_complete=True, **rules).check(content["state"], "state")
+            _check_state(values, self.signature, self.phases)
         values["history"] = [LossPoint(**point) for point in values["history"]]
-        if values["training"] is not None:
-            own = dict(values["training"])
-            kinds = {kind.kind: kind for kind in self._phases}
+        if (own := values["training"]) is not None:
             values["training"] = kinds[own.pop("kind")](**own)
         return FitState(**values)
 
@@ -179,7 +161,7 @@ class Store:
 def _check_state(
     values: Mapping[str, Any], signature: Mapping[str, Any], phases: Sequence[type[PhaseState]]
 ) -> None:
-    """Refuse fields, each right by itself, that are not of this fit, or that no fit can have."""
+    """Refuse fields, each right by itself, that are not this fit's, or no fit's."""
     shapes = signature.get("weights", signature.get("hypernet"))
     if isinstance(shapes, dict):
         rules = {
@@ -194,13 +176,12 @@ def _check_state(
         architecture, at = values["choice"]["architecture"], "state.choice.architecture"
         check_sizes(architecture, values["best"], at, but=("n_stages", "order"))
     if values["training"] is not None:
-        running = phases[values["phase"] :][:1]
-        kinds = Choice(*(phase.kind for phase in running))
-        kinds.check(values["training"]["kind"], "state.training.kind")
+        running = Choice(*(phase.kind for phase in phases[values["phase"] :][:1]))
+        running.check(values["training"]["kind"], "state.training.kind")
     Whole(0, values["iteration"]).check(values["phase_start"], "state.phase_start")
     for generator in values["random"][:1]:
         try:
             torch.Generator().set_state(generator)
         except (RuntimeError, TypeError) as error:
-            wanted = "a generator's state"
-            raise mismatch(name="state.random[0]", value=generator, expected=wanted) from error
+            name, wanted = "state.random[0]", "a generator's state"
+            raise mismatch(name, generator, wanted) from error

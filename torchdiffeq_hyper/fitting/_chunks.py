@@ -3,80 +3,55 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from torchdiffeq_hyper._state import (
-    State,
-    StateLayout,
-    VectorField,
-    map_parts,
-    parts_of,
-    sample_norms,
-)
+from torchdiffeq_hyper._state import State, StateLayout, VectorField, parts_of, sample_norms
 from torchdiffeq_hyper.fitting._batches import n_samples
 from torchdiffeq_hyper.fitting._data import Batch, Data
 from torchdiffeq_hyper.fitting._field import Field, Timer
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.solvers.bespoke import stage_times
 
-Call = Callable[[Tensor, Tensor], Tensor]
-
 EASIEST = 0.1  # smallest error that a sample is weighted as, as a share of the mean
-RESIDUALS_PER_WEIGHT = 20
-"""Numbers to fit a weight to, so that it is not fitted to the samples themselves."""
+RESIDUALS_PER_WEIGHT = 20  # so that weights are not fitted to the samples themselves
 FEWEST = 4  # samples in a step at least
 MOST_BYTES = 2**29  # memory that the sensitivities of a chunk may take
 RIDGE = 1e-8  # pull of knots towards small weights, relative to the derivatives' mean square
 
 
-def n_weights(n: int) -> int:
-    """Return the number of weights of a solver with n calls."""
-    return n * (n + 1) // 2
-
-
 @dataclass(frozen=True)
 class RollOut:
-    """A roll-out over a whole span, from flat starts, with the field on flat states.
+    """A roll-out over a whole span, with the field on flat states."""
 
-    The span starts at 0, or at 1 or -1 where it ends at 0; its width, end minus start, is 1 or -1.
-    """
-
-    call: Call
+    call: Callable[[Tensor, Tensor], Tensor]
     layout: StateLayout
-    start: float
-    width: float
+    start: float  # 0; or 1 or -1, where the span ends at 0
+    width: float  # end minus start, 1 or -1
     y0: Tensor
 
     def end(self, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the flat state at the end, and the n derivatives. Costs n calls."""
-        times, narrow = self._narrow(weights)
         x, stages = self.y0, []
-        for i, row in enumerate(narrow):
-            stages.append(self.call(times[i], x))
+        for t, row in self._schedule(weights):
+            stages.append(self.call(t, x))
             x = self._sum(row, stages)
         return x, stages
 
     def end_and_sensitivities(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return the flat end and its derivatives by each weight, (n_weights, ...).
 
-        The products with the Jacobian of func are differences of two calls: func need not
-        be differentiable, nor known to autograd, and the damped steps that these
-        sensitivities serve are checked against true roll-outs. Costs n(n² + 5)/6 calls.
+        Costs n(n² + 5)/6 calls: products with the Jacobian of func are differences of two. So
+        func need not be known to autograd; steps are checked against true roll-outs.
         """
-        times, narrow = self._narrow(weights)
         x, tangents = self.y0, self.y0.new_zeros(0, *self.y0.shape)
-        stages: list[Tensor] = []
-        moved: list[Tensor] = []
-        for i, row in enumerate(narrow):
-            k = self.call(times[i], x)
-            stages.append(k)
-            if i == 0:
-                sizes = self._sizes(k)
-            moved.append(self._moved((times[i], x), k, tangents, i, sizes))
+        stages, moved = list[Tensor](), list[Tensor]()
+        for i, (t, row) in enumerate(self._schedule(weights)):
+            stages.append(self.call(t, x))
+            moved.append(self._moved(t, x, stages, tangents))
             earlier = len(tangents)
             tangents = self.y0.new_zeros(earlier + i + 1, *self.y0.shape)
             for weight, dk in zip(row.tolist(), moved, strict=False):
@@ -85,62 +60,47 @@ class RollOut:
             x = self._sum(row, stages)
         return x, tangents
 
-    def _narrow(self, weights: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Return times, and rows of weights in the state's dtype, the rows times the width."""
+    def _schedule(self, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return the time of each call, and its weights in the state's dtype times the width."""
         times = self.start + self.width * stage_times(weights)
-        rows = (self.width * weights).to(self.y0.dtype).unbind()
-        return list(times.unbind()), list(rows)
+        return zip(times, (self.width * weights).to(self.y0.dtype), strict=True)
 
     def _sum(self, row: Tensor, stages: list[Tensor]) -> Tensor:
         matrix = torch.stack(stages).flatten(1)
         flat = torch.addmv(self.y0.reshape(-1), matrix.t(), row[: len(stages)])
         return flat.reshape(self.y0.shape)
 
-    def _sizes(self, k: Tensor) -> list[float]:
-        """Return for each part of the state how large its values are."""
-        return [
-            float(y.square().mean().sqrt() + abs(self.width) * dy.square().mean().sqrt())
-            for y, dy in zip(self._parts(self.y0), self._parts(k), strict=True)
-        ]
-
-    def _moved(
-        self, at: tuple[Tensor, Tensor], k: Tensor, tangents: Tensor, n_own: int, sizes: list[float]
-    ) -> Tensor:
-        """Return how the derivative k moves along each tangent of its state.
-
-        The last ``n_own`` weights are the stage's own: its time moves with them.
-        """
-        t, x = at
-        out = torch.empty_like(tangents)
+    def _moved(self, t: Tensor, x: Tensor, stages: list[Tensor], tangents: Tensor) -> Tensor:
+        """Return how the last derivative moves along each tangent of its state x."""
+        out, k = torch.zeros_like(tangents), stages[-1]
+        # The weights of the call before are the last: with these the time moves, too.
+        first_own = len(tangents) - len(stages) + 1
         # Rounding and curvature of func weigh the same at about this distance.
         step = 3 * torch.finfo(k.dtype).eps ** 0.5
-        for p, distance in enumerate(self._distances(tangents, sizes)):
-            is_own = p >= len(tangents) - n_own
-            if distance == 0 and not is_own:
-                out[p] = 0
+        for p, distance in enumerate(self._distances(tangents, stages[0])):
+            if p >= first_own:
+                far = step * min(distance or 1.0, 1.0)
+                t_moved = t + far * self.width
+            elif distance:
+                far, t_moved = step * distance, t
+            else:
                 continue
-            far = step * (min(distance or 1.0, 1.0) if is_own else distance)
-            t_moved = t + far * self.width if is_own else t
             out[p] = (self.call(t_moved, torch.add(x, tangents[p], alpha=far)) - k) / far
         return out
 
-    def _distances(self, tangents: Tensor, sizes: list[float]) -> list[float]:
-        """Return by what each tangent must be multiplied to be as large as the state.
+    def _distances(self, tangents: Tensor, k: Tensor) -> list[float]:
+        """Return what makes each tangent as large as the state where it is largest; 0 if it is 0.
 
-        That is in the part where it is largest; 0 where it vanishes.
+        Sizes are those of the parts of the start and of the first derivative k, over the span.
         """
-        relative = [
-            part.flatten(1).square().mean(1).sqrt() / size
-            for part, size in zip(self._parts(tangents), sizes, strict=True)
-            if size > 0
-        ]
-        if not relative:
-            return [0.0] * len(tangents)
+        relative = [tangents.new_zeros(len(tangents))]
+        split = (parts_of(self.layout.split(flat)) for flat in (tangents, self.y0, k))
+        for tangent, y, dy in zip(*split, strict=True):
+            size = y.square().mean().sqrt() + abs(self.width) * dy.square().mean().sqrt()
+            if size > 0:
+                relative.append(tangent.flatten(1).square().mean(1).sqrt() / size)
         largest = torch.stack(relative).amax(0)
         return torch.where(largest > 0, 1 / largest, 0.0).tolist()
-
-    def _parts(self, flat: Tensor) -> tuple[Tensor, ...]:
-        return parts_of(self.layout.split(flat))
 
 
 @dataclass(frozen=True)
@@ -156,19 +116,15 @@ class Chunk:
         difference = self.roll_out.layout.split((x - self.path[-1]).unsqueeze(0))
         return sample_norms(difference)[0] / self.scale
 
-    def loss(self, weights: Tensor) -> float:
-        """Return the sum of the relative errors; not finite where the roll-out is not."""
-        return float(self.errors(self.roll_out.end(weights)[0]).sum())
-
-    def blown_up(self, weights: Tensor) -> int:
-        """Return the number of samples whose end is not finite."""
-        return int((~torch.isfinite(self.errors(self.roll_out.end(weights)[0]))).sum())
+    def end_errors(self, weights: Tensor) -> Tensor:
+        """Return the relative errors of the roll-out, (batch,); not finite where it blows up."""
+        return self.errors(self.roll_out.end(weights)[0])
 
     def residual_and_sensitivities(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the residual of the end and its derivatives by each weight, (n_weights, ...).
+        """Return the end's residual and its derivatives by each weight, (n_weights, ...).
 
-        Both are weighted as in iteratively reweighted least squares: dividing a squared error
-        by the error as it is now minimises the mean of errors, not of their squares.
+        Iteratively reweighted least squares: a squared error over the error as it is now
+        minimises the mean of errors, not of their squares.
         """
         x, sensitivities = self.roll_out.end_and_sensitivities(weights)
         errors = self.errors(x)
@@ -178,11 +134,10 @@ class Chunk:
         return factor * (x - self.path[-1]), sensitivities.mul_(factor)
 
     def knot_products(self, weights: Tensor, added: Tensor | None) -> tuple[Tensor, ...]:
-        """Return the products of the n derivatives with themselves and with what knots are.
+        """Return the products of the n derivatives with themselves, inner knots and all slopes.
 
-        These are the solution's way from the start to the inner knots, over the span, and its
-        slopes at all knots. ``added`` is the correction at the end, flat; it grows with the
-        square of time. Costs 2 n + 1 calls.
+        Knots count from the start, over the span, without the share of the correction ``added``
+        at the end, flat, which grows with the square of time. Costs 2 n + 1 calls.
         """
         task = self.roll_out
         stages = torch.stack(task.end(weights)[1])
@@ -199,29 +154,26 @@ class Chunk:
     def _spread(self, values: Tensor) -> Tensor:
         """Return per-sample values as a flat state."""
         layout = self.roll_out.layout
-
-        def spread(part: Tensor) -> Tensor:
-            return values.reshape(-1, *[1] * (part.dim() - 1)).expand_as(part)
-
-        return layout.join(map_parts(spread, layout.split(self.path[-1])))
+        parts = parts_of(layout.split(self.path[-1]))
+        spread = tuple(values.reshape(-1, *[1] * (p.dim() - 1)).expand_as(p) for p in parts)
+        return layout.join(spread if layout.shapes else spread[0])
 
 
 def cut(
     batch: Batch, func: VectorField, budget: Timer, rows: int | None, n_processes: int = 1
 ) -> list[Chunk]:
     """Return a batch in chunks of at most ``rows`` samples, as many in every process."""
-    count = n_samples(batch.y0)
-    whole = round(count / batch.weight) if batch.weight else 1
-    share = math.ceil(whole / n_processes)
-    n_chunks = 1 if rows is None else math.ceil(share / rows)
+    count, n_chunks = n_samples(batch.y0), 1
+    if rows is not None:
+        whole = round(count / batch.weight) if batch.weight else 1
+        n_chunks = math.ceil(math.ceil(whole / n_processes) / rows)
     units, times, scale = batch.units, batch.grids[0].times, batch.end_sizes()
     # 0 and plus or minus 1: large times in float32 need not be.
     first, last = map(round, units.times(times[[0, -1]].cpu().double()).tolist())
     chunks = []
     for index in torch.arange(count).tensor_split(min(n_chunks, count)):
         part = batch.some(index)
-        path = part.grids[0].y / units.state
-        call = Field(func, part.starts, budget, units)
+        call, path = Field(func, part.starts, budget, units), part.grids[0].y / units.state
         roll_out = RollOut(call, part.layout, first, last - first, path[0])
         chunks.append(Chunk(roll_out, path, scale[index.to(scale.device)]))
     return chunks
@@ -258,8 +210,8 @@ class TrainingChunks:
 
 
 def samples_needed(y0: State, n: int) -> int:
-    """Return how many samples a step should look at."""
-    return max(FEWEST, math.ceil(RESIDUALS_PER_WEIGHT * n_weights(n) / _per_sample(y0)))
+    """Return how many samples a step should look at, for a solver with n calls."""
+    return max(FEWEST, math.ceil(RESIDUALS_PER_WEIGHT * n * (n + 1) / 2 / _per_sample(y0)))
 
 
 def rows_of(y0: State, n: int) -> int:
@@ -277,10 +229,9 @@ def _per_sample(y0: State) -> float:
 def fit_knots(
     chunks: Sequence[Chunk], weights: Tensor, added: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the weights of the derivatives in the knots' values and slopes, in float64.
+    """Return the knots' values (n - 1, n) and slopes (n + 1, n) in float64, by least squares.
 
-    They are (n - 1, n) and (n + 1, n): least squares over all chunks, with sums that keep
-    constant derivatives exact: i/n for the i-th value, 1 for slopes.
+    Their sums keep constant derivatives exact: i/n for the i-th value, 1 for slopes.
     """
     products = zip(*(chunk.knot_products(weights, added) for chunk in chunks), strict=True)
     gram, values, slopes = (torch.stack(each).sum(0) for each in products)
@@ -291,9 +242,8 @@ def fit_knots(
     system[:n, :n], system[n, n] = gram / scale, 0
 
     def rows(products: Tensor, sums: Tensor) -> Tensor:
-        """Return the rows w with ``w gram = products`` as near as their given sums allow."""
-        wanted = torch.cat([products.t() / scale, sums[None]])
-        solution: Tensor = torch.linalg.solve(system, wanted)
+        # The w with w gram = products, as near as their given sums allow.
+        solution: Tensor = torch.linalg.solve(system, torch.cat([products.t() / scale, sums[None]]))
         return solution[:n].t().contiguous()
 
     inner = torch.linspace(0, 1, n + 1, dtype=gram.dtype)[1:-1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,9 +15,10 @@ from torchdiffeq_hyper.fitting._data import Batch, Data
 from torchdiffeq_hyper.solvers._fit_report import ErrorSummary
 
 QUANTILES = ("0.5", "0.9", "0.99", "max")
+NOTHING = dict.fromkeys(QUANTILES, math.nan)  # quantiles of what was not measured
+BROKEN = (ArithmeticError, AssertionError)  # what solvers and func raise where a solve blows up
 
-Run = Callable[[VectorField, State, Tensor], State]
-"""``(func, y0, t) -> solution``, like ``y0`` with ``len(t)`` in front."""
+Run = Callable[[VectorField, State, Tensor], State]  # (func, y0, t) -> solution at all of t
 
 
 class Comparison(NamedTuple):
@@ -31,24 +31,17 @@ class Comparison(NamedTuple):
     fewest: int  # iterations below which a fit is a trial that nobody has to earn back
 
 
-BROKEN = (ArithmeticError, AssertionError)  # what solvers and func raise where a solve blows up
-
-
 @torch.no_grad()
 def solved(
     run: Run, func: VectorField, batch: Batch, y0: State, times: Tensor
 ) -> tuple[Tensor, ...]:
-    """Return the parts of a solution from ``y0`` on, (m, batch, ...); inf where a sample blows up.
-
-    The others have their own solution: what raises is solved again in halves.
-    """
+    """Return a solution's parts (m, batch, ...); inf only where a sample itself blows up."""
     try:
         return parts_of(run(batch.field(func), y0, times))
     except BROKEN:
-        count = n_samples(y0)
-        if count == 1:
+        if n_samples(y0) == 1:
             return tuple(p.new_full((len(times), *p.shape), math.inf) for p in parts_of(y0))
-        halves = torch.arange(count).tensor_split(2)
+        halves = torch.arange(n_samples(y0)).tensor_split(2)
         found = [solved(run, func, batch.some(h), take(y0, h), times) for h in halves]
         return tuple(torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
 
@@ -57,14 +50,6 @@ def end_errors(run: Run, func: VectorField, batch: Batch, grid: int = 0) -> Tens
     """Return |y(T) - y_n|_2 / |y(T)|_2 of each sample at the end of a grid, (batch,)."""
     off = _off(run, func, batch, grid, [0, -1])[-1]
     return (off / batch.end_sizes(grid)).nan_to_num(math.inf, math.inf)
-
-
-@torch.no_grad()
-def timed_errors(run: Run, func: VectorField, batch: Batch) -> tuple[Tensor, float]:
-    """Return the errors at the end, (batch,), and the wall time of the solve."""
-    began = time.perf_counter()
-    errors = end_errors(run, func, batch).cpu()  # waits for the device
-    return errors, time.perf_counter() - began
 
 
 def errors_along(run: Run, func: VectorField, batch: Batch, grid: int = 0) -> Tensor:
@@ -86,9 +71,9 @@ def quantiles(values: Tensor, unit: float) -> dict[str, float]:
     """Return the quantiles that a report has of some values (n,), each times a unit."""
     errors = values.sort().values
     # By rank, not interpolated: torch.quantile refuses more than 2^24 values.
-    ranks = [min(int(float(q) * len(errors)), len(errors) - 1) for q in QUANTILES[:-1]]
-    chosen = [errors[rank] for rank in ranks] + [errors[-1]]
-    return {name: unit * float(value) for name, value in zip(QUANTILES, chosen, strict=True)}
+    last = len(errors) - 1
+    ranks = [*(min(int(float(q) * len(errors)), last) for q in QUANTILES[:-1]), last]
+    return {q: unit * float(errors[rank]) for q, rank in zip(QUANTILES, ranks, strict=True)}
 
 
 def at_end(run: Run, func: VectorField, batch: Batch) -> ErrorSummary:

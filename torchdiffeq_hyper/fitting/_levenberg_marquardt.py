@@ -13,21 +13,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import chain
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._files import refused
 from torchdiffeq_hyper._rules import Maybe, Real, Row, Rule, TensorOf, Whole
+from torchdiffeq_hyper.errors import FitDivergedError
 from torchdiffeq_hyper.fitting._budget import Budget
 from torchdiffeq_hyper.fitting._checkpoint import PhaseState
-from torchdiffeq_hyper.fitting._chunks import Chunk, TrainingChunks, n_weights
+from torchdiffeq_hyper.fitting._chunks import Chunk, TrainingChunks
 from torchdiffeq_hyper.fitting._phases import Phase
 from torchdiffeq_hyper.fitting._problem import Problem
 from torchdiffeq_hyper.solvers.bespoke import BespokeSolver, compositions
 
-T = TypeVar("T")
+Equations: TypeAlias = tuple[Tensor, Tensor]
+"""Curvature H (n_weights, n_weights) and gradient g of some samples, float64; they add up."""
 
 DAMPING = 1e-3
 LEAST_DAMPING = 1e-9
@@ -40,8 +42,7 @@ MOST_GROWTH = 8  # times as many samples as in the beginning, at most
 LAST_PATIENCE = 10  # iterations without a gain, with all these samples, that end the descent
 SLOWER = 1.5  # times as long as the one before that the descent from a further start may take
 
-_SQUARE = TensorOf((torch.float64,), (None, None))
-_VECTOR = TensorOf((torch.float64,), (None,))
+_FLOAT64 = (torch.float64,)
 
 
 @dataclass
@@ -52,7 +53,7 @@ class LevenbergMarquardtState(PhaseState):
     rules: ClassVar[Mapping[str, Rule]] = {
         "damping": Real(above=0.0),
         "count": Whole(1),
-        "memory": Maybe(Row(_SQUARE, _VECTOR)),
+        "memory": Maybe(Row(TensorOf(_FLOAT64, (None, None)), TensorOf(_FLOAT64, (None,)))),
     }
 
     start: int = 0  # number of the start that the weights come from
@@ -60,7 +61,7 @@ class LevenbergMarquardtState(PhaseState):
     count: int = 1  # chunks in an iteration
     position: int = 0  # number of the next chunk
     recent: list[int] = field(default_factory=list)  # numbers of the last iterations' chunks
-    memory: tuple[Tensor, Tensor] | None = None  # curvature and gradient of iterations before
+    memory: tuple[Tensor, Tensor] | None = None  # earlier equations, where the weights are now
 
 
 @dataclass(eq=False)
@@ -79,7 +80,6 @@ class LevenbergMarquardt(Phase):
     training: LevenbergMarquardtState = field(init=False)
 
     def __post_init__(self) -> None:
-        """Read the numbers off."""
         self.wanted, self._group = self.problem.config.iterations, self.problem.group
         self._n = len(self.solver.weights)
 
@@ -91,12 +91,10 @@ class LevenbergMarquardt(Phase):
         self._descend_from(0)
         if saved is not None:
             assert isinstance(saved, LevenbergMarquardtState)
-            self.training = saved
-            if saved.memory is not None:
-                size = n_weights(self._n)
-                with refused("the checkpoint"):
-                    rule = Row(TensorOf(shape=(size, size)), TensorOf(shape=(size,)))
-                    rule.check(saved.memory, "state.training.memory")
+            self.training, size = saved, len(packed(self.solver.weights))
+            with refused("the checkpoint"):
+                rule = Maybe(Row(TensorOf(shape=(size, size)), TensorOf(shape=(size,))))
+                rule.check(saved.memory, "state.training.memory")
         return False
 
     def _descend_from(self, start: int) -> None:
@@ -107,20 +105,18 @@ class LevenbergMarquardt(Phase):
     def iterate(self, number: int, done: int) -> float:
         """Try steps with more and more damping, until one lowers the error."""
         training, weights = self.training, self.solver.weights.detach()
-        vector = packed(weights.double().cpu())
-        chunks = self._next_chunks()
+        vector, chunks = packed(weights.double().cpu()), self._next_chunks()
         found = self._group.gather_in_time(
-            lambda: reduce(NormalEquations.plus, (NormalEquations.of(c, weights) for c in chunks))
+            lambda: reduce(_added, (_equations_of(chunk, weights) for chunk in chunks))
         )
-        if training.memory is not None:
-            found.append(NormalEquations(*training.memory))
-        equations = reduce(NormalEquations.plus, found)
+        remembered = [] if training.memory is None else [training.memory]
+        curvature, gradient = reduce(_added, [*found, *remembered])
         recent = [self.chunks.get(position) for position in training.recent]
         compared = [chunk for chunk in recent if chunk is not None]
         loss = before = self._loss(compared, vector)
         moved = torch.zeros_like(vector)
         for tried in range(TRIES):
-            new = equations.step(vector, self._n, training.damping)
+            new = damped_step(curvature, gradient, vector, training.damping)
             after = self._loss(compared, new)
             if new is not None and after < before:
                 loss, moved = after, new - vector
@@ -129,20 +125,17 @@ class LevenbergMarquardt(Phase):
                     training.damping = max(training.damping / 4, LEAST_DAMPING)
                 break
             training.damping *= 4
-        curvature, gradient = equations  # of these samples, where the weights are now
         training.memory = (FORGETTING * curvature, FORGETTING * (gradient + curvature @ moved))
         return loss
 
     def _loss(self, chunks: Sequence[Chunk], vector: Tensor | None) -> float:
-        """Return the mean error with some weights, inf without any."""
+        """Return the mean error with packed weights, inf without any."""
         if vector is None:
             return math.inf
         weights = unpacked(vector, self._n).to(self.solver.weights)
-        found = self._group.gather_in_time(
-            lambda: [(c.loss(weights), len(c.scale)) for c in chunks]
-        )
-        losses, counts = zip(*chain.from_iterable(found), strict=True)
-        return float(sum(losses) / sum(counts))
+        found = self._group.gather_in_time(lambda: errors_of(chunks, weights))
+        sums, counts = zip(*chain.from_iterable(found), strict=True)
+        return float(sum(sums) / sum(counts))
 
     def _next_chunks(self) -> list[Chunk]:
         """Return the next chunks in turn, each at most once."""
@@ -164,7 +157,6 @@ class LevenbergMarquardt(Phase):
         return list(chosen.values())
 
     def error(self) -> float:
-        """Return the mean relative error at the end of the held-out samples."""
         return mean_error(self.held_out, self.solver.weights.detach())
 
     def validated(self, done: int) -> None:
@@ -173,26 +165,47 @@ class LevenbergMarquardt(Phase):
         if training.count < most and training.since_best >= STALLED:
             training.count, training.since_best = min(2 * training.count, most), 0
         elif self.has_converged(done) and done < self.wanted:
-            self._try_next_start()
-
-    def _try_next_start(self) -> None:
-        """Begin anew at the next start in time: the best may lead into no good minimum."""
-        start, now = self.training.start + 1, self._budget.seconds
-        if start < len(self.starts) and now + SLOWER * (now - self._began) <= self.pace.deadline:
-            self.solver.set_weights(compositions(self._n)[self.starts[start]])
-            self._descend_from(start)
+            # The best start may lead into no good minimum.
+            start, now = training.start + 1, self._budget.seconds
+            is_in_time = now + SLOWER * (now - self._began) <= self.pace.deadline
+            if start < len(self.starts) and is_in_time:
+                self.solver.set_weights(compositions(self._n)[self.starts[start]])
+                self._descend_from(start)
 
     def has_converged(self, done: int) -> bool:
-        """Return whether nothing more is gained."""
         return self.training.since_best >= min(self.problem.config.patience, LAST_PATIENCE)
 
 
 @torch.no_grad()
 def mean_error(chunks: Sequence[Chunk], weights: Tensor) -> float:
     """Return the mean relative error at the end; inf if a roll-out blew up."""
-    count = sum(len(chunk.scale) for chunk in chunks)
-    error = sum(chunk.loss(weights) for chunk in chunks) / count
+    sums, counts = zip(*errors_of(chunks, weights), strict=True)
+    error = float(sum(sums) / sum(counts))
     return error if math.isfinite(error) else math.inf
+
+
+def errors_of(chunks: Sequence[Chunk], weights: Tensor) -> list[tuple[float, int]]:
+    """Return the sum of each chunk's relative errors at the end, and its number of samples."""
+    return [(float(c.end_errors(weights).sum()), len(c.scale)) for c in chunks]
+
+
+def best_starts(held_out: Sequence[Chunk], like: Tensor) -> list[str]:
+    """Return the classical methods that stay finite, the smallest held-out error first."""
+    n = len(like)
+    classical = {name: weights.to(like) for name, weights in compositions(n).items()}
+    errors = {name: mean_error(held_out, weights) for name, weights in classical.items()}
+    finite = [name for name in sorted(errors, key=errors.__getitem__) if errors[name] < math.inf]
+    if not finite:
+        total = sum(len(chunk.scale) for chunk in held_out)
+        ends = ([c.end_errors(weights) for c in held_out] for weights in classical.values())
+        blown_up = min(total - int(torch.isfinite(torch.cat(errors)).sum()) for errors in ends)
+        raise FitDivergedError(
+            problem=f"every classical method with {n} calls of func blows up on held-out samples, "
+            f"at best on {blown_up} of {total}: there is nothing to start from.",
+            expected="a method that stays finite on all of them.",
+            fix=f"a shorter span, starts without those, or more calls: steps={2 * n}",
+        )
+    return finite
 
 
 def packed(weights: Tensor) -> Tensor:
@@ -207,50 +220,41 @@ def unpacked(vector: Tensor, n: int) -> Tensor:
     return vector.new_zeros(n, n).index_put((rows, columns), vector)
 
 
-class NormalEquations(NamedTuple):
-    """Curvature H and gradient g of a batch, float64; those of more add up."""
+def _equations_of(chunk: Chunk, weights: Tensor) -> Equations:
+    residual, sensitivities = chunk.residual_and_sensitivities(weights)
+    rows = sensitivities.flatten(1)
+    return (rows @ rows.t()).double().cpu(), (rows @ residual.flatten()).double().cpu()
 
-    curvature: Tensor  # (n_weights, n_weights)
-    gradient: Tensor  # (n_weights,)
 
-    @classmethod
-    def of(cls, chunk: Chunk, weights: Tensor) -> NormalEquations:
-        """Return those of a chunk."""
-        residual, sensitivities = chunk.residual_and_sensitivities(weights)
-        rows = sensitivities.flatten(1)
-        products = rows @ rows.t(), rows @ residual.flatten()
-        return cls(*(product.double().cpu() for product in products))
+def _added(one: Equations, other: Equations) -> Equations:
+    return one[0] + other[0], one[1] + other[1]
 
-    def plus(self, other: NormalEquations) -> NormalEquations:
-        """Return the equations of both together."""
-        return NormalEquations(*map(torch.add, self, other))
 
-    def step(self, vector: Tensor, n: int, damping: float) -> Tensor | None:
-        """Return the packed weights after a damped step; None where there is none.
+def damped_step(
+    curvature: Tensor, gradient: Tensor, vector: Tensor, damping: float
+) -> Tensor | None:
+    """Return the packed weights after a damped step; None where there is none.
 
-        The last time stays 1, and no time comes to lie before the one before it: an active
-        set, to which the bounds that a step would cross are added as long as it crosses any.
-        """
-        diagonal = self.curvature.diagonal()
-        if not bool(torch.isfinite(self.curvature).all()) or float(diagonal.max()) <= 0:
+    The last time stays 1, and no time comes to lie before the one before it: an active
+    set, to which the bounds that a step would cross are added as long as it crosses any.
+    """
+    diagonal, active = curvature.diagonal(), list[int]()
+    if not bool(torch.isfinite(curvature).all()) or float(diagonal.max()) <= 0:
+        return None
+    damped = curvature + torch.diag(damping * diagonal + 1e-12 * diagonal.max())
+    gaps = gap_rows(math.isqrt(2 * len(vector)))
+    total = gaps.sum(0, keepdim=True)
+    while len(active) < len(gaps):  # all times cannot stay where they are
+        rows = torch.cat([total, gaps[active]])
+        wanted = torch.cat([1 - total @ vector, -(gaps[active] @ vector)])
+        moved = _constrained(damped, gradient, rows, wanted)
+        if moved is None:
             return None
-        damped = self.curvature + torch.diag(damping * diagonal + 1e-12 * diagonal.max())
-        gaps = gap_rows(n)
-        total = gaps.sum(0, keepdim=True)
-        active: list[int] = []
-        while True:
-            rows = torch.cat([total, gaps[active]])
-            wanted = torch.cat([1 - total @ vector, -(gaps[active] @ vector)])
-            moved = _constrained(damped, self.gradient, rows, wanted)
-            if moved is None:
-                return None
-            crossed = [i for i, gap in enumerate((gaps @ (vector + moved)).tolist()) if gap < -1e-9]
-            new = [i for i in crossed if i not in active]
-            if not new:
-                return vector + moved
-            active = sorted([*active, *new])
-            if len(active) == n:  # all times cannot stay where they are
-                return None
+        crossed = torch.nonzero(gaps @ (vector + moved) < -1e-9).flatten().tolist()
+        if set(crossed) <= set(active):
+            return vector + moved
+        active = sorted({*active, *crossed})
+    return None
 
 
 def gap_rows(n: int) -> Tensor:
@@ -266,10 +270,9 @@ def _constrained(
     size, extra = len(gradient), len(rows)
     # Scaled to a unit diagonal: the curvatures of early and late weights differ by powers of ten.
     scale = curvature.diagonal().rsqrt()
-    system = torch.zeros(size + extra, size + extra, dtype=torch.float64)
-    system[:size, :size] = scale[:, None] * curvature * scale
-    system[:size, size:] = (rows * scale).t()
-    system[size:, :size] = rows * scale
+    scaled = rows * scale
+    top = torch.cat([scale[:, None] * curvature * scale, scaled.t()], 1)
+    system = torch.cat([top, torch.cat([scaled, scaled.new_zeros(extra, extra)], 1)])
     solution, info = torch.linalg.solve_ex(system, torch.cat([-gradient * scale, wanted]))
     if int(info) != 0 or not bool(torch.isfinite(solution).all()):
         return None

@@ -13,13 +13,16 @@ from torchdiffeq_hyper._rules import shown
 from torchdiffeq_hyper.errors import OptionError
 from torchdiffeq_hyper.fitting._field import SEED, SHARES, size_of
 
+FUNC = "func(t, y)"
+# Entries of a signature that are fingerprints, and how each of their points is called.
+POINTS_OF = {"y0": [""], FUNC: [f", {share:.0%} of t_span passed" for share in SHARES]}
+
 N_DIRECTIONS = 4
-SLACK = 1e-4
-"""By which a field may differ relative to its size: sums depend on the number of threads."""
-ROUNDINGS = 64
-"""Roundings, relative to the largest size of all points, that a value may differ by as well:
-where terms cancel, little else is left of it."""
+SLACK = 1e-4  # relative difference of one field: sums depend on the number of threads
 HALF_SLACK = 4  # roundings that a field in half precision may differ by
+# Roundings of the largest of all points that a value may differ by as well: where terms cancel,
+# little else is left of it.
+ROUNDINGS = 64
 
 Fingerprint: TypeAlias = dict[str, Any]
 
@@ -29,19 +32,11 @@ def fingerprint(points: Sequence[Tensor], dtype: torch.dtype) -> list[Fingerprin
     """Return what tells values, computed in ``dtype``, from others; None for what is not finite.
 
     Sizes, and projections relative to them, so that they overflow for no unit.
-
-    >>> import torch
-    >>> (one,) = fingerprint([torch.ones(100)], torch.float32)
-    >>> one["size"], len(one["projections"])
-    (1.0, 4)
     """
     real = (torch.view_as_real(p.resolve_conj()) if p.is_complex() else p for p in points)
     values = [point.detach().cpu().double().flatten() for point in real]
-    generator = torch.Generator().manual_seed(SEED)
-    directions = [
-        torch.randn(len(values[0]), generator=generator, dtype=torch.float64)
-        for _ in range(N_DIRECTIONS)
-    ]
+    generator, like = torch.Generator().manual_seed(SEED), values[0]
+    directions = [torch.empty_like(like).normal_(generator=generator) for _ in range(N_DIRECTIONS)]
     found: list[Fingerprint | None] = []
     for value in values:
         if not bool(torch.isfinite(value).all()):
@@ -60,28 +55,21 @@ def differing(first: object, second: object) -> int | None:
     assert isinstance(second, list)
     if not isinstance(first, list) or len(first) != len(second):
         return 0
-    largest = max((one["size"] for one in second if one is not None), default=0.0)
-    pairs = enumerate(zip(first, second, strict=True))
-    return next((n for n, (one, other) in pairs if not _alike(one, other, largest)), None)
+    largest = max((own["size"] for own in second if own is not None), default=0.0)
+    alike = [_alike(one, other, largest) for one, other in zip(first, second, strict=True)]
+    return None if all(alike) else alike.index(False)
 
 
 def _alike(one: Any, other: Fingerprint | None, largest: float) -> bool:
     if one is None or other is None:
         return one is other
     try:
-        sizes = float(one["size"]), float(other["size"])
-        pairs = list(zip(one["projections"], other["projections"], strict=True))
-        size, eps = max(sizes), float(other["eps"])
-        slack = max(SLACK, HALF_SLACK * eps) * size + ROUNDINGS * eps * largest
-        differences = [abs(a * sizes[0] - b * sizes[1]) for a, b in pairs]
-        return all(found <= slack for found in [abs(sizes[0] - sizes[1]), *differences])
+        size, own, eps = float(one["size"]), float(other["size"]), float(other["eps"])
+        slack = max(SLACK, HALF_SLACK * eps) * max(size, own) + ROUNDINGS * eps * largest
+        pairs = zip([1.0, *one["projections"]], [1.0, *other["projections"]], strict=True)
+        return all(abs(a * size - b * own) <= slack for a, b in pairs)
     except (KeyError, TypeError, ValueError):
         return False
-
-
-FUNC = "func(t, y)"
-POINTS_OF = {"y0": [""], FUNC: [f", {share:.0%} of t_span passed" for share in SHARES]}
-"""Entries of a signature that are fingerprints, and how each of their points is called."""
 
 
 def signs_of_field(probes: Sequence[Tensor]) -> dict[str, Any]:
@@ -102,13 +90,10 @@ def signs_of_net(net: nn.Module) -> dict[str, list[Any]]:
 def check_same_call(signatures: Sequence[Mapping[str, Any]]) -> None:
     """Refuse processes that differ in their signatures, given in the order of ranks."""
     for rank, other in enumerate(signatures[1:], 1):
-        difference = _difference(other, signatures[0], "in process 0")
-        if difference:
+        if what := _difference(other, signatures[0], "in process 0"):
             raise OptionError(
-                problem=f"process {rank} of this fit makes another call than process 0: "
-                f"{difference}.",
-                expected="the same arguments in every process, y0 among them: fit shares it out "
-                "itself.",
+                problem=f"process {rank} of this fit makes another call than process 0: {what}.",
+                expected="the same arguments and y0 in every process: fit shares y0 out itself.",
                 fix="torch.manual_seed(0)   # before y0 is drawn; and no DistributedSampler",
             )
 
@@ -117,8 +102,7 @@ def check_same_fit(
     found: Mapping[str, Any], wanted: Mapping[str, Any], path: str, fix: str
 ) -> None:
     """Refuse the checkpoint at ``path`` if its signature is that of another fit."""
-    difference = _difference(found, wanted)
-    if difference:
+    if difference := _difference(found, wanted):
         raise OptionError(
             problem=f"the checkpoint {path!r} belongs to another fit: {difference}.",
             expected="the same call as the one that was interrupted.",
@@ -130,8 +114,7 @@ def check_same_field(found: Mapping[str, Any] | None, wanted: Mapping[str, Any])
     """Refuse what was fitted to another field, if `signs_of_field` were kept of the same starts."""
     if found is None or _difference(found, {"y0": wanted["y0"]}):
         return
-    difference = _difference(found, {FUNC: wanted[FUNC]})
-    if difference:
+    if difference := _difference(found, {FUNC: wanted[FUNC]}):
         raise OptionError(
             problem=f"the checkpoint belongs to another field: {difference}.",
             expected="the func that it was fitted to.",
@@ -144,8 +127,7 @@ def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any], here: str =
     for name, own in wanted.items():
         other = found.get(name)
         if name in POINTS_OF:
-            position = differing(other, own)
-            if position is not None:
+            if (position := differing(other, own)) is not None:
                 return f"{name} has other values there than {here}{POINTS_OF[name][position]}"
         elif not _agree(other, own):
             return f"{name} is {shown(other)} there and {shown(own)} {here}"

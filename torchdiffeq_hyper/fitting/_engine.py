@@ -6,6 +6,7 @@ package's ``__init__``, and a `Target` in a file beside this one, named in `_fit
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import closing, nullcontext, suppress
@@ -24,7 +25,7 @@ from torchdiffeq_hyper.fitting._budget import PROBES, Budget, ReferencePlan, pla
 from torchdiffeq_hyper.fitting._checkpoint import FitState, PhaseState, Store, snapshot
 from torchdiffeq_hyper.fitting._config import FitConfig
 from torchdiffeq_hyper.fitting._data import MOST_BYTES, Data, References
-from torchdiffeq_hyper.fitting._errors import Comparison, timed_errors
+from torchdiffeq_hyper.fitting._errors import Comparison, end_errors
 from torchdiffeq_hyper.fitting._field import Field, OutOfTimeError
 from torchdiffeq_hyper.fitting._objectives import measuring_time_in
 from torchdiffeq_hyper.fitting._phases import Loop, Phase
@@ -208,9 +209,7 @@ class _Fit:
             state = self._group.from_first(lambda: new)
             store.write(state)
         self.batches.most = state.most_batches
-        self.budget.reserved = SOLVES_OF_REPORT * self._group.from_first(
-            lambda: timed_errors(target.comparison().run, problem.func, data.held_out)[1]
-        )
+        self.budget.reserved = SOLVES_OF_REPORT * self._group.from_first(lambda: self._time(data))
         phases = target.phases()
         Loop(phases, target.module, self._group, state, self.budget, self.progress, store).run()
         target.module.eval()
@@ -225,6 +224,13 @@ class _Fit:
         if state.stopped != "max_seconds":  # else the next call goes on, should it have more time
             store.write(state)
         return report
+
+    @torch.no_grad()
+    def _time(self, data: Data) -> float:
+        """Return the seconds of a solve of the held-out samples."""
+        began = time.perf_counter()
+        end_errors(self.target.comparison().run, self._problem.func, data.held_out)
+        return time.perf_counter() - began
 
     def _solve_references(
         self, references: References, state: FitState | None

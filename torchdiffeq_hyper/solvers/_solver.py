@@ -54,6 +54,12 @@ class Solver(nn.Module, ABC):
         steps: how finely it solves; see the subclasses.
         domain: what it was fitted for, None if it was not fitted.
         report: what the fit measured.
+
+    Example:
+        >>> import torch, torchdiffeq_hyper as tdh
+        >>> solver = tdh.BespokeSolver.classical("rk4", 8)
+        >>> isinstance(solver, tdh.Solver), solver.method
+        (True, 'bns')
     """
 
     kind: ClassVar[str] = "solver"
@@ -308,6 +314,16 @@ class Solver(nn.Module, ABC):
             >>> solver, y0 = tdh.BespokeSolver.classical("rk4", 4), torch.ones(3, 1)
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     solver.export(f"{folder}/decay.pt2", lambda t, y: -y, y0, torch.arange(2.0))
+
+        Example:
+            >>> import tempfile, torch, torchdiffeq_hyper as tdh
+            >>> solver = tdh.HyperSolver("euler", lambda step: step.y / 2, steps=2)
+            >>> t = torch.tensor([0.0, 1.0])
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     solver.export(f"{folder}/decay.pt2", lambda t, y: -y, torch.ones(3, 1), t)
+            ...     solve = torch.export.load(f"{folder}/decay.pt2").module()
+            >>> solve(torch.ones(8, 1), t).shape
+            torch.Size([2, 8, 1])
         """
         export_solve(path, self.solve, (func, self), (y0, t), dynamic_batch=dynamic_batch)
 

@@ -109,6 +109,11 @@ class BespokeSolver(Solver, kind=BNS):
 
         Raises:
             OptionError: the method is unknown, or has more stages than there are calls.
+
+        Example:
+            >>> import torchdiffeq_hyper as tdh
+            >>> tdh.BespokeSolver.classical("rk4", 10).steps
+            10
         """
         return cls(_weights.classical(method, calls))
 
@@ -176,6 +181,12 @@ class BespokeSolver(Solver, kind=BNS):
         the span is fitted, and second derivatives by it alone are not those of the solution. A
         compiled or exported solve cannot raise: where ``t`` leaves the span, it gives nan.
         ``rtol`` and ``atol`` are ignored: there is no error estimate.
+
+        Example:
+            >>> import torch, torchdiffeq_hyper as tdh
+            >>> solver = tdh.BespokeSolver.classical("heun3", 6)
+            >>> solver.solve(lambda t, y: -y, torch.ones(2), torch.linspace(0, 1, 5)).shape
+            torch.Size([5, 2])
         """
         layout = StateLayout.of(y0)
         flat = layout.join(y0)

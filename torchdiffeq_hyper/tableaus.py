@@ -2,7 +2,8 @@
 
 A base is no table of coefficients but code, in the host's order of operations, so that a solve
 without correction equals torchdiffeq's own method bitwise. To add one, write it here and register
-a method for it in the package's ``__init__`` (or in a plugin).
+a method for it in the package's ``__init__`` (or in a plugin); its row of coefficients goes into
+``tests/fuzz/reference.py``, which solves with it independently.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The time a fit may take: how many reference solutions and iterations end in it."""
+"""The time a fit may take: how many reference solutions and iterations end in it.
+
+Why a phase of a fit ends is in `_phases`.
+"""
 
 from __future__ import annotations
 

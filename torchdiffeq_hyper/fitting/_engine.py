@@ -1,7 +1,9 @@
 """One fit from data to solver, whatever is fitted: check, solve references, train, report.
 
-A learned solver with a fit of its own takes a leaf of `solvers._solver.Solver`, its method in the
-package's ``__init__``, and a `Target` in a file beside this one, named in `_fit.TARGETS`.
+A learned solver with a fit of its own takes a subclass of `solvers._solver.Solver`, whose ``kind``
+is its base's name and whose ``solve`` takes ``rtol`` and ``atol`` as well; a `WholeSolve` of it in
+the package's ``__init__``; and a `Target` in a file beside this one, under that name in
+`_fit.TARGETS`. See `_bespoke` and ``solvers/bespoke``.
 """
 
 from __future__ import annotations

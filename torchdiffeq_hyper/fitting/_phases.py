@@ -1,4 +1,7 @@
-"""The phases of a fit: what all have in common, the one by AdamW, and the loop through them."""
+"""The phases of a fit: when one stops, the one by AdamW, and the loop through them.
+
+The rules of when it ends are in `Phase.stop_reason` and in what it calls; the clock is `_budget`'s.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fills in the `FitReport` of a fit: errors, comparisons with classical solvers, notes."""
+"""Fills in the `FitReport` of a fit (`solvers._fit_report`): errors, classical solvers, notes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """`FitReport`, what a fit measured, and its parts.
 
-`fitting._report.reported` fills it in. A new field needs a default, for files written before.
+`fitting._report.reported` and `lightning.HyperSolverModule.report` fill it in. A new field needs a
+default, for files written before, and a rule in `REPORT` where it may be negative.
 """
 
 from __future__ import annotations

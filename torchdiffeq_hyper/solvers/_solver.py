@@ -1,4 +1,4 @@
-"""The base class of all fitted solvers."""
+"""The base class of all fitted solvers. How to add one: see `fitting._engine`."""
 
 from __future__ import annotations
 

@@ -222,7 +222,7 @@ def _refuse(base: str, alpha: float | None, hypernet: object, given: dict[str, A
         expected = "None (the base learns its coefficients, a net on top is extra) or a module."
     else:
         return
-    raise OptionError(problem=f'{got}, and base is "{base}".', expected=expected, fix=fix)
+    raise OptionError(problem=f'{got} and base is "{base}".', expected=expected, fix=fix)
 
 
 def _notes(state: FitState, data: Data, start: str, n: int) -> Iterator[str]:

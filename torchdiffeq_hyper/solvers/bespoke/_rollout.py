@@ -175,14 +175,15 @@ class _Matrix:
     def __init__(self, y: Tensor, n: int) -> None:
         self._memory = _Memory(y)
         self._start = self._memory.flat(y)
-        self._matrix = y.new_empty(n, self._start.numel())
+        matrix = y.new_empty(n, self._start.numel())
+        self._columns, self._rows = matrix.t(), matrix.unbind()
 
     def __call__(self, row: Tensor, stages: list[Tensor]) -> Tensor:
         n = len(stages)
-        last = self._memory.view(self._matrix[n - 1])
+        last = self._memory.view(self._rows[n - 1])
         last.copy_(stages[-1])
         stages[-1] = last
-        return self._memory.view(torch.addmv(self._start, self._matrix[:n].t(), row))
+        return self._memory.view(torch.addmv(self._start, self._columns[:, :n], row))
 
 
 def _add_in_chunks(y: Tensor, row: Tensor, stages: list[Tensor]) -> Tensor:

@@ -33,6 +33,9 @@ class StepInput(NamedTuple):
         stages: the derivatives k_1..k_s of the base method's stages, each like ``y``.
         y0: the state at the start of the solve, like ``y``.
         context: the inputs of the samples' `Conditioned` func; empty for other funcs.
+        history: the derivatives f0 at the starts of earlier steps, each like ``y``, with the
+            (signed) sizes of these steps; newest first. As many as the hypernet's attribute
+            ``history`` asks for (0 without one); fewer at a solve's first steps.
 
     Example:
         >>> import torch
@@ -50,6 +53,7 @@ class StepInput(NamedTuple):
     stages: tuple[State, ...]
     y0: State
     context: tuple[Tensor, ...] = ()
+    history: tuple[tuple[State, Tensor], ...] = ()
 
 
 Hypernet: TypeAlias = Callable[[StepInput], State]

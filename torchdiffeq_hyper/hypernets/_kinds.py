@@ -11,18 +11,25 @@ from torch import Tensor, nn
 from torchdiffeq_hyper._rules import Items, Rule, Such, Whole
 from torchdiffeq_hyper._state import State, StateLayout, stepped_dtype
 from torchdiffeq_hyper.hypernets._concat import join_channels, refuse_complex
-from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS, COUNT, ReadyHypernet, perceptron
+from torchdiffeq_hyper.hypernets._ready import (
+    CONVOLUTIONS,
+    COUNT,
+    ReadyConcatHypernet,
+    ReadyHypernet,
+    perceptron,
+)
 from torchdiffeq_hyper.tableaus import Tableau
 
 
-class Linear(ReadyHypernet):
+class Linear(ReadyConcatHypernet):
     r"""One linear map of the input channels, the same at every point of space.
 
     Costs channels_in * channels multiply-adds a point.
 
     Args:
         channels: channels of the state, all parts of a tuple state together.
-        common: ``inputs``, ``n_stages`` and ``n_context``; with the errors, see `ReadyHypernet`.
+        common: ``inputs``, ``n_stages`` and ``n_context``; with the errors, see
+            `ReadyConcatHypernet`.
 
     Example:
         >>> import torch, torchdiffeq_hyper as tdh
@@ -41,7 +48,7 @@ class Linear(ReadyHypernet):
         super().__init__(layers, channels, {}, **common)
 
 
-class MLP(ReadyHypernet):
+class MLP(ReadyConcatHypernet):
     r"""A perceptron with SiLU activations on the channels, the same at every point of space.
 
     For states without spatial dimensions; where there are some, no points are coupled.
@@ -49,7 +56,8 @@ class MLP(ReadyHypernet):
     Args:
         channels: channels of the state, all parts of a tuple state together.
         hidden: widths of the hidden layers.
-        common: ``inputs``, ``n_stages`` and ``n_context``; with the errors, see `ReadyHypernet`.
+        common: ``inputs``, ``n_stages`` and ``n_context``; with the errors, see
+            `ReadyConcatHypernet`.
 
     Example:
         >>> from torchdiffeq_hyper.hypernets import MLP
@@ -75,7 +83,7 @@ _CONVOLUTION: dict[str, Rule] = {
 }
 
 
-class Conv(ReadyHypernet):
+class Conv(ReadyConcatHypernet):
     r"""Two convolutions, k x k and 1 x 1, with a SiLU between.
 
     For states (batch, channels, \*spatial) with 1 to 3 spatial dimensions (others raise
@@ -87,7 +95,8 @@ class Conv(ReadyHypernet):
         hidden: channels between the two convolutions.
         kernel_size: k, odd.
         n_spatial: spatial dimensions of the state: 1, 2 or 3.
-        common: ``inputs``, ``n_stages`` and ``n_context``; with the errors, see `ReadyHypernet`.
+        common: ``inputs``, ``n_stages`` and ``n_context``; with the errors, see
+            `ReadyConcatHypernet`.
 
     Example:
         >>> from torchdiffeq_hyper.hypernets import Conv
@@ -111,7 +120,7 @@ class Conv(ReadyHypernet):
         super().__init__(layers, channels, own, **common)
 
 
-class Bottleneck(ReadyHypernet):
+class Bottleneck(ReadyConcatHypernet):
     r"""Two convolutions, 1 x 1 to a few channels and k x k back, with a SiLU between.
 
     The cheap net for states with 1 to 3 spatial dimensions: the wide convolution runs over

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, pairwise
 from typing import Any, ClassVar
 
@@ -108,21 +109,13 @@ def perceptron(widths: Sequence[int], *between: nn.Module) -> nn.Sequential:
     return nn.Sequential(*chain(*layers[:-1]), layers[-1][0])
 
 
-class ReadyHypernet(ConcatHypernet):
-    """Base of the ready nets: a `ConcatHypernet` that is zero until it is fitted.
-
-    The last layer starts at zero, so an unfitted hypersolver is its base method. The
-    input is normalised and the output scaled per channel by buffers that `calibrate`
-    sets; they start as the identity and are part of ``state_dict()``.
+class ReadyHypernet(nn.Module, ABC):
+    """Base of the ready nets: zero until fitted, in a time unit of its own, described by JSON.
 
     Args:
-        layers: makes the layers, given the number of input channels.
         channels: channels of the state, all parts of a tuple state together.
         own: what the subclass was given besides, JSON-ready; its ``rules`` say what they may be.
-        inputs: see `ConcatHypernet`.
-        n_stages: stages of the base method; matters if ``inputs`` has "stages".
-        n_context: channels of the context, all its tensors together; if ``inputs`` has
-            "context".
+        n_stages: stages of the base method.
 
     Raises:
         OptionError: an argument is impossible.
@@ -130,33 +123,14 @@ class ReadyHypernet(ConcatHypernet):
 
     kind: ClassVar[str]
     rules: ClassVar[Mapping[str, Rule]] = {}
-    net: Scaled
 
-    def __init__(
-        self,
-        layers: Callable[[int], nn.Sequential],
-        channels: int,
-        own: Mapping[str, Any],
-        *,
-        inputs: Sequence[str] = ("y", "f0", "dt"),
-        n_stages: int = 1,
-        n_context: int = 0,
-    ) -> None:
+    def __init__(self, channels: int, own: Mapping[str, Any], *, n_stages: int = 1) -> None:
         checked_arguments(SIZES, {"channels": channels, "n_stages": n_stages})
         arguments = checked_arguments(self.rules, own)
-        names = check_inputs(inputs)
-        has_context = "context" in names
-        checked_arguments(
-            {"n_context": COUNT if has_context else Choice(0)},
-            {"n_context": n_context},
-            "n_context=1" if has_context else f"inputs={(*names, 'context')!r}",
-        )
-        n_in = sum(channel_counts(names, channels, n_stages, n_context))
-        super().__init__(Scaled(layers(n_in), n_in, channels, own.get("n_spatial")), names)
+        nn.Module.__init__(self)  # not that of `ConcatHypernet`, where this is a base as well
         self._arguments = arguments
         self.channels = channels
         self.n_stages = n_stages
-        self.n_context = n_context
         self.time_unit = 1.0
         self.order = 0
 
@@ -167,22 +141,48 @@ class ReadyHypernet(ConcatHypernet):
             "kind": self.kind,
             "channels": self.channels,
             **self._arguments,
-            "inputs": list(self.inputs),
             "n_stages": self.n_stages,
             # Only where they count, so that earlier versions read all other nets.
-            **({"n_context": self.n_context} if self.n_context else {}),
             **({"time_unit": self.time_unit, "order": self.order} if self.time_unit != 1 else {}),
         }
 
+    @abstractmethod
+    def last_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters that are zero as long as the net is."""
+
+    @abstractmethod
+    def concat(self, step: StepInput) -> Tensor:
+        r"""Return what the layers are given, (batch, channels of all inputs, \*spatial)."""
+
+    @abstractmethod
+    def scaled(self, step: StepInput) -> State:
+        """Return time_unit^(p+1) g, like ``step.y``."""
+
+    @abstractmethod
+    def calibrate(self, inputs: Tensor, residual: Tensor, unit: float = 1.0) -> None:
+        r"""Set the normalisation, so that the layers see and return numbers of order one.
+
+        This changes what a fitted net computes: call it before fitting.
+
+        Args:
+            inputs: (N, channels of all inputs, \*spatial), as `concat` returns it.
+            residual: (N, channels, \*spatial), the values to be learned; for tuple
+                states as `join_channels` returns them.
+            unit: what these are to be multiplied by.
+
+        Raises:
+            StateShapeError: no samples, or another number of channels.
+        """
+
     @property
     def is_zero(self) -> bool:
-        """Whether the net still is as it was made: its last layer is zero."""
-        return not any(bool(p.any()) for p in self.net.layers[-1].parameters())
+        """Whether the net still is as it was made: that of the base method."""
+        return not any(bool(parameter.any()) for parameter in self.last_parameters())
 
     @torch.no_grad()
     def reset(self) -> None:
         """Make the net zero again: that of the base method."""
-        for parameter in self.net.layers[-1].parameters():
+        for parameter in self.last_parameters():
             parameter.zero_()
 
     def measure_time_in(self, time_unit: float, order: int) -> None:
@@ -213,9 +213,68 @@ class ReadyHypernet(ConcatHypernet):
             out = map_parts(lambda part: part / self.time_unit, out)
         return out
 
+
+class ReadyConcatHypernet(ReadyHypernet, ConcatHypernet):
+    """Base of the ready nets that are layers on the concatenation of a step's inputs.
+
+    The last layer starts at zero, so an unfitted hypersolver is its base method. The
+    input is normalised and the output scaled per channel by buffers that `calibrate`
+    sets; they start as the identity and are part of ``state_dict()``.
+
+    Args:
+        layers: makes the layers, given the number of input channels.
+        channels: channels of the state, all parts of a tuple state together.
+        own: what the subclass was given besides, JSON-ready; its ``rules`` say what they may be.
+        inputs: see `ConcatHypernet`.
+        n_stages: stages of the base method; matters if ``inputs`` has "stages".
+        n_context: channels of the context, all its tensors together; if ``inputs`` has
+            "context".
+
+    Raises:
+        OptionError: an argument is impossible.
+    """
+
+    net: Scaled
+
+    def __init__(
+        self,
+        layers: Callable[[int], nn.Sequential],
+        channels: int,
+        own: Mapping[str, Any],
+        *,
+        inputs: Sequence[str] = ("y", "f0", "dt"),
+        n_stages: int = 1,
+        n_context: int = 0,
+    ) -> None:
+        super().__init__(channels, own, n_stages=n_stages)
+        self.inputs = check_inputs(inputs)
+        has_context = "context" in self.inputs
+        checked_arguments(
+            {"n_context": COUNT if has_context else Choice(0)},
+            {"n_context": n_context},
+            "n_context=1" if has_context else f"inputs={(*self.inputs, 'context')!r}",
+        )
+        n_in = sum(channel_counts(self.inputs, channels, n_stages, n_context))
+        self.net = Scaled(layers(n_in), n_in, channels, own.get("n_spatial"))
+        self.n_context = n_context
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """JSON-ready description from which `from_architecture` rebuilds the net."""
+        with_context = {"n_context": self.n_context} if self.n_context else {}
+        return {**super().architecture, "inputs": list(self.inputs), **with_context}
+
+    def last_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield those of the last layer."""
+        return self.net.layers[-1].parameters()
+
+    def concat(self, step: StepInput) -> Tensor:
+        r"""Return the named parts of ``step`` along dim 1; see `ConcatHypernet.concat`."""
+        return ConcatHypernet.concat(self, step)
+
     def scaled(self, step: StepInput) -> State:
         """Return time_unit^(p+1) g, like ``step.y``."""
-        return super().forward(step)
+        return ConcatHypernet.forward(self, step)
 
     @torch.no_grad()
     def calibrate(self, inputs: Tensor, residual: Tensor, unit: float = 1.0) -> None:

@@ -11,7 +11,8 @@ from torchdiffeq_hyper.hypernets._kinds import (
     ready,
     suited,
 )
-from torchdiffeq_hyper.hypernets._ready import ReadyHypernet
+from torchdiffeq_hyper.hypernets._multistep import Multistep, MultistepOnGrid
+from torchdiffeq_hyper.hypernets._ready import ReadyConcatHypernet, ReadyHypernet
 
 __all__ = [
     "MLP",
@@ -19,6 +20,9 @@ __all__ = [
     "ConcatHypernet",
     "Conv",
     "Linear",
+    "Multistep",
+    "MultistepOnGrid",
+    "ReadyConcatHypernet",
     "ReadyHypernet",
     "families",
     "from_architecture",

@@ -33,21 +33,29 @@ from torchdiffeq_hyper.errors import (
 )
 from torchdiffeq_hyper.hypernets._concat import NAMES_OF_INPUTS, ConcatHypernet
 from torchdiffeq_hyper.hypernets._kinds import MLP, Bottleneck, Conv, Linear
+from torchdiffeq_hyper.hypernets._multistep import Multistep
 from torchdiffeq_hyper.hypernets._ready import SIZES, TIME_UNIT, ReadyHypernet
 
 NetT = TypeVar("NetT", bound=nn.Module)
 
-KINDS: dict[str, type[ReadyHypernet]] = {net.kind: net for net in (Linear, MLP, Conv, Bottleneck)}
+KINDS: dict[str, type[ReadyHypernet]]
+KINDS = {net.kind: net for net in (Linear, MLP, Conv, Bottleneck, Multistep)}
 
 _OPTIONAL: dict[str, Rule] = {
-    "inputs": NAMES_OF_INPUTS,
     "n_stages": SIZES["n_stages"],
-    "n_context": Whole(),
     "time_unit": Real(above=0.0),
     "order": Whole(0, 1000),
 }
+_OF_CONCAT: dict[str, Rule] = {"inputs": NAMES_OF_INPUTS, "n_context": Whole()}
 ARCHITECTURES: dict[str, Record] = {
-    kind: Record({"channels": SIZES["channels"]}, optional={**_OPTIONAL, **net.rules})
+    kind: Record(
+        {"channels": SIZES["channels"]},
+        optional={
+            **_OPTIONAL,
+            **(_OF_CONCAT if issubclass(net, ConcatHypernet) else {}),
+            **net.rules,
+        },
+    )
     for kind, net in KINDS.items()
 }
 """What describes a ready net of each kind in a file."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from math import factorial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from torchdiffeq_hyper._rules import Rule, Whole
 from torchdiffeq_hyper._state import State, StepInput
+from torchdiffeq_hyper.errors import StateShapeError
 from torchdiffeq_hyper.hypernets._concat import join_channels, refuse_complex, split_channels
 from torchdiffeq_hyper.hypernets._ready import ReadyHypernet
 
@@ -40,6 +41,7 @@ class Multistep(ReadyHypernet):
         history: H, how many earlier derivatives are used.
         degree: of the polynomials in time.
         n_stages: s, the stages of the base method.
+        order: p, the order of the base method.
 
     Raises:
         OptionError: an argument is impossible.
@@ -64,9 +66,16 @@ class Multistep(ReadyHypernet):
     span: Tensor
 
     def __init__(
-        self, channels: int, history: int = 2, degree: int = 3, *, n_stages: int = 1
+        self,
+        channels: int,
+        history: int = 2,
+        degree: int = 3,
+        *,
+        n_stages: int = 1,
+        order: int = 1,
     ) -> None:
         super().__init__(channels, {"history": history, "degree": degree}, n_stages=n_stages)
+        self.measure_time_in(1.0, order)
         self.history = history
         n_features = (history + n_stages + 1) * channels + 1
         shape = (history + 1, degree + 1, channels, n_features)
@@ -74,6 +83,11 @@ class Multistep(ReadyHypernet):
         self.register_buffer("feature_scale", torch.ones(n_features))
         self.register_buffer("output_scale", torch.ones(channels))
         self.register_buffer("span", torch.tensor([0.0, 1.0]))
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """JSON-ready description from which `from_architecture` rebuilds the net."""
+        return {**super().architecture, "order": self.order}
 
     def last_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the matrices: the net is zero where they are."""
@@ -124,6 +138,24 @@ class Multistep(ReadyHypernet):
         constant = (constant[0] / power).to(dtype)
         return split_channels(out + constant.reshape(-1, *(1,) * (out.dim() - 2)), step.y)
 
+    def on_grid(
+        self, t: Tensor, dt: Tensor, y: Tensor, *, negated: bool = False
+    ) -> MultistepOnGrid:
+        """Return the net for all steps of a time grid and states like ``y``, one tensor."""
+        self._check_channels(y)
+        return MultistepOnGrid(self, t, dt, y, negated=negated)
+
+    def _check_channels(self, y: Tensor) -> None:
+        """Refuse joined states that these matrices do not fit."""
+        refuse_complex(y)
+        if y.shape[1] != self.channels:
+            raise StateShapeError(
+                problem=f"the state has {y.shape[1]} channels along dim 1, the hypernet's matrices "
+                f"{self.channels}.",
+                expected="the samples along dim 0, and as many channels as the net was made for.",
+                fix=f"tdh.hypernets.Multistep(channels={y.shape[1]})",
+            )
+
     def _sizes(self, step: StepInput) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sizes of the step (1,) and the earlier ones (1, H), and how many there are."""
         u = step.dt.reshape(1) / self.time_unit
@@ -136,7 +168,7 @@ class Multistep(ReadyHypernet):
         """Return state and derivatives in time units, each (batch, channels, *spatial)."""
         earlier = (f for f, _ in step.history[: self.history])
         blocks = [join_channels(state) for state in (step.y, step.f0, *earlier, *step.stages[1:])]
-        refuse_complex(blocks[0])
+        self._check_channels(blocks[0])
         return [blocks[0], *(block * self.time_unit for block in blocks[1:])]
 
     def present(self, available: int) -> list[int]:
@@ -223,10 +255,12 @@ class MultistepOnGrid:
         self._earlier: tuple[Tensor, ...] = ()
 
     def add(self, dy: Tensor, y: Tensor, stages: tuple[Tensor, ...]) -> Tensor:
-        """Return ``dy + dt^(p+1) g`` for the next step; keeps ``stages[0]``."""
-        matrix, f0 = self._matrices[self._n], stages[0]
-        blocks = torch.cat([self._ones, y, f0, *self._earlier, *stages[1:]], 1)
+        """Return ``dy + dt^(p+1) g`` for the next step."""
+        matrix = self._matrices[self._n]
+        blocks = torch.cat([self._ones, y, stages[0], *self._earlier, *stages[1:]], 1)
         self._n += 1
+        # A copy: func may answer in memory that it uses again.
+        f0 = blocks.narrow(1, 1 + y.shape[1], y.shape[1])
         self._earlier = (f0, *self._earlier)[: self._history]
         if dy.dim() == 2:
             return torch.addmm(dy, blocks, matrix.T)

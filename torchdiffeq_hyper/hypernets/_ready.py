@@ -203,7 +203,7 @@ class ReadyHypernet(nn.Module, ABC):
         # Taken out, so that it counts as expected; torch hands over a copy of the dictionary.
         unit = state_dict.pop(prefix + TIME_UNIT, None)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        time_unit, order = (1.0, 0) if unit is None else unit.tolist()
+        time_unit, order = (1.0, self.order) if unit is None else unit.tolist()
         self.measure_time_in(time_unit, int(order))
 
     def forward(self, step: StepInput) -> State:

@@ -1,8 +1,8 @@
 r"""One step of a hypersolver: base increment plus dt^(p+1) * g, on a flat state.
 
 `Step` is one step of a solve, `Correction` its learned term, `stage_call` the func that both
-work on, `integrate` a whole solve on a time grid. Nothing is looked at on the way: step sizes
-are measured once before the first step (`Correction.look_at`), the last state once after it
+work on, `integrate` a whole solve on a time grid. Nothing is looked at on the way: the grid is
+looked at once before the first step (`Correction.look_at`), the last state once after it
 (`is_finite`); a solve that failed is replayed to say where (`raise_non_finite`).
 
 Hosts may solve a reverse-time problem in negated time with a negated func. The base increment is
@@ -12,7 +12,7 @@ then bitwise the same, and `Correction` undoes the negation, so that g sees the 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torchdiffeq_hyper._fields._answers import (
     check_answer,
     check_correction,
     check_hypernet_device,
+    own,
     owning,
     share_memory,
 )
@@ -38,6 +39,8 @@ from torchdiffeq_hyper._state import (
 from torchdiffeq_hyper.errors import NonFiniteError
 from torchdiffeq_hyper.tableaus import Edge, StageCall, Stepped, Tableau
 
+History: TypeAlias = tuple[tuple[Tensor, Tensor], ...]
+"""Flat derivatives f0 at the starts of earlier steps with the sizes of these, newest first."""
 Factors: TypeAlias = tuple[Tensor, ...]
 """Factors of dt^(p+1), each finite in the state's dtype: one, wherever that holds the power."""
 
@@ -50,6 +53,14 @@ class Step:
         self.correction = correction
         self._call = call
         self._is_watched = tableau.calls > 1
+        self._depth = 0 if correction is None else correction.history
+        self._history: History = ()
+
+    def restart(self) -> None:
+        """Forget the steps so far: the next one is the first of a solve."""
+        self._history = ()
+        if self.correction is not None and self.correction.on_grid is not None:
+            self.correction.on_grid.restart()
 
     def base(self, t0: Tensor, dt: Tensor, t1: Tensor, y: Tensor) -> Stepped:
         """Return the base's increment and its stages.
@@ -68,14 +79,30 @@ class Step:
     ) -> tuple[Tensor, Tensor]:
         """Return (y1 - y0, f0) for the step from t0 to t1; ``factors`` are those of its dt."""
         dy, stages = self.base(t0, dt, t1, y)
-        if self.correction is not None:
-            if factors is None:
-                # Event mode of the host steps with a plain number.
-                dt = torch.as_tensor(dt, dtype=t0.dtype, device=t0.device)
-                factors = self.correction.factors(dt, dy.dtype)
-            out = self.correction.evaluate(t0, dt, y, stages)
-            dy = self.correction.add(dy, out, factors)
-        return dy, stages[0]
+        if self.correction is None:
+            return dy, stages[0]
+        if self.correction.on_grid is not None:
+            return self.correction.on_grid.add(dy, y, stages), stages[0]
+        if factors is None:
+            # Event mode of the host steps with a plain number.
+            dt = torch.as_tensor(dt, dtype=t0.dtype, device=t0.device)
+            factors = self.correction.factors(dt, dy.dtype)
+        out = self.correction.evaluate(t0, dt, y, stages, self._history)
+        if self._depth:
+            self._history = ((own(stages[0]), dt), *self._history)[: self._depth]
+        return self.correction.add(dy, out, factors), stages[0]
+
+
+class OnGrid(Protocol):
+    """A hypernet for the steps of one solve, in order, that knows their times beforehand."""
+
+    def add(self, dy: Tensor, y: Tensor, stages: tuple[Tensor, ...]) -> Tensor:
+        """Return ``dy + dt^(p+1) g`` for the next step."""
+        ...
+
+    def restart(self) -> None:
+        """Begin at the first step again."""
+        ...
 
 
 class Correction:
@@ -83,6 +110,10 @@ class Correction:
 
     ``y0`` is the flat state at the start, ``negated`` says whether time and derivatives are given
     negated, ``part`` is the only part of a tuple state that g sees and corrects (None: all).
+
+    Attributes:
+        history: how many earlier derivatives g wants to see.
+        on_grid: g for the steps of a grid that `look_at` was shown, where it has such a form.
     """
 
     def __init__(
@@ -102,6 +133,11 @@ class Correction:
         scaled = getattr(type(hypernet), "scaled", None)
         self.time_unit: float = 1.0 if scaled is None else hypernet.time_unit  # type: ignore[attr-defined]
         self._hypernet = hypernet if self.time_unit == 1 else hypernet.scaled  # type: ignore[attr-defined]
+        wanted = getattr(hypernet, "history", 0)
+        self.history: int = wanted if type(wanted) is int else 0  # a user's may mean something else
+        self.on_grid: OnGrid | None = None
+        has_form = hasattr(type(hypernet), "on_grid") and layout.shapes is None and part is None
+        self._on_grid: Any = hypernet.on_grid if has_form else None  # type: ignore[attr-defined]
         self._power = order + 1
         self._layout = layout
         self._negated = negated
@@ -116,11 +152,17 @@ class Correction:
         state = self._layout.split(flat)
         return state if self._part is None else state[self._part]
 
-    def look_at(self, sizes: Tensor, y: Tensor) -> None:
-        """Note, once a solve, whether dt^(p+1) of all step sizes is one factor for states like y.
+    def look_at(self, sizes: Tensor, y: Tensor, starts: Tensor | None = None) -> None:
+        """Note, once a solve, what its steps have in common, for states like ``y``.
 
-        One device sync. Without it the factors are always p + 1.
+        That is whether dt^(p+1) of all step sizes is one factor (one device sync; without it the
+        factors are always p + 1), and where ``starts`` are all times at which steps start, what
+        g makes of these beforehand.
         """
+        if starts is not None and self._on_grid is not None and y.dim() > 1:
+            sign = -1 if self._negated else 1
+            self.on_grid = self._on_grid(sign * starts, sign * sizes, y, negated=self._negated)
+            return
         dtype = wider_dtype(y, sizes)
         self._is_in_range = is_power_in_range(sizes / self.time_unit, self._power, dtype)
 
@@ -130,12 +172,22 @@ class Correction:
         dt = dt if self.time_unit == 1 else dt / self.time_unit
         return power_factors(dt, self._power, dtype, is_in_range=self._is_in_range)
 
-    def evaluate(self, t: Tensor, dt: Tensor, y: Tensor, stages: tuple[Tensor, ...]) -> State:
+    def evaluate(
+        self,
+        t: Tensor,
+        dt: Tensor,
+        y: Tensor,
+        stages: tuple[Tensor, ...],
+        history: History = (),
+    ) -> State:
         """Return g's output for one step, times time_unit^(p+1), checked."""
         if self._negated:
             t, dt, stages = -t, -dt, tuple(-k for k in stages)
+            history = tuple((-f, -size) for f, size in history)
         state, views = self._view(y), tuple(map(self._view, stages))
-        out = self._hypernet(StepInput(dt, t, state, views[0], views, self._y0, self._context))
+        seen = tuple((self._view(f), size) for f, size in history)
+        step = StepInput(dt, t, state, views[0], views, self._y0, self._context, seen)
+        out = self._hypernet(step)
         check_correction(out, state, dt.dtype)
         return out
 
@@ -200,7 +252,7 @@ def integrate(
 ) -> list[Tensor]:
     """Return the flat states on a grid of times with these differences; or those at its ends."""
     assert step.correction is not None
-    step.correction.look_at(sizes, y0)
+    step.correction.look_at(sizes, y0, grid[:-1])
     all_factors = step.correction.factors(sizes, wider_dtype(y0, sizes))
     each_factors = zip(*(factor.unbind() for factor in all_factors), strict=True)
     times, dts = grid.unbind(), sizes.unbind()
@@ -274,6 +326,7 @@ def raise_non_finite(
     is that of the user's state, where the solve steps in another one.
     """
     check_start(y0)
+    step.restart()
     y = y0
     for index, (start, end) in enumerate(grid):
         t0, t1 = start.detach(), end.detach()

@@ -112,12 +112,14 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         self._solver = solver = self._call.find_part(self.entry, t, self._options)
         return solver.hypernet, solver.tableau if alpha is None else tableau
 
-    def _check_sizes(self, sizes: Tensor, readable: str | None = None) -> None:
-        """Look at the sizes of all steps beforehand, once: the fit's range, dt^(p+1)."""
+    def _check_sizes(
+        self, sizes: Tensor, readable: str | None = None, starts: Tensor | None = None
+    ) -> None:
+        """Look at all steps beforehand, once: the fit's range, dt^(p+1), times of known grids."""
         if self._solver is not None:
             self._solver.warn_outside_fit(sizes, self._call.sign, readable)
         if self._step.correction is not None and len(sizes):
-            self._step.correction.look_at(sizes, self.y0)
+            self._step.correction.look_at(sizes, self.y0, starts)
 
     def _evaluate(self, t: Tensor, y: Tensor, edge: Edge = Edge.INSIDE, /) -> Tensor:
         try:
@@ -159,7 +161,8 @@ class HyperGridSolver(FixedGridODESolver):  # type: ignore[misc]
         grid: Tensor = self.grid_constructor(self.func, self.y0, t)
         self.grid_constructor = lambda func, y0, t: grid
         follows_t = len(t) > 2 and not self._has_grid_option
-        self._check_sizes(grid.diff(), "options={..., {options}}" if follows_t else None)
+        readable = "options={..., {options}}" if follows_t else None
+        self._check_sizes(grid.diff(), readable, grid[:-1])
         if self._call.is_adjoint_forward:
             grid_between = partial(points_between, -grid.detach())  # backward time runs negated
             self._call.leave_plan((self._step.tableau, grid_between))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError
 
@@ -58,6 +59,12 @@ class StepInput(NamedTuple):
 
 Hypernet: TypeAlias = Callable[[StepInput], State]
 """``g(step) -> correction like step.y``: the learned part of a hypersolver."""
+
+
+def history_of(hypernet: object) -> int:
+    """Return how many earlier derivatives a hypernet asks for by its attribute ``history``."""
+    wanted = getattr(hypernet, "history", 0)
+    return wanted if type(wanted) is int else 0  # a user's net may call a log of losses so
 
 
 def parts_of(y: State) -> tuple[Tensor, ...]:
@@ -284,6 +291,15 @@ def is_traced(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return True
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def is_differentiated(tensor: Tensor) -> bool:
+    """Return whether a tensor may carry a gradient or a tangent; vmap hides that."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return True
+    if torch._C._functorch.is_batchedtensor(tensor):  # noqa: SLF001 - there is no public way
+        return True
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def values_of(tensor: Tensor) -> list[float] | None:

@@ -35,7 +35,7 @@ from torchdiffeq_hyper.fitting._hypersolver import measure_noise
 from torchdiffeq_hyper.fitting._phases import annealed
 from torchdiffeq_hyper.fitting._problem import HypersolverProblem
 from torchdiffeq_hyper.fitting._signature import check_same_field
-from torchdiffeq_hyper.hypernets import ready
+from torchdiffeq_hyper.hypernets import ReadyHypernet, ready
 from torchdiffeq_hyper.solvers._fit_report import FitReport, LossPoint
 from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
@@ -161,6 +161,7 @@ class HyperSolverModule(LightningModule):
             direction=direction,
             config=config,
             context=context,
+            is_scalable=isinstance(hypernet, ReadyHypernet) and hypernet.is_scalable,
         )
         check_hypernet(hypernet)
         self._func = (func,)  # in a tuple, so that torch does not take it for a part
@@ -182,10 +183,12 @@ class HyperSolverModule(LightningModule):
         self._noise = measure_noise(field, probes.y0, tableau, problem.plan, references.tolerances)
         batch = references.solve(starts, ENDLESS)
         self.hypernet = ready(starts.y0, tableau, time_unit=problem.width) if net is None else net
-        with _objectives.measuring_time_in(self.hypernet, problem.width, tableau.order):
-            _objectives.calibrate(self.hypernet, batch)
+        with _objectives.measuring_time_in(self.hypernet, problem.span, tableau.order):
+            is_new = _objectives.calibrate(self.hypernet, batch)
         solver = problem.solver(self.hypernet)
         self._phases = _objectives.objectives_of(problem.objective, solver, problem.func)
+        if is_new:
+            _objectives.take_classical_start(self.hypernet, self._phases[-1], batch)
         self._scales = [
             [_objectives.usable_scale(phase.base_loss(batch, r)) for r in range(len(batch.grids))]
             for phase in self._phases
@@ -286,7 +289,8 @@ class HyperSolverModule(LightningModule):
                 fix="Trainer(max_epochs=100)   # or max_steps=2000; EarlyStopping may end it",
             )
         config = replace(self._problem.config, iterations=max(1, int(steps)))
-        self._ends = list(accumulate(replace(self._problem, config=config).iterations))
+        problem = replace(self._problem, config=config)
+        self._ends = list(accumulate(problem.iterations(len(self._phases))))
         parameters = [p for p in self.hypernet.parameters() if p.requires_grad]
         optimizer = optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
         schedule = optim.lr_scheduler.LambdaLR(optimizer, self._rate_at)

@@ -39,6 +39,10 @@ class Samples:
     stages: tuple[Tensor, ...]  # derivatives at each stage of the base, (n, ...); or empty
     residual: Tensor  # (n, ...) the R_n, in units of `Units.residual`; (0, ...) without a base
 
+    def history(self, n: int) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Return the derivatives at the starts of the steps before n with their sizes."""
+        return tuple((self.stages[0][k], self.dt[k]) for k in reversed(range(n)))
+
 
 @torch.no_grad()
 def measure_residuals(

@@ -155,7 +155,7 @@ def run(target: Target, func: VectorField, y0: State | Iterable[object], *, show
         with (
             closing(progress),
             suppress(_NotUsed),
-            measuring_time_in(net, problem.width, target.order),
+            measuring_time_in(net, problem.span, target.order),
             nullcontext() if net is None else frozen_or_restored(net),
         ):
             report = _Fit(target, batches, budget, progress).run()

@@ -14,6 +14,7 @@ from torchdiffeq_hyper._state import (
     State,
     StateLayout,
     VectorField,
+    history_of,
     sample_norms,
     stepped_dtype,
 )
@@ -31,6 +32,7 @@ from torchdiffeq_hyper.fitting._objectives import (
     delta_quantiles,
     no_correction,
     objectives_of,
+    take_classical_start,
 )
 from torchdiffeq_hyper.fitting._phases import AdamWPhase, AdamWState, Phase
 from torchdiffeq_hyper.fitting._problem import HypersolverProblem
@@ -64,7 +66,6 @@ class HypersolverTarget(Target):
         self.problem = problem
         self.method = _registry.method_of(problem.tableau.name).name
         self.order = problem.tableau.order
-        self.phase_states = [AdamWState] * len(problem.iterations)
         self._given = hypernet
         self._used: Hypernet = no_correction
 
@@ -73,9 +74,10 @@ class HypersolverTarget(Target):
         cls, func: VectorField, t_span: object, *, hypernet: nn.Module | str | None, **given: Any
     ) -> HypersolverTarget:
         """Return the target of the arguments of `fit`, checked."""
-        problem = HypersolverProblem.of(func, t_span, **given)
         if isinstance(hypernet, str):
             check_auto(hypernet)
+        is_scalable = isinstance(hypernet, ReadyHypernet) and hypernet.is_scalable
+        problem = HypersolverProblem.of(func, t_span, is_scalable=is_scalable, **given)
         return cls(problem, hypernet)
 
     def open(self, y0: State) -> None:
@@ -84,6 +86,8 @@ class HypersolverTarget(Target):
         if self._given is None:
             self._given = self._ready_net()
         self.net = self._given if isinstance(self._given, nn.Module) else None
+        has_two = self.problem.objective == "combined" and not history_of(self.net)
+        self.phase_states = [AdamWState] * (1 + has_two)
 
     def _ready_net(self) -> ReadyHypernet:
         problem = self.problem
@@ -121,11 +125,16 @@ class HypersolverTarget(Target):
         self.module = self._used = net
 
     def start(self, noise: float | None, plan: ReferencePlan) -> Start:
-        """Calibrate the net: unfitted, it is the first candidate."""
-        calibrate(self.module, self._data.first)
+        """Calibrate the net: as the best classical method that it can be, it is the start."""
+        is_new = calibrate(self.module, self._data.first)
         self.module.eval()
-        selection, held_out = self._objectives()[-1], self._data.held_out
-        return Start(selection.error(held_out), selection.base_error(held_out), noise or 0.0)
+        held_out, selection = self._data.held_out, self._objectives()[-1]
+        base_error = selection.base_error(held_out)
+        if is_new:
+            error = take_classical_start(self.module, selection, held_out)
+        else:
+            error = selection.error(held_out)
+        return Start(error, base_error, noise or 0.0)
 
     def _objectives(self) -> tuple[Objective, ...]:
         problem = self.problem
@@ -137,7 +146,7 @@ class HypersolverTarget(Target):
         last = objectives[-1]
         return [
             AdamWPhase((one, last), self.module, self._data, problem, wanted, is_last=one is last)
-            for one, wanted in zip(objectives, problem.iterations, strict=True)
+            for one, wanted in zip(objectives, problem.iterations(len(objectives)), strict=True)
         ]
 
     def comparison(self) -> Comparison:

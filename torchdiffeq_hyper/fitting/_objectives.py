@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from torchdiffeq_hyper._state import (
     StateLayout,
     StepInput,
     VectorField,
+    history_of,
     map_parts,
     sample_norms,
 )
@@ -27,6 +29,7 @@ from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
 from torchdiffeq_hyper.solvers._stepping import Correction
 from torchdiffeq_hyper.solvers.bespoke import BespokeSolver
 
+ALONG = 0.3  # weight of the mean error along a roll-out beside that at its end
 MOST_STEPS = 8  # steps of a grid that one iteration on residuals looks at
 
 
@@ -58,7 +61,7 @@ class Objective(ABC):
 
     @abstractmethod
     def base_loss(self, batch: Batch, grid: int) -> float:
-        """Return the training loss of the base alone, to which losses are relative."""
+        """Return the training loss of what is known without a fit, to which losses are relative."""
 
     def calibrate(self, batch: Batch) -> bool:
         """Scale the net before its first iteration, and return whether its error may change."""
@@ -80,11 +83,15 @@ def usable_scale(scale: float) -> float:
 
 
 def objectives_of(name: str, solver: HyperSolver, func: VectorField) -> tuple[Objective, ...]:
-    """Return what each phase of a fit minimises; the last one selects the best state."""
+    """Return what each phase of a fit minimises; the last one selects the best state.
+
+    Residuals say nothing of how errors travel through the history of a multistep method, whose
+    roll-outs may be unstable: a net with a history is fitted on roll-outs alone.
+    """
     assert isinstance(solver.hypernet, nn.Module)
     residual = ResidualObjective(solver.hypernet, solver.tableau.order)
     trajectory = TrajectoryObjective(solver, func)
-    if name == "combined":
+    if name == "combined" and not history_of(solver.hypernet):
         return residual, trajectory
     return (residual if name == "residual" else trajectory,)
 
@@ -96,38 +103,54 @@ def step_inputs(batch: Batch, grid: int) -> Iterator[StepInput]:
     for n, dt in enumerate(samples.dt.unbind()):
         stages = tuple(layout.split(stage[n]) for stage in samples.stages)
         y = layout.split(samples.y[n])
-        yield StepInput(dt, samples.times[n], y, stages[0], stages, start, batch.context)
+        history = tuple((layout.split(f), size) for f, size in samples.history(n))
+        yield StepInput(dt, samples.times[n], y, stages[0], stages, start, batch.context, history)
 
 
 @contextmanager
-def measuring_time_in(net: object, width: float, order: int) -> Iterator[None]:
-    """Let a ready net that is still zero measure time in spans; as before on any error.
+def measuring_time_in(net: object, span: tuple[float, float], order: int) -> Iterator[None]:
+    """Let a ready net that is still zero measure time in this span; as before on any error.
 
     One that was fitted before keeps its unit, for a base of this order from now on. Every
     other net is left as it is.
     """
     with ExitStack() as on_error:
         if isinstance(net, ReadyHypernet):
-            on_error.callback(net.measure_time_in, net.time_unit, net.order)
-            net.measure_time_in(width if net.is_zero else net.time_unit, order)
+            on_error.callback(net.measure_time_in, net.time_unit, net.order, net.span)
+            own = (abs(span[1] - span[0]), span) if net.is_zero else (net.time_unit, net.span)
+            net.measure_time_in(own[0], order, own[1])
         yield
         on_error.pop_all()
 
 
 @torch.no_grad()
-def calibrate(net: nn.Module, batch: Batch) -> None:
-    """Calibrate a ready net that is still zero; leave every other net as it is.
+def calibrate(net: nn.Module, batch: Batch) -> bool:
+    """Calibrate a ready net that is still zero, return whether; leave every other net as it is.
 
     Scales must not be changed under a net that was fitted before and is fitted on.
     """
     if not isinstance(net, ReadyHypernet) or not net.is_zero:
-        return
+        return False
     inputs, residuals = [], []
     for grid, samples in enumerate(batch.grids):
         for n, step in enumerate(step_inputs(batch, grid)):
             inputs.append(net.concat(step))
             residuals.append(join_channels(batch.layout.split(samples.residual[n])))
     net.calibrate(torch.cat(inputs), torch.cat(residuals), batch.units.state)
+    return True
+
+
+def take_classical_start(net: nn.Module, objective: Objective, batch: Batch) -> float:
+    """Let a ready net be the best of its classical methods, itself included; return its error."""
+    error = objective.error(batch)
+    if isinstance(net, ReadyHypernet):
+        starts = {error: copy.deepcopy(net.state_dict())}
+        for method in net.classical_methods():
+            net.load_state_dict(method.state_dict())
+            starts[objective.error(batch)] = method.state_dict()
+        error = min(starts)
+        net.load_state_dict(starts[error])
+    return error
 
 
 def residual_errors(
@@ -147,7 +170,8 @@ def residual_errors(
     differences = []
     for n in steps:
         stages = tuple(stage[n] for stage in samples.stages)
-        out = correction.evaluate(samples.times[n], samples.dt[n], samples.y[n], stages)
+        history = samples.history(n)[: correction.history]
+        out = correction.evaluate(samples.times[n], samples.dt[n], samples.y[n], stages, history)
         differences.append(samples.residual[n] - factor * layout.join(out))
     return sample_norms(layout.split(torch.stack(differences)))
 
@@ -201,13 +225,22 @@ class ResidualObjective(Objective):
 
 
 class TrajectoryObjective(Objective):
-    r"""The sum over n of :math:`|y(t_n) - y_n|_2` of the solver's own roll-out."""
+    r"""The sum over n of :math:`|y(t_n) - y_n|_2` of the solver's own roll-out.
+
+    For a net with a history the errors are relative to the states, and that of the end counts
+    once more: the sum over a roll-out of few steps leaves the end behind.
+    """
 
     name = "trajectory"
 
     def __init__(self, solver: HyperSolver, func: VectorField) -> None:
         self._solver, self._func = solver, func
         self._base = HyperSolver(solver.base, no_correction, alpha=solver.alpha)
+        self._is_relative = history_of(solver.hypernet) > 0
+        self._classical = [self._base]
+        if isinstance(solver.hypernet, ReadyHypernet):
+            nets = solver.hypernet.classical_methods()
+            self._classical += [HyperSolver(solver.base, net) for net in nets]
 
     def _norms(self, solver: HyperSolver, batch: Batch, grid: int) -> Tensor:
         """Return |y(t_n) - y_n|_2 in units of the states' size, (n, batch)."""
@@ -224,9 +257,16 @@ class TrajectoryObjective(Objective):
         ]
         return torch.stack(means).mean()
 
+    def _loss(self, solver: HyperSolver, batch: Batch, grid: int) -> Tensor:
+        norms = self._norms(solver, batch, grid)
+        if not self._is_relative:
+            return norms.sum(0).mean()
+        errors = norms / batch.sizes(grid)[1:]
+        return errors[-1].mean() + ALONG * errors.mean()
+
     def loss(self, batch: Batch, grid: int) -> Tensor:
         """Return the mean over samples."""
-        return self._norms(self._solver, batch, grid).sum(0).mean()
+        return self._loss(self._solver, batch, grid)
 
     def error(self, batch: Batch) -> float:
         """Return the mean relative error over grids, steps and samples."""
@@ -237,8 +277,11 @@ class TrajectoryObjective(Objective):
         return _number(lambda: self._relative(self._base, batch))
 
     def base_loss(self, batch: Batch, grid: int) -> float:
-        """Return the loss with no correction; inf if its roll-out blew up."""
-        return _number(lambda: self._norms(self._base, batch, grid).sum(0).mean())
+        """Return the least loss of the classical methods that the solver can be."""
+        return min(
+            _number(lambda solver=solver: self._loss(solver, batch, grid))  # type: ignore[misc]
+            for solver in self._classical
+        )
 
 
 class EndObjective(Objective):

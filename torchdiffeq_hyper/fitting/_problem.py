@@ -17,6 +17,7 @@ from torchdiffeq_hyper.fitting._reference import (
     Tolerances,
     check_choice,
     check_span,
+    counts_around,
     step_counts,
 )
 from torchdiffeq_hyper.fitting._signature import signs_of_field
@@ -37,6 +38,7 @@ class Problem:
     func: VectorField  # called with the context of each batch
     span: tuple[float, float]
     steps: Steps
+    counts: list[int]  # of the steps over the span that are fitted
     plan: Plan
     direction: str
     objective: str
@@ -59,15 +61,23 @@ class Problem:
         alpha: float | None = None,
         group: ProcessGroup | None = None,
         context: object = None,
+        is_scalable: bool = False,
     ) -> Self:
-        """Return the problem of these arguments, checked."""
+        """Return the problem of these arguments, checked.
+
+        ``is_scalable`` says whether one fit serves many step sizes: then numbers of steps around
+        the one asked for are fitted as well.
+        """
         checked, checked_context = split_context(func, context)
-        span = check_span(t_span)
+        span, counts = check_span(t_span), step_counts(steps)
+        if is_scalable and len(counts) == 1:
+            counts = counts_around(counts[0])
         return cls(
             func=checked,
             span=span,
             steps=steps,
-            plan=Plan.of(span, steps, direction),
+            counts=counts,
+            plan=Plan.of(span, counts, direction),
             direction=direction,
             objective=check_choice("objective", objective, OBJECTIVES),
             config=config or FitConfig(),
@@ -83,11 +93,10 @@ class Problem:
 
     def domain(self, y0: State) -> FitDomain:
         """Return what the solver is fitted for."""
-        counts = step_counts(self.steps)
         return FitDomain(
             span=self.span,
-            dt_min=self.width / counts[-1],
-            dt_max=self.width / counts[0],
+            dt_min=self.width / self.counts[-1],
+            dt_max=self.width / self.counts[0],
             directions=self.plan.signs,
             shapes=tuple(tuple(part.shape[1:]) for part in parts_of(y0)),
             is_tuple=isinstance(y0, tuple),
@@ -129,11 +138,10 @@ class HypersolverProblem(Problem):
 
     tableau: Tableau
 
-    @property
-    def iterations(self) -> list[int]:
-        """Iterations of each phase."""
+    def iterations(self, n_phases: int) -> list[int]:
+        """Return the iterations of each phase."""
         total = self.config.iterations
-        if self.objective != "combined":
+        if n_phases == 1:
             return [total]
         first = max(1, round(RESIDUAL_SHARE * total))
         return [first, total - first]

@@ -42,11 +42,12 @@ class Plan:
     grids: tuple[TimeGrid, ...]  # their ``points`` index ``times``
 
     @classmethod
-    def of(cls, span: tuple[float, float], steps: Steps, direction: str) -> Plan:
-        """Return the plan for a span, steps and "forward", "reverse" or "both"."""
+    def of(cls, span: tuple[float, float], steps: Steps | list[int], direction: str) -> Plan:
+        """Return the plan for a span, steps or a list of their numbers, and a direction."""
         check_choice("direction", direction, DIRECTIONS)
+        counts = steps if isinstance(steps, list) else step_counts(steps)
         ends = torch.tensor(span, dtype=torch.float64)
-        equal = [equal_steps(ends, n) for n in step_counts(steps)]
+        equal = [equal_steps(ends, n) for n in counts]
         times = torch.cat(equal).unique()
         is_falling = span[1] < span[0]
         grids = []
@@ -87,6 +88,15 @@ def step_counts(steps: Steps) -> list[int]:
     ratio = (high / low) ** (1 / (MOST_STEP_COUNTS - 1))
     inner = {round(low * ratio**i) for i in range(1, MOST_STEP_COUNTS - 1)}
     return sorted({low, high, *inner})
+
+
+def counts_around(n: int) -> list[int]:
+    """Return numbers of steps around one, that itself included.
+
+    >>> counts_around(10), counts_around(2)
+    ([7, 8, 10, 12, 14], [1, 2, 3])
+    """
+    return sorted({max(1, round(n * ratio)) for ratio in (0.7, 0.84, 1.0, 1.2, 1.4)})
 
 
 def check_span(t_span: object) -> tuple[float, float]:

@@ -268,19 +268,21 @@ def _no_instance(description: Mapping[str, Any], path: str) -> FileFormatError:
 
 def _check_time_unit(description: Mapping[str, Any], tensor: Tensor | None, path: str) -> None:
     """Refuse a time unit and order of the tensors that are not those of the description."""
-    described = [description.get("time_unit", 1.0), description.get("order", 0)]
+    span = description.get("span", [])
+    described = [description.get("time_unit", 1.0), description.get("order", 0), *span]
     found = None
     with refused(repr(path)):
         if tensor is not None:
-            found = TensorOf((torch.float64,), (2,)).check(tensor, TIME_UNIT).tolist()
-        if found != (None if described[0] == 1 else described):
+            rule = TensorOf((torch.float64,), (len(described),))
+            found = rule.check(tensor, TIME_UNIT).tolist()
+        if found != (None if described[0] == 1 and not span else described):
             raise mismatch(TIME_UNIT, found, expected=f"{described}, as described")
 
 
 def _check_description(description: Mapping[str, Any], hypernet: nn.Module, path: str) -> None:
     own = _describe(hypernet)
     # The time unit is loaded with the weights.
-    others = {*description, *own} - {"kind", "class", TIME_UNIT, "order"}
+    others = {*description, *own} - {"kind", "class", TIME_UNIT, "order", "span"}
     for key in ("kind", *sorted(others)):
         if own.get(key) != description.get(key):
             is_custom = description["kind"] == "custom"

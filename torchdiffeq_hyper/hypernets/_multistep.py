@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from math import factorial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_hyper._rules import Rule, Whole
-from torchdiffeq_hyper._state import State, StepInput
-from torchdiffeq_hyper.errors import StateShapeError
+from torchdiffeq_hyper._rules import Real, Row, Rule, Such, Whole
+from torchdiffeq_hyper._state import State, StepInput, is_differentiated, values_of
+from torchdiffeq_hyper.errors import BaseMismatchError, OptionError, StateShapeError
 from torchdiffeq_hyper.hypernets._concat import join_channels, refuse_complex, split_channels
 from torchdiffeq_hyper.hypernets._ready import ReadyHypernet
 
@@ -40,6 +41,7 @@ class Multistep(ReadyHypernet):
         channels: channels of the state, all parts of a tuple state together.
         history: H, how many earlier derivatives are used.
         degree: of the polynomials in time.
+        span: start and end of the fitted span; beyond it the matrices stay as they are there.
         n_stages: s, the stages of the base method.
         order: p, the order of the base method.
 
@@ -55,15 +57,20 @@ class Multistep(ReadyHypernet):
         tensor([[0.3487, 0.3487]])
         >>> g.start_as_adams_bashforth(3)
         >>> solver.solve(lambda t, y: -y, y0, t)[-1].detach()  # exp(-1) is 0.3679
-        tensor([[0.3697, 0.3697]])
+        tensor([[0.3660, 0.3660]])
     """
 
     kind = "multistep"
-    rules: ClassVar[Mapping[str, Rule]] = {"history": Whole(0, 4), "degree": Whole(0, 3)}
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "history": Whole(0, 4),
+        "degree": Whole(0, 3),
+        "span": Such(Row(Real(), Real()), lambda span: span[0] != span[1], "distinct"),
+    }
+
+    is_scalable = True
 
     feature_scale: Tensor
     output_scale: Tensor
-    span: Tensor
 
     def __init__(
         self,
@@ -71,23 +78,26 @@ class Multistep(ReadyHypernet):
         history: int = 2,
         degree: int = 3,
         *,
+        span: Sequence[float] = (0.0, 1.0),
         n_stages: int = 1,
         order: int = 1,
     ) -> None:
-        super().__init__(channels, {"history": history, "degree": degree}, n_stages=n_stages)
-        self.measure_time_in(1.0, order)
+        own = {"history": history, "degree": degree, "span": list(span)}
+        super().__init__(channels, own, n_stages=n_stages)
+        self.order = order
+        self.span: tuple[float, float] = float(span[0]), float(span[1])
         self.history = history
         n_features = (history + n_stages + 1) * channels + 1
         shape = (history + 1, degree + 1, channels, n_features)
         self.weight = nn.Parameter(torch.zeros(shape))
         self.register_buffer("feature_scale", torch.ones(n_features))
         self.register_buffer("output_scale", torch.ones(channels))
-        self.register_buffer("span", torch.tensor([0.0, 1.0]))
+        self._cached: tuple[tuple[Any, ...], list[Tensor], tuple[Tensor, ...]] | None = None
 
     @property
     def architecture(self) -> dict[str, Any]:
         """JSON-ready description from which `from_architecture` rebuilds the net."""
-        return {**super().architecture, "order": self.order}
+        return {**super().architecture, "span": list(self.span), "order": self.order}
 
     def last_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the matrices: the net is zero where they are."""
@@ -110,8 +120,29 @@ class Multistep(ReadyHypernet):
         sizes = inputs.double().square().mean(over).sqrt()
         # A feature that is zero, or next to it, must not be blown up.
         self.feature_scale.copy_(sizes.clamp(min=1e-6 * float(sizes.max())))
-        size = residual.double().square().mean().sqrt() * unit
-        self.output_scale.fill_(float(size) or 1.0)
+        left = residual.double() * unit
+        for k, number in enumerate(self._adams_bashforth_weights()):
+            # What is to be learned is what the method that the fit starts from leaves.
+            feature = inputs[:, k * self.channels : (k + 1) * self.channels].double()
+            has_history = feature.flatten(1).any(1)
+            if bool(has_history.any()):
+                inputs, left = inputs[has_history], left[has_history]
+                left = left - number * feature[has_history]
+        size = float(left.square().mean().sqrt())
+        # A step of an optimizer moves all weights: the more there are, the less each may move.
+        self.output_scale.fill_((size or 1.0) * min(1.0, 8 / len(sizes)))
+
+    def _adams_bashforth_weights(self) -> tuple[float, ...]:
+        is_euler = self.order == 1 and self.n_stages == 1
+        return ADAMS_BASHFORTH[: self.history] if is_euler else ()
+
+    def classical_methods(self) -> list[Multistep]:
+        """Return the Adams-Bashforth methods above Euler's, where that is the base."""
+        orders = range(2, len(self._adams_bashforth_weights()) + 2)
+        nets = [copy.deepcopy(self) for _ in orders]
+        for net, order in zip(nets, orders, strict=True):
+            net.start_as_adams_bashforth(order)
+        return nets
 
     @torch.no_grad()
     def start_as_adams_bashforth(self, order: int) -> None:
@@ -119,6 +150,13 @@ class Multistep(ReadyHypernet):
 
         At a solve's first steps the order is lower: as the history that there is allows.
         """
+        if order not in range(1, len(self._adams_bashforth_weights()) + 2):
+            raise OptionError(
+                problem=f"order is {order!r} for a net with history={self.history} on a base of "
+                f"order {self.order} with {self.n_stages} stages.",
+                expected="a base of order 1 with one stage, and an order up to history + 1.",
+                fix="Multistep(channels, history=2).start_as_adams_bashforth(3)",
+            )
         self.reset()
         for available in range(self.history + 1):
             for k in range(1, min(order, available + 1)):
@@ -138,12 +176,69 @@ class Multistep(ReadyHypernet):
         constant = (constant[0] / power).to(dtype)
         return split_channels(out + constant.reshape(-1, *(1,) * (out.dim() - 2)), step.y)
 
+    def check_base(self, order: int) -> None:
+        """Refuse to correct a base of another order."""
+        if order != self.order:
+            raise BaseMismatchError(
+                problem=f"the hypernet is for a base of order {self.order}, the base has {order}.",
+                expected="a net made for the base.",
+                fix=f"tdh.hypernets.Multistep({self.channels}, n_stages=..., order={order})",
+            )
+
     def on_grid(
         self, t: Tensor, dt: Tensor, y: Tensor, *, negated: bool = False
     ) -> MultistepOnGrid:
-        """Return the net for all steps of a time grid and states like ``y``, one tensor."""
+        r"""Return the net for all steps of a time grid and states like ``y``, one tensor.
+
+        Args:
+            t: (n,) true times at which the steps start.
+            dt: (n,) their true, signed sizes.
+            y: (batch, channels, \*spatial), a state of the solve.
+            negated: whether derivatives are given negated, by a host that runs time backward so.
+        """
         self._check_channels(y)
-        return MultistepOnGrid(self, t, dt, y, negated=negated)
+        # In a dtype of its own choice autocast would round the base's increment as well.
+        with torch.autocast(y.device.type, enabled=False):
+            matrices = self._cached_matrices(t, dt, y, negated=negated)
+        return MultistepOnGrid(self, matrices, y)
+
+    def _cached_matrices(self, t: Tensor, dt: Tensor, y: Tensor, *, negated: bool) -> list[Tensor]:
+        """Return those of the last solve, unless it had other times or they are differentiated."""
+        parts = (self.weight, self.feature_scale, self.output_scale)
+        times = values_of(t), values_of(dt)
+        if None in times or any(map(is_differentiated, (*parts, t, dt))):
+            return self._matrices_on_grid(t, dt, y, negated=negated)
+        key = (*times, t.dtype, y.dtype, y.device, negated, self.time_unit, self.span)
+        cached = self._cached
+        if cached is not None and cached[0] == key and all(map(torch.equal, cached[2], parts)):
+            return cached[1]
+        with torch.inference_mode(mode=False), torch.no_grad():  # for solves that train func
+            matrices = self._matrices_on_grid(t, dt, y, negated=negated)
+        # One tuple, so that threads see all or none.
+        self._cached = key, matrices, tuple(part.detach().clone() for part in parts)
+        return matrices
+
+    def _matrices_on_grid(self, t: Tensor, dt: Tensor, y: Tensor, *, negated: bool) -> list[Tensor]:
+        """Return for each step dt times what the joined blocks, after ones, are multiplied by."""
+        u, history = dt / self.time_unit, self.history
+        # Where there is no earlier step any number serves: its terms are zero.
+        before = [torch.cat([u[:k], u[:-k]])[: len(u)] for k in range(1, history + 1)]
+        earlier = torch.stack(before, 1) if before else u.new_empty(len(u), 0)
+        available = torch.arange(len(u), device=u.device).clamp(max=history)
+        matrices, constants = self.matrices(t, u, earlier, available)
+        unit = self.time_unit * (-1 if negated else 1)
+        matrices = torch.cat([matrices[:, :, :1], unit * matrices[:, :, 1:]], 2)
+        size = u.reshape(-1, 1, 1)
+        by_step = (size.unsqueeze(3) * matrices).to(y.device, y.dtype).unbind()
+        constants = (size * constants.unsqueeze(2)).to(y.device, y.dtype)
+        return [
+            torch.cat([constant, matrix[:, self.present(n)].flatten(1)], 1)
+            for n, (constant, matrix) in enumerate(zip(constants.unbind(), by_step, strict=True))
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without the last solve's matrices."""
+        return {**self.__dict__, "_cached": None}
 
     def _check_channels(self, y: Tensor) -> None:
         """Refuse joined states that these matrices do not fit."""
@@ -167,9 +262,19 @@ class Multistep(ReadyHypernet):
     def _blocks(self, step: StepInput) -> list[Tensor]:
         """Return state and derivatives in time units, each (batch, channels, *spatial)."""
         earlier = (f for f, _ in step.history[: self.history])
+        self.check_stages(step.stages)
         blocks = [join_channels(state) for state in (step.y, step.f0, *earlier, *step.stages[1:])]
         self._check_channels(blocks[0])
-        return [blocks[0], *(block * self.time_unit for block in blocks[1:])]
+        return [blocks[0], *((block * self.time_unit).to(blocks[0].dtype) for block in blocks[1:])]
+
+    def check_stages(self, stages: Sequence[State]) -> None:
+        """Refuse the stages of another base."""
+        if len(stages) != self.n_stages:
+            raise StateShapeError(
+                problem=f"the base has {len(stages)} stages, the hypernet is for {self.n_stages}.",
+                expected="a net made for the base.",
+                fix=f"tdh.hypernets.Multistep({self.channels}, n_stages={len(stages)}, order=...)",
+            )
 
     def present(self, available: int) -> list[int]:
         """Return which of y, f0, f_-1 ... f_-H, k_2 ... k_s there are with so much history."""
@@ -185,8 +290,10 @@ class Multistep(ReadyHypernet):
         for k in range(1, self.history + 1):
             row = [zero] * n_blocks
             for j in range(k + 1):
-                others = [nodes[j] - nodes[i] for i in range(k + 1) if i != j]
-                weight = factorial(k) * u**k / torch.stack(others).prod(0)
+                weight = factorial(k) * one
+                for i in set(range(k + 1)) - {j}:
+                    gap = nodes[j] - nodes[i]
+                    weight = weight * (u / torch.where(gap == 0, one, gap))
                 row[1 + j] = torch.where(available.to(u.device) >= k, weight, zero)
             rows.append(row)
         for stage in range(2 + self.history, n_blocks):
@@ -203,7 +310,7 @@ class Multistep(ReadyHypernet):
 
         Without the factor dt; the constants are (n, channels).
         """
-        start, end = self.span.to(t.dtype).unbind()
+        start, end = self.span
         x = 2 * ((t - start) / (end - start)).clamp(0, 1) - 1
         legendre = torch.stack([torch.ones_like(x), x, 1.5 * x**2 - 0.5, 2.5 * x**3 - 1.5 * x], 1)
         scaled = self.output_scale.unsqueeze(1) * self.weight / self.feature_scale
@@ -215,38 +322,16 @@ class Multistep(ReadyHypernet):
 
 
 class MultistepOnGrid:
-    r"""A `Multistep` net for the steps of one solve, in order, on states that are one tensor.
+    """A `Multistep` net for the steps of one solve, in order, on states that are one tensor.
 
-    All that depends on times alone is computed at once, for all steps.
-
-    Args:
-        net: the net.
-        t: (n,) true times at which the steps start.
-        dt: (n,) their true, signed sizes.
-        y0: (batch, channels, \*spatial), a state of the solve.
-        negated: whether derivatives are given negated, by a host that runs time backward so.
+    All that depends on times alone is computed beforehand: ``matrices`` has one for each step, of
+    the channels that `add` joins.
     """
 
-    def __init__(
-        self, net: Multistep, t: Tensor, dt: Tensor, y0: Tensor, *, negated: bool = False
-    ) -> None:
-        u, history = dt / net.time_unit, net.history
-        # Where there is no earlier step any number serves: its terms are zero.
-        before = [torch.cat([u[:k], u[:-k]])[: len(u)] for k in range(1, history + 1)]
-        earlier = torch.stack(before, 1) if before else u.new_empty(len(u), 0)
-        available = torch.arange(len(u), device=u.device).clamp(max=history)
-        matrices, constants = net.matrices(t, u, earlier, available)
-        unit = net.time_unit * (-1 if negated else 1)
-        matrices = torch.cat([matrices[:, :, :1], unit * matrices[:, :, 1:]], 2)
-        size = u.reshape(-1, 1, 1)
-        by_step = (size.unsqueeze(3) * matrices).to(y0.dtype).unbind()
-        constants = (size * constants.unsqueeze(2)).to(y0.dtype)
-        self._matrices = [
-            torch.cat([constant, matrix[:, net.present(n)].flatten(1)], 1)
-            for n, (constant, matrix) in enumerate(zip(constants.unbind(), by_step, strict=True))
-        ]
-        self._ones = torch.ones_like(y0[:, :1])
-        self._history = history
+    def __init__(self, net: Multistep, matrices: Sequence[Tensor], y: Tensor) -> None:
+        self._net, self._matrices = net, matrices
+        self._history = net.history
+        self._ones = torch.ones_like(y[:, :1])
         self.restart()
 
     def restart(self) -> None:
@@ -257,11 +342,19 @@ class MultistepOnGrid:
     def add(self, dy: Tensor, y: Tensor, stages: tuple[Tensor, ...]) -> Tensor:
         """Return ``dy + dt^(p+1) g`` for the next step."""
         matrix = self._matrices[self._n]
+        if self._n == 0:
+            self._net.check_stages(stages)
         blocks = torch.cat([self._ones, y, stages[0], *self._earlier, *stages[1:]], 1)
         self._n += 1
         # A copy: func may answer in memory that it uses again.
         f0 = blocks.narrow(1, 1 + y.shape[1], y.shape[1])
         self._earlier = (f0, *self._earlier)[: self._history]
+        if not blocks.dtype == dy.dtype == matrix.dtype or torch.is_autocast_enabled(
+            dy.device.type
+        ):
+            with torch.autocast(dy.device.type, enabled=False):
+                product = torch.einsum("ci,ni...->nc...", matrix, blocks.to(matrix.dtype))
+                return dy + product.to(dy.dtype)
         if dy.dim() == 2:
             return torch.addmm(dy, blocks, matrix.T)
         flat = blocks.flatten(2)

@@ -123,6 +123,7 @@ class ReadyHypernet(nn.Module, ABC):
 
     kind: ClassVar[str]
     rules: ClassVar[Mapping[str, Rule]] = {}
+    is_scalable: ClassVar[bool] = False  # whether one fit serves many step sizes, by its form
 
     def __init__(self, channels: int, own: Mapping[str, Any], *, n_stages: int = 1) -> None:
         checked_arguments(SIZES, {"channels": channels, "n_stages": n_stages})
@@ -133,6 +134,7 @@ class ReadyHypernet(nn.Module, ABC):
         self.n_stages = n_stages
         self.time_unit = 1.0
         self.order = 0
+        self.span: tuple[float, float] | None = None  # of the fit, for nets that change with time
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -185,26 +187,39 @@ class ReadyHypernet(nn.Module, ABC):
         for parameter in self.last_parameters():
             parameter.zero_()
 
-    def measure_time_in(self, time_unit: float, order: int) -> None:
+    def classical_methods(self) -> Sequence[ReadyHypernet]:
+        """Return such nets with which the base is another classical method, from which to start."""
+        return ()
+
+    def measure_time_in(
+        self, time_unit: float, order: int, span: tuple[float, float] | None = None
+    ) -> None:
         """Let what the layers return be the residual of a time unit, for a base of this order p.
+
+        ``span`` is that of the fit, for nets that change with time: None leaves it as it is.
 
         `forward` returns R in true units all the same. A solver multiplies `scaled` by
         (dt / time_unit)^(p+1) instead: a power of nanoseconds or years leaves float32's range.
         """
         self.time_unit, self.order = float(time_unit), order
+        if self.span is not None and span is not None:
+            self.span = span
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: Any) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.time_unit != 1:  # not a buffer: a cast of the net must not round it
-            unit = torch.tensor([self.time_unit, self.order], dtype=torch.float64)
+        if self.time_unit != 1 or self.span is not None:
+            # Not a buffer: a cast of the net must not round it.
+            unit = torch.tensor(
+                [self.time_unit, self.order, *(self.span or ())], dtype=torch.float64
+            )
             destination[prefix + TIME_UNIT] = unit
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         # Taken out, so that it counts as expected; torch hands over a copy of the dictionary.
         unit = state_dict.pop(prefix + TIME_UNIT, None)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        time_unit, order = (1.0, self.order) if unit is None else unit.tolist()
-        self.measure_time_in(time_unit, int(order))
+        time_unit, order, *span = (1.0, self.order) if unit is None else unit.tolist()
+        self.measure_time_in(time_unit, int(order), tuple(span) or None)
 
     def forward(self, step: StepInput) -> State:
         """Return g, like ``step.y``."""

@@ -31,6 +31,7 @@ from torchdiffeq_hyper._state import (
     StateLayout,
     StepInput,
     VectorField,
+    history_of,
     is_finite,
     is_half,
     time_dtype,
@@ -133,11 +134,12 @@ class Correction:
         scaled = getattr(type(hypernet), "scaled", None)
         self.time_unit: float = 1.0 if scaled is None else hypernet.time_unit  # type: ignore[attr-defined]
         self._hypernet = hypernet if self.time_unit == 1 else hypernet.scaled  # type: ignore[attr-defined]
-        wanted = getattr(hypernet, "history", 0)
-        self.history: int = wanted if type(wanted) is int else 0  # a user's may mean something else
+        self.history = history_of(hypernet)
         self.on_grid: OnGrid | None = None
         has_form = hasattr(type(hypernet), "on_grid") and layout.shapes is None and part is None
         self._on_grid: Any = hypernet.on_grid if has_form else None  # type: ignore[attr-defined]
+        if hasattr(type(hypernet), "check_base"):
+            hypernet.check_base(order)  # type: ignore[attr-defined]
         self._power = order + 1
         self._layout = layout
         self._negated = negated

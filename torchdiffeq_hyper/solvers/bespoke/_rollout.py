@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_hyper._fields._answers import own, owning, share_memory
-from torchdiffeq_hyper._state import is_finite, is_half, time_dtype, values_of
+from torchdiffeq_hyper._state import is_differentiated, is_finite, is_half, time_dtype, values_of
 from torchdiffeq_hyper.errors import NonFiniteError, OptionError
 from torchdiffeq_hyper.solvers._stepping import advice_for_half, check_start
-from torchdiffeq_hyper.solvers.bespoke._weights import hermite, is_differentiated, stage_times
+from torchdiffeq_hyper.solvers.bespoke._weights import hermite, stage_times
 from torchdiffeq_hyper.tableaus import StageCall
 
 Span: TypeAlias = tuple[float, float]

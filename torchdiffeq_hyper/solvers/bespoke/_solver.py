@@ -15,6 +15,7 @@ from torchdiffeq_hyper._state import (
     State,
     StateLayout,
     VectorField,
+    is_differentiated,
     is_finite,
     stepped_dtype,
     time_dtype,
@@ -197,7 +198,7 @@ class BespokeSolver(Solver, kind=BNS):
         flat = flat.to(stepped_dtype(dtype))
         start, end = self.span or (t[0], t[-1])
         call, first = stage_call(func, layout, dtype), flat
-        if self.span is not None and not ends_at_end and _weights.is_differentiated(t):
+        if self.span is not None and not ends_at_end and is_differentiated(t):
             flat = _differentiable_start(call, t, self.span[0], flat)
         calls = self._schedule(start, end, flat)
         x, stages = _rollout.roll_out(call, calls, flat)

@@ -17,9 +17,8 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from torchdiffeq_hyper._state import is_finite, is_traced
+from torchdiffeq_hyper._state import is_differentiated, is_finite, is_traced
 from torchdiffeq_hyper.errors import OptionError, StateShapeError, StateTypeError, closest
 
 Knots: TypeAlias = tuple[Tensor, Tensor]
@@ -37,15 +36,6 @@ NEAR = 1e-6
 def stage_times(weights: Tensor) -> Tensor:
     """Return the share of the span passed at each call of func, (n,), the first one 0."""
     return torch.cat([weights.new_zeros(1), weights[:-1].sum(1)])
-
-
-def is_differentiated(tensor: Tensor) -> bool:
-    """Return whether a tensor may carry a gradient or a tangent; vmap hides that."""
-    if tensor.requires_grad and torch.is_grad_enabled():
-        return True
-    if torch._C._functorch.is_batchedtensor(tensor):  # noqa: SLF001 - there is no public way
-        return True
-    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def check_matrix(name: str, matrix: Tensor, fix: str, shape: tuple[int, int] | None = None) -> None:

@@ -77,6 +77,21 @@ def test_a_trainer_reduces_the_error_on_starts_it_has_not_seen(
     assert figures["train_loss"] < 0.4
 
 
+def test_a_subclass_may_bring_its_own_optimizer() -> None:
+    module = make()
+
+    class Own(type(module)):  # type: ignore[misc]
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.hypernet.parameters(), lr=1e-3)
+
+    module.__class__ = Own
+    before = [p.detach().clone() for p in module.hypernet.parameters()]
+    train(module, max_epochs=1)
+    pairs = zip(before, module.hypernet.parameters(), strict=True)
+    assert any(not torch.equal(old, new) for old, new in pairs)
+    assert module.report.losses[-1].phase == "residual"
+
+
 def test_the_solver_serves_odeint_with_domain_and_report() -> None:
     module = make()
     fitting = train(module)
@@ -363,6 +378,7 @@ def test_batches_of_another_shape_are_refused() -> None:
     [
         ({"objective": "best"}, OptionError),
         ({"steps": 0}, OptionError),
+        ({"base": None}, OptionError),
         ({"hypernet": nn.Identity()}, StateTypeError),
         ({"func": lambda y: y}, StateTypeError),
         ({"y0": torch.zeros(4, 2, dtype=torch.int64)}, StateTypeError),

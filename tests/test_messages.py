@@ -273,6 +273,23 @@ def test_a_func_without_a_tensor_is_named_at_every_entry(entry: str) -> None:
         ENTRIES[entry](lambda t, y: (y[0], y[0]), PAIR)
 
 
+@pytest.mark.parametrize(
+    ("answer", "way_out"),
+    [
+        (None, "ends without a return"),
+        (1.0, "torch.full_like"),
+        ((Y0[:, 0], Y0[:, 1]), "torch.stack"),
+        (Y0.numpy(), "torch.as_tensor"),
+    ],
+)
+def test_the_way_out_of_an_answer_without_a_tensor_is_by_its_kind(
+    answer: Any, way_out: str
+) -> None:
+    with pytest.raises(StateTypeError, match="func returned a") as caught:
+        odeint(lambda t, y: answer, Y0, T, method="hyperheun", options={"hypernet": zero})
+    assert way_out in _fix(caught.value)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_func_without_a_tensor_is_named_in_torchdyn(reverse: bool) -> None:
     numerics = pytest.importorskip("torchdyn.numerics")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
+import pkgutil
 import subprocess
 import sys
 import typing
@@ -32,6 +34,14 @@ def test_every_direct_requirement_is_pinned_within_its_range(repository: Path) -
         (exact,) = pin.specifier
         assert exact.operator == "=="
         assert pin.name not in wanted or wanted[pin.name].contains(exact.version)
+
+
+def test_no_name_of_a_package_hides_a_module_in_it() -> None:
+    found = pkgutil.walk_packages(tdh.__path__, f"{tdh.__name__}.")
+    for name in [module.name for module in found if not module.name.endswith("__main__")]:
+        module = importlib.import_module(name)
+        package, _, leaf = name.rpartition(".")
+        assert getattr(sys.modules[package], leaf) is module
 
 
 def test_import_pulls_in_no_optional_package() -> None:

@@ -103,7 +103,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
             problem = f"it is no JSON: {error}"
             raise Mismatch(problem, "what `save` writes") from error
         Table(ANYTHING).check(metadata, "")
-        header = Record(HEADER).check({name: metadata.get(name) for name in HEADER}, "")
+        given = {name: metadata[name] for name in HEADER if name in metadata}
+        header = Record(HEADER).check(given, "")
     if header["format_version"] > FORMAT_VERSION:
         problem = f"has format {header['format_version']}."
         expected = f"a format up to {FORMAT_VERSION}, which is what this version knows."

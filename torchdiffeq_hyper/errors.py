@@ -134,7 +134,7 @@ def first_line(error: BaseException) -> str:
 
 
 def is_breakdown(error: AssertionError) -> bool:
-    """Return whether torchdiffeq says so that a method cannot go on; others are func's own."""
+    """Return whether torchdiffeq (0.2.5) says by it that a method cannot go on, or func fails."""
     known = ("underflow in dt", "non-finite values in state", "max_num_steps exceeded")
     return str(error).startswith(known)
 

@@ -35,7 +35,7 @@ from torchdiffeq_hyper.fitting._hypersolver import measure_noise
 from torchdiffeq_hyper.fitting._phases import annealed
 from torchdiffeq_hyper.fitting._problem import HypersolverProblem
 from torchdiffeq_hyper.fitting._signature import check_same_field
-from torchdiffeq_hyper.hypernets import ReadyHypernet, ready
+from torchdiffeq_hyper.hypernets import ready
 from torchdiffeq_hyper.solvers._fit_report import FitReport, LossPoint
 from torchdiffeq_hyper.solvers._grid import Steps
 from torchdiffeq_hyper.solvers._hypersolver import HyperSolver
@@ -109,21 +109,19 @@ class HyperSolverModule(LightningModule):
     logs ``train_loss``, relative to the base's on ``y0`` (so 1 is no correction), and the
     `FitReport`'s ``validation`` and, without the correction, ``validation_base``.
 
-    A batch whose reference is known costs an iteration of `fit`; a new one an adaptive
-    solve first. References are kept, up to 1 GiB, for batches that come again: do not shuffle.
+    A batch whose reference is known costs an iteration of `fit`, a new one an adaptive solve
+    first. References are kept, up to 1 GiB, for batches that come again: do not shuffle.
 
-    func is no submodule: it is neither trained nor saved, moves with the module to other
-    devices, and comes back from training as it was. A checkpoint holds the hypernet and the
-    history; to read it, pass the arguments again (`OptionError` for another field):
-    ``load_from_checkpoint(path, func=func, y0=y0, t_span=..., base=..., steps=...)``.
+    func is no submodule: it is neither trained nor saved, moves along to other devices, and comes
+    back as it was. A checkpoint holds the hypernet and the history; to read it, pass the arguments
+    again: ``load_from_checkpoint(path, func=func, y0=y0, t_span=..., base=..., steps=...)``.
 
     Args:
         func, t_span, steps, alpha, objective, direction: as in `fit`.
         y0: a batch of starts to make the net for and measure scales and noise on; not trained on.
         base, hypernet: as in `fit`, but for "bns"; the net is trained in place.
         context: "batch" where a batch, ``y0`` too, is (state, *context), as in `fit`.
-        config: ``lr``, ``weight_decay``, ``rtol``, ``atol``, ``method`` and ``seed`` (of a
-            ready net) count; the Trainer decides the rest.
+        config: lr, weight_decay, rtol, atol, method and seed count; the rest is the Trainer's.
 
     Example:
         >>> import torch
@@ -151,9 +149,10 @@ class HyperSolverModule(LightningModule):
         super().__init__()
         if isinstance(func, Conditioned) or not (context is None or isinstance(context, str)):
             raise _batches.many_batches()  # which rows are a batch's cannot be told
-        self._problem = HypersolverProblem.of(
+        self._problem = HypersolverProblem.for_net(
             func,
             t_span,
+            hypernet,
             base=base,
             steps=steps,
             alpha=alpha,
@@ -161,13 +160,13 @@ class HyperSolverModule(LightningModule):
             direction=direction,
             config=config,
             context=context,
-            is_scalable=isinstance(hypernet, ReadyHypernet) and hypernet.is_scalable,
         )
         check_hypernet(hypernet)
         self._func = (func,)  # in a tuple, so that torch does not take it for a part
         self._starts = _batches.checked_batch(y0, has_context=self._problem.context == "batch")
         with torch.enable_grad(), own_random_state(self._problem.config.seed), self._measuring():
             self._prepare(hypernet)
+        self._ends: list[int] = []  # of the phases; none under another configure_optimizers
         self._train: list[float] = []
         self._history = _History()
         self._known: dict[Hashable, Batch] = {}

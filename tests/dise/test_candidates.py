@@ -152,3 +152,8 @@ def test_tolerances_of_parts_are_refused_for_a_state_without_parts(name: str) ->
         Dise([Candidate("dopri5")], lambda y0: y0[0][:, :1]).solve(
             lambda t, y: y, (y0, y0), t, **{name: (1e-3,) * 3}
         )
+
+
+def test_a_dise_shows_its_candidates() -> None:
+    dise = Dise([Candidate("euler", steps=2), Candidate("rk4", steps=1)])
+    assert all(repr(candidate) in repr(dise) for candidate in dise.candidates)

@@ -142,6 +142,11 @@ def test_event_that_no_bespoke_solver_serves_says_where_it_starts(func: Field, b
         pytest.raises(OptionError, match="does not look for events"),
     ):
         odeint_event(func, Y0, T[1], event_fn=lambda t, y: y.sum(), method="bns")
+    with (
+        tdh.override("dopri5", bespoke((0.0, 1.0), 4)),
+        pytest.raises(OptionError, match='overrides "dopri5", of method "bns", does not look for'),
+    ):
+        odeint_event(func, Y0, T[1], event_fn=lambda t, y: y.sum(), method="dopri5")
 
 
 @HOSTS

@@ -74,7 +74,13 @@ def check_kind(k: object, state: State) -> None:
     if len(answers) == wanted and all(isinstance(answer, Tensor) for answer in answers):
         return
     kinds = " of " + ", ".join(type(part).__name__ for part in parts) if parts else ""
-    expected, fix = "a tensor of the state's shape.", "torch.stack(components, dim=1)"
+    expected, fix = "a tensor of the state's shape.", "torch.as_tensor(derivative)"
+    if k is None:
+        fix = "derivative   # func ends without a return"
+    elif isinstance(k, int | float | complex):
+        fix = "torch.full_like(y, value)"
+    elif parts:
+        fix = "torch.stack(components, dim=1)   # or y0 = (...), if the state has parts"
     if is_tuple:
         expected = f"a tuple of {wanted} tensors, one derivative for each part of the state."
         fix = ", ".join(f"derivative_{i}" for i in range(wanted))

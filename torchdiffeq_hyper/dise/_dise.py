@@ -78,6 +78,10 @@ class Dise(nn.Module):
         self.report: DiseReport | None = None
         self.train()
 
+    def extra_repr(self) -> str:
+        """Return the candidates, for printing."""
+        return ",\n".join(map(repr, self.candidates))
+
     def train(self, mode: bool = True) -> Dise:  # noqa: FBT001, FBT002 - torch's signature
         """Set the mode of the candidates; v stays in evaluation mode: it must not be noisy."""
         super().train(mode)

@@ -214,7 +214,8 @@ def labels_of(
             return known
         problem = "labels are of {} samples and {} candidates.".format(*known.nfe.shape)
         expected = f"those of these {n} samples and {len(candidates)} candidates."
-        raise OptionError(problem=problem, expected=expected, fix="labels=None")
+        fix = "labels=dise.suggest(func, y0, t, cost=cost).labels"
+        raise OptionError(problem=problem, expected=expected, fix=fix)
     cost.check(n)
     func, field = batch.func, bound(batch.func, batch.y0, None)
     batch = replace(batch, func=field)

@@ -28,7 +28,7 @@ from torchdiffeq_hyper._state import State, parts_of, stepped_dtype
 from torchdiffeq_hyper.dise._candidates import count_samples
 from torchdiffeq_hyper.errors import NonFiniteError, StateShapeError, StateTypeError
 from torchdiffeq_hyper.hypernets._files import built
-from torchdiffeq_hyper.hypernets._ready import CONVOLUTIONS
+from torchdiffeq_hyper.hypernets._layers import CONVOLUTIONS
 
 _POOLS = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
 _COUNT = Whole(1)

@@ -40,7 +40,7 @@ from torchdiffeq_hyper.fitting._signature import check_same_fit
 from torchdiffeq_hyper.hypernets._files import ARCHITECTURES, check_sizes
 from torchdiffeq_hyper.solvers._fit_report import REPORT, LossPoint
 
-FORMAT = "torchdiffeq_hyper fit 3"
+FORMAT = "torchdiffeq_hyper fit 4"
 _EXPECTED = f"a file that a fit of this version wrote ({FORMAT})"
 
 

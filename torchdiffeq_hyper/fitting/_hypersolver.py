@@ -76,8 +76,7 @@ class HypersolverTarget(Target):
         """Return the target of the arguments of `fit`, checked."""
         if isinstance(hypernet, str):
             check_auto(hypernet)
-        is_scalable = isinstance(hypernet, ReadyHypernet) and hypernet.is_scalable
-        problem = HypersolverProblem.of(func, t_span, is_scalable=is_scalable, **given)
+        problem = HypersolverProblem.for_net(func, t_span, hypernet, **given)
         return cls(problem, hypernet)
 
     def open(self, y0: State) -> None:

@@ -21,6 +21,7 @@ from torchdiffeq_hyper.fitting._reference import (
     step_counts,
 )
 from torchdiffeq_hyper.fitting._signature import signs_of_field
+from torchdiffeq_hyper.hypernets import ReadyHypernet
 from torchdiffeq_hyper.methods import _registry
 from torchdiffeq_hyper.solvers._domain import FitDomain
 from torchdiffeq_hyper.solvers._grid import Steps
@@ -137,6 +138,15 @@ class HypersolverProblem(Problem):
     """The checked arguments of a hypersolver's fit; ``tableau`` is its base."""
 
     tableau: Tableau
+
+    @classmethod
+    def for_net(
+        cls, func: VectorField, t_span: object, hypernet: object, *, base: str, **given: Any
+    ) -> Self:
+        """Return the problem of fitting a net, of the arguments of `Problem.of`."""
+        _registry.check_base(base, _registry.bases())  # None would be no base
+        is_scalable = isinstance(hypernet, ReadyHypernet) and hypernet.is_scalable
+        return cls.of(func, t_span, base=base, is_scalable=is_scalable, **given)
 
     def iterations(self, n_phases: int) -> list[int]:
         """Return the iterations of each phase."""

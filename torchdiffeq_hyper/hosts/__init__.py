@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 
 from torchdiffeq_hyper.errors import MissingExtraError, OptionError
-from torchdiffeq_hyper.hosts.torchdiffeq._methods import host as torchdiffeq
-from torchdiffeq_hyper.hosts.torchdyn._methods import host as torchdyn
+from torchdiffeq_hyper.hosts.torchdiffeq._methods import host as _torchdiffeq
+from torchdiffeq_hyper.hosts.torchdyn._methods import host as _torchdyn
 from torchdiffeq_hyper.methods import _registry
 
 __all__ = ["install", "uninstall"]
@@ -30,14 +30,14 @@ def install(host: str | None = None) -> None:
         >>> import torchdiffeq_hyper as tdh
         >>> tdh.install()
     """
-    if host not in (None, torchdiffeq.name, torchdyn.name):
+    if host not in (None, _torchdiffeq.name, _torchdyn.name):
         raise OptionError(
             problem=f"host is {host!r}.",
             expected='"torchdiffeq", "torchdyn" or None.',
             fix='tdh.install("torchdyn")',
         )
     _set_installed(is_installed=True)
-    if host == torchdyn.name:
+    if host == _torchdyn.name:
         try:
             importlib.import_module("torchdyn.numerics")
         except ImportError as error:
@@ -61,6 +61,6 @@ def uninstall() -> None:
 
 def _set_installed(*, is_installed: bool) -> None:
     with _registry.lock:
-        for host in (torchdiffeq, torchdyn):
+        for host in (_torchdiffeq, _torchdyn):
             host.is_installed = is_installed
             host.follow()

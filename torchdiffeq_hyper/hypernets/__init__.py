@@ -11,8 +11,9 @@ from torchdiffeq_hyper.hypernets._kinds import (
     ready,
     suited,
 )
+from torchdiffeq_hyper.hypernets._layers import ReadyConcatHypernet
 from torchdiffeq_hyper.hypernets._multistep import Multistep, MultistepOnGrid
-from torchdiffeq_hyper.hypernets._ready import ReadyConcatHypernet, ReadyHypernet
+from torchdiffeq_hyper.hypernets._ready import ReadyHypernet
 
 __all__ = [
     "MLP",

@@ -11,13 +11,8 @@ from torch import Tensor, nn
 from torchdiffeq_hyper._rules import Items, Rule, Such, Whole
 from torchdiffeq_hyper._state import State, StateLayout, stepped_dtype
 from torchdiffeq_hyper.hypernets._concat import join_channels, refuse_complex
-from torchdiffeq_hyper.hypernets._ready import (
-    CONVOLUTIONS,
-    COUNT,
-    ReadyConcatHypernet,
-    ReadyHypernet,
-    perceptron,
-)
+from torchdiffeq_hyper.hypernets._layers import CONVOLUTIONS, ReadyConcatHypernet, perceptron
+from torchdiffeq_hyper.hypernets._ready import COUNT, ReadyHypernet
 from torchdiffeq_hyper.tableaus import Tableau
 
 

@@ -14,7 +14,7 @@ from torchdiffeq_hyper._rules import Real, Row, Rule, Such, Whole
 from torchdiffeq_hyper._state import State, StepInput, is_differentiated, values_of
 from torchdiffeq_hyper.errors import BaseMismatchError, OptionError, StateShapeError
 from torchdiffeq_hyper.hypernets._concat import join_channels, refuse_complex, split_channels
-from torchdiffeq_hyper.hypernets._ready import ReadyHypernet
+from torchdiffeq_hyper.hypernets._ready import ReadyHypernet, but_channels
 
 ADAMS_BASHFORTH = (1 / 2, 5 / 12, 3 / 8, 251 / 720)
 """Weights of the backward differences of f in the Adams-Bashforth methods, from the first on."""
@@ -66,9 +66,7 @@ class Multistep(ReadyHypernet):
         "degree": Whole(0, 3),
         "span": Such(Row(Real(), Real()), lambda span: span[0] != span[1], "distinct"),
     }
-
     is_scalable = True
-
     feature_scale: Tensor
     output_scale: Tensor
 
@@ -87,10 +85,10 @@ class Multistep(ReadyHypernet):
         self.order = order
         self.span: tuple[float, float] = float(span[0]), float(span[1])
         self.history = history
-        n_features = (history + n_stages + 1) * channels + 1
-        shape = (history + 1, degree + 1, channels, n_features)
+        self.n_inputs = (history + n_stages + 1) * channels + 1
+        shape = (history + 1, degree + 1, channels, self.n_inputs)
         self.weight = nn.Parameter(torch.zeros(shape))
-        self.register_buffer("feature_scale", torch.ones(n_features))
+        self.register_buffer("feature_scale", torch.ones(self.n_inputs))
         self.register_buffer("output_scale", torch.ones(channels))
         self._cached: tuple[tuple[Any, ...], list[Tensor], tuple[Tensor, ...]] | None = None
 
@@ -108,22 +106,20 @@ class Multistep(ReadyHypernet):
         u, earlier, available = self._sizes(step)
         blocks = torch.stack(self._blocks(step), dim=1)
         power = u**self.order
-        terms = self._terms(u, earlier, available)[0][:, self.present(int(available))] / power
+        terms = self._terms(u, earlier, available)[0][:, self._present(int(available))] / power
         features = torch.einsum("rb,nbc...->nrc...", terms.to(blocks.dtype), blocks).flatten(1, 2)
         constant = torch.ones_like(features[:, :1]) * (u / power).to(blocks.dtype)
         return torch.cat([features, constant], dim=1)
 
-    @torch.no_grad()
-    def calibrate(self, inputs: Tensor, residual: Tensor, unit: float = 1.0) -> None:
-        """Scale features and output to a root mean square of 1; see `ReadyHypernet.calibrate`."""
-        over = [0, *range(2, inputs.dim())]
-        sizes = inputs.double().square().mean(over).sqrt()
+    def _set_scales(self, inputs: Tensor, residual: Tensor, unit: float) -> None:
+        """Scale features and output to a root mean square of 1."""
+        sizes = inputs.square().mean(but_channels(inputs)).sqrt()
         # A feature that is zero, or next to it, must not be blown up.
         self.feature_scale.copy_(sizes.clamp(min=1e-6 * float(sizes.max())))
-        left = residual.double() * unit
+        left = residual * unit
         for k, number in enumerate(self._adams_bashforth_weights()):
             # What is to be learned is what the method that the fit starts from leaves.
-            feature = inputs[:, k * self.channels : (k + 1) * self.channels].double()
+            feature = inputs[:, k * self.channels : (k + 1) * self.channels]
             has_history = feature.flatten(1).any(1)
             if bool(has_history.any()):
                 inputs, left = inputs[has_history], left[has_history]
@@ -167,8 +163,8 @@ class Multistep(ReadyHypernet):
     def scaled(self, step: StepInput) -> State:
         """Return time_unit^(p+1) g, like ``step.y``."""
         u, earlier, available = self._sizes(step)
-        matrix, constant = self.matrices(step.t.reshape(1), u, earlier, available)
-        matrix = matrix[0][:, self.present(int(available))].flatten(1)
+        matrix, constant = self._matrices(step.t.reshape(1), u, earlier, available)
+        matrix = matrix[0][:, self._present(int(available))].flatten(1)
         blocks = torch.cat(self._blocks(step), dim=1)
         dtype = torch.promote_types(blocks.dtype, self.weight.dtype)
         power = u**self.order
@@ -188,14 +184,7 @@ class Multistep(ReadyHypernet):
     def on_grid(
         self, t: Tensor, dt: Tensor, y: Tensor, *, negated: bool = False
     ) -> MultistepOnGrid:
-        r"""Return the net for all steps of a time grid and states like ``y``, one tensor.
-
-        Args:
-            t: (n,) true times at which the steps start.
-            dt: (n,) their true, signed sizes.
-            y: (batch, channels, \*spatial), a state of the solve.
-            negated: whether derivatives are given negated, by a host that runs time backward so.
-        """
+        """Return the net for all steps of a time grid; see `ReadyHypernet.on_grid`."""
         self._check_channels(y)
         # In a dtype of its own choice autocast would round the base's increment as well.
         with torch.autocast(y.device.type, enabled=False):
@@ -225,14 +214,14 @@ class Multistep(ReadyHypernet):
         before = [torch.cat([u[:k], u[:-k]])[: len(u)] for k in range(1, history + 1)]
         earlier = torch.stack(before, 1) if before else u.new_empty(len(u), 0)
         available = torch.arange(len(u), device=u.device).clamp(max=history)
-        matrices, constants = self.matrices(t, u, earlier, available)
+        matrices, constants = self._matrices(t, u, earlier, available)
         unit = self.time_unit * (-1 if negated else 1)
         matrices = torch.cat([matrices[:, :, :1], unit * matrices[:, :, 1:]], 2)
         size = u.reshape(-1, 1, 1)
         by_step = (size.unsqueeze(3) * matrices).to(y.device, y.dtype).unbind()
         constants = (size * constants.unsqueeze(2)).to(y.device, y.dtype)
         return [
-            torch.cat([constant, matrix[:, self.present(n)].flatten(1)], 1)
+            torch.cat([constant, matrix[:, self._present(n)].flatten(1)], 1)
             for n, (constant, matrix) in enumerate(zip(constants.unbind(), by_step, strict=True))
         ]
 
@@ -276,7 +265,7 @@ class Multistep(ReadyHypernet):
                 fix=f"tdh.hypernets.Multistep({self.channels}, n_stages={len(stages)}, order=...)",
             )
 
-    def present(self, available: int) -> list[int]:
+    def _present(self, available: int) -> list[int]:
         """Return which of y, f0, f_-1 ... f_-H, k_2 ... k_s there are with so much history."""
         stages = range(2 + self.history, 1 + self.history + self.n_stages)
         return [*range(2 + min(available, self.history)), *stages]
@@ -303,7 +292,7 @@ class Multistep(ReadyHypernet):
         rows += [[zero, u, *[zero] * (n_blocks - 2)], [u, *[zero] * (n_blocks - 1)]]
         return torch.stack([torch.stack(row, 1) for row in rows], 1)
 
-    def matrices(
+    def _matrices(
         self, t: Tensor, u: Tensor, earlier: Tensor, available: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return each step's matrices of the blocks (n, channels, blocks, channels), and constants.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import IntEnum
+from typing import Any
 
 from torch import Tensor
 
+from torchdiffeq_hyper._files import from_plain
 from torchdiffeq_hyper._rules import Choice, Items, Real, Row, Such, Whole, record_of
 from torchdiffeq_hyper._state import State, values_of
 from torchdiffeq_hyper.errors import StateShapeError, StateTypeError
@@ -49,6 +51,16 @@ class FitDomain:
     shapes: tuple[tuple[int, ...], ...]
     is_tuple: bool
     dtype: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as values for JSON, where tuples become lists."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> FitDomain:
+        """Rebuild from `to_dict`'s values."""
+        domain: FitDomain = from_plain(cls, data)
+        return domain
 
     def covers(self, dt: float) -> bool:
         """Return whether a signed step size lies in the fitted range and direction."""

@@ -7,7 +7,6 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -186,8 +185,8 @@ class Solver(nn.Module, ABC):
             "alpha": self.alpha,
             "steps": self.steps,
             "hypernet": description,
-            "domain": None if self.domain is None else asdict(self.domain),
-            "report": None if self.report is None else asdict(self.report),
+            "domain": None if self.domain is None else self.domain.to_dict(),
+            "report": None if self.report is None else self.report.to_dict(),
         }
 
     @classmethod
@@ -227,8 +226,9 @@ class Solver(nn.Module, ABC):
                 fix = f"tdh.HyperSolver.load({path!r})"
                 raise BaseMismatchError(problem, "no instance to load one into.", fix)
         with _files.damage_reported(path):
-            domain = _files.from_plain(FitDomain | None, found["domain"])
-            report = _files.from_plain(FitReport | None, found["report"])
+            domain, report = found["domain"], found["report"]
+            domain = None if domain is None else FitDomain.from_dict(domain)
+            report = None if report is None else FitReport.from_dict(report)
             solver = cls(hypernet=net, domain=domain, report=report, **arguments)
         return solver, None if net is None else (net, weights, hypernet is not None)
 
@@ -308,12 +308,6 @@ class Solver(nn.Module, ABC):
         Raises:
             ExportError: func or g branches on values, or fixes the batch size.
             FileWriteError: the file cannot be written.
-
-        Example:
-            >>> import tempfile, torch, torchdiffeq_hyper as tdh
-            >>> solver, y0 = tdh.BespokeSolver.classical("rk4", 4), torch.ones(3, 1)
-            >>> with tempfile.TemporaryDirectory() as folder:
-            ...     solver.export(f"{folder}/decay.pt2", lambda t, y: -y, y0, torch.arange(2.0))
 
         Example:
             >>> import tempfile, torch, torchdiffeq_hyper as tdh

@@ -12,7 +12,7 @@ then bitwise the same, and `Correction` undoes the negation, so that g sees the 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ from torchdiffeq_hyper._state import (
     values_of,
 )
 from torchdiffeq_hyper.errors import NonFiniteError
+from torchdiffeq_hyper.hypernets import MultistepOnGrid, ReadyHypernet
 from torchdiffeq_hyper.tableaus import Edge, StageCall, Stepped, Tableau
 
 History: TypeAlias = tuple[tuple[Tensor, Tensor], ...]
@@ -94,18 +95,6 @@ class Step:
         return self.correction.add(dy, out, factors), stages[0]
 
 
-class OnGrid(Protocol):
-    """A hypernet for the steps of one solve, in order, that knows their times beforehand."""
-
-    def add(self, dy: Tensor, y: Tensor, stages: tuple[Tensor, ...]) -> Tensor:
-        """Return ``dy + dt^(p+1) g`` for the next step."""
-        ...
-
-    def restart(self) -> None:
-        """Begin at the first step again."""
-        ...
-
-
 class Correction:
     """The learned term of one solve, for a base of some order, on flat states laid out alike.
 
@@ -129,17 +118,15 @@ class Correction:
         context: tuple[Tensor, ...] = (),
     ) -> None:
         check_hypernet_device(hypernet, y0)
-        # A ready net may answer in a time unit of its own. Looked up on the class, so that
-        # wrappers around it, of torch.compile say, are called as they are.
-        scaled = getattr(type(hypernet), "scaled", None)
-        self.time_unit: float = 1.0 if scaled is None else hypernet.time_unit  # type: ignore[attr-defined]
-        self._hypernet = hypernet if self.time_unit == 1 else hypernet.scaled  # type: ignore[attr-defined]
+        self.time_unit, self._hypernet, self._ready = 1.0, hypernet, None
+        # Wrappers around a ready net, of torch.compile say, are called as they are.
+        if isinstance(hypernet, ReadyHypernet):
+            hypernet.check_base(order)
+            self._ready = hypernet if layout.shapes is None else None
+            self.time_unit = hypernet.time_unit
+            self._hypernet = hypernet if self.time_unit == 1 else hypernet.scaled
         self.history = history_of(hypernet)
-        self.on_grid: OnGrid | None = None
-        has_form = hasattr(type(hypernet), "on_grid") and layout.shapes is None and part is None
-        self._on_grid: Any = hypernet.on_grid if has_form else None  # type: ignore[attr-defined]
-        if hasattr(type(hypernet), "check_base"):
-            hypernet.check_base(order)  # type: ignore[attr-defined]
+        self.on_grid: MultistepOnGrid | None = None
         self._power = order + 1
         self._layout = layout
         self._negated = negated
@@ -155,16 +142,16 @@ class Correction:
         return state if self._part is None else state[self._part]
 
     def look_at(self, sizes: Tensor, y: Tensor, starts: Tensor | None = None) -> None:
-        """Note, once a solve, what its steps have in common, for states like ``y``.
+        """Look, once a solve, at its steps, for states like ``y``.
 
-        That is whether dt^(p+1) of all step sizes is one factor (one device sync; without it the
-        factors are always p + 1), and where ``starts`` are all times at which steps start, what
-        g makes of these beforehand.
+        Where ``starts`` are the times at which all start, g may prepare for these. Else it is noted
+        whether dt^(p+1) of all sizes is one factor (one device sync; unnoted they are p + 1).
         """
-        if starts is not None and self._on_grid is not None and y.dim() > 1:
-            sign = -1 if self._negated else 1
-            self.on_grid = self._on_grid(sign * starts, sign * sizes, y, negated=self._negated)
-            return
+        if starts is not None and self._ready is not None and y.dim() > 1:
+            times = (-starts, -sizes) if self._negated else (starts, sizes)
+            self.on_grid = self._ready.on_grid(*times, y, negated=self._negated)
+            if self.on_grid is not None:
+                return
         dtype = wider_dtype(y, sizes)
         self._is_in_range = is_power_in_range(sizes / self.time_unit, self._power, dtype)
 
@@ -175,12 +162,7 @@ class Correction:
         return power_factors(dt, self._power, dtype, is_in_range=self._is_in_range)
 
     def evaluate(
-        self,
-        t: Tensor,
-        dt: Tensor,
-        y: Tensor,
-        stages: tuple[Tensor, ...],
-        history: History = (),
+        self, t: Tensor, dt: Tensor, y: Tensor, stages: tuple[Tensor, ...], history: History = ()
     ) -> State:
         """Return g's output for one step, times time_unit^(p+1), checked."""
         if self._negated:
@@ -188,8 +170,9 @@ class Correction:
             history = tuple((-f, -size) for f, size in history)
         state, views = self._view(y), tuple(map(self._view, stages))
         seen = tuple((self._view(f), size) for f, size in history)
-        step = StepInput(dt, t, state, views[0], views, self._y0, self._context, seen)
-        out = self._hypernet(step)
+        out = self._hypernet(
+            StepInput(dt, t, state, views[0], views, self._y0, self._context, seen)
+        )
         check_correction(out, state, dt.dtype)
         return out
 
@@ -314,7 +297,7 @@ def check_start(y0: Tensor) -> None:
         raise NonFiniteError(
             problem="y0 holds inf or nan.",
             expected="finite starts.",
-            fix="y0 = y0[torch.isfinite(y0.flatten(1)).all(1)]   # of a tuple, every part",
+            fix="torch.isfinite(y0).nonzero()   # where they are; of each part of a tuple",
         )
 
 

@@ -82,10 +82,13 @@ class WholeProblemSolver:
     def integrate_until_event(self, t0: Tensor, event_fn: Callable[..., Any]) -> NoReturn:
         """Refuse: samples would stop at different times."""
         entry, fix = self.entry, 'odeint_event(..., method="dopri5")'
+        who = f'method "{entry.name}" of {entry.owner}'
         if entry.owner == "override":
+            served = getattr(entry.fitted, "method", type(entry.fitted).__name__)
+            who = f'the solver that overrides "{entry.name}", of method "{served}",'
             fix = "the call outside of the block of tdh.override"
         raise OptionError(
-            problem=f'method "{entry.name}" of {entry.owner} does not look for events.',
+            problem=f"{who} does not look for events.",
             expected="a method that takes the whole batch along, up to one event.",
             fix=f'{fix}\nsolver = tdh.fit(func, y0, (0.0, 1.0), base="heun", steps=10)',
         )

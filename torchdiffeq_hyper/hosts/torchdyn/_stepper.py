@@ -118,7 +118,7 @@ class Stepper:
         return f'Stepper("{self.method.name}")'
 
     def __reduce__(self) -> Any:
-        return Stepper.named, (self.method.name,)  # models hold those without a part only
+        return Stepper.named, (self.method.name,)  # of no part: models hold that itself
 
 
 class AdjointStepper(Stepper):
